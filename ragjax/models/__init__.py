@@ -1,0 +1,1 @@
+"""Text encoders and language models, and the loaders of their checkpoints."""
