@@ -1,0 +1,180 @@
+"""Checkpoints: orbax underneath, digests, a finite check and a way back to the last good one."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+FORMAT = 1
+_DIGESTS = "ragjax.json"
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back and verified."""
+
+    step: int  # the step it was saved at
+    state: Any  # tree with the structure, shapes and dtypes of the template
+    info: dict  # the plain values saved beside it (data position, index version, ...)
+
+
+class Checkpointer:
+    """Saves a tree of arrays every few steps and finds the newest one that is whole.
+
+    orbax writes each step into a folder of its own by rename, but restores flipped bytes and NaN
+    without a word. So each step also gets a file of sha256 digests, written after orbax has
+    committed: a step without it, or whose bytes differ from it, is passed over with the reason.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, *, keep: int = 2, report: Callable[[str], None] = print
+    ):
+        """Opens (or creates) the folder of checkpoints.
+
+        Args:
+          folder: Where the steps live, one sub-folder each.
+          keep: How many steps are kept; older ones are removed after a save.
+          report: Called with one sentence for each step that has to be passed over.
+
+        Raises:
+          ValueError: If `keep` is less than one.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self._folder = Path(folder).resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._keep, self._report = keep, report
+
+    def save(self, step: int, state: Any, info: dict | None = None) -> None:
+        """Writes one step; returns when it is complete on disk.
+
+        Args:
+          step: Number of the step.
+          state: Tree of arrays.
+          info: JSON values to come back with it.
+
+        Raises:
+          ValueError: If an array holds NaN or infinity; nothing is written then, so a diverged run
+            cannot push out the last good checkpoint.
+        """
+        bad = [
+            jax.tree_util.keystr(path)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            if np.issubdtype(np.asarray(leaf).dtype, np.inexact)
+            and not np.isfinite(np.asarray(leaf)).all()
+        ]
+        if bad:
+            raise ValueError(
+                f"step {step} is not saved: NaN or infinity in {', '.join(bad[:5])}"
+                f" ({len(bad)} arrays); the last checkpoint stays"
+            )
+        target = self._folder / str(step)
+        shutil.rmtree(target, ignore_errors=True)  # a step that an earlier, killed run left behind
+        _orbax().save(target, state)
+        digests = {
+            "format": FORMAT,
+            "step": step,
+            "info": info or {},
+            "sha256": {
+                str(p.relative_to(target)): _sha256(p)
+                for p in sorted(target.rglob("*"))
+                if p.is_file()
+            },
+        }
+        _write_json(target / _DIGESTS, digests)
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self._folder / str(old), ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Returns the numbers of the steps on disk, oldest first, whole or not."""
+        return sorted(
+            int(p.name) for p in self._folder.iterdir() if p.is_dir() and p.name.isdigit()
+        )
+
+    def latest_good(self, template: Any) -> Restored | None:
+        """Returns the newest step whose bytes match their digests, or None if there is none.
+
+        Args:
+          template: Tree of arrays (or `jax.ShapeDtypeStruct`) with the expected structure.
+
+        Raises:
+          ValueError: If a whole checkpoint has other arrays than `template`: the run's options have
+            changed since.
+        """
+        for step in reversed(self.steps()):
+            folder = self._folder / str(step)
+            problem = _verify(folder)
+            if problem:
+                self._report(f"checkpoint {folder} is passed over: {problem}")
+                continue
+            manifest = json.loads((folder / _DIGESTS).read_text())
+            return Restored(step, self._load(folder, template), manifest["info"])
+        return None
+
+    def _load(self, folder: Path, template: Any) -> Any:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=device), template
+        )
+        try:
+            state = _orbax().load(folder, abstract)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint {folder} does not fit this run (other model, trained towers or"
+                f" optimiser?): {str(error).splitlines()[0][:300]}; use another --output folder"
+            ) from error
+        for (path, want), got in zip(
+            jax.tree_util.tree_leaves_with_path(template), jax.tree.leaves(state), strict=True
+        ):
+            if np.shape(want) != np.shape(got) or want.dtype != got.dtype:
+                raise ValueError(
+                    f"checkpoint {folder}: {jax.tree_util.keystr(path)} is"
+                    f" {got.dtype}{np.shape(got)}, this run needs {want.dtype}{np.shape(want)}"
+                )
+        return state
+
+
+def _orbax() -> Any:
+    # Imported late: checkpoints are not needed to build a step, and orbax takes a while to load.
+    from orbax.checkpoint import v1
+
+    return v1
+
+
+def _verify(folder: Path) -> str | None:
+    path = folder / _DIGESTS
+    if not path.is_file():
+        return "it was not finished (no digests)"
+    try:
+        manifest = json.loads(path.read_text())
+        digests = manifest["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return f"{_DIGESTS} cannot be read"
+    if manifest.get("format") != FORMAT:
+        return f"it has format {manifest.get('format')}, this version reads {FORMAT}"
+    for name, expected in digests.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (found := _sha256(file)) != expected:
+            return f"{name} has sha256 {found[:12]}…, expected {expected[:12]}…"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: dict) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

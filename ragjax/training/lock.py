@@ -1,0 +1,66 @@
+"""One trainer per run folder."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class RunLock:
+    """Holds a run folder for this process; a second process is told who has it.
+
+    The kernel frees the lock when its holder ends, however it ends, so a lock left by a killed run
+    or a power loss is simply taken.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Names the folder; nothing is taken until `with` is entered."""
+        self._path = Path(folder) / "run.lock"
+        self._file: int | None = None
+
+    def __enter__(self) -> Self:
+        """Takes the lock.
+
+        Raises:
+          ValueError: If another process holds it; the message says which and since when.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 4096).decode("utf-8", "replace")
+            os.close(descriptor)
+            raise ValueError(
+                f"{self._path.parent} is locked by {_describe(holder)}; wait for it to end, or use"
+                " another --output folder"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": started}
+        os.write(descriptor, json.dumps(note).encode())
+        self._file = descriptor
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Gives the lock back."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _describe(holder: str) -> str:
+    try:
+        note = json.loads(holder)
+        return f"process {note['pid']} on host {note['host']} since {note['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

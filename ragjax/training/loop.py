@@ -1,0 +1,206 @@
+"""The loop around a training step: resume, progress, checkpoints, signals, non-finite updates."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ragjax.training.checkpoint import Checkpointer
+from ragjax.training.steps import TrainState
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state; `signum` says by which signal."""
+
+    def __init__(self, signum: int):
+        """Keeps the signal's number."""
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class NonFiniteError(ValueError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class StopFlag:
+    """Set by the first SIGTERM or SIGINT; long work looks at it between two batches."""
+
+    def __init__(self) -> None:
+        """Starts unset."""
+        self.signum: int | None = None
+
+    def check(self) -> None:
+        """Raises Interrupted if the run was asked to stop."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+
+@contextmanager
+def graceful_stop(report: Callable[[str], None] = print) -> Iterator[StopFlag]:
+    """Turns the first SIGTERM or SIGINT into a flag; the second one ends the process at once.
+
+    Yields:
+      The flag. What is written to disk is whole at every moment, so ending at once is safe too; it
+      only costs the work since the last checkpoint.
+    """
+    flag = StopFlag()
+
+    def handle(signum: int, _: Any) -> None:
+        if flag.signum is not None:
+            os._exit(128 + signum)
+        flag.signum = signum
+        report(
+            f"\n{signal.Signals(signum).name}: stopping after this batch and saving;"
+            " once more to stop now"
+        )
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+class MetricsLog:
+    """Metrics as JSON lines, one per step, flushed; a resumed stage drops the lines it redoes."""
+
+    def __init__(self, path: str | os.PathLike):
+        """Names the file; it is created at the first line."""
+        self._path = Path(path)
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line; values that are not finite become null (JSON has no NaN)."""
+        row = {"stage": stage, "step": step}
+        row |= {
+            k: (round(float(v), 6) if np.isfinite(float(v)) else None) for k, v in metrics.items()
+        }
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Removes the lines of `stage` at or after `step`, and a torn last line."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text("utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row.get("stage") != stage or row.get("step", -1) < step:
+                kept.append(line + "\n")
+        beside = self._path.with_name(self._path.name + ".tmp")
+        beside.write_text("".join(kept), "utf-8")
+        os.replace(beside, self._path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long a stage runs and how often it saves.
+
+    Attributes:
+      stage: Name of the stage in metrics and messages.
+      num_steps: Steps of the whole stage.
+      checkpoint_every: Steps between two checkpoints; the last step is always saved.
+      max_skipped: Updates in a row that may be skipped for NaN or infinity before the run stops.
+    """
+
+    stage: str
+    num_steps: int
+    checkpoint_every: int = 20
+    max_skipped: int = 3
+
+
+def run_steps(
+    config: LoopConfig,
+    step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, dict]],
+    state: TrainState,
+    batch_at: Callable[[int], Any],
+    *,
+    frozen: Any = None,
+    checkpointer: Checkpointer,
+    log: MetricsLog,
+    stop: StopFlag,
+    info: Mapping[str, Any] | None = None,
+    describe_batch: Callable[[int], str] | None = None,
+) -> TrainState:
+    """Runs a stage to its end, from its newest good checkpoint if there is one.
+
+    The batch of step n is `batch_at(n)`, a pure function, so the step after a resume is the one an
+    uninterrupted run would have taken, bit for bit.
+
+    Args:
+      config: Length and cadence.
+      step_fn: `(state, batch, frozen) -> (state, metrics)` from `make_train_step`.
+      state: State before the first step; its buffers are donated.
+      batch_at: Step number to batch.
+      frozen: Passed on to `step_fn` at each step.
+      checkpointer: Where states are saved.
+      log: Where metrics go.
+      stop: Looked at after each step.
+      info: JSON values kept in each checkpoint; the one on disk must agree.
+      describe_batch: Step number to a sentence on that batch, for the error about NaN.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      Interrupted: After saving, if a signal came.
+      NonFiniteError: If more than `max_skipped` updates in a row were skipped.
+      ValueError: If the checkpoint was written with other `info` (the message names what differs).
+    """
+    state, first = _resume(config, state, checkpointer, dict(info or {}))
+    log.rewind(config.stage, first)
+    progress = tqdm(
+        total=config.num_steps, initial=first, desc=config.stage, unit="step", file=sys.stderr,
+        mininterval=1.0, dynamic_ncols=True, disable=None if sys.stderr.isatty() else False,
+        maxinterval=30.0,
+    )  # fmt: skip
+    with progress:
+        for step in range(first, config.num_steps):
+            started = time.perf_counter()
+            state, metrics = step_fn(state, batch_at(step), frozen)
+            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            log.write(config.stage, step, metrics | {"seconds": time.perf_counter() - started})
+            progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+            progress.update()
+            if metrics["skipped"] > config.max_skipped:
+                where = f" ({describe_batch(step)})" if describe_batch else ""
+                raise NonFiniteError(
+                    f"{config.stage}: {int(metrics['skipped'])} updates in a row had a loss or"
+                    f" gradient that is not finite, the last at step {step}{where}; parameters are"
+                    " unchanged since the last good one. Lower the learning rate or look at"
+                    " that batch"
+                )
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == config.num_steps or stop.signum:
+                checkpointer.save(done, state, {"stage": config.stage, **(info or {})})
+            stop.check()
+    return state
+
+
+def _resume(
+    config: LoopConfig, state: TrainState, checkpointer: Checkpointer, info: dict
+) -> tuple[TrainState, int]:
+    restored = checkpointer.latest_good(state)
+    if restored is None:
+        return state, 0
+    for name, value in info.items():
+        if restored.info.get(name) != value:
+            raise ValueError(
+                f"{config.stage}: the checkpoint was written with {name}="
+                f"{restored.info.get(name)!r}, this run has {value!r}; use another --output folder"
+            )
+    print(f"{config.stage}: resuming after step {restored.step} of {config.num_steps}", flush=True)
+    return restored.state, restored.step

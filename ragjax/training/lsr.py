@@ -1,0 +1,93 @@
+"""The retriever half of dual training: LM-supervised retrieval (LSR)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ragjax.losses import agreement, retriever_entropy, target_entropy
+from ragjax.models import Tokens
+from ragjax.training.steps import LossFn, Metrics
+
+Encode = Callable[[Any, Tokens], jax.Array]
+
+
+class LsrBatch(NamedTuple):
+    """Questions, the batch's distinct documents, and what the language model thinks of them."""
+
+    queries: Tokens  # [B, L]
+    docs: Tokens  # [M, L], every candidate of the batch once; rows past the last are padding
+    target_log_probs: jax.Array  # [B, M] float32, log q; −inf where not a candidate of the query
+    candidate_mask: jax.Array  # [B, M] bool, True for the K candidates of the query
+    doc_mask: jax.Array  # [M] bool, False for padding rows
+
+
+def towers(trainable: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Returns the parameters of the query and of the document encoder.
+
+    Args:
+      trainable: Either `{"shared": ...}` or any of `{"query": ..., "doc": ...}`.
+      frozen: The towers that are not trained, by the same names.
+    """
+    known = {**(frozen or {}), **trainable}
+    if "shared" in known:
+        return known["shared"], known["shared"]
+    return known["query"], known["doc"]
+
+
+def make_lsr_loss(
+    encode: Encode,
+    objective: Callable[..., jax.Array],
+    *,
+    scale: float,
+    in_batch: bool,
+) -> LossFn:
+    """Builds the LSR loss over live scores s = scale · q·d, averaged over the questions.
+
+    Args:
+      encode: `(params, tokens) -> [rows, D]`, the same function for both towers.
+      objective: `lsr_loss` (KL(p_R‖p_LSR), as RA-DIT and REPLUG print it) or `pdist_loss`
+        (KL(p_LSR‖p_R), as their code and Atlas compute it).
+      scale: Factor from similarity to score (20 for cosines: 1/temperature of p_R).
+      in_batch: True: the softmax runs over every document of the batch, those that are not the
+        query's own candidates with target 0, which keeps the rest of the embedding space in place.
+        False: over the K candidates only, as the papers do. `lsr_loss` needs False: its KL to a
+        target of probability zero is infinite.
+
+    Returns:
+      `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
+      fractions of their maximum.
+
+    Gradients:
+      To the towers in the trainable parameters; none to the target, hence none to the LM.
+
+    References:
+      Lin et al., RA-DIT, 2023, section 2.4; Shi et al., REPLUG, 2023, section 4; Izacard et al.,
+      Atlas, 2022, section 2.2.
+    """
+
+    def loss(params: Any, frozen: Any, batch: LsrBatch, key: jax.Array) -> tuple[Any, Metrics]:
+        del key  # no dropout: see rule 8 of the objectives (targets are scored without it)
+        query_params, doc_params = towers(params, frozen)
+        queries = encode(query_params, batch.queries)  # [B, D]
+        docs = encode(doc_params, batch.docs)  # [M, D]
+        scores = scale * jnp.einsum(
+            "bd,md->bm", queries, docs, precision=jax.lax.Precision.HIGHEST
+        )  # [B, M]
+        everyone = jnp.broadcast_to(batch.doc_mask[None, :], scores.shape)
+        mask = everyone if in_batch else batch.candidate_mask & everyone
+        per_query = objective(scores, batch.target_log_probs, doc_mask=mask)  # [B]
+        # A padding query (no candidate) has loss 0 by the losses' own rule and must not count.
+        real = batch.candidate_mask.any(axis=1)
+        count = jnp.maximum(1, real.sum())
+        candidates = batch.candidate_mask
+        metrics = {
+            "retriever_entropy": retriever_entropy(scores, doc_mask=candidates),
+            "target_entropy": target_entropy(batch.target_log_probs, doc_mask=candidates),
+            "agreement": agreement(scores, batch.target_log_probs, doc_mask=candidates),
+        }
+        means = {k: jnp.where(real, v, 0.0).sum() / count for k, v in metrics.items()}
+        return jnp.where(real, per_query, 0.0).sum() / count, means
+
+    return loss
