@@ -1,0 +1,127 @@
+"""Which checkpoint tensor fills which parameter of a Llama-family decoder."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ragjax.models.llama import init_params
+from ragjax.models.llama_config import LlamaConfig
+from ragjax.models.safetensors import KeyRule, apply_key_table, transpose
+
+# Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
+_LINEAR = {
+    "query": ("self_attn.q_proj", "attn_q"),
+    "key": ("self_attn.k_proj", "attn_k"),
+    "value": ("self_attn.v_proj", "attn_v"),
+    "output": ("self_attn.o_proj", "attn_output"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+_NORMS = {
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "feed_forward_norm": ("post_attention_layernorm", "ffn_norm"),
+}
+_BIASED = ("query", "key", "value")
+_OUTER = {
+    "embed/embedding": ("model.embed_tokens.weight", "token_embd.weight"),
+    "final_norm/scale": ("model.norm.weight", "output_norm.weight"),
+    "unembed/kernel": ("lm_head.weight", "output.weight"),
+}
+
+
+def params_from_huggingface(
+    config: LlamaConfig, tensors: Mapping[str, np.ndarray], *, source: str | Path
+) -> dict[str, Any]:
+    """Fills the parameters from tensors named as in a Hugging Face folder.
+
+    Args:
+        config: Sizes.
+        tensors: Tensor name to array.
+        source: Folder they came from, for the messages.
+
+    Returns:
+        Parameters as `ragjax.models.llama` describes them, float32.
+
+    Raises:
+        ValueError: A tensor is missing, left over or of another shape.
+    """
+    # transformers before 4.31 stored the rotary frequencies; a tied head may be stored twice.
+    ignored = ["model.layers.{}.self_attn.rotary_emb.inv_freq"]
+    ignored += ["lm_head.weight"] if config.tie_embeddings else []
+    table = _key_table(config, column=0, prefix="model.layers.{}.", permuted=False)
+    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+
+
+def params_from_gguf(
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    permuted: bool,
+    source: str | Path,
+) -> dict[str, Any]:
+    """Fills the parameters from dequantised tensors named as in a GGUF file.
+
+    Args:
+        config: Sizes.
+        tensors: Tensor name to float array.
+        permuted: True: the rows of q and k pair neighbouring entries (llama.cpp's `llama`
+            architecture) and are put back into the order that half-rotation needs.
+        source: File they came from, for the messages.
+
+    Returns:
+        Parameters as `ragjax.models.llama` describes them, float32.
+
+    Raises:
+        ValueError: A tensor is missing, left over or of another shape.
+    """
+    table = _key_table(config, column=1, prefix="blk.{}.", permuted=permuted)
+    ignored = ["rope_freqs.weight"]
+    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+
+
+def _shapes(config: LlamaConfig) -> dict[str, Any]:
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def _key_table(
+    config: LlamaConfig, *, column: int, prefix: str, permuted: bool
+) -> dict[str, KeyRule]:
+    heads = {"query": config.num_heads, "key": config.num_kv_heads}
+    table = {}
+    for name, names in _LINEAR.items():
+        restore = _unpermute(heads[name]) if permuted and name in heads else _unchanged
+        stem = prefix + names[column]
+        table[f"{stem}.weight"] = KeyRule(f"layers/{name}/kernel", _then(restore, transpose))
+        if config.qkv_bias and name in _BIASED:
+            table[f"{stem}.bias"] = KeyRule(f"layers/{name}/bias", restore)
+    for name, names in _NORMS.items():
+        table[f"{prefix}{names[column]}.weight"] = KeyRule(f"layers/{name}/scale")
+    for path, names in _OUTER.items():
+        if path != "unembed/kernel":
+            table[names[column]] = KeyRule(path)
+        elif not config.tie_embeddings:
+            table[names[column]] = KeyRule(path, transpose)
+    return table
+
+
+def _unchanged(tensor: np.ndarray) -> np.ndarray:
+    return tensor
+
+
+def _then(
+    first: Callable[[np.ndarray], np.ndarray], second: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda tensor: second(first(tensor))
+
+
+def _unpermute(num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
+    def restore(tensor: np.ndarray) -> np.ndarray:
+        pairs = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(tensor.shape)
+
+    return restore
