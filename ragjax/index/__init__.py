@@ -1,0 +1,20 @@
+"""Finding documents: exact, approximate, lexical and hybrid search behind one protocol."""
+
+from ragjax.index.base import Index as Index
+from ragjax.index.base import IndexSnapshot as IndexSnapshot
+from ragjax.index.base import SearchResult as SearchResult
+from ragjax.index.bm25 import Bm25Index as Bm25Index
+from ragjax.index.choose import IndexChoice as IndexChoice
+from ragjax.index.choose import choose_index as choose_index
+from ragjax.index.exact import ExactIndex as ExactIndex
+from ragjax.index.hybrid import DenseWeight as DenseWeight
+from ragjax.index.hybrid import HybridIndex as HybridIndex
+from ragjax.index.hybrid import HybridQueries as HybridQueries
+from ragjax.index.hybrid import choose_dense_weight as choose_dense_weight
+from ragjax.index.recall import recall_against_exact as recall_against_exact
+from ragjax.index.scann import ScannIndex as ScannIndex
+from ragjax.index.scann import ScannOptions as ScannOptions
+from ragjax.index.scann import scann_options as scann_options
+from ragjax.index.store import EmbeddingStore as EmbeddingStore
+from ragjax.index.store import EmbeddingWriter as EmbeddingWriter
+from ragjax.index.store import StoreSpec as StoreSpec

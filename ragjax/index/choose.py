@@ -1,0 +1,92 @@
+"""Which dense index fits a corpus: by its size, the memory, and what is installed."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from ragjax.index import base, exact, scann
+
+_LOG = logging.getLogger(__name__)
+_EXACT_AT_MOST = 1_000_000
+_MEMORY_SHARE = 0.25
+_FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexChoice:
+    """A kind of dense index and why it was taken.
+
+    Attributes:
+        name: "exact" or "scann".
+        build: makes the index from `[N, D]` document embeddings.
+        reason: one sentence to print.
+    """
+
+    name: str
+    build: Callable[[NDArray[np.float32]], base.Index]
+    reason: str
+
+
+def choose_index(size: int, dim: int, *, memory_bytes: int | None = None) -> IndexChoice:
+    """Chooses a dense index: exact while the embeddings fit the device, ScaNN beyond.
+
+    Exact search has recall 1 and nothing to rebuild, so it is taken up to a million documents if
+    the embeddings fill at most a quarter of the memory.
+
+    Args:
+        size: number of documents.
+        dim: size of an embedding.
+        memory_bytes: memory of the device that searches; default: asked of the device, or for a
+            CPU of the operating system.
+
+    Raises:
+        ValueError: `size` or `dim` is not positive.
+    """
+    if size < 1 or dim < 1:
+        raise ValueError(f"An index needs documents and dimensions, got {size} and {dim}.")
+    memory = _device_memory() if memory_bytes is None else memory_bytes
+    needed = size * dim * _FLOAT_BYTES
+    facts = f"{size:,} documents x {dim} dimensions = {needed / 2**20:,.0f} MiB"
+    fits = needed <= _MEMORY_SHARE * memory
+    if size <= _EXACT_AT_MOST and fits:
+        return IndexChoice(
+            name="exact",
+            build=exact.ExactIndex,
+            reason=f"exact index: {facts}, at most a quarter of {memory / 2**20:,.0f} MiB.",
+        )
+    why = (
+        f"more than {_EXACT_AT_MOST:,} documents"
+        if fits
+        else f"more than a quarter of {memory / 2**20:,.0f} MiB"
+    )
+    problem = scann.scann_problem()
+    if problem is None:
+        return IndexChoice(
+            name="scann", build=scann.ScannIndex.build, reason=f"ScaNN index: {facts}, {why}."
+        )
+    _LOG.warning("%s", problem)
+    return IndexChoice(
+        name="exact",
+        build=exact.ExactIndex,
+        reason=f"exact index though {facts}, {why}: {problem}",
+    )
+
+
+def _device_memory() -> int:
+    """Returns the bytes of the first device, or of the machine where the device is its CPU."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 8 * 2**30

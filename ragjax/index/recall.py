@@ -1,0 +1,68 @@
+"""How much of the exact result an approximate index returns."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ragjax.index import base
+
+_DOC_ROWS = 65_536
+
+
+def recall_against_exact(
+    index: base.Index[ArrayLike],
+    doc_embeddings: NDArray[np.float32],
+    queries: ArrayLike | None = None,
+    *,
+    k: int = 10,
+    num_probes: int = 100,
+) -> float:
+    """Returns the mean fraction of the exact best k that an index finds.
+
+    Args:
+        index: the index over `doc_embeddings`.
+        doc_embeddings: `[N, D]`.
+        queries: `[P, D]` real queries. Default: evenly spaced documents, whose own row is left
+            out of both results, since any index finds it.
+        k: neighbours compared (fewer where the corpus is smaller).
+        num_probes: documents taken where no queries are given.
+
+    Returns:
+        A fraction; 1.0 where there is no neighbour to find.
+    """
+    size = len(doc_embeddings)
+    if queries is None:
+        probes = np.unique(np.linspace(0, size - 1, min(num_probes, size)).astype(np.int64))
+        embeddings = doc_embeddings[probes]
+        extra = 1
+    else:
+        probes = None
+        embeddings = np.asarray(queries, np.float32)
+        extra = 0
+    wanted = min(k + extra, size)
+    truth = exact_doc_ids(embeddings, doc_embeddings, wanted)
+    found = index.search(embeddings, wanted)
+    fractions = []
+    for row in range(len(embeddings)):
+        own = set() if probes is None else {int(probes[row])}
+        expected = [doc for doc in truth[row].tolist() if doc not in own][:k]
+        returned = set(found.doc_ids[row][found.mask[row]].tolist())
+        if expected:
+            fractions.append(sum(doc in returned for doc in expected) / len(expected))
+    return float(np.mean(fractions)) if fractions else 1.0
+
+
+def exact_doc_ids(
+    queries: NDArray[np.float32], doc_embeddings: NDArray[np.float32], k: int
+) -> NDArray[np.int64]:
+    """Returns ids `[P, k]` of the k largest inner products, by numpy, in blocks of documents."""
+    ids = np.zeros((len(queries), 0), np.int64)
+    scores = np.zeros((len(queries), 0), np.float32)
+    for start in range(0, len(doc_embeddings), _DOC_ROWS):
+        block = queries @ doc_embeddings[start : start + _DOC_ROWS].T
+        block_ids = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
+        scores = np.concatenate([scores, block], axis=1)
+        ids = np.concatenate([ids, block_ids], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        scores = np.take_along_axis(scores, order, axis=1)
+        ids = np.take_along_axis(ids, order, axis=1)
+    return ids
