@@ -1,0 +1,30 @@
+"""Text in, fixed-shape numpy out: corpora, questions, tokens, prompts and batches."""
+
+from ragjax.data.batching import LengthBatch as LengthBatch
+from ragjax.data.batching import batch_rows as batch_rows
+from ragjax.data.batching import length_buckets as length_buckets
+from ragjax.data.batching import num_steps as num_steps
+from ragjax.data.beir import read_beir as read_beir
+from ragjax.data.corpus import Corpus as Corpus
+from ragjax.data.corpus import CorpusReport as CorpusReport
+from ragjax.data.corpus import Passage as Passage
+from ragjax.data.examples import Dataset as Dataset
+from ragjax.data.examples import Question as Question
+from ragjax.data.examples import hold_out as hold_out
+from ragjax.data.examples import leaked_questions as leaked_questions
+from ragjax.data.jsonl import DataError as DataError
+from ragjax.data.jsonl import write_jsonl as write_jsonl
+from ragjax.data.prompts import DocumentTokens as DocumentTokens
+from ragjax.data.prompts import PromptBatch as PromptBatch
+from ragjax.data.prompts import PromptBuilder as PromptBuilder
+from ragjax.data.prompts import PromptTemplate as PromptTemplate
+from ragjax.data.prompts import passage_text as passage_text
+from ragjax.data.python_docs import write_python_docs as write_python_docs
+from ragjax.data.tokenization import DEFAULT_BUCKETS as DEFAULT_BUCKETS
+from ragjax.data.tokenization import EncodedTexts as EncodedTexts
+from ragjax.data.tokenization import PaddedIds as PaddedIds
+from ragjax.data.tokenization import bucket_length as bucket_length
+from ragjax.data.tokenization import encode_texts as encode_texts
+from ragjax.data.tokenization import pad_left as pad_left
+from ragjax.data.tokenization import pad_right as pad_right
+from ragjax.data.tokenization import truncation_note as truncation_note

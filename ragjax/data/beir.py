@@ -1,0 +1,254 @@
+"""Reads a folder in the BEIR layout: corpus.jsonl, queries.jsonl, qrels/*.tsv."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ragjax.data.corpus import DEFAULT_MAX_CHARS, Corpus
+from ragjax.data.examples import Dataset, Question, hold_out
+from ragjax.data.fields import missing_field, resolve_fields
+from ragjax.data.jsonl import (
+    BadRowPolicy,
+    DataError,
+    Progress,
+    RejectedRows,
+    SourceFile,
+    check_encodable,
+    id_field,
+    read_jsonl,
+    require_path,
+    string_field,
+)
+
+MAX_UNKNOWN_FRACTION = 0.01
+_SHOWN_IDS = 10
+_INTEGER = re.compile(r"-?[0-9]+")
+
+
+def read_beir(
+    folder: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str],
+    fields: Mapping[str, str] | None = None,
+    on_bad_row: BadRowPolicy = "stop",
+    dev_fraction: float = 0.2,
+    max_chars: int = DEFAULT_MAX_CHARS,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Reads passages, questions and relevance judgements.
+
+    A question belongs to the splits whose qrels file names it. Its answers are
+    `metadata.answers`, or `answers` beside the text; they may be missing. Without
+    `qrels/dev.tsv`, a part of train is held out, chosen by a hash of the question ids.
+
+    Args:
+        folder: Has `corpus.jsonl`, `queries.jsonl` (each plain or `.gz`) and `qrels/SPLIT.tsv`
+            with the columns query-id, corpus-id, score, separated by tabs.
+        cache: Folder for the prepared corpus and for lists of rejected rows.
+        fields: Names in the files for "id", "title", "text" (passages) and "query_id", "query",
+            "answers" (questions), where they differ from BEIR's.
+        on_bad_row: "stop" raises at the first bad row; "skip" counts bad rows and writes them to
+            a `rejected.jsonl` below `cache`.
+        dev_fraction: Of the train questions, in [0, 1), used when there is no dev split.
+        max_chars: Longest passage, in characters.
+        progress: Called with (bytes read, bytes in all) while the corpus is read.
+
+    Returns:
+        The splits that exist; `Dataset.notes` tells what was skipped.
+
+    Raises:
+        FileNotFoundError: A file is missing; the message suggests the nearest name.
+        DataError: Bad rows, duplicate ids, an empty file, or more than 1 % of a qrels file
+            naming unknown ids.
+    """
+    folder, cache = Path(folder), Path(cache)
+    if not require_path(folder).is_dir():
+        raise DataError(
+            f"{folder} is a file; expected a folder with corpus.jsonl and queries.jsonl"
+        )
+    qrels_files = sorted(require_path(folder / "qrels").glob("*.tsv"))
+    if not qrels_files:
+        raise DataError(f"{folder / 'qrels'} holds no .tsv file; expected for example test.tsv")
+    queries_file = _queries_file(folder)
+    corpus = Corpus.open(
+        folder,
+        cache=cache,
+        fields=fields,
+        on_bad_row=on_bad_row,
+        max_chars=max_chars,
+        progress=progress,
+    )
+    path_key = hashlib.sha256(str(folder.resolve()).encode("utf-8")).hexdigest()[:16]
+    with RejectedRows(cache / f"queries-{path_key}" / "rejected.jsonl", on_bad_row) as rejected:
+        questions = _read_questions(queries_file, resolve_fields(fields), rejected)
+        notes = list(corpus.report.notes())
+        qrels = {
+            file.stem: _read_qrels(file, corpus, questions, rejected, notes) for file in qrels_files
+        }
+    if rejected.count:
+        notes.append(
+            f"{rejected.count} bad rows of questions and qrels are skipped, see {rejected.path}; "
+            f"the first: {rejected.first_reason}"
+        )
+    unused = sum(all(id not in judged for judged in qrels.values()) for id in questions)
+    if unused:
+        notes.append(f"{unused} questions stand in no qrels file and are left out")
+    dataset = Dataset(
+        name=folder.resolve().name,
+        corpus=corpus,
+        questions={
+            split: tuple(question for id, question in questions.items() if id in judged)
+            for split, judged in qrels.items()
+        },
+        qrels=qrels,
+        notes=tuple(notes),
+    )
+    if "dev" in qrels or "train" not in qrels:
+        return dataset
+    return hold_out(dataset, split="train", into="dev", fraction=dev_fraction)
+
+
+def _queries_file(folder: Path) -> Path:
+    found = [folder / name for name in ("queries.jsonl", "queries.jsonl.gz")]
+    found = [file for file in found if file.is_file()]
+    if len(found) == 2:
+        raise DataError(f"{folder} holds queries.jsonl and queries.jsonl.gz; remove one of them")
+    return found[0] if found else require_path(folder / "queries.jsonl")
+
+
+def _read_questions(
+    path: Path, names: Mapping[str, str], rejected: RejectedRows
+) -> dict[str, Question]:
+    questions: dict[str, Question] = {}
+    lines: dict[str, int] = {}
+    for row in read_jsonl(SourceFile(path), rejected):
+        try:
+            question = _parse_question(row.record, names)
+        except DataError as error:
+            rejected.add(path, row.line, str(error), row.raw)
+            continue
+        if question.id in questions:
+            raise DataError(
+                f"{path}: the id {question.id!r} stands in line {lines[question.id]} and again in "
+                f'line {row.line}; ids are compared as text, so the number 1 equals "1"; make '
+                "them unique"
+            )
+        questions[question.id] = question
+        lines[question.id] = row.line
+    if not questions:
+        raise DataError(f"{path}: 0 questions ({rejected.first_reason or 'the file is empty'})")
+    return questions
+
+
+def _parse_question(record: dict[str, Any], names: Mapping[str, str]) -> Question:
+    id_name, text_name = names["query_id"], names["query"]
+    if id_name not in record or text_name not in record:
+        raise missing_field(record, {"query_id": id_name, "query": text_name})
+    metadata = record.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise DataError(f"metadata is a {type(metadata).__name__}; expected an object")
+    text = string_field(record, text_name)
+    if not text.strip():
+        raise DataError(f"the question in field {text_name!r} is empty")
+    answers = metadata.get(names["answers"])
+    if answers is None:
+        answers = record.get(names["answers"])
+    source = metadata.get("doc")
+    return Question(
+        id=id_field(record, id_name),
+        text=text,
+        answers=_parse_answers(answers, names["answers"]),
+        source=None if source is None else str(source),
+    )
+
+
+def _parse_answers(answers: Any, name: str) -> tuple[str, ...]:
+    if answers is None:
+        return ()
+    if not isinstance(answers, list):
+        raise DataError(
+            f"{name} is a {type(answers).__name__}; expected a list of strings, for example "
+            f'{{"{name}": ["31 kb"]}}'
+        )
+    for place, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            shown = "empty" if isinstance(answer, str) else f"a {type(answer).__name__}"
+            raise DataError(f"{name}[{place}] is {shown}; expected a flat list of strings")
+        check_encodable(answer, name)
+    return tuple(answers)
+
+
+def _read_qrels(
+    path: Path,
+    corpus: Corpus,
+    questions: Mapping[str, Question],
+    rejected: RejectedRows,
+    notes: list[str],
+) -> dict[str, dict[str, int]]:
+    """Returns question id to passage id to grade; what is dropped is noted."""
+    judged: dict[str, dict[str, int]] = {}
+    known_docs: dict[str, bool] = {}
+    unknown: list[str] = []
+    num_rows = 0
+    for row in _qrels_rows(path, rejected):
+        num_rows += 1
+        if row.doc_id not in known_docs:
+            known_docs[row.doc_id] = row.doc_id in corpus
+        if row.question_id not in questions:
+            unknown.append(f"question {row.question_id!r}")
+        elif not known_docs[row.doc_id]:
+            unknown.append(f"passage {row.doc_id!r}")
+        else:
+            grades = judged.setdefault(row.question_id, {})
+            if grades.setdefault(row.doc_id, row.grade) != row.grade:
+                reason = (
+                    f"question {row.question_id!r} and passage {row.doc_id!r} have the grades "
+                    f"{grades[row.doc_id]} and {row.grade}; keep one"
+                )
+                rejected.add(path, row.line, reason)
+    if not num_rows:
+        raise DataError(f"{path}: 0 rows; expected query-id, corpus-id and score")
+    if unknown:
+        notes.append(_unknown_note(path, unknown, num_rows))
+    positive = {id: grades for id, grades in judged.items() if max(grades.values()) > 0}
+    if not positive:
+        raise DataError(f"{path}: no question has a relevant passage (a score above 0)")
+    if len(positive) < len(judged):
+        dropped = len(judged) - len(positive)
+        notes.append(f"{path}: {dropped} questions without a relevant passage are dropped")
+    return positive
+
+
+def _unknown_note(path: Path, unknown: list[str], num_rows: int) -> str:
+    distinct = list(dict.fromkeys(unknown))
+    listed = ", ".join(distinct[:_SHOWN_IDS]) + (", ..." if len(distinct) > _SHOWN_IDS else "")
+    message = f"{path}: {len(unknown)} of {num_rows} rows name unknown ids ({listed})"
+    if len(unknown) > MAX_UNKNOWN_FRACTION * num_rows:
+        raise DataError(
+            f"{message}, more than {MAX_UNKNOWN_FRACTION:.0%}; do corpus, queries and qrels belong "
+            "together?"
+        )
+    return f"{message} and are dropped"
+
+
+class _QrelsRow(NamedTuple):
+    line: int
+    question_id: str
+    doc_id: str
+    grade: int
+
+
+def _qrels_rows(path: Path, rejected: RejectedRows) -> Iterator[_QrelsRow]:
+    for number, raw, _ in SourceFile(path).lines():
+        columns = raw.decode("utf-8", errors="replace").split("\t")
+        if len(columns) != 3:
+            reason = f"{len(columns)} columns; expected 3, with tabs: query-id, corpus-id, score"
+            rejected.add(path, number, reason, raw)
+        elif _INTEGER.fullmatch(columns[2]):
+            yield _QrelsRow(number, columns[0], columns[1], int(columns[2]))
+        elif number > 1:  # the first line may be the header
+            reason = f"the score is {columns[2]!r}; expected a whole number"
+            rejected.add(path, number, reason, raw)

@@ -1,0 +1,135 @@
+"""What a retrieval-augmented model is trained and judged on: questions, answers, qrels."""
+
+import dataclasses
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ragjax.data.corpus import Corpus
+from ragjax.data.jsonl import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A query with the answers that count as right.
+
+    Attributes:
+        id: As in queries.jsonl.
+        text: Exactly as written.
+        answers: Accepted answers; empty when the data has relevance judgements only.
+        source: The document the question was written about (`metadata.doc`), if known.
+    """
+
+    id: str
+    text: str
+    answers: tuple[str, ...] = ()
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A corpus with questions and relevance judgements by split.
+
+    Attributes:
+        name: The folder's name.
+        corpus: The passages.
+        questions: Split name ("train", "dev", "test", ...) to questions, in file order.
+        qrels: Split name to question id to passage id to grade; above 0 is relevant. Every id
+            exists, every question has at least one relevant passage.
+        notes: Sentences on what was skipped or dropped, to show to the user.
+    """
+
+    name: str
+    corpus: Corpus
+    questions: Mapping[str, tuple[Question, ...]]
+    qrels: Mapping[str, Mapping[str, Mapping[str, int]]]
+    notes: tuple[str, ...] = ()
+
+    def graded_rows(self, split: str) -> list[dict[int, int]]:
+        """Returns corpus row to grade for each question of a split, in the same order.
+
+        Raises:
+            DataError: The data has no such split.
+        """
+        if split not in self.questions:
+            raise DataError(f"{self.name} has no split {split!r}; it has {sorted(self.questions)}")
+        judged = self.qrels[split]
+        return [
+            {self.corpus.row_of(doc_id): grade for doc_id, grade in judged[question.id].items()}
+            for question in self.questions[split]
+        ]
+
+
+def hold_out(dataset: Dataset, *, split: str, into: str, fraction: float) -> Dataset:
+    """Moves a fraction of a split's questions into a new split, chosen by a hash of their ids.
+
+    The choice does not depend on file order or on any seed, so every run agrees on it. At least
+    one question stays and, for a positive fraction, at least one moves.
+
+    Args:
+        dataset: Has `split` and lacks `into`.
+        split: Where the questions come from.
+        into: Name of the new split.
+        fraction: Of the questions, in [0, 1); 0 returns the dataset unchanged.
+
+    Raises:
+        DataError: The fraction is out of range, or one question cannot be divided.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"dev_fraction must be in [0, 1), got {fraction}")
+    questions = dataset.questions[split]
+    if fraction == 0:
+        return dataset
+    if len(questions) < 2:
+        raise DataError(
+            f"{dataset.name}: qrels/{split}.tsv has {len(questions)} question, too few to hold "
+            f"some out; add qrels/{into}.tsv, or set dev_fraction to 0"
+        )
+    count = min(max(round(fraction * len(questions)), 1), len(questions) - 1)
+    by_hash = sorted(
+        (question.id for question in questions),
+        key=lambda id: hashlib.sha256(id.encode("utf-8")).digest(),
+    )
+    moved = frozenset(by_hash[:count])
+    judged = dataset.qrels[split]
+    note = (
+        f"no qrels/{into}.tsv: {count} of the {len(questions)} {split} questions, chosen by a hash "
+        f"of their ids, are held out as {into}"
+    )
+    return dataclasses.replace(
+        dataset,
+        questions={
+            **dataset.questions,
+            split: tuple(question for question in questions if question.id not in moved),
+            into: tuple(question for question in questions if question.id in moved),
+        },
+        qrels={
+            **dataset.qrels,
+            split: {id: grades for id, grades in judged.items() if id not in moved},
+            into: {id: grades for id, grades in judged.items() if id in moved},
+        },
+        notes=(*dataset.notes, note),
+    )
+
+
+def leaked_questions(
+    dataset: Dataset, *, split: str = "test", against: str = "train"
+) -> tuple[str, ...]:
+    """Returns the ids of a split's questions whose text is also asked in another split.
+
+    Texts are compared without case, punctuation and Unicode form. A leak is reported, never
+    removed: the published splits of some sets contain them.
+    """
+    seen = {_normalised(question.text) for question in dataset.questions.get(against, ())}
+    return tuple(
+        question.id
+        for question in dataset.questions.get(split, ())
+        if _normalised(question.text) in seen
+    )
+
+
+def _normalised(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return re.sub(r"[\W_]+", " ", folded).strip()

@@ -1,0 +1,65 @@
+"""Names of the fields in a user's files, and the error when a row lacks one."""
+
+import difflib
+from collections.abc import Mapping
+
+from ragjax.data.jsonl import DataError
+
+DEFAULT_FIELDS: Mapping[str, str] = {
+    "id": "_id",
+    "title": "title",
+    "text": "text",
+    "query_id": "_id",
+    "query": "text",
+    "answers": "answers",
+}
+_COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
+    "id": ("_id", "id", "docid", "doc_id", "pid", "passage_id"),
+    "text": ("text", "contents", "content", "passage", "body", "document"),
+    "query_id": ("_id", "id", "qid", "query_id", "question_id"),
+    "query": ("text", "question", "query"),
+}
+
+
+def resolve_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
+    """Returns all field names: those given over the BEIR ones.
+
+    Args:
+        fields: From the names in `DEFAULT_FIELDS` to the names in the user's files.
+
+    Raises:
+        DataError: A name that is not in `DEFAULT_FIELDS`.
+    """
+    for name in fields or {}:
+        if name not in DEFAULT_FIELDS:
+            close = difflib.get_close_matches(name, DEFAULT_FIELDS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise DataError(
+                f"--fields: unknown name {name!r}, expected some of {', '.join(DEFAULT_FIELDS)}"
+                f"{hint}"
+            )
+    return {**DEFAULT_FIELDS, **(fields or {})}
+
+
+def missing_field(record: Mapping[str, object], expected: Mapping[str, str]) -> DataError:
+    """Describes a row that lacks fields.
+
+    Args:
+        record: The row.
+        expected: From our names to the names looked for; at least one is not in the row.
+
+    Returns:
+        An error with the keys found and a `--fields` line that would work for this row.
+    """
+    absent = {name: key for name, key in expected.items() if key not in record}
+    suggestion = ",".join(f"{name}={_guess(name, record)}" for name in absent)
+    wanted = " and ".join(f"{key!r} (the {name})" for name, key in absent.items())
+    found = ", ".join(repr(key) for key in list(record)[:10]) or "none"
+    return DataError(
+        f"no field {wanted}; fields found: {found}; name them with --fields {suggestion}"
+    )
+
+
+def _guess(name: str, record: Mapping[str, object]) -> str:
+    known = [key for key in _COMMON_NAMES[name] if key in record]
+    return known[0] if known else "NAME"
