@@ -18,6 +18,7 @@ from ragjax.models.hub import resolve_source
 from ragjax.models.inputs import LMBatch
 from ragjax.models.llama_checkpoint import params_from_gguf, params_from_huggingface
 from ragjax.models.llama_config import LlamaConfig, parse_huggingface_config
+from ragjax.models.llama_decoding import LlamaDecoder
 from ragjax.models.safetensors import read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class LanguageModel:
         fingerprint: Hexadecimal sha256 over the files the model was read from.
         token_log_probs: `(params, LMBatch) -> [R, T]` float32 log-probabilities of the targets in
             nats, 0 where masked; pure and not jitted.
+        decoder: Reads prompts once and appends tokens, for `ragjax.generation`.
     """
 
     params: dict[str, Any]
@@ -51,6 +53,7 @@ class LanguageModel:
     source: str
     fingerprint: str
     token_log_probs: Callable[[dict[str, Any], LMBatch], Array]
+    decoder: LlamaDecoder
 
 
 def load_language_model(source: str) -> LanguageModel:
@@ -148,6 +151,7 @@ def _assemble(
         source=source,
         fingerprint=_fingerprint(files),
         token_log_probs=functools.partial(llama.token_log_probs, config),
+        decoder=LlamaDecoder(config),
     )
 
 

@@ -184,7 +184,7 @@ def run_layers(
     allowed: Array,
     past: KeyValues | None = None,
     remat: bool = False,
-) -> tuple[Array, KeyValues | None]:
+) -> tuple[Array, KeyValues]:
     """Runs the embedding, all layers and the final norm.
 
     Args:

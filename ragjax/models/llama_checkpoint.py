@@ -1,7 +1,7 @@
 """Which checkpoint tensor fills which parameter of a Llama-family decoder."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ragjax.models.llama import init_params
 from ragjax.models.llama_config import LlamaConfig
+from ragjax.models.llama_training import join_layers
 from ragjax.models.safetensors import KeyRule, apply_key_table, transpose
 
 # Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
@@ -53,7 +54,7 @@ def params_from_huggingface(
     # transformers before 4.31 stored the rotary frequencies; a tied head may be stored twice.
     ignored = ["model.layers.{}.self_attn.rotary_emb.inv_freq"]
     ignored += ["lm_head.weight"] if config.tie_embeddings else []
-    table = _key_table(config, column=0, prefix="model.layers.{}.", permuted=False)
+    table = _key_table(config, 0, "model.layers.{}.", permuted=False)
     return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
 
 
@@ -79,9 +80,43 @@ def params_from_gguf(
     Raises:
         ValueError: A tensor is missing, left over or of another shape.
     """
-    table = _key_table(config, column=1, prefix="blk.{}.", permuted=permuted)
+    table = _key_table(config, 1, "blk.{}.", permuted=permuted)
     ignored = ["rope_freqs.weight"]
     return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+
+
+def params_to_huggingface(config: LlamaConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Names the parameters as a Hugging Face folder does: the inverse of the loader.
+
+    Args:
+        config: Sizes.
+        params: Parameters; the layers in one stack or several.
+
+    Returns:
+        Tensor name to contiguous float array, ready for `safetensors.numpy.save_file`.
+    """
+    flat = {"/".join(path): leaf for path, leaf in _leaves(join_layers(params))}
+    tensors: dict[str, np.ndarray] = {}
+    for pattern, rule in _key_table(config, 0, "model.layers.{}.", permuted=False).items():
+        leaf = np.asarray(flat[rule.path])
+        turned = rule.path.endswith("kernel")
+        if "{}" not in pattern:
+            tensors[pattern] = np.ascontiguousarray(leaf.T if turned else leaf)
+            continue
+        for layer, part in enumerate(leaf):
+            name = pattern.replace("{}", str(layer))
+            tensors[name] = np.ascontiguousarray(part.T if turned else part)
+    return tensors
+
+
+def _leaves(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
 
 
 def _shapes(config: LlamaConfig) -> dict[str, Any]:
@@ -89,7 +124,7 @@ def _shapes(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _key_table(
-    config: LlamaConfig, *, column: int, prefix: str, permuted: bool
+    config: LlamaConfig, column: int, prefix: str, *, permuted: bool
 ) -> dict[str, KeyRule]:
     heads = {"query": config.num_heads, "key": config.num_kv_heads}
     table = {}

@@ -1,0 +1,35 @@
+"""What generation needs from a language model; `LanguageModel.decoder` is one choice."""
+
+from typing import Any, Protocol
+
+from jax import Array
+
+
+class Prefilled(Protocol):
+    """The state after some tokens: a pytree with these two fields."""
+
+    @property
+    def logits(self) -> Array:
+        """`[R, V]` float32, of the next token."""
+        ...
+
+    @property
+    def cache(self) -> Any:
+        """A pytree of arrays of fixed shapes."""
+        ...
+
+
+class Decoder(Protocol):
+    """Pure functions of a causal language model; hashable, as jitted functions take it static."""
+
+    def prefill(self, params: Any, ids: Array, mask: Array, *, cache_length: int) -> Prefilled:
+        """Reads left-padded prompts `[R, L]`, leaving room for `cache_length - L` tokens."""
+        ...
+
+    def decode_step(self, params: Any, cache: Any, token_ids: Array) -> Prefilled:
+        """Appends one token `[R]` to each row."""
+        ...
+
+    def score(self, params: Any, prefilled: Any, target_ids: Array, target_mask: Array) -> Array:
+        """Returns the log-probabilities `[R, T]` of right-padded targets after the prompts."""
+        ...
