@@ -9,6 +9,7 @@ _TARGET = re.compile(r"^~|^!|\s*<[^>]*>$")
 _DIRECTIVE = re.compile(r"^\s*\.\.\s+([\w:-]+?)::\s*(.*)$")
 _COMMENT = re.compile(r"^\s*\.\.(\s|$)")
 _UNDERLINE = re.compile(r"^\s*([-=~^*#])\1{2,}\s*$")
+_TABLE_BORDER = re.compile(r"^\s*(\+[-=+]{3,}|={3,} +=[= ]*)$")
 _PARAMETER = re.compile(r"^(\s*)(\*{0,2}\w[\w*, ]*?) : (\S.*)$")
 _CALL = r"^{name}\(.*\)( *->.*)?( *--.*)?$"
 # A sentence ends here, unless the dot belongs to one of the usual abbreviations.
@@ -45,6 +46,7 @@ def clean_docstring(docstring: str, *, name: str) -> str:
     lines = inspect.cleandoc(docstring).splitlines()
     lines = _drop_signatures(lines, name)
     lines = _drop_doctests(lines)
+    lines = [line for line in lines if not _TABLE_BORDER.match(line)]
     lines = _label_headings(lines)
     lines = _drop_directives(lines)
     lines = _drop_sections(lines)

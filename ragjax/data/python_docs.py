@@ -56,7 +56,7 @@ MODULES = tuple(_STDLIB + _JAX + _OPTAX + _FLAX + _NUMPY)
 # jax.numpy documents what it shares with numpy, numpy.random.Generator the legacy functions.
 _TWINS = {"numpy": "jax.numpy", "numpy.linalg": "jax.numpy.linalg", "numpy.fft": "jax.numpy.fft"}
 # Their methods repeat those of str and set, or are rarely called by a user.
-_CLASSES_ONLY = re.compile(r"(bytes|bytearray|frozenset|asyncio\..*)$")
+_CLASSES_ONLY = re.compile(r"(bytes|bytearray|frozenset|(asyncio|decimal|io|numpy\.testing)\..*)$")
 _POINTER = re.compile(r"(refer to|see|alias of|equivalent to) [\w.]+( for .*)?\.?$", re.IGNORECASE)
 _LEGACY = re.compile(r"numpy\.random\.(?!Generator|default_rng|SeedSequence|[A-Z])|.*RandomState")
 
