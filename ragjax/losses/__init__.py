@@ -1,0 +1,34 @@
+"""Losses that join a retriever and a language model: pure functions of arrays.
+
+One contract for all of them:
+
+- Arrays in, one float32 value in nats per query `[B]` out, unreduced: the caller takes the mean.
+- Letters: `B` queries, `K` retrieved documents per query, `T` target tokens, `V` vocabulary, `M`
+  candidates; axis order `[B, K, T]`.
+- Masks are bool, True = keep. What a masked slot holds, NaN included, changes neither value nor
+  gradient. A query with no document has loss 0 and gradient 0.
+- Computed in float32 whatever the inputs' dtype (float64 stays float64).
+- They neither look across devices nor hold state: jit, vmap, shard_map and sharded jit all work.
+"""
+
+from ragjax.losses.contrastive import info_nce_loss as info_nce_loss
+from ragjax.losses.diagnostics import Entropy as Entropy
+from ragjax.losses.diagnostics import agreement as agreement
+from ragjax.losses.diagnostics import kl_divergence as kl_divergence
+from ragjax.losses.diagnostics import posterior_entropy as posterior_entropy
+from ragjax.losses.diagnostics import retrieval_utility as retrieval_utility
+from ragjax.losses.diagnostics import retriever_entropy as retriever_entropy
+from ragjax.losses.diagnostics import target_entropy as target_entropy
+from ragjax.losses.distillation import log_prob as log_prob
+from ragjax.losses.distillation import log_prob_per_token as log_prob_per_token
+from ragjax.losses.distillation import lsr_loss as lsr_loss
+from ragjax.losses.distillation import lsr_target as lsr_target
+from ragjax.losses.distillation import pdist_loss as pdist_loss
+from ragjax.losses.distillation import prob as prob
+from ragjax.losses.distillation import prob_per_token as prob_per_token
+from ragjax.losses.language_modeling import lm_loss as lm_loss
+from ragjax.losses.language_modeling import sequence_log_probs as sequence_log_probs
+from ragjax.losses.language_modeling import token_log_probs as token_log_probs
+from ragjax.losses.marginal import document_posterior as document_posterior
+from ragjax.losses.marginal import rag_sequence_loss as rag_sequence_loss
+from ragjax.losses.marginal import rag_token_loss as rag_token_loss

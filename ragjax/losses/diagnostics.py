@@ -1,0 +1,220 @@
+"""Numbers that say whether a retriever is learning; one per query, to be averaged by the caller.
+
+They are differentiable like any other function: an entropy may serve as a regulariser.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from ragjax.losses._common import Axes, masked_kl, masked_log_softmax
+from ragjax.losses.language_modeling import sequence_log_probs
+from ragjax.losses.marginal import document_posterior, rag_sequence_loss
+
+
+class Entropy(NamedTuple):
+    """The entropy of a distribution over documents."""
+
+    nats: Array
+    """`[B]` H = −Σ_c p_c log p_c."""
+    normalized: Array
+    """`[B]` H / log(number of kept documents): 1 is uniform; 0 is one document, or none kept."""
+
+
+def retriever_entropy(doc_scores: ArrayLike, *, doc_mask: ArrayLike | None = None) -> Entropy:
+    """Measures how undecided the retriever is: H(p_R), with p_R = softmax_c(doc_scores).
+
+    Args:
+        doc_scores: `[B, K]` retrieval scores, already scaled.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `Entropy` of two `[B]` float32 arrays. Normalised values near 1 mean that the scale of the
+        scores is too small for their spread.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        ∂H/∂doc_scores = −p_R ⊙ (log p_R + H).
+
+    References:
+        Shannon, A Mathematical Theory of Communication, 1948, section 6.
+    """
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "BK")
+    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
+    return _entropy(masked_log_softmax(scores, doc_mask), doc_mask)
+
+
+def target_entropy(target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None) -> Entropy:
+    """Measures how much the language model's target says: H(q).
+
+    A normalised value ≥ 0.98 teaches nothing (use a score per token or a smaller temperature), one
+    ≤ 0.02 is a single document (use a larger temperature).
+
+    Args:
+        target_log_probs: `[B, K]` log q in nats, from `lsr_target`; -inf is allowed.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given. Leave out negatives that
+            were appended with target zero: they would count in log K.
+
+    Returns:
+        `Entropy` of two `[B]` float32 arrays.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        The ordinary derivative; `lsr_target` has stopped what lies before.
+
+    References:
+        Shannon, A Mathematical Theory of Communication, 1948, section 6.
+    """
+    axes = Axes()
+    target = axes.floats("target_log_probs", target_log_probs, "BK")
+    return _entropy(target, axes.mask("doc_mask", doc_mask, "BK"))
+
+
+def posterior_entropy(
+    doc_scores: ArrayLike,
+    token_log_probs: ArrayLike,
+    *,
+    doc_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Entropy:
+    """Measures how many documents explain the answer: the entropy of `document_posterior`.
+
+    Args:
+        doc_scores: `[B, K]` retrieval scores, already scaled.
+        token_log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+
+    Returns:
+        `Entropy` of two `[B]` float32 arrays.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        The ordinary derivative, to scores and log-probs alike.
+
+    References:
+        Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
+        section 2.1.
+    """
+    posterior = document_posterior(
+        doc_scores, token_log_probs, doc_mask=doc_mask, token_mask=token_mask
+    )
+    return target_entropy(posterior, doc_mask=doc_mask)
+
+
+def kl_divergence(
+    p_log_probs: ArrayLike, q_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
+) -> Array:
+    """Compares two distributions over the same documents: KL(p‖q) = Σ_c p (log p − log q).
+
+    Args:
+        p_log_probs: `[B, K]` log p in nats; -inf (p = 0) contributes 0.
+        q_log_probs: `[B, K]` log q in nats; -inf where p > 0 makes the result +inf.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B]` in nats, float32, ≥ 0; 0 if no document is kept.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        The ordinary derivative, to both; `lsr_loss` and `pdist_loss` are the losses.
+
+    References:
+        Kullback and Leibler, On Information and Sufficiency, 1951, section 2.
+    """
+    axes = Axes()
+    p_log_probs = axes.floats("p_log_probs", p_log_probs, "BK")
+    q_log_probs = axes.floats("q_log_probs", q_log_probs, "BK")
+    return masked_kl(p_log_probs, q_log_probs, axes.mask("doc_mask", doc_mask, "BK"))
+
+
+def agreement(
+    doc_scores: ArrayLike, target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
+) -> Array:
+    """Says whether retriever and target prefer the same document: argmax s = argmax log q.
+
+    Args:
+        doc_scores: `[B, K]` retrieval scores.
+        target_log_probs: `[B, K]` log q in nats; -inf is allowed.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B]` float32, 1 where they agree, else 0; ties go to the first document. 0 without one.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        None (piecewise constant).
+
+    References:
+        Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
+        section 2.2, for the pair of distributions compared.
+    """
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "BK")
+    target = axes.floats("target_log_probs", target_log_probs, "BK")
+    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
+    best_score = jnp.argmax(jnp.where(doc_mask, scores, -jnp.inf), axis=1)
+    best_target = jnp.argmax(jnp.where(doc_mask, target, -jnp.inf), axis=1)
+    return jnp.where(doc_mask.any(axis=1), best_score == best_target, False).astype(scores.dtype)
+
+
+def retrieval_utility(
+    doc_scores: ArrayLike,
+    token_log_probs: ArrayLike,
+    no_doc_token_log_probs: ArrayLike,
+    *,
+    doc_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Array:
+    """Measures what retrieval adds: log p(y|x) with documents minus log p_LM(y|x) without.
+
+    utility = log Σ_c p_R(c|x) p_LM(y|c∘x) − log p_LM(y|x)
+
+    Args:
+        doc_scores: `[B, K]` retrieval scores, already scaled.
+        token_log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        no_doc_token_log_probs: `[B, T]` log p_LM(y_t | x, y_<t) in nats.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+
+    Returns:
+        `[B]` in nats, float32; above 0 where retrieval helps. 0 for a query with no document.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        Those of −`rag_sequence_loss`; −1 to every kept no-document log-prob.
+
+    References:
+        Guu et al., REALM: Retrieval-Augmented Language Model Pre-Training, 2020 (retrieval
+        utility, there per document).
+    """
+    axes = Axes()
+    axes.floats("doc_scores", doc_scores, "BK")
+    axes.floats("token_log_probs", token_log_probs, "BKT")
+    axes.floats("no_doc_token_log_probs", no_doc_token_log_probs, "BT")
+    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
+    loss = rag_sequence_loss(doc_scores, token_log_probs, doc_mask=doc_mask, token_mask=token_mask)
+    without = sequence_log_probs(no_doc_token_log_probs, token_mask=token_mask)
+    return jnp.where(doc_mask.any(axis=1), -loss - without, 0.0)
+
+
+def _entropy(log_probs: Array, mask: Array) -> Entropy:
+    # KL to the uniform distribution over one document (log 1 = 0) is −H, with p = 0 handled.
+    nats = -masked_kl(log_probs, jnp.zeros_like(log_probs), mask)
+    count = mask.sum(axis=1)
+    return Entropy(nats, nats / jnp.log(jnp.maximum(count, 2)))

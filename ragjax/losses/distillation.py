@@ -1,0 +1,238 @@
+"""LM-supervised retrieval: teach the retriever which documents help the language model.
+
+    lengths = token_mask.sum(-1)
+    scores = log_prob_per_token(sequence_log_probs(token_log_probs, token_mask=token_mask), lengths)
+    target = lsr_target(scores, temperature=0.1, doc_mask=doc_mask)
+    loss = lsr_loss(doc_scores, target, doc_mask=doc_mask).mean()
+
+The score functions share one signature, so that a trainer can be handed any of them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from ragjax.losses._common import Axes, is_known, masked_kl, masked_log_softmax
+
+
+def prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
+    """Scores each document by the probability it gives the answer: g = exp(ℓ_c).
+
+    The formula as RA-DIT and REPLUG print it. exp underflows below ℓ ≈ −103 and its differences
+    vanish long before: for answers of more than a few tokens the target is uniform and teaches
+    nothing. Watch `target_entropy`.
+
+    Args:
+        sequence_log_probs: `[B, K]` ℓ_c in nats.
+        lengths: `[B]` integer, target tokens per query; not used by this score.
+
+    Returns:
+        `[B, K]` float32 in 0 … 1.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        exp(ℓ_c); `lsr_target` stops it.
+
+    References:
+        Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.4.
+        Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4.
+    """
+    return jnp.exp(log_prob(sequence_log_probs, lengths))
+
+
+def prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
+    """Scores each document by the geometric mean of the token probabilities: g = exp(ℓ_c / T).
+
+    Args:
+        sequence_log_probs: `[B, K]` ℓ_c in nats.
+        lengths: `[B]` integer, target tokens per query.
+
+    Returns:
+        `[B, K]` float32 in 0 … 1; 1 for an answer of no tokens.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        exp(ℓ_c / T) / T; `lsr_target` stops it.
+
+    References:
+        Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4, with
+        the probability taken per token.
+    """
+    return jnp.exp(log_prob_per_token(sequence_log_probs, lengths))
+
+
+def log_prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
+    """Scores each document by the log-prob it gives the answer: g = ℓ_c.
+
+    With temperature 1 the target is the posterior under a uniform retriever.
+
+    Args:
+        sequence_log_probs: `[B, K]` ℓ_c in nats.
+        lengths: `[B]` integer, target tokens per query; not used by this score.
+
+    Returns:
+        `[B, K]` float32, nats.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        1; `lsr_target` stops it.
+
+    References:
+        Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
+        section 2.2.
+    """
+    axes = Axes()
+    log_probs = axes.floats("sequence_log_probs", sequence_log_probs, "BK")
+    axes.integers("lengths", lengths, "B")
+    return log_probs
+
+
+def log_prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
+    """Scores each document by the mean log-prob of the answer's tokens: g = ℓ_c / T.
+
+    The score whose spread does not depend on the answer's length; Atlas's pdist uses it.
+
+    Args:
+        sequence_log_probs: `[B, K]` ℓ_c in nats.
+        lengths: `[B]` integer, target tokens per query.
+
+    Returns:
+        `[B, K]` float32, nats per token; 0 for an answer of no tokens.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        1 / T; `lsr_target` stops it.
+
+    References:
+        Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
+        section 2.2 (perplexity distillation).
+    """
+    log_probs = log_prob(sequence_log_probs, lengths)
+    return log_probs / jnp.maximum(jnp.asarray(lengths), 1)[:, None]
+
+
+def lsr_target(
+    scores: ArrayLike, *, temperature: float | Array, doc_mask: ArrayLike | None = None
+) -> Array:
+    """Turns document scores into the distribution the retriever should learn.
+
+    log q(c) = log_softmax_c(g_c / τ)
+
+    Args:
+        scores: `[B, K]` g from one of the score functions.
+        temperature: scalar τ > 0, in the scores' units; smaller is sharper.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B, K]` log q in nats, float32; -inf at masked documents.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar
+            (one traced by jit cannot be checked).
+
+    Gradients:
+        None: the target is a constant.
+
+    References:
+        Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.4.
+        Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4.
+    """
+    axes = Axes()
+    scores = axes.floats("scores", scores, "BK")
+    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
+    if jnp.ndim(temperature) or (is_known(temperature) and not float(temperature) > 0):
+        raise ValueError(f"temperature: expected a scalar above 0, got {temperature}.")
+    # Otherwise the LM could lower the loss by agreeing with the retriever.
+    return jax.lax.stop_gradient(masked_log_softmax(scores / temperature, doc_mask))
+
+
+def lsr_loss(
+    doc_scores: ArrayLike, target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
+) -> Array:
+    """Computes KL(p_R‖p_LSR), the LM-supervised retrieval loss as RA-DIT and REPLUG print it.
+
+    loss = Σ_c p_R(c) (log p_R(c) − log q(c)), with p_R = softmax_c(doc_scores). The gradient of a
+    document is scaled by p_R of it: one that the retriever ranks far down is hardly pulled up
+    (`pdist_loss` does).
+
+    Args:
+        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
+        target_log_probs: `[B, K]` log q in nats, from `lsr_target`; finite at every kept document.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B]` in nats, float32, ≥ 0. A query with no document has loss 0 and gradient 0.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, or a target of -inf at a kept document, where the
+            divergence is infinite. Under jit or vmap the values cannot be looked at, and such a
+            query's loss and gradient are not finite.
+
+    Gradients:
+        ∂/∂doc_scores = p_R ⊙ (log(p_R / q) − loss). None to the target.
+
+    References:
+        Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.4.
+        Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4.
+    """
+    scores, target, doc_mask = _checked_pair(doc_scores, target_log_probs, doc_mask)
+    impossible = doc_mask & (target == -jnp.inf)
+    if is_known(impossible) and impossible.any():
+        raise ValueError(
+            "target_log_probs: expected finite values at every kept document, got "
+            f"{impossible.sum()} of -inf, for which KL(p_R‖p_LSR) is infinite; use pdist_loss or "
+            "mask these documents."
+        )
+    return masked_kl(masked_log_softmax(scores, doc_mask), target, doc_mask)
+
+
+def pdist_loss(
+    doc_scores: ArrayLike, target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
+) -> Array:
+    """Computes KL(p_LSR‖p_R), perplexity distillation: the forward direction of `lsr_loss`.
+
+    loss = Σ_c q(c) (log q(c) − log p_R(c)), with p_R = softmax_c(doc_scores). A useful document is
+    pulled up however far down the retriever ranks it. A target of -inf (probability zero) counts
+    in p_R and nowhere else: so the batch's other documents join the softmax as negatives.
+
+    Args:
+        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
+        target_log_probs: `[B, K]` log q in nats, from `lsr_target`; -inf is allowed.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B]` in nats, float32, ≥ 0. A query with no document has loss 0 and gradient 0.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        ∂/∂doc_scores = p_R − q. None to the target.
+
+    References:
+        Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
+        section 2.2 (perplexity distillation).
+        Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, NAACL 2024, section 4
+        (the camera-ready version prints this direction).
+    """
+    scores, target, doc_mask = _checked_pair(doc_scores, target_log_probs, doc_mask)
+    return masked_kl(target, masked_log_softmax(scores, doc_mask), doc_mask)
+
+
+def _checked_pair(
+    doc_scores: ArrayLike, target_log_probs: ArrayLike, doc_mask: ArrayLike | None
+) -> tuple[Array, Array, Array]:
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "BK")
+    target = axes.floats("target_log_probs", target_log_probs, "BK")
+    # A target that did not come from `lsr_target` must not train the language model either.
+    return scores, jax.lax.stop_gradient(target), axes.mask("doc_mask", doc_mask, "BK")

@@ -1,0 +1,116 @@
+"""Log-probs of target tokens, and the language model's half of dual training."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from ragjax.losses._common import Axes
+
+
+def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> Array:
+    """Computes the log-prob of each target token.
+
+    ℓ_t = logits[t, y_t] − log Σ_v exp(logits[t, v])
+
+    Args:
+        logits: `[..., T, V]` floating-point, at the positions that predict the targets.
+        targets: `[..., T]` integer token ids in 0 … V−1.
+
+    Returns:
+        `[..., T]` log-probs in nats, float32 (float64 stays float64). An id outside 0 … V−1 (such
+        as an ignore label) gives NaN, which a token mask drops.
+
+    Raises:
+        ValueError: logits are not floating-point, targets not integer, or the shapes disagree.
+
+    Gradients:
+        ∂ℓ_t/∂logits[t] = onehot(y_t) − softmax(logits[t]).
+
+    References:
+        Vaswani et al., Attention Is All You Need, 2017, section 3.4 (softmax over the vocabulary).
+    """
+    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
+    if logits.ndim < 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(
+            "logits: expected a floating-point array of shape [..., T, V], "
+            f"got {logits.dtype}{list(logits.shape)}."
+        )
+    if targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            f"targets: expected an integer array of shape {list(logits.shape[:-1])} (as logits), "
+            f"got {targets.dtype}{list(targets.shape)}."
+        )
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+    log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    # A negative id would otherwise count from the end of the vocabulary, silently.
+    in_vocabulary = (targets >= 0) & (targets < logits.shape[-1])
+    return jnp.where(in_vocabulary, log_probs, jnp.nan)
+
+
+def sequence_log_probs(token_log_probs: ArrayLike, *, token_mask: ArrayLike | None = None) -> Array:
+    """Sums token log-probs into the log-prob of the whole target.
+
+    ℓ_c = Σ_t ℓ_ct
+
+    Args:
+        token_log_probs: `[B, K, T]` log p(y_t | c∘x, y_<t) in nats; or `[B, T]`, given no document.
+        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+
+    Returns:
+        `[B, K]` (or `[B]`) in nats, float32. A target with no token has log-prob 0.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        1 at each kept token, 0 at each masked one, whatever it holds.
+
+    References:
+        Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
+        section 2.1.
+    """
+    axes = Axes()
+    letters = "BT" if jnp.ndim(token_log_probs) == 2 else "BKT"
+    log_probs = axes.floats("token_log_probs", token_log_probs, letters)
+    mask = axes.mask("token_mask", token_mask, "BT")
+    mask = mask if letters == "BT" else mask[:, None, :]
+    return jnp.sum(jnp.where(mask, log_probs, 0.0), axis=-1)
+
+
+def lm_loss(
+    token_log_probs: ArrayLike,
+    *,
+    doc_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Array:
+    """Computes the language model's half of dual training (RA-DIT LM-ft).
+
+    loss = −Σ_j Σ_t log p_LM(y_t | c_j∘x, y_<t): every document separately, without p_R weights, so
+    the model learns to use a good document and to ignore a bad one.
+
+    Args:
+        token_log_probs: `[B, K, T]` log-probs of the target tokens in nats; targets only, no
+            prompt tokens.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+
+    Returns:
+        `[B]` in nats, float32: summed over documents and tokens. 0 without a document.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        −1 to every kept token log-prob, 0 to the others.
+
+    References:
+        Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.3.
+    """
+    axes = Axes()
+    log_probs = axes.floats("token_log_probs", token_log_probs, "BKT")
+    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
+    token_mask = axes.mask("token_mask", token_mask, "BT")
+    keep = doc_mask[:, :, None] & token_mask[:, None, :]  # [B, K, T]
+    return -jnp.sum(jnp.where(keep, log_probs, 0.0), axis=(1, 2))

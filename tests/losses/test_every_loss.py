@@ -1,0 +1,364 @@
+"""The contract every loss and diagnostic shares, checked case by case."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import losses_reference as reference
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from losses_reference import Batch, as_float64, make_batch
+
+from ragjax import losses
+
+
+def _marginal(function):
+    return lambda b: function(
+        b.doc_scores, b.token_log_probs, doc_mask=b.doc_mask, token_mask=b.token_mask
+    )
+
+
+CASES = {
+    "rag_sequence_loss": (_marginal(losses.rag_sequence_loss), reference.rag_sequence),
+    "rag_token_loss": (_marginal(losses.rag_token_loss), reference.rag_token),
+    "lm_loss": (
+        lambda b: losses.lm_loss(b.token_log_probs, doc_mask=b.doc_mask, token_mask=b.token_mask),
+        reference.lm,
+    ),
+    "lsr_loss": (
+        lambda b: losses.lsr_loss(b.doc_scores, b.target, doc_mask=b.doc_mask),
+        reference.lsr,
+    ),
+    "pdist_loss": (
+        lambda b: losses.pdist_loss(b.doc_scores, b.sparse_target, doc_mask=b.doc_mask),
+        reference.pdist,
+    ),
+    "info_nce_loss": (
+        lambda b: losses.info_nce_loss(b.doc_scores, b.positives, mask=b.doc_mask),
+        reference.info_nce,
+    ),
+    "retriever_entropy": (
+        lambda b: losses.retriever_entropy(b.doc_scores, doc_mask=b.doc_mask).nats,
+        reference.retriever_entropy,
+    ),
+    "retriever_entropy_normalized": (
+        lambda b: losses.retriever_entropy(b.doc_scores, doc_mask=b.doc_mask).normalized,
+        reference.retriever_entropy_normalized,
+    ),
+    "target_entropy": (
+        lambda b: losses.target_entropy(b.sparse_target, doc_mask=b.doc_mask).nats,
+        reference.target_entropy,
+    ),
+    "posterior_entropy": (
+        lambda b: _marginal(losses.posterior_entropy)(b).nats,
+        reference.posterior_entropy,
+    ),
+    "kl_divergence": (
+        lambda b: losses.kl_divergence(b.sparse_target, b.target, doc_mask=b.doc_mask),
+        lambda b: reference.pdist(b._replace(doc_scores=b.target)),
+    ),
+    "retrieval_utility": (
+        lambda b: losses.retrieval_utility(
+            b.doc_scores,
+            b.token_log_probs,
+            b.no_doc_log_probs,
+            doc_mask=b.doc_mask,
+            token_mask=b.token_mask,
+        ),
+        reference.retrieval_utility,
+    ),
+}
+LOSSES = [name for name in CASES if name.endswith("_loss")]
+
+every_case = pytest.mark.parametrize("name", CASES)
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def with_gradients(loss, batch: Batch):
+    """The loss, and the gradients of its sum to doc_scores and token_log_probs."""
+
+    def total(doc_scores, log_probs):
+        value = loss(batch._replace(doc_scores=doc_scores, token_log_probs=log_probs))
+        return value.sum(), value
+
+    slopes, value = jax.grad(total, argnums=(0, 1), has_aux=True)(
+        batch.doc_scores, batch.token_log_probs
+    )
+    return value, *slopes
+
+
+# Compiled once per loss: most tests below call it on the same shapes.
+EVALUATE = {
+    name: jax.jit(lambda batch, loss=loss: with_gradients(loss, batch))
+    for name, (loss, _) in CASES.items()
+}
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def finite_differences(loss, batch: Batch, field: str, step=1e-5):
+    values = getattr(batch, field)
+    slopes = np.zeros_like(values)
+    for index in np.ndindex(values.shape):
+        shift = np.zeros_like(values)
+        shift[index] = step
+        above = loss(batch._replace(**{field: values + shift})).sum()
+        below = loss(batch._replace(**{field: values - shift})).sum()
+        slopes[index] = (above - below) / (2 * step)
+    return slopes
+
+
+@every_case
+@pytest.mark.parametrize("masked", [True, False])
+def test_value_equals_the_formula_in_float64(name, masked, rng):
+    batch = make_batch(rng, masked=masked)
+    value, *_ = EVALUATE[name](batch)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, CASES[name][1](as_float64(batch)), rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_gradient_equals_finite_differences_of_the_formula(name, rng):
+    batch = make_batch(rng)
+    _, to_scores, to_log_probs = EVALUATE[name](batch)
+    formula, exact = CASES[name][1], as_float64(batch)
+    np.testing.assert_allclose(
+        to_scores, finite_differences(formula, exact, "doc_scores"), atol=2e-5
+    )
+    np.testing.assert_allclose(
+        to_log_probs, finite_differences(formula, exact, "token_log_probs"), atol=2e-5
+    )
+
+
+@every_case
+def test_masks_not_given_keep_everything(name, rng):
+    batch = make_batch(rng, masked=False)
+    value = CASES[name][0](batch._replace(doc_mask=None, token_mask=None))
+    np.testing.assert_allclose(value, EVALUATE[name](batch)[0], rtol=1e-5, atol=1e-6)
+
+
+@every_case
+@pytest.mark.parametrize("garbage", [7.0, -np.inf, np.inf, np.nan])
+def test_garbage_in_masked_slots_changes_neither_value_nor_gradient(name, garbage, rng):
+    batch = make_batch(rng)
+    token_kept = batch.doc_mask[:, :, None] & batch.token_mask[:, None, :]
+    spoiled = batch._replace(
+        doc_scores=jnp.where(batch.doc_mask, batch.doc_scores, garbage),
+        token_log_probs=jnp.where(token_kept, batch.token_log_probs, garbage),
+        target=jnp.where(batch.doc_mask, batch.target, garbage),
+        sparse_target=jnp.where(batch.doc_mask, batch.sparse_target, garbage),
+        no_doc_log_probs=jnp.where(batch.token_mask, batch.no_doc_log_probs, garbage),
+    )
+    assert_close(EVALUATE[name](spoiled), EVALUATE[name](batch), tolerance=0)
+
+
+@every_case
+def test_query_without_documents_has_loss_and_gradient_zero(name, rng):
+    batch = make_batch(rng)
+    empty = batch._replace(doc_mask=jnp.zeros_like(batch.doc_mask))
+    for array in EVALUATE[name](empty):
+        np.testing.assert_array_equal(array, 0)
+
+
+@every_case
+def test_nan_in_a_kept_slot_stays_visible_and_in_its_own_row(name, rng):
+    batch = make_batch(rng, masked=False)
+    spoiled = batch._replace(
+        doc_scores=batch.doc_scores.at[1, 2].set(jnp.nan),
+        token_log_probs=batch.token_log_probs.at[1, 2, 1].set(jnp.nan),
+        target=batch.target.at[1, 2].set(jnp.nan),
+        sparse_target=batch.sparse_target.at[1, 2].set(jnp.nan),
+    )
+    value, *slopes = EVALUATE[name](spoiled)
+    np.testing.assert_array_equal(np.isnan(value), np.arange(5) == 1)
+    for slope in slopes:
+        assert np.isfinite(np.delete(slope, 1, axis=0)).all()
+
+
+@every_case
+def test_order_of_documents_never_matters(name, rng):
+    batch = make_batch(rng)
+    order = jnp.array([3, 1, 5, 0, 4, 2])
+    permuted = Batch(
+        doc_scores=batch.doc_scores[:, order],
+        token_log_probs=batch.token_log_probs[:, order],
+        target=batch.target[:, order],
+        sparse_target=batch.sparse_target[:, order],
+        no_doc_log_probs=batch.no_doc_log_probs,
+        positives=jnp.argsort(order)[batch.positives],
+        doc_mask=batch.doc_mask[:, order],
+        token_mask=batch.token_mask,
+    )
+    value, to_scores, to_log_probs = EVALUATE[name](batch)
+    expected = (value, to_scores[:, order], to_log_probs[:, order])
+    assert_close(EVALUATE[name](permuted), expected)
+
+
+@every_case
+def test_loss_of_a_query_does_not_depend_on_the_batch_size(name, rng):
+    batch = make_batch(rng)
+    alone = [
+        CASES[name][0](jax.tree.map(lambda array, row=row: array[row : row + 1], batch))
+        for row in range(5)
+    ]
+    np.testing.assert_allclose(
+        jnp.concatenate(alone), EVALUATE[name](batch)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+@every_loss
+def test_eager_jit_and_vmap_agree_in_value_and_gradient(name, rng):
+    loss, _ = CASES[name]
+    pair = [make_batch(rng), make_batch(rng)]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *pair)
+    mapped = jax.jit(jax.vmap(lambda batch: with_gradients(loss, batch)))(stacked)
+    for i, batch in enumerate(pair):
+        jitted = EVALUATE[name](batch)
+        assert_close(with_gradients(loss, batch), jitted)
+        assert_close([array[i] for array in mapped], jitted)
+
+
+@every_loss
+def test_eight_devices_equal_one_device_in_loss_and_gradient(name, rng):
+    loss, _ = CASES[name]
+    batch = make_batch(rng, num_queries=16)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("batch")
+    sharded = jax.device_put(batch, NamedSharding(mesh, spec))
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(spec,), out_specs=spec)
+    both = jax.jit(lambda b: (with_gradients(loss, b), with_gradients(mapped, b)))(sharded)
+    for parallel in both:
+        assert len(parallel[0].sharding.device_set) == 8
+        assert_close(parallel, EVALUATE[name](batch))
+
+
+@every_case
+def test_bfloat16_inputs_are_computed_in_float32(name, rng):
+    batch = make_batch(rng)
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, batch)
+    same_values = jax.tree.map(
+        lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, low
+    )
+    value = CASES[name][0](low)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, EVALUATE[name](same_values)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rag_sequence_loss", "rag_token_loss", "lsr_loss", "pdist_loss"])
+def test_extreme_scores_give_finite_losses_and_gradients(name, rng):
+    batch = make_batch(rng)
+    extreme = batch._replace(
+        doc_scores=batch.doc_scores * 1e4, token_log_probs=batch.token_log_probs * 1e4
+    )
+    for array in EVALUATE[name](extreme):
+        assert np.isfinite(array).all()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0, 8))
+def test_any_mask_and_scale_equals_the_formula(seed, spread):
+    rng = np.random.default_rng(seed)
+    batch = make_batch(rng)
+    doc_mask = jnp.asarray(rng.random(batch.doc_mask.shape) < rng.random())
+    batch = batch._replace(
+        doc_scores=batch.doc_scores * np.float32(spread),
+        positives=jnp.argmax(doc_mask, axis=1),
+        doc_mask=doc_mask,
+    )
+    exact = as_float64(batch)
+    for name in ("rag_sequence_loss", "rag_token_loss", "info_nce_loss", "retriever_entropy"):
+        np.testing.assert_allclose(
+            EVALUATE[name](batch)[0], CASES[name][1](exact), rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32 - 1), temperature=st.floats(0.01, 10))
+def test_no_divergence_is_negative(seed, temperature):
+    rng = np.random.default_rng(seed)
+    batch = make_batch(rng)
+    target = losses.lsr_target(
+        rng.normal(size=batch.target.shape), temperature=temperature, doc_mask=batch.doc_mask
+    )
+    batch = batch._replace(target=target, sparse_target=target)
+    for name in ("lsr_loss", "pdist_loss"):
+        assert (np.asarray(EVALUATE[name](batch)[0]) > -1e-5).all()
+
+
+SCORES, LOG_PROBS, TOKENS = np.zeros((2, 3)), np.zeros((2, 3, 4)), np.zeros((2, 4))
+LENGTHS = np.array([4, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: losses.rag_sequence_loss(np.zeros(3), LOG_PROBS),
+            r"doc_scores: .*\[B, K\].*\[3\]",
+        ),
+        (
+            lambda: losses.rag_token_loss(SCORES.astype(int), LOG_PROBS),
+            r"doc_scores: expected a floating-point array of shape \[B, K\], got int\d+\[2, 3\]",
+        ),
+        (
+            lambda: losses.rag_token_loss(SCORES, np.zeros((2, 5, 4))),
+            r"token_log_probs: .*\[B=2 \(as doc_scores\), K=3 \(as doc_scores\), T\].*\[2, 5, 4\]",
+        ),
+        (
+            lambda: losses.document_posterior(SCORES, LOG_PROBS, doc_mask=np.ones((2, 3))),
+            r"doc_mask: expected a bool \(True = keep\) array .*, got float32\[2, 3\]",
+        ),
+        (
+            lambda: losses.rag_token_loss(SCORES, LOG_PROBS, token_mask=np.ones((2, 5), bool)),
+            r"token_mask: .*T=4 \(as token_log_probs\).*bool\[2, 5\]",
+        ),
+        (lambda: losses.lm_loss(TOKENS), r"token_log_probs: .*\[B, K, T\].*\[2, 4\]"),
+        (lambda: losses.sequence_log_probs(np.zeros(4)), r"token_log_probs: .*\[4\]"),
+        (lambda: losses.lsr_loss(SCORES, np.zeros((2, 4))), r"target_log_probs: .*K=3.*\[2, 4\]"),
+        (lambda: losses.pdist_loss(SCORES, SCORES > 0), r"target_log_probs: .*got bool\[2, 3\]"),
+        (lambda: losses.lsr_target(LOG_PROBS, temperature=1.0), r"scores: .*\[2, 3, 4\]"),
+        (lambda: losses.lsr_target(SCORES, temperature=0.0), "temperature: .*above 0, got 0.0"),
+        (lambda: losses.lsr_target(SCORES, temperature=-1), "temperature: .*above 0, got -1"),
+        (lambda: losses.lsr_target(SCORES, temperature=np.nan), "temperature: .*got nan"),
+        (lambda: losses.lsr_target(SCORES, temperature=np.ones(2)), "temperature: .*scalar"),
+        (lambda: losses.prob(LOG_PROBS, LENGTHS), "sequence_log_probs: "),
+        (lambda: losses.log_prob_per_token(SCORES, LENGTHS * 1.0), "lengths: .*integer.*float32"),
+        (lambda: losses.info_nce_loss(TOKENS, TOKENS), r"positives: .*\[B=2 \(as scores\)\]"),
+        (
+            lambda: losses.info_nce_loss(TOKENS, np.array([0, 4])),
+            r"positives: expected columns in 0 … 3 \(scores has M=4\), got \[0, 4\]",
+        ),
+        (lambda: losses.info_nce_loss(TOKENS, np.array([-1, 0])), r"positives: .*got \[-1, 0\]"),
+        (
+            lambda: losses.retrieval_utility(SCORES, LOG_PROBS, np.zeros((2, 5))),
+            r"no_doc_token_log_probs: .*T=4 \(as token_log_probs\).*\[2, 5\]",
+        ),
+        (lambda: losses.token_log_probs(np.zeros(5), 3), r"logits: .*\[\.\.\., T, V\].*\[5\]"),
+        (lambda: losses.token_log_probs(LOG_PROBS, np.zeros((2, 4), int)), r"targets: .*\[2, 3\]"),
+        (lambda: losses.token_log_probs(LOG_PROBS, SCORES), "targets: .*integer.*float32"),
+        (
+            lambda: losses.token_log_probs(LOG_PROBS.astype(int), LENGTHS),
+            "logits: .*floating-point.*got int",
+        ),
+    ],
+)
+def test_bad_input_is_named_with_what_came_and_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()
+
+
+def test_importing_losses_loads_jax_and_nothing_heavier():
+    code = "import sys, ragjax.losses; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "jax" in loaded
+    heavy = {"flax", "transformers", "scann", "tokenizers", "optax", "torch", "orbax"}
+    assert not heavy & set(loaded)
