@@ -1,0 +1,144 @@
+"""A tiny random text encoder and its tokenizer, built in memory: no files, no network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from ragjax.models.bert import KEY_TABLE, Bert, BertConfig
+from ragjax.models.encoder import TextEncoder, build_encoder
+from ragjax.models.nnx_trees import split
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'-_()"
+_MAX_POSITIONS = 64  # tokens
+
+
+def tiny_encoder(seed: int = 0) -> TextEncoder:
+    """Make a BERT of two layers with random weights and a tokenizer of letters and digits.
+
+    Any text can be tokenised: lower-cased, one token per character (`[UNK]` for others).
+
+    Args:
+      seed: of the weights; equal seeds give bit-equal weights.
+
+    Returns:
+      An encoder of normalised mean-pooled embeddings `[B, 16]`.
+    """
+    tokenizer = _tokenizer()
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=32,
+        max_positions=_MAX_POSITIONS,
+    )
+    _, params = split(Bert(config, rngs=nnx.Rngs(seed)))
+    # The usual deviation of 0.02 leaves all embeddings almost parallel; 0.2 tells texts apart.
+    params = jax.tree_util.tree_map_with_path(_spread, params)
+    return build_encoder(
+        config,
+        params,
+        tokenizer,
+        pad_id=0,
+        pooling="mean",
+        normalized=True,
+        max_length=_MAX_POSITIONS,
+        source=f"tiny_encoder({seed})",
+    )
+
+
+def write_tiny_encoder(folder: Path, seed: int = 0) -> Path:
+    """Write `tiny_encoder(seed)` as a sentence-transformers folder that `load_encoder` reads.
+
+    Args:
+      folder: made where it does not exist.
+      seed: of the weights.
+
+    Returns:
+      `folder`.
+    """
+    encoder = tiny_encoder(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(huggingface_tensors(encoder.params), folder / "model.safetensors")
+    encoder.tokenizer.save(str(folder / "tokenizer.json"))
+    config = encoder.config
+    _write_json(
+        folder / "config.json",
+        {
+            "model_type": "bert",
+            "architectures": ["BertModel"],
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "intermediate_size": config.intermediate_size,
+            "max_position_embeddings": config.max_positions,
+            "type_vocab_size": config.type_vocab_size,
+            "layer_norm_eps": config.layer_norm_eps,
+            "hidden_act": config.activation,
+            "pad_token_id": encoder.pad_id,
+        },
+    )
+    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    _write_json(folder / "modules.json", modules)
+    pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
+    _write_json(folder / "tokenizer_config.json", {"pad_token": "[PAD]"})
+    return folder
+
+
+def huggingface_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Name a BERT's parameters as Hugging Face does, layer by layer: `KEY_TABLE` backwards.
+
+    Args:
+      params: parameters of `ragjax.models.bert.Bert`.
+
+    Returns:
+      Tensor name → C-contiguous float32 array (safetensors writes others wrongly).
+    """
+    tensors = {}
+    for pattern, rule in KEY_TABLE.items():
+        leaf = params
+        for part in rule.path.split("/"):
+            leaf = leaf[part]
+        pieces = list(leaf) if "{}" in pattern else [leaf]
+        for layer, piece in enumerate(pieces):
+            array = rule.transform(np.asarray(piece))  # the only transform is its own inverse
+            tensors[pattern.replace("{}", str(layer))] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _tokenizer() -> Tokenizer:
+    vocab = {token: i for i, token in enumerate([*_SPECIAL, *_CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    return tokenizer
+
+
+def _spread(path: Any, leaf: jax.Array) -> jax.Array:
+    is_weight = path[-1].key in ("kernel", "embedding")
+    return leaf * 10.0 if is_weight else leaf
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

@@ -1,0 +1,107 @@
+"""Loads tokenizers as plain `tokenizers.Tokenizer`, with truncation and padding switched off."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer, normalizers
+
+from ragjax.models.config import read_json
+
+
+class PadToken(NamedTuple):
+    """The token that fills up a row."""
+
+    id: int
+    token: str
+    declared: bool  # False = ragjax chose it, as the model declares none
+
+
+def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face folder.
+
+    Args:
+      folder: holds `tokenizer.json`, or another tokenizer that `transformers` can convert.
+      vocab_size: rows of the model's embedding table.
+
+    Returns:
+      The tokenizer; it neither truncates nor pads.
+
+    Raises:
+      FileNotFoundError: no tokenizer in the folder.
+      ValueError: it cannot be read, or has ids that the model has no embedding for.
+    """
+    path = folder / "tokenizer.json"
+    tokenizer = _read_tokenizer(path) if path.is_file() else _convert_tokenizer(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {largest}, but the model has embeddings for "
+            f"{vocab_size} tokens (ids below {vocab_size}); the two do not belong together"
+        )
+    return tokenizer
+
+
+def lowercased(tokenizer: Tokenizer) -> Tokenizer:
+    """Make a tokenizer lower-case its input first; changes it in place and returns it."""
+    first = normalizers.Lowercase()
+    rest = tokenizer.normalizer
+    tokenizer.normalizer = normalizers.Sequence([first, rest]) if rest else first
+    return tokenizer
+
+
+def choose_pad_token(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> PadToken:
+    """Choose the token that fills up rows.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      folder: the model folder, for `tokenizer_config.json` and `special_tokens_map.json`.
+      config: the model's parsed `config.json`.
+
+    Returns:
+      The declared pad token; without one, the end-of-text or first token. Any token will do:
+      padding is always masked.
+    """
+    files = ("tokenizer_config.json", "special_tokens_map.json")
+    names = [_content(read_json(folder / file).get("pad_token")) for file in files]
+    for name in [*names, "[PAD]", "<pad>"]:
+        if name is not None and (pad_id := tokenizer.token_to_id(name)) is not None:
+            return PadToken(pad_id, name, declared=True)
+    for field in ("pad_token_id", "eos_token_id"):
+        pad_id = config.get(field)
+        if isinstance(pad_id, int) and (name := tokenizer.id_to_token(pad_id)) is not None:
+            return PadToken(pad_id, name, declared=field == "pad_token_id")
+    return PadToken(0, tokenizer.id_to_token(0) or "", declared=False)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
+
+
+def _convert_tokenizer(folder: Path) -> Tokenizer:
+    """Let transformers read an older tokenizer format (vocab.txt, vocab.json and merges)."""
+    from transformers import AutoTokenizer  # lazily: it takes seconds to import
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer.json, and transformers finds no other tokenizer it can convert"
+        ) from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(
+            f"{folder}: the tokenizer {type(loaded).__name__} has no tokenizer.json form"
+        )
+    return backend
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token given as a string or as `{"content": ...}`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
