@@ -1,0 +1,313 @@
+"""One JSON line per question and system, and what such lines sum up to.
+
+The file only grows, a whole line at a time, so that an interrupted evaluation continues with the
+questions it has not answered yet: `RecordWriter` drops the torn last line that a killed process
+can leave, and `read_records` ignores it.
+
+Example:
+    with RecordWriter(folder / "predictions.jsonl") as writer:
+        done = {(record.system, record.id) for record in writer.existing}
+        writer.write(QuestionRecord(id="q1", system="after", question="...", metrics={"f1": 0.5}))
+    summarize([r for r in read_records(folder / "predictions.jsonl") if r.system == "after"])
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from ragjax.evaluation.intervals import (
+    PairedDifference,
+    bootstrap_interval,
+    paired_difference,
+)
+
+# The order of reports.
+METRICS = (
+    "recall@1",
+    "recall@5",
+    "recall@20",
+    "mrr@10",
+    "ndcg@10",
+    "answer@5",
+    "exact_match",
+    "f1",
+    "answer_nll",
+)
+SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
+COMPARED_PAIRS = (("after", "before"), ("after", "closed_book"), ("hybrid", "bm25"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionRecord:
+    """What one system did with one question.
+
+    Attributes:
+        id: Question id.
+        system: Name of the system, such as "before".
+        question: Text of the question.
+        answers: Acceptable answers.
+        prediction: Generated answer; None if nothing was generated.
+        doc_ids: Retrieved document ids, best first.
+        doc_scores: Their scores; empty if not kept.
+        metrics: Metric name to value; NaN (not applicable) is left out of the file.
+
+    Raises:
+        ValueError: If a metric is infinite, a score is not finite (leave masked slots out), or
+            scores and documents differ in number.
+    """
+
+    id: str
+    system: str
+    question: str
+    answers: Sequence[str] = ()
+    prediction: str | None = None
+    doc_ids: Sequence[str] = ()
+    doc_scores: Sequence[float] = ()
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        """Keeps only finite metrics, and plain Python values, so that a record reads back equal."""
+        metrics = {name: float(value) for name, value in self.metrics.items()}
+        for name, value in metrics.items():
+            if math.isinf(value):
+                raise ValueError(f"question {self.id!r}, metric {name}: the value is infinite.")
+        scores = tuple(float(score) for score in self.doc_scores)
+        if scores and len(scores) != len(self.doc_ids):
+            raise ValueError(
+                f"question {self.id!r}: {len(scores)} scores for {len(self.doc_ids)} documents."
+            )
+        for doc_id, score in zip(self.doc_ids, scores, strict=False):
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"question {self.id!r}, document {doc_id!r}: the score is {score}."
+                )
+        plain = {
+            "answers": tuple(self.answers),
+            "doc_ids": tuple(self.doc_ids),
+            "doc_scores": scores,
+            "metrics": {name: value for name, value in metrics.items() if not math.isnan(value)},
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+
+class Comparison(NamedTuple):
+    """The difference of two systems in one metric, on the questions where both have it."""
+
+    metric: str
+    system: str
+    baseline: str
+    difference: PairedDifference  # system - baseline
+
+
+class RecordWriter:
+    """Appends records to a file; one writer at a time.
+
+    Attributes:
+        existing: The complete records that the file held when it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens or creates the file and cuts off a torn last line.
+
+        Args:
+            path: The JSONL file; its folder must exist.
+
+        Raises:
+            ValueError: If a complete line of the file is not a record.
+            OSError: If the file cannot be opened.
+        """
+        self._path = Path(path)
+        self._file = open(self._path, "ab", buffering=0)
+        try:
+            content = self._path.read_bytes()
+            self.existing = _parse_lines(self._path, content)
+            self._file.truncate(content.rfind(b"\n") + 1)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, record: QuestionRecord) -> None:
+        """Appends one line in a single write.
+
+        Args:
+            record: The record.
+
+        Raises:
+            OSError: If the line does not fit on the disk; the file is then as before.
+        """
+        line = _to_line(record)
+        end = self._file.seek(0, os.SEEK_END)
+        written = self._file.write(line)
+        if written < len(line):
+            self._file.truncate(end)
+            raise OSError(f"{self._path}: wrote {written} of {len(line)} bytes; is the disk full?")
+
+    def close(self) -> None:
+        """Closes the file; what was written stays."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """Returns the writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the file."""
+        self.close()
+
+
+def read_records(path: str | os.PathLike[str]) -> list[QuestionRecord]:
+    """Reads every complete line of a file of records.
+
+    Args:
+        path: The JSONL file.
+
+    Returns:
+        The records in the order of the file; a last line without a line end is ignored.
+
+    Raises:
+        ValueError: If a complete line is not a record; names the file and the line.
+        OSError: If the file cannot be read.
+    """
+    return _parse_lines(Path(path), Path(path).read_bytes())
+
+
+def summarize(
+    records: Iterable[QuestionRecord], *, num_resamples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """Sums up the records of one system: the mean of each metric with its 95 % interval.
+
+    Args:
+        records: Records of one system, one per question.
+        num_resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        A JSON-ready mapping: per metric that applies to any question
+        `{"value": ..., "low": ..., "high": ...}`, in the order of `METRICS`, then others by name;
+        `"n"`, the number of questions; and, only if some metric applies to fewer of them,
+        `"applicable"`, that metric's number of questions. Every number is finite.
+
+    Raises:
+        ValueError: If there are no records or a question occurs twice.
+    """
+    values = _metric_values(records)
+    columns = {name: np.array(list(column.values())) for name, column in values.metrics.items()}
+    summary: dict[str, Any] = {
+        name: bootstrap_interval(column, num_resamples=num_resamples, seed=seed)._asdict()
+        for name, column in columns.items()
+    }
+    fewer = {name: len(column) for name, column in columns.items() if len(column) < values.n}
+    return summary | {"n": values.n} | ({"applicable": fewer} if fewer else {})
+
+
+def compare(
+    records_by_system: Mapping[str, Sequence[QuestionRecord]],
+    *,
+    pairs: Sequence[tuple[str, str]] = COMPARED_PAIRS,
+    metrics: Sequence[str] = METRICS,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Tests the differences of pairs of systems, question by question.
+
+    Args:
+        records_by_system: Records per system, one per question.
+        pairs: (system, baseline) pairs; a pair with a system that is absent is left out.
+        metrics: Metrics to compare; one that no question has under both systems is left out.
+        num_resamples: Number of bootstrap samples and of sign patterns.
+        seed: Seed of both.
+
+    Returns:
+        The comparisons, pair by pair in the order of `metrics`.
+
+    Raises:
+        ValueError: If a question occurs twice in a system, or two systems that are compared were
+            asked different questions.
+    """
+    comparisons = []
+    for system, baseline in pairs:
+        if system not in records_by_system or baseline not in records_by_system:
+            continue
+        ours, theirs = records_by_system[system], records_by_system[baseline]
+        _check_same_questions(system, ours, baseline, theirs)
+        our_values, their_values = _metric_values(ours).metrics, _metric_values(theirs).metrics
+        for metric in metrics:
+            our_column, their_column = our_values.get(metric, {}), their_values.get(metric, {})
+            shared = [question for question in our_column if question in their_column]
+            if shared:
+                difference = paired_difference(
+                    np.array([our_column[question] for question in shared]),
+                    np.array([their_column[question] for question in shared]),
+                    num_resamples=num_resamples,
+                    seed=seed,
+                )
+                comparisons.append(Comparison(metric, system, baseline, difference))
+    return comparisons
+
+
+class _MetricValues(NamedTuple):
+    metrics: dict[str, dict[str, float]]  # metric -> question id -> value
+    n: int
+
+
+def _metric_values(records: Iterable[QuestionRecord]) -> _MetricValues:
+    by_question: dict[str, QuestionRecord] = {}
+    for record in records:
+        if record.id in by_question:
+            raise ValueError(
+                f"question {record.id!r} occurs twice (system {by_question[record.id].system!r}, "
+                f"then {record.system!r}): pass the records of one system, one per question."
+            )
+        by_question[record.id] = record
+    if not by_question:
+        raise ValueError("there are no records to sum up.")
+    found = {name for record in by_question.values() for name in record.metrics}
+    names = [name for name in METRICS if name in found] + sorted(found - set(METRICS))
+    columns = {
+        name: {key: r.metrics[name] for key, r in by_question.items() if name in r.metrics}
+        for name in names
+    }
+    return _MetricValues(columns, len(by_question))
+
+
+def _check_same_questions(
+    system: str,
+    ours: Sequence[QuestionRecord],
+    baseline: str,
+    theirs: Sequence[QuestionRecord],
+) -> None:
+    differing = {record.id for record in ours} ^ {record.id for record in theirs}
+    if differing:
+        raise ValueError(
+            f"{system} and {baseline} were asked different questions: {len(differing)} occur in "
+            f"only one of them, such as {min(differing)!r}."
+        )
+
+
+def _to_line(record: QuestionRecord) -> bytes:
+    content = dataclasses.asdict(record)
+    # Tuples of the record become JSON arrays. A lone surrogate, which no UTF-8 file can hold,
+    # becomes its JSON escape and so reads back as it was.
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", errors="backslashreplace") + b"\n"
+
+
+def _parse_lines(path: Path, content: bytes) -> list[QuestionRecord]:
+    complete = content[: content.rfind(b"\n") + 1]
+    records = []
+    for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
+        try:
+            records.append(QuestionRecord(**json.loads(line)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a record of one question as JSON, got "
+                f"{line[:60]!r} ({error}); remove the line or the file to compute it again."
+            ) from error
+    return records
