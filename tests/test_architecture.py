@@ -34,7 +34,7 @@ OWNERS = {
 }
 OWNERSHIP_EXCEPTIONS = {
     # `pip:NAME==VERSION` sources are fetched by pip, which has no Python interface.
-    ("models/hub.py", "subprocess"),
+    ("models/pip_packages.py", "subprocess"),
 }
 # torch is a reference in tests; what runs the library is not part of it.
 FORBIDDEN = {"torch", "experiments", "notebooks", "tests"}
@@ -129,7 +129,7 @@ def test_every_exception_is_in_use():
         ("index/a.py", "from concurrent.futures import ThreadPoolExecutor"),
         ("training/a.py", "import multiprocessing.pool"),
         ("models/llama.py", "import subprocess"),
-        ("models/hub.py", "import threading"),
+        ("models/pip_packages.py", "import threading"),
         ("training/a.py", "import os\nos.fork()"),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_violation_is_found(path, source):
             "import threading\nfrom ragjax.index import base\nimport ragjax.data.corpus",
         ),
         ("training/a.py", "from ragjax import losses, models, data, index, refresh, evaluation"),
-        ("models/hub.py", "import subprocess\nimport gguf\nfrom transformers import x"),
+        ("models/pip_packages.py", "import subprocess\nimport gguf\nfrom transformers import x"),
     ],
 )
 def test_what_is_allowed_is_allowed(path, source):
