@@ -2,20 +2,18 @@
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
 class Batch(NamedTuple):
-    doc_scores: jax.Array  # [B, K]
-    token_log_probs: jax.Array  # [B, K, T]
-    target: jax.Array  # [B, K] log q, finite where kept
-    sparse_target: jax.Array  # [B, K] log q, -inf at some kept documents
-    no_doc_log_probs: jax.Array  # [B, T]
-    positives: jax.Array  # [B]
-    doc_mask: jax.Array  # [B, K]
-    token_mask: jax.Array  # [B, T]
+    doc_scores: np.ndarray  # [B, K]
+    token_log_probs: np.ndarray  # [B, K, T]
+    target: np.ndarray  # [B, K] log q, finite where kept
+    sparse_target: np.ndarray  # [B, K] log q, -inf at some kept documents
+    no_doc_log_probs: np.ndarray  # [B, T]
+    positives: np.ndarray  # [B]
+    doc_mask: np.ndarray  # [B, K]
+    token_mask: np.ndarray  # [B, T]
 
 
 def make_batch(rng, *, num_queries=5, num_docs=6, num_tokens=4, masked=True) -> Batch:
@@ -39,19 +37,24 @@ def make_batch(rng, *, num_queries=5, num_docs=6, num_tokens=4, masked=True) -> 
         target=f32(_log_softmax(raw, keep)),
         sparse_target=f32(_log_softmax(raw, half)),
         no_doc_log_probs=f32(-rng.exponential(2, size=token_mask.shape)),
-        positives=jnp.full(num_queries, 1),
-        doc_mask=jnp.asarray(doc_mask),
-        token_mask=jnp.asarray(token_mask),
+        positives=np.ones(num_queries, np.int32),
+        doc_mask=doc_mask,
+        token_mask=token_mask,
     )
 
 
-def f32(values) -> jax.Array:
-    return jnp.asarray(values, jnp.float32)
+def with_value(array, index, value) -> np.ndarray:
+    changed = array.copy()
+    changed[index] = value
+    return changed
+
+
+def f32(values) -> np.ndarray:
+    return np.asarray(values, np.float32)
 
 
 def as_float64(batch: Batch) -> Batch:
-    arrays = (np.asarray(array) for array in batch)
-    return Batch(*(a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays))
+    return Batch(*(a.astype(np.float64) if a.dtype == np.float32 else a for a in batch))
 
 
 def _log_softmax(values, keep):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from losses_reference import Batch, as_float64, make_batch
+from losses_reference import Batch, as_float64, make_batch, with_value
 
 from ragjax import losses
 
@@ -97,6 +97,8 @@ EVALUATE = {
     for name, (loss, _) in CASES.items()
 }
 
+LSR_TARGET = jax.jit(losses.lsr_target)
+
 
 def assert_close(got, expected, tolerance=1e-5):
     for ours, theirs in zip(got, expected, strict=True):
@@ -140,7 +142,7 @@ def test_gradient_equals_finite_differences_of_the_formula(name, rng):
 @every_case
 def test_masks_not_given_keep_everything(name, rng):
     batch = make_batch(rng, masked=False)
-    value = CASES[name][0](batch._replace(doc_mask=None, token_mask=None))
+    value = jax.jit(CASES[name][0])(batch._replace(doc_mask=None, token_mask=None))
     np.testing.assert_allclose(value, EVALUATE[name](batch)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -150,11 +152,11 @@ def test_garbage_in_masked_slots_changes_neither_value_nor_gradient(name, garbag
     batch = make_batch(rng)
     token_kept = batch.doc_mask[:, :, None] & batch.token_mask[:, None, :]
     spoiled = batch._replace(
-        doc_scores=jnp.where(batch.doc_mask, batch.doc_scores, garbage),
-        token_log_probs=jnp.where(token_kept, batch.token_log_probs, garbage),
-        target=jnp.where(batch.doc_mask, batch.target, garbage),
-        sparse_target=jnp.where(batch.doc_mask, batch.sparse_target, garbage),
-        no_doc_log_probs=jnp.where(batch.token_mask, batch.no_doc_log_probs, garbage),
+        doc_scores=np.where(batch.doc_mask, batch.doc_scores, garbage),
+        token_log_probs=np.where(token_kept, batch.token_log_probs, garbage),
+        target=np.where(batch.doc_mask, batch.target, garbage),
+        sparse_target=np.where(batch.doc_mask, batch.sparse_target, garbage),
+        no_doc_log_probs=np.where(batch.token_mask, batch.no_doc_log_probs, garbage),
     )
     assert_close(EVALUATE[name](spoiled), EVALUATE[name](batch), tolerance=0)
 
@@ -162,7 +164,7 @@ def test_garbage_in_masked_slots_changes_neither_value_nor_gradient(name, garbag
 @every_case
 def test_query_without_documents_has_loss_and_gradient_zero(name, rng):
     batch = make_batch(rng)
-    empty = batch._replace(doc_mask=jnp.zeros_like(batch.doc_mask))
+    empty = batch._replace(doc_mask=np.zeros_like(batch.doc_mask))
     for array in EVALUATE[name](empty):
         np.testing.assert_array_equal(array, 0)
 
@@ -171,10 +173,10 @@ def test_query_without_documents_has_loss_and_gradient_zero(name, rng):
 def test_nan_in_a_kept_slot_stays_visible_and_in_its_own_row(name, rng):
     batch = make_batch(rng, masked=False)
     spoiled = batch._replace(
-        doc_scores=batch.doc_scores.at[1, 2].set(jnp.nan),
-        token_log_probs=batch.token_log_probs.at[1, 2, 1].set(jnp.nan),
-        target=batch.target.at[1, 2].set(jnp.nan),
-        sparse_target=batch.sparse_target.at[1, 2].set(jnp.nan),
+        doc_scores=with_value(batch.doc_scores, (1, 2), np.nan),
+        token_log_probs=with_value(batch.token_log_probs, (1, 2, 1), np.nan),
+        target=with_value(batch.target, (1, 2), np.nan),
+        sparse_target=with_value(batch.sparse_target, (1, 2), np.nan),
     )
     value, *slopes = EVALUATE[name](spoiled)
     np.testing.assert_array_equal(np.isnan(value), np.arange(5) == 1)
@@ -185,14 +187,14 @@ def test_nan_in_a_kept_slot_stays_visible_and_in_its_own_row(name, rng):
 @every_case
 def test_order_of_documents_never_matters(name, rng):
     batch = make_batch(rng)
-    order = jnp.array([3, 1, 5, 0, 4, 2])
+    order = np.array([3, 1, 5, 0, 4, 2])
     permuted = Batch(
         doc_scores=batch.doc_scores[:, order],
         token_log_probs=batch.token_log_probs[:, order],
         target=batch.target[:, order],
         sparse_target=batch.sparse_target[:, order],
         no_doc_log_probs=batch.no_doc_log_probs,
-        positives=jnp.argsort(order)[batch.positives],
+        positives=np.argsort(order)[batch.positives].astype(np.int32),
         doc_mask=batch.doc_mask[:, order],
         token_mask=batch.token_mask,
     )
@@ -204,24 +206,24 @@ def test_order_of_documents_never_matters(name, rng):
 @every_case
 def test_loss_of_a_query_does_not_depend_on_the_batch_size(name, rng):
     batch = make_batch(rng)
+    loss = jax.jit(CASES[name][0])
     alone = [
-        CASES[name][0](jax.tree.map(lambda array, row=row: array[row : row + 1], batch))
-        for row in range(5)
+        loss(jax.tree.map(lambda array, row=row: array[row : row + 1], batch)) for row in range(5)
     ]
     np.testing.assert_allclose(
-        jnp.concatenate(alone), EVALUATE[name](batch)[0], rtol=1e-5, atol=1e-6
+        np.concatenate(alone), EVALUATE[name](batch)[0], rtol=1e-5, atol=1e-6
     )
 
 
 @every_loss
-def test_eager_jit_and_vmap_agree_in_value_and_gradient(name, rng):
+def test_eager_jit_and_vmap_agree(name, rng):
     loss, _ = CASES[name]
     pair = [make_batch(rng), make_batch(rng)]
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *pair)
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *pair)
     mapped = jax.jit(jax.vmap(lambda batch: with_gradients(loss, batch)))(stacked)
     for i, batch in enumerate(pair):
         jitted = EVALUATE[name](batch)
-        assert_close(with_gradients(loss, batch), jitted)
+        assert_close([loss(batch)], jitted[:1])
         assert_close([array[i] for array in mapped], jitted)
 
 
@@ -242,11 +244,11 @@ def test_eight_devices_equal_one_device_in_loss_and_gradient(name, rng):
 @every_case
 def test_bfloat16_inputs_are_computed_in_float32(name, rng):
     batch = make_batch(rng)
-    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, batch)
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == np.float32 else a, batch)
     same_values = jax.tree.map(
-        lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, low
+        lambda a: a.astype(np.float32) if a.dtype == jnp.bfloat16 else a, low
     )
-    value = CASES[name][0](low)
+    value = jax.jit(CASES[name][0])(low)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, EVALUATE[name](same_values)[0], rtol=1e-5, atol=1e-6)
 
@@ -266,10 +268,10 @@ def test_extreme_scores_give_finite_losses_and_gradients(name, rng):
 def test_any_mask_and_scale_equals_the_formula(seed, spread):
     rng = np.random.default_rng(seed)
     batch = make_batch(rng)
-    doc_mask = jnp.asarray(rng.random(batch.doc_mask.shape) < rng.random())
+    doc_mask = rng.random(batch.doc_mask.shape) < rng.random()
     batch = batch._replace(
         doc_scores=batch.doc_scores * np.float32(spread),
-        positives=jnp.argmax(doc_mask, axis=1),
+        positives=np.argmax(doc_mask, axis=1).astype(np.int32),
         doc_mask=doc_mask,
     )
     exact = as_float64(batch)
@@ -284,9 +286,7 @@ def test_any_mask_and_scale_equals_the_formula(seed, spread):
 def test_no_divergence_is_negative(seed, temperature):
     rng = np.random.default_rng(seed)
     batch = make_batch(rng)
-    target = losses.lsr_target(
-        rng.normal(size=batch.target.shape), temperature=temperature, doc_mask=batch.doc_mask
-    )
+    target = LSR_TARGET(batch.target, temperature=temperature, doc_mask=batch.doc_mask)
     batch = batch._replace(target=target, sparse_target=target)
     for name in ("lsr_loss", "pdist_loss"):
         assert (np.asarray(EVALUATE[name](batch)[0]) > -1e-5).all()
