@@ -20,6 +20,17 @@ MAY_IMPORT = {
     "generation": {"models", "data"},
     "evaluation": {"data", "index", "generation"},
     "training": {"losses", "models", "data", "index", "refresh", "evaluation"},
+    # Complete runs; only experiments and notebooks import it.
+    "adaptation": {
+        "losses",
+        "models",
+        "data",
+        "index",
+        "refresh",
+        "generation",
+        "evaluation",
+        "training",
+    },
 }
 # Top-level module -> the only subpackage that may import it.
 OWNERS = {

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ragjax.training.files import write_json
+
 FORMAT = 1
 _DIGESTS = "ragjax.json"
 
@@ -80,13 +82,14 @@ class Checkpointer:
             "format": FORMAT,
             "step": step,
             "info": info or {},
+            "arrays": _array_table(state),
             "sha256": {
                 str(p.relative_to(target)): _sha256(p)
                 for p in sorted(target.rglob("*"))
                 if p.is_file()
             },
         }
-        _write_json(target / _DIGESTS, digests)
+        write_json(target / _DIGESTS, digests)
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self._folder / str(old), ignore_errors=True)
 
@@ -113,30 +116,32 @@ class Checkpointer:
                 self._report(f"checkpoint {folder} is passed over: {problem}")
                 continue
             manifest = json.loads((folder / _DIGESTS).read_text())
-            return Restored(step, self._load(folder, template), manifest["info"])
+            state = self._load(folder, manifest["arrays"], template)
+            return Restored(step, state, manifest["info"])
         return None
 
-    def _load(self, folder: Path, template: Any) -> Any:
+    def _load(self, folder: Path, arrays: dict, template: Any) -> Any:
+        # orbax casts and pads to whatever is asked for without a word: compare first.
+        expected = _array_table(template)
+        for name in sorted(expected.keys() | arrays.keys()):
+            if arrays.get(name) != expected.get(name):
+                raise ValueError(
+                    f"checkpoint {folder} is of another run: {name} is {arrays.get(name)} there and"
+                    f" {expected.get(name)} here (other model, trained towers or optimiser?); use"
+                    " another --output folder"
+                )
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=device), template
         )
-        try:
-            state = _orbax().load(folder, abstract)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"checkpoint {folder} does not fit this run (other model, trained towers or"
-                f" optimiser?): {str(error).splitlines()[0][:300]}; use another --output folder"
-            ) from error
-        for (path, want), got in zip(
-            jax.tree_util.tree_leaves_with_path(template), jax.tree.leaves(state), strict=True
-        ):
-            if np.shape(want) != np.shape(got) or want.dtype != got.dtype:
-                raise ValueError(
-                    f"checkpoint {folder}: {jax.tree_util.keystr(path)} is"
-                    f" {got.dtype}{np.shape(got)}, this run needs {want.dtype}{np.shape(want)}"
-                )
-        return state
+        return _orbax().load(folder, abstract)
+
+
+def _array_table(tree: Any) -> dict[str, list]:
+    return {
+        jax.tree_util.keystr(path): [str(leaf.dtype), list(np.shape(leaf))]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _orbax() -> Any:
@@ -152,7 +157,7 @@ def _verify(folder: Path) -> str | None:
         return "it was not finished (no digests)"
     try:
         manifest = json.loads(path.read_text())
-        digests = manifest["sha256"]
+        digests, _, _ = manifest["sha256"], manifest["arrays"], manifest["info"]
     except (ValueError, KeyError, TypeError):
         return f"{_DIGESTS} cannot be read"
     if manifest.get("format") != FORMAT:
@@ -169,12 +174,3 @@ def _verify(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: dict) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.losses import lm_loss
-from ragjax.models import LMBatch
+from ragjax.models.inputs import LMBatch
 from ragjax.training.steps import LossFn, Metrics
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.losses import agreement, retriever_entropy, target_entropy
-from ragjax.models import Tokens
+from ragjax.models.inputs import Tokens
 from ragjax.training.steps import LossFn, Metrics
 
 Encode = Callable[[Any, Tokens], jax.Array]
@@ -83,8 +83,10 @@ def make_lsr_loss(
         count = jnp.maximum(1, real.sum())
         candidates = batch.candidate_mask
         metrics = {
-            "retriever_entropy": retriever_entropy(scores, doc_mask=candidates),
-            "target_entropy": target_entropy(batch.target_log_probs, doc_mask=candidates),
+            "retriever_entropy": retriever_entropy(scores, doc_mask=candidates).normalized,
+            "target_entropy": target_entropy(
+                batch.target_log_probs, doc_mask=candidates
+            ).normalized,
             "agreement": agreement(scores, batch.target_log_probs, doc_mask=candidates),
         }
         means = {k: jnp.where(real, v, 0.0).sum() / count for k, v in metrics.items()}

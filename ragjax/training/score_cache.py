@@ -1,11 +1,11 @@
-"""A cache of the teacher's scores, keyed by language model, question, answer and document."""
+"""A cache of what a frozen language model computed, keyed by everything the result depends on."""
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 
 class Score(NamedTuple):
@@ -15,60 +15,65 @@ class Score(NamedTuple):
     length: int  # answer tokens, to turn the sum into a mean
 
 
-def score_key(language_model: str, prompt: str, question: str, answer: str, document: str) -> str:
-    """Returns the key of one score: a digest of everything the score depends on.
+Value = TypeVar("Value", bound=Any)
+
+
+def result_key(*parts: Any) -> str:
+    """Returns a digest of the parts: fingerprints and texts that decide a result.
+
+    For a teacher's score these are the fingerprint of the language model, the prompt's template,
+    the question, the answer and the document.
 
     Args:
-      language_model: Fingerprint of the language model's parameters and tokenizer.
-      prompt: Fingerprint of the prompt (template, lengths).
-      question: Text of the question.
-      answer: Text of the answer scored.
-      document: Text of the document.
+      *parts: JSON values; their order and boundaries count.
     """
-    parts = json.dumps([language_model, prompt, question, answer, document], ensure_ascii=False)
-    return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    text = json.dumps(parts, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-class ScoreCache:
-    """Scores on disk, one JSON line each, appended in batches.
+class ResultCache(Generic[Value]):
+    """Results on disk, one JSON line each, appended in batches.
 
     While the language model is frozen, its score of (question, document) never changes, so epochs
     and re-runs with another retriever setting cost no forward pass for pairs seen before.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, kind: type[Value]):
         """Reads what is there; a last line torn by a killed run is dropped.
+
+        Args:
+          path: The JSONL file; created at the first `put`.
+          kind: The NamedTuple of a result; its fields are the keys of a line.
 
         Raises:
           ValueError: If a line other than the last cannot be read.
         """
-        self._path = Path(path)
+        self._path, self._kind = Path(path), kind
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._scores: dict[str, Score] = {}
+        self._results: dict[str, Value] = {}
         self.hits = 0
         self.misses = 0
         self._read()
 
     def __len__(self) -> int:
-        """Returns how many scores are known."""
-        return len(self._scores)
+        """Returns how many results are known."""
+        return len(self._results)
 
-    def get(self, key: str) -> Score | None:
-        """Returns a score, or None where it has not been computed; counts hits and misses."""
-        score = self._scores.get(key)
-        self.hits += score is not None
-        self.misses += score is None
-        return score
+    def get(self, key: str) -> Value | None:
+        """Returns a result, or None where it has not been computed; counts hits and misses."""
+        result = self._results.get(key)
+        self.hits += result is not None
+        self.misses += result is None
+        return result
 
-    def put(self, keys: Sequence[str], scores: Sequence[Score]) -> None:
-        """Appends scores; they are on disk when this returns."""
+    def put(self, keys: Sequence[str], results: Sequence[Value]) -> None:
+        """Appends results; they are on disk when this returns."""
         lines = []
-        for key, score in zip(keys, scores, strict=True):
-            self._scores[key] = Score(float(score.log_prob), int(score.length))
-            lines.append(json.dumps({"key": key, "log_prob": self._scores[key].log_prob,
-                                     "length": self._scores[key].length}))  # fmt: skip
+        for key, result in zip(keys, results, strict=True):
+            self._results[key] = result
+            lines.append(json.dumps({"key": key, **result._asdict()}) + "\n")
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+            file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())
 
@@ -80,11 +85,12 @@ class ScoreCache:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self._scores[row["key"]] = Score(float(row["log_prob"]), int(row["length"]))
-            except (ValueError, KeyError, TypeError) as error:
+                key = row.pop("key")
+                self._results[key] = self._kind(**row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{self._path}:{number}: not a score ({error}); delete the file to compute the"
-                    " scores again"
+                    f"{self._path}:{number}: not a {self._kind.__name__} ({error}); delete the"
+                    " file to compute it again"
                 ) from error
         if len(whole) < len(data):
             os.truncate(self._path, len(whole))

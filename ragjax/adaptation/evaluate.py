@@ -1,0 +1,210 @@
+"""Systems side by side: retrieval and answers, intervals, paired tests, one line per question."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ragjax.data import Question
+from ragjax.evaluation import (
+    Comparison,
+    QuestionRecord,
+    answer_at_k,
+    compare,
+    exact_match,
+    f1_score,
+    format_report,
+    retrieval_metrics,
+    summarize,
+)
+from ragjax.index import SearchResult
+from ragjax.adaptation.answers import Answer, Request, answer_requests
+from ragjax.adaptation.teacher import Teacher
+from ragjax.adaptation.workspace import Workspace
+from ragjax.training.files import write_json, write_text
+from ragjax.training.score_cache import ResultCache
+
+MAIN_SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
+_PAIRS = (
+    ("after", "before"),
+    ("lm_half", "before"),
+    ("before", "closed_book"),
+    ("after", "closed_book_lm_half"),
+    ("hybrid", "bm25"),
+    ("hybrid", "hybrid_before"),
+)
+# Differences shown on the screen; all of them are in differences.json.
+_SHOWN = {
+    ("after", "before"): ("recall@5", "mrr@10", "f1", "answer_nll"),
+    ("lm_half", "before"): ("f1", "answer_nll"),
+    ("before", "closed_book"): ("f1", "answer_nll"),
+    ("after", "closed_book_lm_half"): ("f1",),
+    ("hybrid", "bm25"): ("recall@5", "f1"),
+    ("hybrid", "hybrid_before"): ("recall@5",),
+}
+_LEGEND = (
+    "closed_book, bm25, before: un-adapted language model; after (dense), hybrid: adapted;"
+    " lm_half: adapted language model over the documents of before;"
+    " closed_book_lm_half: adapted language model without documents"
+)
+
+Records = dict[str, list[QuestionRecord]]
+
+
+class System(NamedTuple):
+    """A language model reading what a retriever found."""
+
+    name: str
+    lm: Teacher | None  # None: retrieval metrics only
+    found: SearchResult | None  # None: closed book
+
+
+def evaluate_systems(workspace: Workspace, systems: Sequence[System]) -> Records:
+    """Returns one record per system and test question.
+
+    Retrieval is measured on every test question, answers on the first `answer_questions` that have
+    one (the order is a seeded shuffle).
+    """
+    questions = workspace.questions["test"]
+    answered = [row for row, question in enumerate(questions) if question.answers]
+    answered = answered[: workspace.config.data_options.answer_questions]
+    cache = ResultCache(workspace.folder / "evaluation" / "answers.jsonl", Answer)
+    records: Records = {}
+    for system in systems:
+        metrics: list[dict[str, float]] = [{} for _ in questions]
+        predictions: list[str | None] = [None] * len(questions)
+        if system.found is not None:
+            _add_retrieval(workspace, system.found, questions, metrics)
+        if system.lm is not None and answered:
+            workspace.report(f"answers of {system.name}")
+            requests = [_request(workspace, system, questions[row], row) for row in answered]
+            answers = answer_requests(workspace, system.lm, requests, cache)
+            for row, answer in zip(answered, answers, strict=True):
+                predictions[row] = answer.prediction
+                metrics[row] |= _answer_metrics(answer, questions[row])
+        records[system.name] = [
+            _record(workspace, system, question, row, predictions[row], metrics[row])
+            for row, question in enumerate(questions)
+        ]
+    return records
+
+
+def write_results(workspace: Workspace, records: Records) -> dict[str, Any]:
+    """Writes metrics.json, differences.json and predictions.jsonl, and shows the table.
+
+    Returns:
+        What metrics.json holds.
+    """
+    config = workspace.config
+    resamples = config.evaluation.resamples
+    records = {name: rows for name, rows in records.items() if any(r.metrics for r in rows)}
+    summaries = {
+        name: summarize(rows, num_resamples=resamples, seed=config.seed)
+        for name, rows in records.items()
+    }
+    comparisons = compare(records, pairs=_PAIRS, num_resamples=resamples, seed=config.seed)
+    main = {name: summaries[name] for name in MAIN_SYSTEMS if name in summaries}
+    shown = [c for c in comparisons if c.metric in _SHOWN[(c.system, c.baseline)]]
+    workspace.report("\n" + format_report(main, shown) + f"\n{_LEGEND}")
+    write_text(workspace.folder / "predictions.jsonl", _prediction_lines(records))
+    others = {name: summary for name, summary in summaries.items() if name not in main}
+    write_json(
+        workspace.folder / "differences.json",
+        {"differences": [_as_json(c) for c in comparisons], "other_systems": others},
+    )
+    write_json(workspace.folder / "metrics.json", main)
+    return main
+
+
+def _add_retrieval(
+    workspace: Workspace,
+    found: SearchResult,
+    questions: Sequence[Question],
+    metrics: list[dict[str, float]],
+) -> None:
+    columns = retrieval_metrics(found.doc_ids, workspace.gold_rows("test"))
+    corpus = workspace.dataset.corpus
+    passages = [
+        [corpus[int(doc)].text for doc in docs[mask][:5]]
+        for docs, mask in zip(found.doc_ids, found.mask, strict=True)
+    ]
+    columns["answer@5"] = answer_at_k(passages, [q.answers for q in questions], k=5)
+    for name, column in columns.items():
+        for row, value in enumerate(column):
+            metrics[row][name] = float(value)
+
+
+def _request(workspace: Workspace, system: System, question: Question, row: int) -> Request:
+    if system.found is None:
+        return Request(question, (), ())
+    count = workspace.config.evaluation.documents
+    kept = np.flatnonzero(system.found.mask[row])[:count]
+    scores = system.found.scores[row, kept]
+    if workspace.config.evaluation.mode == "ensemble" and system.name in ("before", "after"):
+        scores = scores * workspace.config.retriever.scale
+    return Request(
+        question, tuple(system.found.doc_ids[row, kept].tolist()), tuple(scores.tolist())
+    )
+
+
+def _answer_metrics(answer: Answer, question: Question) -> dict[str, float]:
+    metrics = {
+        "exact_match": exact_match(answer.prediction, question.answers),
+        "f1": f1_score(answer.prediction, question.answers),
+    }
+    return metrics if answer.nll is None else metrics | {"answer_nll": answer.nll}
+
+
+def _record(
+    workspace: Workspace,
+    system: System,
+    question: Question,
+    row: int,
+    prediction: str | None,
+    metrics: Mapping[str, float],
+) -> QuestionRecord:
+    docs: list[str] = []
+    scores: list[float] = []
+    if system.found is not None:
+        kept = system.found.mask[row]
+        docs = [workspace.dataset.corpus.id_of(int(d)) for d in system.found.doc_ids[row][kept]]
+        scores = [round(float(score), 6) for score in system.found.scores[row][kept]]
+    return QuestionRecord(
+        id=question.id,
+        system=system.name,
+        question=question.text,
+        answers=question.answers,
+        prediction=prediction,
+        doc_ids=docs,
+        doc_scores=scores,
+        metrics=metrics,
+    )
+
+
+def _prediction_lines(records: Records) -> str:
+    """Returns one JSON line per question, with what each system did."""
+    lines = []
+    for rows in zip(*records.values(), strict=True):
+        systems = {
+            r.system: {
+                "prediction": r.prediction,
+                "doc_ids": list(r.doc_ids),
+                "doc_scores": list(r.doc_scores),
+                "metrics": dict(r.metrics),
+            }
+            for r in rows
+        }
+        first = rows[0]
+        line = {"id": first.id, "question": first.question, "answers": list(first.answers)}
+        lines.append(json.dumps(line | {"systems": systems}, ensure_ascii=False, allow_nan=False))
+    return "".join(line + "\n" for line in lines)
+
+
+def _as_json(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "metric": comparison.metric,
+        "system": comparison.system,
+        "baseline": comparison.baseline,
+        **comparison.difference._asdict(),
+    }

@@ -1,0 +1,149 @@
+"""The indexes of a run: BM25, dense before and after, and the hybrid of both.
+
+Q questions, N documents, D embedding size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ragjax.data import Question, passage_text
+from ragjax.index import (
+    Bm25Index,
+    EmbeddingStore,
+    EmbeddingWriter,
+    HybridIndex,
+    HybridQueries,
+    Index,
+    SearchResult,
+    StoreSpec,
+    choose_dense_weight,
+    choose_index,
+)
+from ragjax.models.inputs import Tokens
+from ragjax.refresh import encode_to_store, tqdm_progress
+from ragjax.adaptation.workspace import Workspace, tree_fingerprint
+
+# A killed run encodes at most this many documents again.
+_ROWS_PER_SHARD = 512
+# Half each is what un-adapted models want where there is nothing to choose the weight on.
+_DEFAULT_WEIGHT = 0.5
+
+
+class Retriever(NamedTuple):
+    """A dense index, the query encoder that goes with it, and its hybrid with BM25."""
+
+    version: int  # 0 before training, then one more each time the corpus is encoded again
+    query_params: Any
+    dense: Index
+    hybrid: HybridIndex
+
+
+class Rankings(NamedTuple):
+    """What a retriever finds for the same questions in two ways."""
+
+    dense: SearchResult
+    hybrid: SearchResult
+
+
+def build_bm25(workspace: Workspace) -> Bm25Index:
+    """Indexes the words of titles and texts."""
+    return Bm25Index.build(passage_text(passage) for passage in workspace.dataset.corpus)
+
+
+def build_retriever(
+    workspace: Workspace,
+    bm25: Bm25Index,
+    *,
+    version: int,
+    query_params: Any,
+    doc_params: Any,
+) -> Retriever:
+    """Encodes the corpus (or opens what an earlier life of this run encoded) and indexes it.
+
+    The weight of the hybrid is the one of highest MRR@10 on the dev questions.
+
+    Args:
+        workspace: Data and models.
+        bm25: The lexical side.
+        version: Number of this index.
+        query_params: Parameters of the query encoder.
+        doc_params: Parameters of the document encoder.
+
+    Returns:
+        The retriever; its embeddings lie in `index/VERSION` of the output folder.
+    """
+    embeddings = _encode_corpus(workspace, doc_params, workspace.folder / "index" / str(version))
+    choice = choose_index(*embeddings.shape)
+    if version == 0:
+        workspace.report(choice.reason)
+    dense = choice.build(embeddings)
+    weight = _DEFAULT_WEIGHT
+    dev = workspace.questions["dev"]
+    if dev:
+        queries = _hybrid_queries(workspace, query_params, dev)
+        gold = [[row for row, g in rows.items() if g > 0] for rows in workspace.gold_rows("dev")]
+        weight = choose_dense_weight(dense, bm25, queries, gold).weight
+    chosen = f"chosen on {len(dev)} dev questions" if dev else "no dev questions to choose it on"
+    workspace.report(
+        f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})"
+    )
+    hybrid = HybridIndex(dense, bm25, dense_weight=weight)
+    return Retriever(version, query_params, dense, hybrid)
+
+
+def search(
+    workspace: Workspace, retriever: Retriever, questions: Sequence[Question], k: int
+) -> Rankings:
+    """Returns the k best documents of each question, dense and hybrid."""
+    queries = _hybrid_queries(workspace, retriever.query_params, questions)
+    return Rankings(
+        retriever.dense.search(queries.embeddings, k), retriever.hybrid.search(queries, k)
+    )
+
+
+def _hybrid_queries(
+    workspace: Workspace, params: Any, questions: Sequence[Question]
+) -> HybridQueries:
+    return HybridQueries(
+        workspace.encode_queries(params, questions), [question.text for question in questions]
+    )
+
+
+def _encode_corpus(workspace: Workspace, params: Any, folder: Path) -> np.ndarray:
+    spec = StoreSpec(
+        size=len(workspace.doc_ids),
+        dim=workspace.encoder.embedding_size,
+        model_fingerprint=tree_fingerprint(params),
+        corpus_fingerprint=workspace.dataset.corpus.fingerprint,
+        settings={"max_length": workspace.encoder.max_length, "source": workspace.encoder.source},
+        rows_per_shard=_ROWS_PER_SHARD,
+    )
+    if folder.exists():
+        store = EmbeddingStore.open(
+            folder,
+            model_fingerprint=spec.model_fingerprint,
+            corpus_fingerprint=spec.corpus_fingerprint,
+        )
+        return store.read()
+    draw = tqdm_progress(f"encoding for index {folder.name}")
+
+    def progress(state: Any) -> None:
+        draw(state)
+        workspace.stop.check()
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    store = encode_to_store(
+        workspace.encoder.encode,
+        params,
+        workspace.doc_ids,
+        list,
+        EmbeddingWriter.open(folder, spec),
+        pad_id=workspace.encoder.pad_id,
+        options=workspace.encode_options(),
+        make_tokens=Tokens,
+        progress=progress,
+    )
+    return store.read()

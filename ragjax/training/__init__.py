@@ -1,0 +1,1 @@
+"""The only place that differentiates and updates: steps, optimisers, checkpoints, the loop."""

@@ -1,0 +1,106 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.training.checkpoint import Checkpointer
+
+
+def tree(value: float) -> dict:
+    return {"w": jnp.full((3, 2), value), "step": jnp.int32(7), "k": (jnp.zeros(2, jnp.uint32),)}
+
+
+def test_a_saved_step_comes_back_with_its_bits_and_its_info(tmp_path, rng):
+    state = {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "n": jnp.int32(3)}
+    Checkpointer(tmp_path).save(5, state, {"index_version": 2})
+    restored = Checkpointer(tmp_path).latest_good(state)
+    assert restored is not None and restored.step == 5 and restored.info == {"index_version": 2}
+    np.testing.assert_array_equal(restored.state["w"], state["w"])
+    assert restored.state["n"].dtype == jnp.int32
+
+
+def test_only_the_newest_steps_are_kept(tmp_path):
+    checkpoints = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, tree(step))
+    assert checkpoints.steps() == [3, 4]
+
+
+def test_flipped_bytes_are_found_and_the_step_before_is_used(tmp_path):
+    reports = []
+    checkpoints = Checkpointer(tmp_path, keep=3, report=reports.append)
+    checkpoints.save(1, tree(1.0))
+    checkpoints.save(2, tree(2.0))
+    data = max(
+        (p for p in (tmp_path / "2").rglob("*") if p.is_file() and "/d/" in str(p)),
+        key=lambda p: p.stat().st_size,
+    )
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    data.write_bytes(raw)
+    restored = checkpoints.latest_good(tree(0.0))
+    assert restored is not None and restored.step == 1
+    np.testing.assert_array_equal(restored.state["w"], np.full((3, 2), 1.0))
+    assert "sha256" in reports[0] and str(tmp_path / "2") in reports[0]
+
+
+@pytest.mark.parametrize("damage", ["missing_file", "no_digests", "torn_digests", "empty_folder"])
+def test_an_unfinished_or_damaged_step_is_passed_over(tmp_path, damage):
+    reports = []
+    checkpoints = Checkpointer(tmp_path, keep=3, report=reports.append)
+    checkpoints.save(1, tree(1.0))
+    if damage == "empty_folder":
+        (tmp_path / "2").mkdir()
+    else:
+        checkpoints.save(2, tree(2.0))
+        digests = tmp_path / "2" / "ragjax.json"
+        if damage == "missing_file":
+            name = next(n for n in json.loads(digests.read_text())["sha256"] if "/d/" in n)
+            (tmp_path / "2" / name).unlink()
+        elif damage == "no_digests":
+            digests.unlink()
+        else:
+            digests.write_text('{"format": 1, "sha')
+    restored = checkpoints.latest_good(tree(0.0))
+    assert restored is not None and restored.step == 1
+    assert len(reports) == 1
+
+
+def test_a_step_left_half_written_can_be_saved_again(tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "junk").write_text("x")
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(3, tree(3.0))
+    assert checkpoints.latest_good(tree(0.0)).step == 3
+
+
+def test_nan_is_not_saved_and_the_last_good_step_stays(tmp_path):
+    checkpoints = Checkpointer(tmp_path, keep=1)
+    checkpoints.save(1, tree(1.0))
+    with pytest.raises(ValueError, match=r"NaN or infinity in \['w'\]"):
+        checkpoints.save(2, tree(float("nan")))
+    assert checkpoints.latest_good(tree(0.0)).step == 1
+
+
+def test_other_shapes_are_refused_with_the_folder_named(tmp_path):
+    Checkpointer(tmp_path).save(1, tree(1.0))
+    other = tree(0.0) | {"w": jnp.zeros((5, 2))}
+    with pytest.raises(ValueError, match="checkpoint"):
+        Checkpointer(tmp_path).latest_good(other)
+
+
+def test_other_dtypes_are_refused_instead_of_cast(tmp_path):
+    Checkpointer(tmp_path).save(1, tree(1.0))
+    other = tree(0.0) | {"w": jnp.zeros((3, 2), jnp.bfloat16)}
+    with pytest.raises(ValueError, match="checkpoint"):
+        Checkpointer(tmp_path).latest_good(other)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert Checkpointer(tmp_path).latest_good(tree(0.0)) is None
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="keep"):
+        Checkpointer(tmp_path, keep=0)
