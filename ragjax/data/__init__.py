@@ -6,8 +6,8 @@ from ragjax.data.batching import length_buckets as length_buckets
 from ragjax.data.batching import num_steps as num_steps
 from ragjax.data.beir import read_beir as read_beir
 from ragjax.data.corpus import Corpus as Corpus
-from ragjax.data.corpus import CorpusReport as CorpusReport
-from ragjax.data.corpus import Passage as Passage
+from ragjax.data.corpus_cache import CorpusReport as CorpusReport
+from ragjax.data.corpus_cache import Passage as Passage
 from ragjax.data.examples import Dataset as Dataset
 from ragjax.data.examples import Question as Question
 from ragjax.data.examples import hold_out as hold_out

@@ -116,7 +116,6 @@ def _epoch_order(seed: int, epoch: int, num_examples: int, batch_size: int) -> n
         movable = num_examples - ((epoch + 1) * num_examples) % batch_size
         shared = np.isin(order[:movable], earlier)
         order[:movable] = np.concatenate([order[:movable][~shared], order[:movable][shared]])
-    order.setflags(write=False)
     return order
 
 

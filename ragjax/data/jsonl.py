@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from gzip import BadGzipFile, GzipFile
@@ -61,7 +62,7 @@ class RejectedRows:
         self.policy = policy
         self.count = 0
         self.first_reason: str | None = None
-        self._part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        self._part = part_path(path)
         self._file: io.TextIOWrapper | None = None
 
     def add(self, source: Path, line: int, reason: str, raw: bytes = b"") -> None:
@@ -136,7 +137,7 @@ class SourceFile:
         Raises:
             DataError: UTF-16 text, or a damaged gzip file.
         """
-        raw = _CountingReader(self.path, self._digest, self._progress)
+        raw = _CountingReader(open(self.path, "rb", buffering=0), self._digest, self._progress)
         with contextlib.closing(raw), io.BufferedReader(raw, 1 << 18) as buffered:
             is_gzip = buffered.peek(2)[:2] == _GZIP_MAGIC
             stream = GzipFile(fileobj=buffered) if is_gzip else buffered
@@ -261,13 +262,18 @@ def check_encodable(value: str, key: str) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes objects as UTF-8 JSON lines, beside the final name and renamed when complete."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_path(path)
     with open(part, "w", encoding="utf-8", newline="\n") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def part_path(path: Path) -> Path:
+    """Returns a new name beside `path`, to write under until the content is complete."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 def require_path(path: Path) -> Path:
@@ -290,8 +296,8 @@ def require_path(path: Path) -> Path:
 class _CountingReader(io.RawIOBase):
     """Hashes what is read and reports the position."""
 
-    def __init__(self, path: Path, digest: Any, progress: Progress | None):
-        self._file = open(path, "rb", buffering=0)
+    def __init__(self, file: io.FileIO, digest: Any, progress: Progress | None):
+        self._file = file
         self._total = os.fstat(self._file.fileno()).st_size
         self._digest = digest
         self._progress = progress

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from ragjax.data.corpus import Corpus, Passage
+from ragjax.data.corpus import Corpus
+from ragjax.data.corpus_cache import Passage
 from ragjax.data.jsonl import DataError
 from ragjax.data.tokenization import EncodedTexts, encode_texts, pad_left, pad_right
 
@@ -148,7 +149,9 @@ class PromptBuilder:
             add_special_tokens=False,
         )
 
-    def context(self, question: str, documents: Sequence[Sequence[int]] = ()) -> list[int]:
+    def context(
+        self, question: str, documents: Sequence[Sequence[int] | np.ndarray] = ()
+    ) -> list[int]:
         """Joins documents and a question.
 
         Args:

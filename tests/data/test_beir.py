@@ -1,0 +1,257 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from ragjax.data import DataError, Question, hold_out, leaked_questions, read_beir
+
+HEADER = "query-id\tcorpus-id\tscore\n"
+DOCS = ("d1", "d2", "d3")
+
+
+def write_folder(folder, queries, qrels, *, docs=DOCS, header=HEADER):
+    (folder / "qrels").mkdir(parents=True)
+    rows = [{"_id": id, "title": "", "text": f"text of {id}"} for id in docs]
+    for name, content in (("corpus", rows), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    for split, lines in qrels.items():
+        text = "".join("\t".join(map(str, line)) + "\n" for line in lines)
+        (folder / "qrels" / f"{split}.tsv").write_text(header + text)
+    return folder
+
+
+def question(id, text=None, **extra):
+    return {"_id": id, "text": text or f"question {id}?", **extra}
+
+
+@pytest.fixture
+def read(tmp_path):
+    count = iter(range(100))
+
+    def write_and_read(queries, qrels, *, docs=DOCS, header=HEADER, **options):
+        folder = write_folder(
+            tmp_path / f"set{next(count)}", queries, qrels, docs=docs, header=header
+        )
+        return read_beir(folder, cache=tmp_path / "cache", **options)
+
+    return write_and_read
+
+
+SPLITS = {"train": [("q1", "d1", 1)], "dev": [("q2", "d2", 2)], "test": [("q3", "d3", 1)]}
+QUERIES = [question("q3"), question("q1"), question("q2"), question("q9")]
+
+
+def test_splits_answers_and_order(read):
+    dataset = read(
+        [
+            question("q3", metadata={"answers": ["a", "b"], "doc": "d3", "split": "x"}),
+            question("q2", answers=["c"]),
+            question("q1", metadata={"answers": []}),
+            question(4, metadata=None),
+        ],
+        {
+            "test": [("4", "d1", 1), ("q3", "d3", 2), ("q3", "d1", 0), ("q2", "d2", 1)],
+            "dev": [("q1", "d1", 1)],
+            "liveqa": [("q3", "d2", 1)],
+        },
+    )
+    assert dataset.name == "set0"
+    assert dataset.notes == ()
+    assert dataset.questions == {
+        "test": (
+            Question(id="q3", text="question q3?", answers=("a", "b"), source="d3"),
+            Question(id="q2", text="question q2?", answers=("c",)),
+            Question(id="4", text="question 4?"),
+        ),
+        "dev": (Question(id="q1", text="question q1?"),),
+        "liveqa": (Question(id="q3", text="question q3?", answers=("a", "b"), source="d3"),),
+    }
+    assert dataset.qrels["test"] == {"4": {"d1": 1}, "q3": {"d3": 2, "d1": 0}, "q2": {"d2": 1}}
+    assert dataset.graded_rows("test") == [{2: 2, 0: 0}, {1: 1}, {0: 1}]
+    with pytest.raises(DataError, match=r"no split 'train'; it has \['dev', 'liveqa', 'test'\]"):
+        dataset.graded_rows("train")
+
+
+def test_question_outside_every_qrels_file_is_noted(read):
+    assert read(QUERIES, SPLITS).notes == ("1 questions stand in no qrels file and are left out",)
+
+
+def test_qrels_without_header_lose_no_row(read):
+    dataset = read(QUERIES[:3], SPLITS, header="")
+    assert {split: list(judged) for split, judged in dataset.qrels.items()} == {
+        "train": ["q1"],
+        "dev": ["q2"],
+        "test": ["q3"],
+    }
+
+
+BAD_QUERIES = {
+    "string": ({"answers": "31 kb"}, r'answers is a str; .*\{"answers": \["31 kb"\]\}'),
+    "nested": ({"metadata": {"answers": ["x", ["y"]]}}, r"answers\[1\] is a list"),
+    "number": ({"answers": [5]}, r"answers\[0\] is a int"),
+    "blank answer": ({"answers": [" "]}, r"answers\[0\] is empty"),
+    "half a pair": ({"answers": ["\udc00"]}, "half of a surrogate pair"),
+    "metadata": ({"metadata": [1]}, "metadata is a list; expected an object"),
+    "blank": ({"text": "  "}, "the question in field 'text' is empty"),
+    "text list": ({"text": ["x"]}, "field 'text' is list"),
+    "id": ({"_id": None}, "expected a non-empty string or number"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_QUERIES.values(), ids=BAD_QUERIES.keys())
+def test_bad_question_stops_with_its_line_or_is_skipped(read, change, reason):
+    queries = [*QUERIES[:3], {**question("bad"), **change}]
+    with pytest.raises(DataError, match=rf"queries\.jsonl:4: .*{reason}"):
+        read(queries, SPLITS)
+    dataset = read(queries, SPLITS, on_bad_row="skip")
+    assert sum(map(len, dataset.questions.values())) == 3
+    (note,) = dataset.notes
+    path = Path(note.split("see ")[1].split(";")[0])
+    (recorded,) = map(json.loads, path.read_text().splitlines())
+    assert recorded["line"] == 4 and recorded["reason"] in note
+
+
+def test_own_field_names(read):
+    queries = [{"qid": id, "question": f"{id}?", "golds": [id]} for id in ("q1", "q2", "q3")]
+    with pytest.raises(DataError, match="--fields query_id=qid,query=question"):
+        read(queries, SPLITS)
+    fields = {"query_id": "qid", "query": "question", "answers": "golds"}
+    dataset = read(queries, SPLITS, fields=fields)
+    assert dataset.questions["train"] == (Question(id="q1", text="q1?", answers=("q1",)),)
+
+
+@pytest.mark.parametrize("second", ["q1", 1])
+def test_duplicate_question_ids_name_both_lines(read, second):
+    with pytest.raises(DataError, match=r"queries\.jsonl: the id '.*1' stands in line 1 and .* 3"):
+        read([question("q1" if second == "q1" else "1"), question("q2"), question(second)], SPLITS)
+
+
+BAD_QRELS = {
+    "trec columns": (("q1", 0, "d1", 1), r"4 columns; expected 3"),
+    "spaces": (("q1 d1 1",), "1 columns"),
+    "score": (("q1", "d1", "high"), "the score is 'high'; expected a whole number"),
+    "fraction": (("q1", "d1", "0.5"), "the score is '0.5'"),
+    "conflict": (("q2", "d2", 1), "question 'q2' and passage 'd2' have the grades 2 and 1"),
+}
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_QRELS.values(), ids=BAD_QRELS.keys())
+def test_bad_qrels_row_stops_with_its_line_or_is_skipped(read, bad, reason):
+    qrels = {**SPLITS, "dev": [("q2", "d2", 2), bad]}
+    with pytest.raises(DataError, match=rf"dev\.tsv:3: .*{reason}"):
+        read(QUERIES[:3], qrels)
+    dataset = read(QUERIES[:3], qrels, on_bad_row="skip")
+    assert dataset.qrels["dev"] == {"q2": {"d2": 2}}
+    assert reason.replace("\\", "") in dataset.notes[0]
+
+
+def many(count):
+    docs = [f"d{n}" for n in range(count)]
+    return (
+        docs,
+        [question(f"q{n}") for n in range(count)],
+        [(f"q{n}", f"d{n}", 1) for n in range(count)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("unknown", "name"), [(("q0", "dX", 1), "passage 'dX'"), (("qX", "d0", 1), "question 'qX'")]
+)
+def test_unknown_ids_are_noted_up_to_one_percent(read, unknown, name):
+    docs, queries, rows = many(99)
+    dataset = read(queries, {"test": [*rows, unknown]}, docs=docs)
+    (note,) = dataset.notes
+    assert f"1 of 100 rows name unknown ids ({name}) and are dropped" in note
+    assert dataset.qrels["test"] == {question: {doc: grade} for question, doc, grade in rows}
+    with pytest.raises(DataError, match=rf"test\.tsv: 2 of 100 .*\({name}\), more than 1%"):
+        read(queries, {"test": [*rows[:98], unknown, unknown]}, docs=docs)
+
+
+def test_question_without_relevant_passage_is_dropped_and_noted(read):
+    dataset = read(QUERIES[:3], {**SPLITS, "test": [("q3", "d1", 0), ("q1", "d1", 1)]})
+    assert [question.id for question in dataset.questions["test"]] == ["q1"]
+    assert "test.tsv: 1 questions without a relevant passage are dropped" in dataset.notes[0]
+    with pytest.raises(DataError, match=r"test\.tsv: no question has a relevant passage"):
+        read(QUERIES[:3], {**SPLITS, "test": [("q3", "d1", 0)]})
+
+
+def test_empty_files(read):
+    with pytest.raises(DataError, match="train.tsv: 0 rows"):
+        read(QUERIES, {**SPLITS, "train": []})
+    with pytest.raises(DataError, match=r"0 questions \(the file is empty\)"):
+        read([], SPLITS)
+    with pytest.raises(DataError, match=r"0 questions \(.*queries.jsonl:1: .*answers"):
+        read([question("q1", answers="x")], SPLITS, on_bad_row="skip")
+    with pytest.raises(DataError, match="holds no .tsv file"):
+        read(QUERIES, {})
+
+
+def test_missing_parts_are_named(tmp_path):
+    folder = write_folder(tmp_path / "set", QUERIES, SPLITS)
+    with pytest.raises(FileNotFoundError, match="did you mean '.*set'"):
+        read_beir(tmp_path / "sets", cache=tmp_path / "cache")
+    with pytest.raises(DataError, match="is a file; expected a folder"):
+        read_beir(folder / "queries.jsonl", cache=tmp_path / "cache")
+    (folder / "queries.jsonl.gz").touch()
+    with pytest.raises(DataError, match="holds queries.jsonl and queries.jsonl.gz"):
+        read_beir(folder, cache=tmp_path / "cache")
+    (folder / "queries.jsonl.gz").unlink()
+    (folder / "queries.jsonl").rename(folder / "questions.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"did you mean '.*questions\.jsonl'"):
+        read_beir(folder, cache=tmp_path / "cache")
+    (folder / "qrels").rename(folder / "qrel")
+    with pytest.raises(FileNotFoundError, match=r"did you mean '.*qrel'"):
+        read_beir(folder, cache=tmp_path / "cache")
+
+
+class TestHoldOut:
+    def test_dev_is_the_lowest_hashes_of_train(self, read):
+        docs, queries, rows = many(10)
+        dataset = read(queries, {"train": rows}, docs=docs, dev_fraction=0.3)
+        ids = sorted((q["_id"] for q in queries), key=lambda x: hashlib.sha256(x.encode()).digest())
+        assert {question.id for question in dataset.questions["dev"]} == set(ids[:3])
+        assert {question.id for question in dataset.questions["train"]} == set(ids[3:])
+        for split in ("train", "dev"):
+            order = [question.id for question in dataset.questions[split]]
+            assert order == sorted(order) == list(dataset.qrels[split])
+        assert "3 of the 10 train questions" in dataset.notes[-1]
+        reordered = read(queries[::-1], {"train": rows[::-1]}, docs=docs, dev_fraction=0.3)
+        assert reordered.qrels == dataset.qrels
+
+    @pytest.mark.parametrize(("fraction", "expected"), [(0.0, None), (0.01, 1), (0.99, 4)])
+    def test_neither_side_is_empty(self, read, fraction, expected):
+        docs, queries, rows = many(5)
+        dataset = read(queries, {"train": rows}, docs=docs, dev_fraction=fraction)
+        assert ("dev" in dataset.questions) == (expected is not None)
+        assert len(dataset.questions.get("dev", ())) == (expected or 0)
+
+    def test_not_without_train_or_beside_dev(self, read):
+        assert list(read(QUERIES, {"test": SPLITS["test"]}).questions) == ["test"]
+        assert len(read(QUERIES, SPLITS).questions["dev"]) == 1
+
+    def test_refusals(self, read):
+        dataset = read(QUERIES, SPLITS)
+        for fraction in (-0.1, 1.0):
+            with pytest.raises(DataError, match=rf"in \[0, 1\), got {fraction}"):
+                hold_out(dataset, split="train", into="dev", fraction=fraction)
+        with pytest.raises(DataError, match="has 1 question, too few"):
+            read(QUERIES, {"train": SPLITS["train"]})
+
+
+def test_leaked_questions_ignore_case_punctuation_and_unicode_form(read):
+    dataset = read(
+        [
+            question("q1", "Où est le  café?"),
+            question("q2", "OÙ EST LE CAFE\u0301 ?"),
+            question("q3", "Where is it?"),
+        ],
+        {
+            "train": [("q1", "d1", 1)],
+            "dev": [("q1", "d1", 1)],
+            "test": [("q2", "d1", 1), ("q3", "d1", 1)],
+        },
+    )
+    assert leaked_questions(dataset) == ("q2",)
+    assert leaked_questions(dataset, split="dev") == ("q1",)
+    assert leaked_questions(dataset, against="none") == ()

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from ragjax.data import (
+    DEFAULT_BUCKETS,
+    bucket_length,
+    encode_texts,
+    pad_left,
+    pad_right,
+    truncation_note,
+)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
+TEXTS = ["a b c d e f", "a", "", "h g f e d", "[SEP] a [SEP] b c d [SEP]", "a b c d e f g [CLS]"]
+
+
+@pytest.fixture
+def tokenizer():
+    """Words are letters; [CLS] before and [SEP] after, as BERT has them."""
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["[CLS]", "[SEP]"])
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return made
+
+
+@pytest.mark.parametrize("max_length", [None, 3, 4, 5, 8, 20])
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_same_ids_as_the_tokenizers_own_truncation(tokenizer, max_length, add_special_tokens):
+    whole = [tokenizer.encode(text, add_special_tokens=add_special_tokens).ids for text in TEXTS]
+    encoded = encode_texts(
+        tokenizer, TEXTS, max_length=max_length, add_special_tokens=add_special_tokens
+    )
+    if max_length is not None:
+        tokenizer.enable_truncation(max_length)
+    expected = [tokenizer.encode(text, add_special_tokens=add_special_tokens).ids for text in TEXTS]
+    assert encoded.ids == expected
+    assert encoded.num_truncated == sum(a != b for a, b in zip(whole, expected, strict=True))
+
+
+def test_any_iterable_of_any_size(tokenizer):
+    texts = [" ".join("abcdefgh"[: n % 9]) for n in range(2500)]
+    encoded = encode_texts(tokenizer, iter(texts), max_length=6)
+    assert encoded.ids[2499] == encode_texts(tokenizer, texts[2499:], max_length=6).ids[0]
+    assert len(encoded.ids) == 2500
+    assert encoded.num_truncated == sum(n % 9 > 4 for n in range(2500))
+    assert encode_texts(tokenizer, [], max_length=6) == ([], 0)
+
+
+def test_no_room_and_own_truncation_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="max_length = 2 leaves no room beside 2 special tokens"):
+        encode_texts(tokenizer, ["a b"], max_length=2)
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        encode_texts(tokenizer, ["a"], max_length=0)
+    for set_up in (lambda t: t.enable_padding(), lambda t: t.enable_truncation(4)):
+        changed = Tokenizer.from_str(tokenizer.to_str())
+        set_up(changed)
+        with pytest.raises(ValueError, match="truncates or pads by itself"):
+            encode_texts(changed, ["a"], max_length=5)
+
+
+def test_padding_to_both_sides():
+    ids = [[1, 2, 3], [], [4]]
+    right = pad_right(ids, length=4, pad_id=9)
+    left = pad_left(ids, length=4, pad_id=9)
+    np.testing.assert_array_equal(right.ids, [[1, 2, 3, 9], [9, 9, 9, 9], [4, 9, 9, 9]])
+    np.testing.assert_array_equal(left.ids, [[9, 1, 2, 3], [9, 9, 9, 9], [9, 9, 9, 4]])
+    np.testing.assert_array_equal(right.mask, right.ids != 9)
+    np.testing.assert_array_equal(left.mask, left.ids != 9)
+    for padded in (right, left):
+        assert (padded.ids.dtype, padded.mask.dtype) == (np.int32, np.bool_)
+    assert pad_right([], length=4, pad_id=9).ids.shape == (0, 4)
+    for pad in (pad_left, pad_right):
+        with pytest.raises(ValueError, match="3 tokens do not fit into a length of 2"):
+            pad(ids, length=2, pad_id=9)
+
+
+def test_bucket_is_the_smallest_that_fits():
+    assert [bucket_length(n) for n in (0, 16, 17, 512)] == [16, 16, 32, 512]
+    assert bucket_length(5, [8, 4, 6]) == 6
+    with pytest.raises(ValueError, match="513 tokens exceed the largest bucket, 512"):
+        bucket_length(513, DEFAULT_BUCKETS)
+
+
+def test_truncation_note_above_five_percent():
+    assert truncation_note(5, 100, max_length=8, what="passages") == ""
+    assert truncation_note(0, 0, max_length=8, what="passages") == ""
+    assert truncation_note(6, 100, max_length=8, what="passages") == (
+        "6 of 100 passages (6%) are longer than 8 tokens and were cut"
+    )
