@@ -16,6 +16,8 @@ _CALL = r"^{name}\(.*\)( *->.*)?( *--.*)?$"
 _SENTENCE_END = re.compile(
     r"(?<=[.!?:;])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[\"'(\[*]*\w)"
 )
+# What is left of call signatures that C functions spread over several lines.
+_LEADING_CALLS = re.compile(r"^(?:--\s+|(?:async )?[\w.]+\([^()]*\)\.?\s+(?=--|[A-Z]))+")
 _SPOKEN = {
     "note": "Note:",
     "warning": "Warning:",
@@ -51,7 +53,7 @@ def clean_docstring(docstring: str, *, name: str) -> str:
     lines = _drop_directives(lines)
     lines = _drop_sections(lines)
     lines = [_PARAMETER.sub(r"\1\2 (\3):", line) for line in lines]
-    return _inline("\n".join(lines))
+    return _LEADING_CALLS.sub("", _inline("\n".join(lines)))
 
 
 def cut_text(text: str, *, max_words: int) -> str:

@@ -18,9 +18,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from ragjax.data.corpus import Passage
 from ragjax.data.docstrings import clean_docstring, cut_text
+from ragjax.data.jsonl import write_jsonl
 
 MAX_WORDS = 120
 MIN_WORDS = 14
@@ -60,18 +62,11 @@ _CLASSES_ONLY = re.compile(r"(bytes|bytearray|frozenset|(asyncio|decimal|io|nump
 _POINTER = re.compile(r"(refer to|see|alias of|equivalent to) [\w.]+( for .*)?\.?$", re.IGNORECASE)
 _LEGACY = re.compile(r"numpy\.random\.(?!Generator|default_rng|SeedSequence|[A-Z])|.*RandomState")
 
+_ID_PREFIX = "pydocs-"
 _logger = logging.getLogger(__name__)
 
 
-class DocPassage(NamedTuple):
-    """One documented object."""
-
-    id: str  # qualified public name
-    title: str  # the name, with its parameters where they can be read
-    text: str  # leading sentences of the docstring
-
-
-def read_python_docs() -> list[DocPassage]:
+def read_python_docs() -> list[Passage]:
     """Reads one passage per documented object of the installed packages.
 
     Returns:
@@ -81,7 +76,7 @@ def read_python_docs() -> list[DocPassage]:
     Raises:
         ValueError: If too few docstrings are found, as under `python -OO`.
     """
-    passages: list[DocPassage] = []
+    passages: list[Passage] = []
     texts: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -89,7 +84,7 @@ def read_python_docs() -> list[DocPassage]:
             text = _passage_text(name, value)
             if len(text.split()) >= MIN_WORDS and text.lower() not in texts:
                 texts.add(text.lower())
-                passages.append(DocPassage(name, _title(name, value), text))
+                passages.append(Passage(name, _title(name, value), text))
     if len(passages) < MIN_PASSAGES:
         raise ValueError(
             f"the installed packages have {len(passages)} docstrings of {MIN_WORDS} words or more,"
@@ -105,7 +100,7 @@ def read_questions() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def questions_without_gold(corpus: Sequence[DocPassage]) -> list[tuple[str, str]]:
+def questions_without_gold(corpus: Sequence[Passage]) -> list[tuple[str, str]]:
     """Names the shipped questions that the installed versions cannot answer.
 
     Args:
@@ -134,14 +129,14 @@ def write_python_docs(folder: Path | str) -> None:
 
     Args:
         folder: Where `corpus.jsonl`, `queries.jsonl` and `qrels/{train,test}.tsv` go; its parent
-            is created, an existing domain there is replaced.
+            is created, a folder written here before is replaced.
 
     Raises:
         ValueError: If `folder` holds anything else, or too few docstrings are found.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "corpus.jsonl").is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no corpus.jsonl: choose another folder")
+    if folder.exists() and not _is_replaceable(folder):
+        raise ValueError(f"{folder} already holds other files: choose a new or an empty folder")
     corpus = read_python_docs()
     missing = dict(questions_without_gold(corpus))
     questions = [question for question in read_questions() if question["id"] not in missing]
@@ -151,7 +146,7 @@ def write_python_docs(folder: Path | str) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         _write_folder(scratch, corpus, questions)
-        scratch.chmod(0o755)
+        scratch.chmod(0o755)  # mkdtemp hides it from everyone else
         if folder.exists():
             shutil.rmtree(folder)
         scratch.rename(folder)
@@ -159,17 +154,27 @@ def write_python_docs(folder: Path | str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or holds this domain, told by the ids of its questions."""
+    queries = folder / "queries.jsonl"
+    if not queries.is_file():
+        return folder.is_dir() and not any(folder.iterdir())
+    with open(queries, encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith(f'{{"_id": "{_ID_PREFIX}')
+
+
 def _write_folder(
-    folder: Path, corpus: Sequence[DocPassage], questions: Sequence[Mapping[str, Any]]
+    folder: Path, corpus: Sequence[Passage], questions: Sequence[Mapping[str, Any]]
 ) -> None:
-    _write_lines(
-        folder / "corpus.jsonl",
-        (json.dumps({"_id": p.id, "title": p.title, "text": p.text}) for p in corpus),
+    write_jsonl(
+        folder / "corpus.jsonl", ({"_id": p.id, "title": p.title, "text": p.text} for p in corpus)
     )
-    _write_lines(folder / "queries.jsonl", (json.dumps(_query(row)) for row in questions))
+    write_jsonl(folder / "queries.jsonl", (_query(row) for row in questions))
+    (folder / "qrels").mkdir()
     for split in ("train", "test"):
         rows = [f"{row['id']}\t{row['doc']}\t1" for row in questions if row["split"] == split]
-        _write_lines(folder / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *rows])
+        text = "\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n"
+        (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _query(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,13 +182,11 @@ def _query(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"_id": row["id"], "text": row["question"], "metadata": metadata}
 
 
-def _write_lines(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-
-
 def _contains(text: str, answer: str) -> bool:
-    return answer in text or f" {_normalise(answer)} " in f" {_normalise(text)} "
+    """Whether the answer is in the text as whole words, as written or normalised."""
+    if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text):
+        return True
+    return f" {_normalise(answer)} " in f" {_normalise(text)} "
 
 
 def _normalise(text: str) -> str:
@@ -268,9 +271,11 @@ def _title(name: str, value: Any) -> str:
         default = repr(parameter.default)
         if parameter.default is not parameter.empty and re.fullmatch(r"[\w'\".-]{1,12}", default):
             word += f"={default}"
-        if len(name) + len(shown) + len(word) > MAX_TITLE:
+        if parameter.name == "self":
+            continue
+        longer = f"{shown}, {word}" if shown else word
+        if len(f"{name}({longer}, ...)") > MAX_TITLE:
             shown += ", ..." if shown else "..."
             break
-        if parameter.name != "self":
-            shown += f", {word}" if shown else word
+        shown = longer
     return f"{name}({shown})"
