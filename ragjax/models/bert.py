@@ -140,7 +140,8 @@ class BertEmbeddings(nnx.Module):
         if length > limit:
             raise ValueError(f"{length} tokens per text, but the model has {limit} positions")
         added = self.positions.embedding[:length] + self.types.embedding[0][None]  # [L, D]
-        return self.norm(self.words(ids) + added[None])
+        # Rows by index: calling nnx.Embed would cast to the dtype it was initialised with.
+        return self.norm(self.words.embedding[ids] + added[None])
 
 
 class BertLayer(nnx.Module):

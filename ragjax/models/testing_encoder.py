@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from ragjax.models.bert import KEY_TABLE, Bert, BertConfig
 from ragjax.models.encoder import TextEncoder, build_encoder
-from ragjax.models.nnx_trees import split
+from ragjax.models.nnx_trees import abstract
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'-_()"
@@ -39,12 +40,9 @@ def tiny_encoder(seed: int = 0) -> TextEncoder:
         intermediate_size=32,
         max_positions=_MAX_POSITIONS,
     )
-    _, params = split(Bert(config, rngs=nnx.Rngs(seed)))
-    # The usual deviation of 0.02 leaves all embeddings almost parallel; 0.2 tells texts apart.
-    params = jax.tree_util.tree_map_with_path(_spread, params)
     return build_encoder(
         config,
-        params,
+        _random_params(config, seed),
         tokenizer,
         pad_id=0,
         pooling="mean",
@@ -120,6 +118,21 @@ def huggingface_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _random_params(config: BertConfig, seed: int) -> dict[str, Any]:
+    """Draw parameters with numpy: the module's own initialisation compiles for seconds."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        constants = {"scale": 1.0, "bias": 0.0}
+        if (name := path[-1].key) in constants:
+            return jnp.full(leaf.shape, constants[name])
+        # BERT's deviation of 0.02 leaves all embeddings almost parallel.
+        return jnp.asarray(rng.normal(0.0, 0.2, leaf.shape), jnp.float32)
+
+    _, shapes = abstract(lambda: Bert(config, rngs=nnx.Rngs(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def _tokenizer() -> Tokenizer:
     vocab = {token: i for i, token in enumerate([*_SPECIAL, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
@@ -132,11 +145,6 @@ def _tokenizer() -> Tokenizer:
         special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
     )
     return tokenizer
-
-
-def _spread(path: Any, leaf: jax.Array) -> jax.Array:
-    is_weight = path[-1].key in ("kernel", "embedding")
-    return leaf * 10.0 if is_weight else leaf
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, normalizers
 
 from ragjax.models.config import read_json
 
+_OLD_VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
 
 class PadToken(NamedTuple):
     """The token that fills up a row."""
@@ -83,15 +85,18 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _convert_tokenizer(folder: Path) -> Tokenizer:
-    """Let transformers read an older tokenizer format (vocab.txt, vocab.json and merges)."""
+    """Let transformers read an older tokenizer format."""
+    # Checked here, as transformers makes a tokenizer without a vocabulary out of nothing.
+    if not any((folder / name).is_file() for name in _OLD_VOCABULARIES):
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer.json, and none of {', '.join(_OLD_VOCABULARIES)} to make it of"
+        )
     from transformers import AutoTokenizer  # lazily: it takes seconds to import
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer.json, and transformers finds no other tokenizer it can convert"
-        ) from error
+        raise ValueError(f"{folder}: transformers cannot read the tokenizer ({error})") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ValueError(
