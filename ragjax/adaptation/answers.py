@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from ragjax.adaptation.teacher import Teacher, context_batches, pack_batch
+from ragjax.adaptation.workspace import Workspace
 from ragjax.data import LengthBatch, Question
 from ragjax.generation import generate_ensemble, score_and_generate
 from ragjax.losses import rag_sequence_loss
 from ragjax.models.inputs import LMBatch
-from ragjax.adaptation.teacher import Teacher, context_batches, pack_batch
-from ragjax.adaptation.workspace import Workspace
 from ragjax.training.score_cache import ResultCache, result_key
 
 

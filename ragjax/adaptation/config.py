@@ -192,6 +192,8 @@ class AdaptConfig:
       stages: What is adapted, in this order; give one or both.
       seed: Seed of every random choice.
       dev_fraction: Share of the training questions held out where the data has no dev split.
+      score_cache: File of teacher scores of an earlier run (its `scores/0.jsonl`), to use again
+        with another retriever setting; scores of another language model or prompt do not match.
       checkpoint_every: Steps between two checkpoints.
       encode_tokens: Tokens encoded at a time.
       score_tokens: Tokens that the language model scores at a time.
@@ -209,6 +211,7 @@ class AdaptConfig:
     stages: tuple[Stage, ...] = ("lm", "retriever")
     seed: int = 0
     dev_fraction: float = 0.2
+    score_cache: str = ""
     checkpoint_every: int = 10
     encode_tokens: int = 4096
     score_tokens: int = 2048

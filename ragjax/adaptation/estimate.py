@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.adaptation.teacher import context_batches
 from ragjax.adaptation.workspace import Workspace
+from ragjax.models.inputs import LMBatch, Tokens
 
 # Work of a training step in forward passes: one forward, one backward of twice the work; the
 # encoder's also runs its smaller matrices less efficiently.

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ragjax.adaptation.answers import Answer, Request, answer_requests
+from ragjax.adaptation.teacher import Teacher
+from ragjax.adaptation.workspace import Workspace
 from ragjax.data import Question
 from ragjax.evaluation import (
     Comparison,
@@ -19,9 +22,6 @@ from ragjax.evaluation import (
     summarize,
 )
 from ragjax.index import SearchResult
-from ragjax.adaptation.answers import Answer, Request, answer_requests
-from ragjax.adaptation.teacher import Teacher
-from ragjax.adaptation.workspace import Workspace
 from ragjax.training.files import write_json, write_text
 from ragjax.training.score_cache import ResultCache
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ragjax.adaptation.workspace import Workspace, tree_fingerprint
 from ragjax.data import Question, passage_text
 from ragjax.index import (
     Bm25Index,
@@ -24,7 +25,6 @@ from ragjax.index import (
 )
 from ragjax.models.inputs import Tokens
 from ragjax.refresh import encode_to_store, tqdm_progress
-from ragjax.adaptation.workspace import Workspace, tree_fingerprint
 
 # A killed run encodes at most this many documents again.
 _ROWS_PER_SHARD = 512

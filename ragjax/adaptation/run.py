@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ragjax.index import Bm25Index, SearchResult
-from ragjax.losses import target_entropy
 from ragjax.adaptation.config import AdaptConfig, fingerprint, to_dict
 from ragjax.adaptation.estimate import estimate_cost
 from ragjax.adaptation.evaluate import System, evaluate_systems, write_results
@@ -21,6 +19,8 @@ from ragjax.adaptation.workspace import (
     open_workspace,
     tree_fingerprint,
 )
+from ragjax.index import Bm25Index, SearchResult
+from ragjax.losses import target_entropy
 from ragjax.training.files import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.lsr import towers
@@ -87,7 +87,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
     lm = Teacher(workspace.lm.params, workspace.lm.fingerprint)
     if "lm" in config.stages:
         with workspace.timed("language model"):
-            candidates = _candidates(workspace, before)
+            candidates = _candidates(workspace, before, config.language_model.documents)
             adapted = train_lm(workspace, workspace.questions["train"], candidates)
             lm = Teacher(adapted, tree_fingerprint(adapted))
     after = before
@@ -112,9 +112,8 @@ def _build(
     )
 
 
-def _candidates(workspace: Workspace, retriever: Retriever) -> SearchResult:
-    config = workspace.config
-    count = max(config.retriever.candidates, config.language_model.documents)
+def _candidates(workspace: Workspace, retriever: Retriever, count: int) -> SearchResult:
+    """Returns the best documents of the training questions by the hybrid, the best there is."""
     return search(workspace, retriever, workspace.questions["train"], count).hybrid
 
 
@@ -127,12 +126,14 @@ def _adapt_retriever(
 ) -> Retriever:
     config = workspace.config.retriever
     questions = workspace.questions["train"]
-    cache = ResultCache(workspace.folder / "scores.jsonl", Score)
+    known = [workspace.config.score_cache] if workspace.config.score_cache else []
     retriever = before
     for number in range(config.rounds):
         with workspace.timed("teacher"):
-            found = _candidates(workspace, retriever)
-            candidates = SearchResult(*(field[:, : config.candidates] for field in found))
+            path = workspace.folder / "scores" / f"{number}.jsonl"
+            cache = ResultCache(path, Score, earlier=known)
+            known.append(str(path))
+            candidates = _candidates(workspace, retriever, config.candidates)
             scores = score_candidates(workspace, lm, questions, candidates, cache)
             targets = target_log_probs(config, scores, candidates)
             _report_target(workspace, targets, candidates)

@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ragjax.adaptation.config import LMConfig, RetrieverConfig
+from ragjax.adaptation.workspace import Workspace, make_prompts
 from ragjax.data import Question, batch_rows, num_steps, pad_right
 from ragjax.index import SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.models.llama_training import merge_trainable, split_trainable
 from ragjax.training.checkpoint import Checkpointer
-from ragjax.adaptation.config import LMConfig, RetrieverConfig
-from ragjax.adaptation.workspace import Workspace, make_prompts
 from ragjax.training.lm import make_lm_loss
 from ragjax.training.loop import LoopConfig, run_steps
 from ragjax.training.lsr import LsrBatch, make_lsr_loss

@@ -1,24 +1,28 @@
 """The language model as teacher: scores of (question, document) pairs, and the LSR target."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from ragjax.adaptation.config import RetrieverConfig
+from ragjax.adaptation.workspace import Workspace
 from ragjax.data import LengthBatch, Question, length_buckets, passage_text
 from ragjax.index import SearchResult
 from ragjax.losses import log_prob, log_prob_per_token, lsr_target, prob, prob_per_token
 from ragjax.models.inputs import LMBatch
-from ragjax.adaptation.config import RetrieverConfig
-from ragjax.adaptation.workspace import Workspace
+from ragjax.models.llama import packed_token_log_probs
+from ragjax.models.packing import PackedBatch, Suffix, pack_row
 from ragjax.training.score_cache import ResultCache, Score, result_key
 
 # Lengths in tokens that prompts are padded to: a document of the default 140 and a question fall
 # into a few of them.
 _CONTEXT_BUCKETS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 1536, 2048)
+# Slots of a row that packs several questions behind their document, at most.
+_PACKED_SLOTS = 384
 SCORES = {
     "prob": prob,
     "prob_per_token": prob_per_token,
@@ -50,8 +54,9 @@ def score_candidates(
 ) -> TeacherScores:
     """Scores every candidate by the log-probability of the question's first answer after it.
 
-    Pairs are grouped by length in an order that does not depend on what the cache holds, so a
-    killed run that goes on computes the same numbers as one that was not.
+    Questions that share a document are packed behind it, so it is read once. What is packed with
+    what depends on what earlier rounds knew, never on how far a killed run came: continuing it
+    gives the same numbers.
 
     Args:
         workspace: Data, prompts, and the size of a batch (`score_tokens`).
@@ -64,35 +69,28 @@ def score_candidates(
         Log-probabilities and lengths.
     """
     pairs = [(int(q), int(k)) for q, k in np.argwhere(candidates.mask)]
-    rows = [int(candidates.doc_ids[pair]) for pair in pairs]
-    keys = _keys(workspace, teacher, questions, pairs, rows)
-    known = {key: score for key in keys if (score := cache.get(key)) is not None}
-    workspace.report(
-        f"teacher: {len(pairs):,} (question, document) pairs, {len(known):,} of them in the cache"
-    )
+    docs = [int(candidates.doc_ids[pair]) for pair in pairs]
+    keys = _keys(workspace, teacher, questions, pairs, docs)
+    new = [row for row, key in enumerate(keys) if not cache.was_known(key)]
+    known = len(pairs) - sum(cache.get(keys[row]) is None for row in new)
+    workspace.report(f"teacher: {len(pairs):,} (question, document) pairs, {known:,} in the cache")
     targets = [workspace.prompts.target(question.answers[0]) for question in questions]
     contexts = [
-        workspace.prompts.context(questions[q].text, workspace.documents.get([row]))
-        for (q, _), row in zip(pairs, rows, strict=True)
+        workspace.prompts.context(questions[q].text, workspace.documents.get([doc]))
+        for (q, _), doc in zip(pairs, docs, strict=True)
     ]
-    score = jax.jit(workspace.lm.token_log_probs)
-    with tqdm(total=len(pairs), desc="teacher", unit=" pairs", file=sys.stderr) as progress:
-        for batch in context_batches(workspace, [len(context) for context in contexts]):
-            batch_keys = [keys[row] for row in batch.rows]
-            if not all(key in known for key in batch_keys):
-                packed = pack_batch(
-                    workspace, batch, contexts, [targets[pairs[row][0]] for row in batch.rows]
-                )
-                sums = np.asarray(score(teacher.params, packed)).sum(axis=1)
-                lengths = [len(targets[pairs[row][0]]) for row in batch.rows]
-                scores = [Score(float(v), n) for v, n in zip(sums, lengths, strict=False)]
-                cache.put(batch_keys, scores)
-                known |= dict(zip(batch_keys, scores, strict=True))
-            progress.update(len(batch.rows))
+    packer = _Packer(workspace, docs, contexts, [targets[q] for q, _ in pairs])
+    with tqdm(total=len(new), desc="teacher", unit=" pairs", file=sys.stderr) as progress:
+        for batch in packer.batches(new):
+            rows = [row for group in batch.groups for row in group]
+            if any(cache.get(keys[row]) is None for row in rows):
+                log_probs = np.asarray(_score(workspace.lm.config, teacher.params, batch.packed))
+                cache.put([keys[row] for row in rows], list(packer.scores(batch, log_probs)))
+            progress.update(len(rows))
             workspace.stop.check()
     log_probs = np.zeros(candidates.mask.shape, np.float32)
     for pair, key in zip(pairs, keys, strict=True):
-        log_probs[pair] = known[key].log_prob
+        log_probs[pair] = _found(cache, key).log_prob
     return TeacherScores(log_probs, np.array([len(target) for target in targets], np.int32))
 
 
@@ -148,6 +146,105 @@ def _z_scores(candidates: SearchResult) -> np.ndarray:
         spread = np.nanstd(scores, axis=1, keepdims=True)
         z = (scores - np.nanmean(scores, axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)
     return np.nan_to_num(z).astype(np.float32)
+
+
+_score = jax.jit(packed_token_log_probs, static_argnums=0)
+
+
+class _PackedGroups(NamedTuple):
+    groups: list[list[int]]  # pairs behind one document, by row of the batch
+    packed: PackedBatch
+
+
+class _Packer:
+    """Lays pairs out in rows of one document and the questions that share it."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        docs: Sequence[int],
+        contexts: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+    ):
+        self._workspace, self._docs = workspace, docs
+        self._contexts, self._targets = contexts, targets
+
+    def batches(self, pairs: Sequence[int]) -> Iterator[_PackedGroups]:
+        """Yields batches of few static shapes that hold every pair once."""
+        groups = self._groups(pairs)
+        lengths = [self._used(group) for group in groups]
+        planned = context_batches(self._workspace, lengths)
+        scored = [sum(len(self._targets[pair]) for pair in group) for group in groups]
+        most: dict[int, int] = {}
+        for batch in planned:
+            here = max(scored[row] for row in batch.rows)
+            most[batch.length] = max(most.get(batch.length, 1), here)
+        for batch in planned:
+            num_targets = -(-most[batch.length] // 8) * 8
+            chosen = [groups[row] for row in batch.rows]
+            rows = [self._row(group, batch.length, num_targets) for group in chosen]
+            rows += [rows[0]] * (batch.batch_size - len(rows))  # their scores are not read
+            yield _PackedGroups(chosen, PackedBatch(*map(np.stack, zip(*rows, strict=True))))
+
+    def scores(self, batch: _PackedGroups, log_probs: np.ndarray) -> Iterator[Score]:
+        """Yields the score of each pair of a batch, row by row."""
+        for group, row in zip(batch.groups, log_probs, strict=False):
+            start = 0
+            for pair in group:
+                length = len(self._targets[pair])
+                yield Score(float(row[start : start + length].sum()), length)
+                start += length
+
+    def _groups(self, pairs: Sequence[int]) -> list[list[int]]:
+        """Splits the pairs of each document into rows of at most `_PACKED_SLOTS` tokens."""
+        by_doc: dict[int, list[int]] = {}
+        for pair in pairs:
+            by_doc.setdefault(self._docs[pair], []).append(pair)
+        groups: list[list[int]] = []
+        for same_doc in by_doc.values():
+            group: list[int] = []
+            for pair in same_doc:
+                if group and self._used([*group, pair]) > _PACKED_SLOTS:
+                    groups.append(group)
+                    group = []
+                group.append(pair)
+            groups.append(group)
+        return groups
+
+    def _shared(self, group: Sequence[int]) -> int:
+        """Returns how many first tokens all contexts of a group share."""
+        columns = zip(*(self._contexts[pair] for pair in group), strict=False)
+        shared = 0
+        for column in columns:
+            if any(token != column[0] for token in column):
+                break
+            shared += 1
+        return shared
+
+    def _used(self, group: Sequence[int]) -> int:
+        shared = self._shared(group)
+        return shared + sum(
+            len(self._contexts[pair]) - shared + len(self._targets[pair]) for pair in group
+        )
+
+    def _row(self, group: Sequence[int], length: int, num_targets: int) -> PackedBatch:
+        shared = self._shared(group)
+        suffixes = [
+            Suffix(self._contexts[pair][shared:], self._targets[pair]) for pair in group
+        ]
+        return pack_row(
+            self._contexts[group[0]][:shared],
+            suffixes,
+            length=length,
+            num_targets=num_targets,
+            pad_id=self._workspace.lm.pad_id,
+        )
+
+
+def _found(cache: ResultCache[Score], key: str) -> Score:
+    score = cache.get(key)
+    assert score is not None, "every pair was scored above"
+    return score
 
 
 def _keys(

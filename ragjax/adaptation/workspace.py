@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ragjax.adaptation.config import AdaptConfig
 from ragjax.data import (
     Dataset,
     DocumentTokens,
@@ -31,7 +32,6 @@ from ragjax.models.encoder import TextEncoder, load_encoder
 from ragjax.models.inputs import Tokens
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.refresh import EncodeOptions, encode_token_ids
-from ragjax.adaptation.config import AdaptConfig
 from ragjax.training.loop import MetricsLog, StopFlag
 
 Report = Callable[[str], None]

@@ -1,5 +1,6 @@
 """Optimisers: AdamW with warm-up, a schedule, clipping and one learning rate per tower."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,15 +121,15 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(config.clip_norm)
     if not rates:
         return optax.chain(clip, adamw(config.learning_rate))
-    transforms = {key: adamw(rate) for key, rate in rates.items()}
-    transforms["*"] = adamw(config.learning_rate)
+    transforms: dict[Any, optax.GradientTransformation] = {"*": adamw(config.learning_rate)}
+    transforms |= {key: adamw(rate) for key, rate in rates.items()}
     return optax.chain(clip, optax.partition(transforms, labels))
 
 
 def _with_rate(config: OptimizerConfig, rate: float) -> OptimizerConfig:
     if rate < 0:
         raise ValueError(f"learning rates must be >= 0, got {rate}")
-    return OptimizerConfig(**{**config.__dict__, "learning_rate": rate})
+    return dataclasses.replace(config, learning_rate=rate)
 
 
 def _decayed(params: Any) -> Any:

@@ -38,12 +38,19 @@ class ResultCache(Generic[Value]):
     and re-runs with another retriever setting cost no forward pass for pairs seen before.
     """
 
-    def __init__(self, path: str | os.PathLike, kind: type[Value]):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        kind: type[Value],
+        *,
+        earlier: Sequence[str | os.PathLike] = (),
+    ):
         """Reads what is there; a last line torn by a killed run is dropped.
 
         Args:
           path: The JSONL file; created at the first `put`.
           kind: The NamedTuple of a result; its fields are the keys of a line.
+          earlier: Files of results that were complete before this cache was begun; only read.
 
         Raises:
           ValueError: If a line other than the last cannot be read.
@@ -53,11 +60,23 @@ class ResultCache(Generic[Value]):
         self._results: dict[str, Value] = {}
         self.hits = 0
         self.misses = 0
-        self._read()
+        for file in earlier:
+            self._read(Path(file))
+        self._earlier = frozenset(self._results)
+        if self._path.exists():
+            os.truncate(self._path, self._read(self._path))
 
     def __len__(self) -> int:
         """Returns how many results are known."""
         return len(self._results)
+
+    def was_known(self, key: str) -> bool:
+        """Tells whether a result was known before this cache was begun.
+
+        What is left is the work of this cache, and does not change when it is cut and continued:
+        batches planned from it are the same in every life of a run.
+        """
+        return key in self._earlier
 
     def get(self, key: str) -> Value | None:
         """Returns a result, or None where it has not been computed; counts hits and misses."""
@@ -77,10 +96,9 @@ class ResultCache(Generic[Value]):
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self) -> None:
-        if not self._path.exists():
-            return
-        data = self._path.read_bytes()
+    def _read(self, path: Path) -> int:
+        """Reads a file's whole lines; returns how many bytes they take."""
+        data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
@@ -89,8 +107,7 @@ class ResultCache(Generic[Value]):
                 self._results[key] = self._kind(**row)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{self._path}:{number}: not a {self._kind.__name__} ({error}); delete the"
-                    " file to compute it again"
+                    f"{path}:{number}: not a {self._kind.__name__} ({error}); delete the file to"
+                    " compute it again"
                 ) from error
-        if len(whole) < len(data):
-            os.truncate(self._path, len(whole))
+        return len(whole)

@@ -46,3 +46,12 @@ def test_the_key_depends_on_everything_the_score_depends_on():
         keys.add(result_key(*changed))
     assert len(keys) == 6
     assert result_key("a", "b", "c", "de", "f") != result_key("a", "b", "cd", "e", "f")
+
+
+def test_results_of_earlier_files_are_told_from_those_of_this_one(tmp_path):
+    ResultCache(tmp_path / "0.jsonl", Score).put(["a"], [Score(-1.0, 2)])
+    cache = ResultCache(tmp_path / "1.jsonl", Score, earlier=[tmp_path / "0.jsonl"])
+    cache.put(["b"], [Score(-2.0, 3)])
+    again = ResultCache(tmp_path / "1.jsonl", Score, earlier=[tmp_path / "0.jsonl"])
+    assert again.was_known("a") and not again.was_known("b")
+    assert again.get("a") == Score(-1.0, 2) and again.get("b") == Score(-2.0, 3)
