@@ -1,8 +1,11 @@
 """The default domain exists under the installed versions, and its questions can be answered."""
 
 import csv
+import functools
 import json
 import logging
+import sys
+import types
 from collections import Counter
 
 import numpy as np
@@ -64,6 +67,67 @@ def test_an_object_has_one_name(corpus, name, aliases):
     ids = {passage.id for passage in corpus}
     assert name in ids
     assert ids.isdisjoint(aliases)
+
+
+def test_only_public_documented_callables_of_a_module_are_read(monkeypatch):
+    module = types.ModuleType("made_up")
+
+    def function():
+        """function() -> int
+
+        Says one.
+        """
+
+    def _private():
+        """Says two."""
+
+    def foreign():
+        """Says three."""
+
+    class Thing:
+        """Says four."""
+
+        @staticmethod
+        def static():
+            """Says five."""
+
+        @classmethod
+        def of_class(cls):
+            """Says six."""
+
+        @property
+        def value(self):
+            """Says seven."""
+
+        def _hidden(self):
+            """Says eight."""
+
+    class Heir(Thing):
+        def own(self):
+            """Says nine."""
+
+    foreign.__module__ = "elsewhere"
+    for member in (function, _private, Thing, Heir):
+        member.__module__ = "made_up"
+    number, instance = 3, functools.partial(function)
+    for member in (function, _private, foreign, Thing, Heir):
+        setattr(module, member.__name__, member)
+    vars(module).update(number=number, instance=instance, zalias=function)
+    monkeypatch.setitem(sys.modules, "made_up", module)
+    for name, value in {"MODULES": ("made_up",), "MIN_PASSAGES": 1, "MIN_WORDS": 2}.items():
+        monkeypatch.setattr(python_docs, name, value)
+
+    expected = {
+        "made_up.function()": "Says one.",
+        "made_up.Thing()": "Says four.",
+        "made_up.Thing.static()": "Says five.",
+        "made_up.Thing.of_class(cls)": "Says six.",
+        "made_up.Thing.value": "Says seven.",
+        "made_up.Heir.own()": "Says nine.",
+    }
+    assert {p.title: p.text for p in python_docs.read_python_docs()} == expected
+    module.__all__ = ["foreign", "missing"]
+    assert [p.id for p in python_docs.read_python_docs()] == ["made_up.foreign"]
 
 
 def test_text_is_the_start_of_the_docstring(corpus):
@@ -146,6 +210,7 @@ def test_folder_has_the_beir_layout(tmp_path, corpus, questions, monkeypatch):
         assert row["metadata"]["answers"] == by_id[name]["answers"]
         assert row["metadata"]["doc"] == relevant[name] == by_id[name]["doc"]
     assert [path.name for path in folder.parent.iterdir()] == ["docs"]
+    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.fixture
@@ -218,6 +283,14 @@ def test_too_few_docstrings_is_an_error_with_a_remedy(monkeypatch):
         (
             "Does it.\n\nExample:\n  One.\n\nReturns:\n  It.\n\nReferences:\n  Me.",
             "Does it. Returns: It.",
+        ),
+        ("Does it.\n\n.. _a: b\n   c\n\nThen more.", "Does it. Then more."),
+        ("Does it.\n\nExample::\n\n    f(1)\n\nThen more.", "Does it. Then more."),
+        ("Does it.\n\nReturns:\n", "Does it."),
+        ("+----+----+\n| a  | b  |\n+====+====+", "| a | b |"),
+        (
+            "A **bold** and *slanted* word, but 2**3 and *args.",
+            "A bold and slanted word, but 2**3 and *args.",
         ),
         ("- one\n- two\n\n``", "one two. ``"),
         ("-- g(a, b=()) -- h(1). A thing.", "g(a, b=()) -- h(1). A thing."),
