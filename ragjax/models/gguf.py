@@ -129,12 +129,17 @@ def _parse_config(
         num_heads=num_heads,
         num_kv_heads=int(fields.get(f"{prefix}.head_count_kv", num_heads)),
         head_dim=int(fields.get(f"{prefix}.key_length", hidden_size // num_heads)),
-        rope_theta=float(fields.get(f"{architecture}.rope.freq_base", 10000.0)),
-        rms_norm_eps=float(field("attention.layer_norm_rms_epsilon")),
+        rope_theta=_shortest(fields.get(f"{architecture}.rope.freq_base", 10000.0)),
+        rms_norm_eps=_shortest(field("attention.layer_norm_rms_epsilon")),
         max_positions=int(field("context_length")),
         tie_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
     )
+
+
+def _shortest(value: Any) -> float:
+    # The file stores float32: 1e-05, not 9.999999747378752e-06, is what was meant.
+    return float(str(np.float32(value)))
 
 
 def _build_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:

@@ -1,8 +1,6 @@
 """A causal language model with its tokenizer, loaded from a folder, a GGUF file, a hub or pip."""
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +11,15 @@ from jax import Array
 from tokenizers import Tokenizer
 
 from ragjax.models import llama
+from ragjax.models.config import fingerprint, read_config, read_json
 from ragjax.models.gguf import read_gguf
 from ragjax.models.hub import resolve_source
 from ragjax.models.inputs import LMBatch
 from ragjax.models.llama_checkpoint import params_from_gguf, params_from_huggingface
-from ragjax.models.llama_config import LlamaConfig, parse_huggingface_config
+from ragjax.models.llama_config import MODEL_TYPES, LlamaConfig, parse_huggingface_config
 from ragjax.models.llama_decoding import LlamaDecoder
 from ragjax.models.safetensors import read_safetensors
+from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ class LanguageModel:
     Attributes:
         params: Nested dict of float32 arrays, see `ragjax.models.llama`.
         config: Sizes; hashable.
-        tokenizer: Adds no special tokens, neither truncates nor pads.
-        bos_id: Token that this model expects in front of every text, or None.
+        tokenizer: Neither truncates nor pads; encode with `add_special_tokens=False`.
+        bos_id: Token that the tokenizer would put in front of every text, or None.
         eos_ids: Tokens that end a text.
         pad_id: Token of padded slots. All computations mask them: any id gives the same numbers.
         max_length: Longest sequence in tokens.
         source: As the user gave it.
-        fingerprint: Hexadecimal sha256 over the files the model was read from.
+        fingerprint: sha256 over sizes, parameters and tokenizer, 64 hexadecimal digits.
         token_log_probs: `(params, LMBatch) -> [R, T]` float32 log-probabilities of the targets in
             nats, 0 where masked; pure and not jitted.
         decoder: Reads prompts once and appends tokens, for `ragjax.generation`.
@@ -75,84 +75,74 @@ def load_language_model(source: str) -> LanguageModel:
     return _load_gguf(path, source) if path.is_file() else _load_folder(path, source)
 
 
-def _load_gguf(path: Path, source: str) -> LanguageModel:
-    model = read_gguf(path)
-    params = params_from_gguf(model.config, model.tensors, permuted=model.permuted, source=path)
-    return _assemble(
-        params=params,
-        config=model.config,
-        tokenizer=model.tokenizer,
-        bos_id=model.bos_id,
-        eos_ids=model.eos_ids,
-        pad_id=model.pad_id,
-        source=source,
-        files=[path],
-    )
-
-
-def _load_folder(folder: Path, source: str) -> LanguageModel:
-    settings = _read_json(folder / "config.json")
-    try:
-        config = parse_huggingface_config(settings)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    tokenizer_path = folder / "tokenizer.json"
-    if not tokenizer_path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer.json; where transformers is installed, `AutoTokenizer."
-            "from_pretrained(FOLDER).save_pretrained(FOLDER)` writes it"
-        )
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    bos_id = _added_first_id(tokenizer)
-    params = params_from_huggingface(config, read_safetensors(folder), source=folder)
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), tokenizer_path]
-    return _assemble(
-        params=params,
-        config=config,
-        tokenizer=tokenizer,
-        bos_id=bos_id,
-        eos_ids=_eos_ids(folder, settings),
-        pad_id=settings.get("pad_token_id"),
-        source=source,
-        files=files,
-    )
-
-
-def _assemble(
-    *,
-    params: dict[str, Any],
+def build_language_model(
     config: LlamaConfig,
+    params: dict[str, Any],
     tokenizer: Tokenizer,
+    *,
     bos_id: int | None,
     eos_ids: tuple[int, ...],
-    pad_id: int | None,
+    pad_id: int,
     source: str,
-    files: list[Path],
 ) -> LanguageModel:
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if highest >= config.vocab_size:
-        raise ValueError(
-            f"{source}: the tokenizer has token ids up to {highest}, the model's embedding table "
-            f"only {config.vocab_size} rows: they do not belong together"
-        )
-    if pad_id is None or not 0 <= pad_id < config.vocab_size:
-        pad_id = eos_ids[0] if eos_ids else 0
-        logger.info("%s: no padding token; padded slots (all masked) hold %d", source, pad_id)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    """Puts a `LanguageModel` together from its parts; the arguments are its fields."""
     return LanguageModel(
         params=params,
         config=config,
         tokenizer=tokenizer,
         bos_id=bos_id,
         eos_ids=eos_ids,
-        pad_id=int(pad_id),
+        pad_id=pad_id,
         max_length=config.max_positions,
         source=source,
-        fingerprint=_fingerprint(files),
+        fingerprint=fingerprint(config, params, tokenizer),
         token_log_probs=functools.partial(llama.token_log_probs, config),
         decoder=LlamaDecoder(config),
     )
+
+
+def _load_gguf(path: Path, source: str) -> LanguageModel:
+    model = read_gguf(path)
+    params = params_from_gguf(model.config, model.tensors, permuted=model.permuted, source=path)
+    pad_id = model.pad_id
+    if pad_id is None:
+        pad_id = model.eos_ids[0] if model.eos_ids else 0
+        _warn_of_chosen_pad(source, model.tokenizer.id_to_token(pad_id))
+    return build_language_model(
+        model.config,
+        params,
+        model.tokenizer,
+        bos_id=model.bos_id,
+        eos_ids=model.eos_ids,
+        pad_id=pad_id,
+        source=source,
+    )
+
+
+def _load_folder(folder: Path, source: str) -> LanguageModel:
+    settings = read_config(folder, MODEL_TYPES)
+    try:
+        config = parse_huggingface_config(settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
+    pad = choose_pad_token(tokenizer, folder, settings)
+    if not pad.declared:
+        _warn_of_chosen_pad(source, pad.token)
+    params = params_from_huggingface(config, read_safetensors(folder), source=folder)
+    return build_language_model(
+        config,
+        params,
+        tokenizer,
+        bos_id=_added_first_id(tokenizer),
+        eos_ids=_eos_ids(folder, settings),
+        pad_id=pad.id,
+        source=source,
+    )
+
+
+def _warn_of_chosen_pad(source: str, token: str | None) -> None:
+    logger.warning("%s: no pad token declared; rows are filled with %r (masked)", source, token)
 
 
 def _added_first_id(tokenizer: Tokenizer) -> int | None:
@@ -162,29 +152,8 @@ def _added_first_id(tokenizer: Tokenizer) -> int | None:
 
 
 def _eos_ids(folder: Path, settings: dict[str, Any]) -> tuple[int, ...]:
-    generation = folder / "generation_config.json"
-    found = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    found = read_json(folder / "generation_config.json").get("eos_token_id")
     found = settings.get("eos_token_id") if found is None else found
     if found is None:
         return ()
     return tuple(int(index) for index in (found if isinstance(found, list) else [found]))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a model folder needs it")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _fingerprint(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ragjax.models.llama import KeyValues, causal, logits, mask_positions, run_layers
+from ragjax.models.llama import causal, logits, mask_positions, run_layers
 from ragjax.models.llama_config import LlamaConfig
+from ragjax.models.llama_layers import KeyValues
 
 
 class KVCache(NamedTuple):

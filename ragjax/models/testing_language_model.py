@@ -1,6 +1,5 @@
 """A tiny random language model with a tokenizer built in memory: for tests, without files."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -9,10 +8,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ragjax.models import llama
-from ragjax.models.language_model import LanguageModel
+from ragjax.models.language_model import LanguageModel, build_language_model
 from ragjax.models.llama_checkpoint import params_to_huggingface
 from ragjax.models.llama_config import LlamaConfig
-from ragjax.models.llama_decoding import LlamaDecoder
 
 # The tokenizer has the 256 bytes first, then these two.
 _END, _PAD = "<|end|>", "<|pad|>"
@@ -66,18 +64,14 @@ def tiny_language_model(seed: int = 0) -> LanguageModel:
         A language model in float32 that no file or network is needed for.
     """
     config, tokenizer = tiny_llama_config(), tiny_tokenizer()
-    return LanguageModel(
-        params=_random_params(config, seed),
-        config=config,
-        tokenizer=tokenizer,
+    return build_language_model(
+        config,
+        _random_params(config, seed),
+        tokenizer,
         bos_id=None,
         eos_ids=(_END_ID,),
         pad_id=_PAD_ID,
-        max_length=config.max_positions,
         source=f"tiny language model, seed {seed}",
-        fingerprint=f"{seed:016x}",
-        token_log_probs=functools.partial(llama.token_log_probs, config),
-        decoder=LlamaDecoder(config),
     )
 
 

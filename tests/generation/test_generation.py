@@ -1,0 +1,256 @@
+"""Greedy and ensemble generation against a plain loop over full forwards, without a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.generation import ensemble, generate_ensemble, generate_greedy, score_and_generate
+from ragjax.models.inputs import LMBatch
+from ragjax.models.testing_language_model import tiny_language_model
+
+ROWS, SLOTS, NEW = 4, 10, 7
+LENGTHS = (10, 6, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_language_model()
+
+
+@pytest.fixture(scope="module")
+def next_token_log_probs(model):
+    """`(prompts as id lists) -> [R, V]`: a full forward over the whole text, nothing cached."""
+    width = SLOTS + NEW
+    score = jax.jit(
+        lambda ids, mask: jax.nn.log_softmax(
+            model.decoder.prefill(model.params, ids, mask, cache_length=width).logits
+        )
+    )
+
+    def compute(prompts):
+        ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, True
+        return np.asarray(score(ids, mask), np.float64)
+
+    return compute
+
+
+@pytest.fixture
+def prompts(rng):
+    return [rng.integers(0, 258, length).tolist() for length in LENGTHS]
+
+
+def pad(prompts, rng, slots=SLOTS):
+    """Left-pads with arbitrary tokens, which must not matter."""
+    ids = rng.integers(0, 258, (len(prompts), slots)).astype(np.int32)
+    mask = np.zeros((len(prompts), slots), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, slots - len(prompt) :], mask[row, slots - len(prompt) :] = prompt, True
+    return ids, mask
+
+
+def plain_greedy(prompts, next_token_log_probs, stop_ids=()):
+    """One forward per token over prompt and answer so far, row by row of a Python loop."""
+    answers, ended = [[] for _ in prompts], [False] * len(prompts)
+    for _ in range(NEW):
+        log_probs = next_token_log_probs(
+            [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        )
+        for row, best in enumerate(log_probs.argmax(axis=1).tolist()):
+            ended[row] = ended[row] or best in stop_ids
+            if not ended[row]:
+                answers[row].append(best)
+    return answers
+
+
+def answers_of(result):
+    assert all(not row[length:].any() for row, length in zip(*result, strict=True))
+    return [row[:length].tolist() for row, length in zip(*result, strict=True)]
+
+
+def to_numpy(result):
+    return jax.tree.map(np.asarray, result)
+
+
+@pytest.fixture
+def free_answers(prompts, next_token_log_probs):
+    return plain_greedy(prompts, next_token_log_probs)
+
+
+def test_cached_greedy_equals_full_forwards(model, prompts, free_answers, rng):
+    found = generate_greedy(
+        model.decoder, model.params, *pad(prompts, rng), max_new_tokens=NEW, stop_ids=()
+    )
+    assert found.ids.dtype == found.lengths.dtype == jnp.int32
+    assert answers_of(to_numpy(found)) == free_answers
+
+
+def test_stop_tokens_end_each_row_by_itself(
+    model, prompts, free_answers, next_token_log_probs, rng
+):
+    # Row 0 stops at once, row 1 in the middle, the others wherever these tokens happen to come.
+    stop_ids = (free_answers[0][0], free_answers[1][3])
+    expected = plain_greedy(prompts, next_token_log_probs, stop_ids)
+    assert expected[0] == [] and 0 < len(expected[1]) < NEW and max(map(len, expected)) == NEW
+    found = generate_greedy(
+        model.decoder, model.params, *pad(prompts, rng), max_new_tokens=NEW, stop_ids=stop_ids
+    )
+    assert answers_of(to_numpy(found)) == expected
+
+
+def test_decoding_stops_when_every_row_has_ended(model, prompts, free_answers, rng):
+    calls = []
+
+    class Counting:
+        prefill = staticmethod(model.decoder.prefill)
+        score = staticmethod(model.decoder.score)
+
+        @staticmethod
+        def decode_step(params, cache, token_ids):
+            jax.debug.callback(lambda: calls.append(1))
+            return model.decoder.decode_step(params, cache, token_ids)
+
+    for stop_ids, steps in (((), NEW - 1), (tuple(row[0] for row in free_answers), 0)):
+        calls.clear()
+        found = generate_greedy(
+            Counting(), model.params, *pad(prompts, rng), max_new_tokens=NEW, stop_ids=stop_ids
+        )
+        jax.block_until_ready(found)
+        jax.effects_barrier()
+        assert len(calls) == steps
+
+
+def test_padding_and_neighbours_change_nothing(model, prompts, free_answers, rng):
+    generate = functools.partial(
+        generate_greedy, model.decoder, model.params, max_new_tokens=NEW, stop_ids=()
+    )
+    wide = generate(*pad(prompts, rng, slots=SLOTS + 6))
+    assert answers_of(to_numpy(wide)) == free_answers
+    alone = generate(*pad(prompts[1:2], rng))
+    assert answers_of(to_numpy(alone)) == free_answers[1:2]
+
+
+def test_one_token_needs_no_step(model, prompts, free_answers, rng):
+    found = generate_greedy(
+        model.decoder, model.params, *pad(prompts, rng), max_new_tokens=1, stop_ids=()
+    )
+    assert answers_of(to_numpy(found)) == [answer[:1] for answer in free_answers]
+
+
+def test_one_reading_scores_and_generates(model, prompts, free_answers, rng):
+    ids, mask = pad(prompts, rng)
+    targets = rng.integers(0, 258, (ROWS, 3)).astype(np.int32)
+    target_mask = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
+    found = score_and_generate(
+        model.decoder,
+        model.params,
+        ids,
+        mask,
+        targets,
+        target_mask,
+        max_new_tokens=NEW,
+        stop_ids=(),
+    )
+    expected = jax.jit(model.token_log_probs)(
+        model.params, LMBatch(ids, mask, targets, target_mask)
+    )
+    np.testing.assert_allclose(found.token_log_probs, expected, atol=2e-5)
+    assert answers_of(to_numpy(found.generated)) == free_answers
+
+
+# --- ensemble -----------------------------------------------------------------------------------
+
+
+def test_an_ensemble_of_one_is_greedy(model, prompts, free_answers, rng):
+    ids, mask = pad(prompts, rng)
+    found = generate_ensemble(
+        model.decoder,
+        model.params,
+        ids[:, None],
+        mask[:, None],
+        np.full((ROWS, 1), -3.0, np.float32),
+        max_new_tokens=NEW,
+        stop_ids=(),
+    )
+    assert answers_of(to_numpy(found)) == free_answers
+
+
+def test_an_ensemble_follows_the_mixture_of_full_forwards(
+    model, prompts, next_token_log_probs, rng
+):
+    ids, mask = pad(prompts, rng)
+    scores = np.array([[0.3, -0.4], [1.0, 2.0]], np.float32)
+    found = generate_ensemble(
+        model.decoder,
+        model.params,
+        ids.reshape(2, 2, SLOTS),
+        mask.reshape(2, 2, SLOTS),
+        scores,
+        max_new_tokens=NEW,
+        stop_ids=(),
+    )
+    weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    answers = [[], []]
+    for _ in range(NEW):
+        texts = [[*prompt, *answers[row // 2]] for row, prompt in enumerate(prompts)]
+        probs = np.exp(next_token_log_probs(texts)).reshape(2, 2, -1)
+        mixture = (weights[:, :, None] * probs).sum(axis=1)
+        for row in range(2):
+            answers[row].append(int(mixture[row].argmax()))
+    assert answers_of(to_numpy(found)) == answers
+
+
+def test_masked_documents_do_not_vote(model, prompts, free_answers, rng):
+    ids, mask = pad(prompts, rng)
+    generate = functools.partial(
+        generate_ensemble,
+        model.decoder,
+        model.params,
+        ids.reshape(2, 2, SLOTS),
+        mask.reshape(2, 2, SLOTS),
+        np.array([[0.0, 9.0], [0.0, 0.0]], np.float32),
+        max_new_tokens=NEW,
+        stop_ids=(),
+    )
+    found = generate(doc_mask=np.array([[True, False], [False, True]]))
+    assert answers_of(to_numpy(found)) == [free_answers[0], free_answers[3]]
+
+
+def test_mixture_weights():
+    scores = jnp.array([[1.0, 2.0, 7.0], [4.0, 4.0, 4.0]])
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    weights = np.exp(ensemble.doc_log_weights(scores, doc_mask=mask))
+    e = np.e
+    np.testing.assert_allclose(
+        weights, [[1 / (1 + e), e / (1 + e), 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6
+    )
+
+
+def test_bad_arguments_are_refused(model, prompts, rng):
+    ids, mask = pad(prompts, rng)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        generate_greedy(model.decoder, model.params, ids, mask, max_new_tokens=0, stop_ids=())
+    with pytest.raises(ValueError, match=r"context_ids \[B, K, L\].*\(4, 10\) and \(4, 2\)"):
+        generate_ensemble(
+            model.decoder,
+            model.params,
+            ids,
+            mask,
+            np.zeros((4, 2), np.float32),
+            max_new_tokens=1,
+            stop_ids=(),
+        )
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        generate_ensemble(
+            model.decoder,
+            model.params,
+            ids[:, None],
+            mask[:, None],
+            np.zeros((4, 1), np.float32),
+            max_new_tokens=0,
+            stop_ids=(),
+        )

@@ -1,0 +1,163 @@
+"""Loading language models from Hugging Face folders, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, processors
+
+from ragjax.models import load_language_model
+from ragjax.models.llama_config import LlamaConfig, parse_huggingface_config
+from ragjax.models.testing_language_model import (
+    tiny_language_model,
+    tiny_llama_config,
+    write_tiny_language_model,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tiny_language_model(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def change(path, **fields):
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings = {**settings, **fields}
+    kept = {name: value for name, value in settings.items() if value != "absent"}
+    path.write_text(json.dumps(kept))
+
+
+def test_a_folder_gives_the_model_that_was_written(folder):
+    model, expected = load_language_model(str(folder)), tiny_language_model()
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+    for name in ("config", "bos_id", "eos_ids", "pad_id", "max_length", "fingerprint"):
+        assert getattr(model, name) == getattr(expected, name)
+    text = "ünïcödé 😀 12"
+    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    assert ids == expected.tokenizer.encode(text, add_special_tokens=False).ids
+    assert model.tokenizer.decode(ids) == text
+    assert model.source == str(folder)
+
+
+def test_shards_give_the_same_model(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / shard)
+    weight_map = {name: shard for shard, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert load_language_model(str(folder)).fingerprint == tiny_language_model().fingerprint
+
+
+def test_a_tied_head_that_is_stored_twice_is_ignored(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 0}, path)
+    assert load_language_model(str(folder)).fingerprint == tiny_language_model().fingerprint
+
+
+def test_fingerprints_tell_parameters_apart():
+    assert tiny_language_model(0).fingerprint != tiny_language_model(1).fingerprint
+
+
+def test_end_tokens_come_from_the_generation_config_first(folder):
+    change(folder / "generation_config.json", eos_token_id=[5, 256])
+    assert load_language_model(str(folder)).eos_ids == (5, 256)
+    change(folder / "generation_config.json", eos_token_id="absent")
+    change(folder / "config.json", eos_token_id="absent")
+    assert load_language_model(str(folder)).eos_ids == ()
+
+
+def test_the_first_token_is_what_the_tokenizer_would_add(folder):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 256)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_language_model(str(folder)).bos_id == 256
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|end|>", special_tokens=[("<|end|>", 256)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_language_model(str(folder)).bos_id is None
+
+
+def test_a_missing_pad_token_is_chosen_and_said(folder, caplog):
+    change(folder / "config.json", pad_token_id="absent")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert load_language_model(str(folder)).pad_id == 256
+    assert "no pad token declared; rows are filled with '<|end|>' (masked)" in caplog.text
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="ids up to 258, but the model has embeddings for 258"):
+        load_language_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported here; llama, mistral"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .*gptq"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; only 'silu' is"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "positions scaled by 'yarn'"),
+        ({"num_hidden_layers": "absent"}, "no field 'num_hidden_layers', which a llama decoder"),
+        ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
+        ({"head_dim": 7}, "head_dim must be even and positive, got 7"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"hidden_size": 33}, r"model\.embed_tokens\.weight has shape \(258, 32\).*\(258, 33\)"),
+        ({"num_hidden_layers": 4}, r"missing tensor model\.layers\.3\."),
+        ({"num_hidden_layers": 2}, r"unexpected tensor model\.layers\.2\."),
+        ({"tie_word_embeddings": False}, r"missing tensor lm_head\.weight"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(folder, fields, message):
+    change(folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_language_model(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_only_pytorch_files_are_refused_with_a_way_out(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="only PyTorch weights.*convert with"):
+        load_language_model(str(folder))
+
+
+def parsed(**fields) -> LlamaConfig:
+    sizes = {
+        "model_type": "mistral",
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    return parse_huggingface_config(sizes | fields)
+
+
+def test_a_sliding_window_caps_the_length():
+    assert parsed(sliding_window=100).max_positions == 100
+    assert parsed(sliding_window=None).max_positions == 512
+    unused = parsed(model_type="qwen2", sliding_window=100, use_sliding_window=False)
+    assert unused == tiny_llama_config(num_kv_heads=4, qkv_bias=True)
+
+
+def test_both_spellings_of_the_rotary_base():
+    assert parsed(rope_theta=7.0).rope_theta == 7.0
+    newer = parsed(rope_parameters={"rope_theta": 7.0, "rope_type": "default"})
+    assert newer == parsed(rope_theta=7.0)
