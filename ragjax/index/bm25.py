@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 from ragjax.index import base
 
 _WORD = re.compile(r"\w+")
+# Rare in passages, so BM25 would weigh them like names; they only say that a question is asked.
+_QUESTION_WORDS = frozenset(
+    "what which who whom whose when where why how "
+    "am been being do does did done has have had having "
+    "were can could would shall should may might must".split()
+)
 
 
 class Bm25Index:
@@ -103,7 +109,10 @@ class Bm25Index:
 
 
 class _Analyzer:
-    """Text to word ids: lower case, words, English stop words out, Snowball English stems."""
+    """Text to word ids: lower case, words, English stop words out, Snowball English stems.
+
+    Question words are left out of queries too, if anything else is in them. Documents keep them.
+    """
 
     def __init__(self) -> None:
         """Starts with an empty vocabulary."""
@@ -117,15 +126,17 @@ class _Analyzer:
     def learn(self, text: str) -> list[int]:
         """Returns the ids of the words of `text`, adding unseen ones to the vocabulary."""
         vocabulary = self.vocabulary
-        return [vocabulary.setdefault(stem, len(vocabulary)) for stem in self._stems(text)]
+        stems = self._stem(self._words(text))
+        return [vocabulary.setdefault(stem, len(vocabulary)) for stem in stems]
 
     def look_up(self, text: str) -> list[int]:
         """Returns the ids of the words of `text` that some document has."""
-        return [self.vocabulary[stem] for stem in self._stems(text) if stem in self.vocabulary]
+        words = self._words(text)
+        stems = self._stem([word for word in words if word not in _QUESTION_WORDS] or words)
+        return [self.vocabulary[stem] for stem in stems if stem in self.vocabulary]
 
-    def _stems(self, text: str) -> list[str]:
-        words = _WORD.findall(text.lower())
-        return self._stem([word for word in words if word not in self._stop_words])
+    def _words(self, text: str) -> list[str]:
+        return [word for word in _WORD.findall(text.lower()) if word not in self._stop_words]
 
 
 def _join(texts: Iterable[str], titles: Iterable[str] | None) -> Iterator[str]:

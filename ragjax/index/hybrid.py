@@ -5,7 +5,8 @@ With a dense score s and a lexical score t of the same query and document,
     score = w * (s - mean(s)) / std(s) + (1 - w) * (t - mean(t)) / std(t)
 
 where mean and std run over the candidates: the union of the best `depth` of both. A candidate
-that one side did not return gets that side's lowest score among its own results.
+that one side did not return gets the lowest score of that side's list; but if the lexical list
+ended before `depth`, the candidate has no word of the query, and its lexical score is known: 0.
 """
 
 import dataclasses
@@ -189,20 +190,23 @@ def _candidates(
         for side in (dense, lexical)
     )
     candidates = np.union1d(dense_ids, lexical_ids)
+    complete = len(lexical_ids) < lexical.doc_ids.shape[1]
+    lexical_floor = 0.0 if complete else lexical_scores.min()
     return (
         candidates,
-        _z_scores(candidates, dense_ids, dense_scores),
-        _z_scores(candidates, lexical_ids, lexical_scores),
+        _z_scores(candidates, dense_ids, dense_scores, dense_scores.min(initial=np.inf)),
+        _z_scores(candidates, lexical_ids, lexical_scores, lexical_floor),
     )
 
 
 def _z_scores(
-    candidates: NDArray[np.int32], doc_ids: NDArray[np.int32], scores: NDArray[np.float32]
+    candidates: NDArray[np.int32],
+    doc_ids: NDArray[np.int32],
+    scores: NDArray[np.float32],
+    missing: float,
 ) -> NDArray[np.float64]:
     """Returns one side's z-scores of all candidates; zero for a side that tells none apart."""
-    if not len(doc_ids):
-        return np.zeros(len(candidates))
-    filled = np.full(len(candidates), scores.min(), np.float64)
+    filled = np.full(len(candidates), missing, np.float64)
     filled[np.searchsorted(candidates, doc_ids)] = scores
     spread = filled.std()
     return (filled - filled.mean()) / spread if spread > 0 else np.zeros(len(candidates))

@@ -212,12 +212,15 @@ class Batch(NamedTuple):
     length: int  # tokens
 
 
-def plan_batches(lengths: Sequence[int], options: EncodeOptions) -> list[Batch]:
+def plan_batches(
+    lengths: Sequence[int], options: EncodeOptions, *, first_row: int = 0
+) -> list[Batch]:
     """Groups documents by length, longest first, so that little of a batch is padding.
 
     Args:
         lengths: of each document in tokens.
         options: sizes of batches.
+        first_row: number of the first document in the corpus, for messages.
 
     Returns:
         Batches that hold every document once. Only the last has rows to spare.
@@ -232,7 +235,7 @@ def plan_batches(lengths: Sequence[int], options: EncodeOptions) -> list[Batch]:
         longest = int(lengths[order[start]])
         if longest > options.buckets[-1]:
             raise ValueError(
-                f"Document {order[start]} has {longest} tokens, more than the longest length "
+                f"Document {first_row + order[start]} has {longest} tokens, more than the longest length "
                 f"{options.buckets[-1]}; cut it when tokenising."
             )
         length = next(bucket for bucket in options.buckets if bucket >= longest)
@@ -300,7 +303,7 @@ class _Job:
         finished = self._done
         tokens_done = 0
         parts: list[NDArray[np.float32]] = []
-        batches = plan_batches(lengths, self._options)
+        batches = plan_batches(lengths, self._options, first_row=window.start)
         for batch, result in self._results(token_ids, batches):
             parts.append(result[: len(batch.documents)])
             tokens_done += sum(lengths[row] for row in batch.documents)

@@ -1,0 +1,218 @@
+"""ScaNN behind the protocol: recall, padding, small corpora, damaged and hostile folders."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from ragjax.index import ExactIndex, ScannIndex, ScannOptions, recall_against_exact, scann_options
+from ragjax.index import scann as scann_module
+
+pytest.importorskip("scann", reason="ScaNN has no package for this platform")
+
+
+def clustered(rng, size, *, dim=32, clusters=50):
+    centres = rng.normal(size=(clusters, dim))
+    points = centres[rng.integers(0, clusters, size)] + 0.3 * rng.normal(size=(size, dim))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("size", "leaves", "searched", "block"),
+    [(16, 0, 0, 0), (19_999, 0, 0, 0), (20_000, 0, 0, 2), (99_999, 0, 0, 2), (10**6, 1000, 125, 2)],
+)
+def test_the_default_setting_follows_the_size(size, leaves, searched, block):
+    options = scann_options(size, threads=3)
+    assert (options.num_leaves, options.leaves_to_search) == (leaves, searched)
+    assert (options.dimensions_per_block, options.threads) == (block, 3)
+
+
+def test_brute_force_equals_exact_search(rng):
+    docs = clustered(rng, 500)
+    queries = clustered(rng, 20)
+    index = ScannIndex.build(docs)
+    expected = ExactIndex(docs).search(queries, 10)
+    result = index.search(queries, 10)
+    np.testing.assert_allclose(result.scores, expected.scores, atol=1e-5)
+    assert recall_against_exact(index, docs, queries) == index.details.recall == 1.0
+    assert [array.dtype for array in result] == [np.int32, np.float32, np.bool_]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ScannOptions(threads=1), ScannOptions(num_leaves=40, leaves_to_search=10, threads=2)],
+    ids=["quantised", "tree"],
+)
+def test_approximate_search_reaches_its_recall_on_clustered_data(rng, options):
+    points = clustered(rng, 3050)
+    docs, queries = points[:3000], points[3000:]
+    index = ScannIndex.build(docs, options=options, probe_queries=queries)
+    assert index.details.recall >= 0.95
+    expected = ExactIndex(docs).search(queries, 10).doc_ids
+    found = index.search(queries, 10).doc_ids
+    shared = [len(set(a) & set(b)) / 10 for a, b in zip(expected, found, strict=True)]
+    assert index.details.recall == pytest.approx(np.mean(shared))
+    assert index.details.notes == () and index.details.build_seconds > 0
+
+
+def test_missing_candidates_are_masked_and_are_not_document_0(rng):
+    docs = clustered(rng, 400, clusters=8)
+    options = ScannOptions(num_leaves=8, leaves_to_search=1, dimensions_per_block=0, reorder=0)
+    result = ScannIndex.build(docs, options=options).search(docs[:30], 400)
+    assert not result.mask.all()
+    assert (result.doc_ids[~result.mask] == -1).all()
+    assert np.isneginf(result.scores[~result.mask]).all()
+    assert np.isfinite(result.scores[result.mask]).all()
+    for ids, mask in zip(result.doc_ids, result.mask, strict=True):
+        assert len(set(ids[mask])) == mask.sum()
+
+
+def test_more_results_than_documents_are_masked(rng):
+    result = ScannIndex.build(clustered(rng, 5)).search(clustered(rng, 3), 9)
+    assert result.mask.tolist() == [[True] * 5 + [False] * 4] * 3
+    assert (result.doc_ids[:, 5:] == -1).all()
+
+
+def test_what_does_not_fit_the_corpus_is_clamped_with_a_note(rng, caplog):
+    docs = clustered(rng, 40)
+    with caplog.at_level(logging.WARNING):
+        index = ScannIndex.build(
+            docs,
+            options=ScannOptions(num_leaves=100, leaves_to_search=200, dimensions_per_block=0),
+        )
+    assert (index.details.options.num_leaves, index.details.options.leaves_to_search) == (40, 40)
+    assert caplog.messages == list(index.details.notes)
+    assert "num_leaves 100 is more than the 40 documents" in index.details.notes[0]
+    assert "leaves_to_search 200 is not between 1 and the 40 leaves" in index.details.notes[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17])
+def test_a_few_documents_can_be_built_with_any_setting(rng, size):
+    docs = clustered(rng, size)
+    options = ScannOptions(num_leaves=4, leaves_to_search=4)
+    index = ScannIndex.build(docs, options=options)
+    assert sorted(index.search(docs[:1], size).doc_ids[0].tolist()) == list(range(size))
+
+
+def test_no_queries_give_no_rows(rng):
+    docs = clustered(rng, 20)
+    assert ScannIndex.build(docs).search(docs[:0], 3).doc_ids.shape == (0, 3)
+
+
+def test_bad_input_is_refused_before_scann_sees_it(rng):
+    docs = clustered(rng, 20)
+    index = ScannIndex.build(docs)
+    with pytest.raises(ValueError, match=r"size 5 .* size 32 \(1 queries\)"):
+        index.search(np.zeros((1, 5)), 3)
+    with pytest.raises(ValueError, match="positive integer"):
+        index.search(docs, 0)
+    with pytest.raises(ValueError, match="query embeddings hold NaN"):
+        index.search(np.full((1, 32), np.nan), 3)
+    with pytest.raises(ValueError, match="leaves_to_search must not be negative: -1"):
+        ScannOptions(leaves_to_search=-1)
+    docs[[3, 5]] = np.nan
+    with pytest.raises(ValueError, match=r"document embeddings hold NaN .*\(row 3, 5\)"):
+        ScannIndex.build(docs)
+
+
+def test_a_saved_index_survives_a_move(rng, tmp_path):
+    docs = clustered(rng, 300)
+    index = ScannIndex.build(docs, options=ScannOptions(num_leaves=10, leaves_to_search=5))
+    index.save(tmp_path / "a" / "index")
+    (tmp_path / "a").rename(tmp_path / "b")
+    loaded = ScannIndex.load(tmp_path / "b" / "index")
+    for before, after in zip(index.search(docs, 5), loaded.search(docs, 5), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert loaded.details == index.details and (loaded.size, loaded.dim) == (300, 32)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["index"]
+    assert not list(tmp_path.rglob("*.pkl"))
+    with pytest.raises(FileExistsError, match="never written over"):
+        index.save(tmp_path / "b" / "index")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    docs = clustered(np.random.default_rng(0), 50)
+    folder = tmp_path_factory.mktemp("scann") / "index"
+    ScannIndex.build(docs).save(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    import shutil
+
+    return shutil.copytree(saved, tmp_path / "index")
+
+
+def test_a_pickle_beside_the_index_is_refused_unopened(folder, tmp_path):
+    # Unpickling this would create the file.
+    harmful = f"cposix\nsystem\n(S'touch {tmp_path}/opened'\ntR."
+    (folder / "scann_docids.pkl").write_text(harmful)
+    with pytest.raises(ValueError, match=r"scann_docids.pkl is not in the manifest"):
+        ScannIndex.load(folder)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_changed_missing_and_linked_files_are_refused(folder, tmp_path):
+    data = folder / "dataset.npy"
+    original = data.read_bytes()
+    data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"dataset.npy is damaged: expected SHA-256 \w{64}, got"):
+        ScannIndex.load(folder)
+    data.unlink()
+    with pytest.raises(ValueError, match=r"dataset.npy is missing"):
+        ScannIndex.load(folder)
+    (tmp_path / "outside.npy").write_bytes(original)
+    data.symlink_to(tmp_path / "outside.npy")
+    with pytest.raises(ValueError, match=r"dataset.npy is no plain file"):
+        ScannIndex.load(folder)
+
+
+def test_an_incomplete_or_foreign_manifest_is_refused(folder, tmp_path):
+    manifest = folder / "ragjax.json"
+    value = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(value | {"details": {"size": 3}}))
+    with pytest.raises(ValueError, match="is no ScaNN index manifest"):
+        ScannIndex.load(folder)
+    manifest.write_text(json.dumps(value | {"sha256": {"../x": "0"}}))
+    with pytest.raises(ValueError, match="names '../x', which is no plain file name"):
+        ScannIndex.load(folder)
+    manifest.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no complete ScaNN index"):
+        ScannIndex.load(folder)
+    with pytest.raises(FileNotFoundError, match="holds no complete ScaNN index"):
+        ScannIndex.load(tmp_path / "nowhere")
+
+
+def test_a_failed_save_leaves_nothing(rng, tmp_path):
+    class Broken:
+        def set_num_threads(self, threads):
+            pass
+
+        def serialize(self, folder, relative_path):
+            raise RuntimeError("no space left")
+
+    details = ScannIndex.build(clustered(rng, 20)).details
+    with pytest.raises(RuntimeError, match="no space left"):
+        ScannIndex(Broken(), dataclasses.replace(details)).save(tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sys.platform", "darwin", "no package for"),
+        ("sys.version_info", (3, 14, 0), "no package for Python"),
+        ("_missing_cpu_flags", lambda: ["avx"], "needs the CPU instructions avx"),
+        ("importlib.util.find_spec", lambda name: None, "not installed"),
+    ],
+)
+def test_says_why_scann_cannot_be_had(rng, monkeypatch, name, value, message):
+    assert scann_module.scann_problem() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(f"ragjax.index.scann.{name}", value)
+        with pytest.raises(ImportError, match=f"{message}.*exact index instead|until then"):
+            ScannIndex.build(clustered(rng, 20))

@@ -1,0 +1,258 @@
+"""Encoding a corpus: order, padding, static shapes, compilation and resuming."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.index import EmbeddingStore, EmbeddingWriter, StoreSpec
+from ragjax.refresh import (
+    EncodeOptions,
+    Tokens,
+    encode,
+    encode_corpus,
+    encode_to_store,
+    encode_token_ids,
+    tqdm_progress,
+)
+
+VOCABULARY, DIM, PAD = 50, 8, 49
+OPTIONS = EncodeOptions(buckets=(4, 8, 16), batch_tokens=64, max_rows=8, window=40)
+
+
+def tiny_encode(params, tokens):
+    """One attention layer and a mean over the tokens, as a sentence encoder in small."""
+    hidden = params["embed"][tokens.ids]  # [B, L, D]
+    scores = jnp.einsum("bld,bmd->blm", hidden @ params["query"], hidden)
+    scores = jnp.where(tokens.mask[:, None, :], scores, -1e9)
+    hidden = jnp.tanh(jax.nn.softmax(scores) @ hidden)
+    weights = tokens.mask[..., None].astype(jnp.float32)
+    pooled = (hidden * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
+    return pooled / (jnp.linalg.norm(pooled, axis=1, keepdims=True) + 1e-6)
+
+
+@pytest.fixture
+def params(rng):
+    return {
+        "embed": rng.normal(size=(VOCABULARY, DIM)).astype(np.float32),
+        "query": rng.normal(size=(DIM, DIM)).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def token_ids(rng):
+    return [rng.integers(0, 49, size=length).tolist() for length in rng.integers(1, 17, size=100)]
+
+
+def one_by_one(params, token_ids):
+    """Every document alone, without padding."""
+    rows = []
+    for ids in token_ids:
+        tokens = Tokens(jnp.asarray([ids], jnp.int32), jnp.ones((1, len(ids)), bool))
+        rows.append(np.asarray(tiny_encode(params, tokens))[0])
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        EncodeOptions(buckets=(16,), batch_tokens=16, window=7),
+        EncodeOptions(buckets=(5, 16), batch_tokens=4000, max_rows=3),
+        EncodeOptions(buckets=tuple(range(1, 17)), batch_tokens=1),
+        EncodeOptions(),
+    ],
+)
+def test_an_embedding_does_not_depend_on_the_batches(params, token_ids, options):
+    embeddings = encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=options)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, one_by_one(params, token_ids), atol=1e-5)
+
+
+def test_an_embedding_does_not_depend_on_the_company(params, token_ids):
+    whole = encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS)
+    reversed_ = encode_token_ids(tiny_encode, params, token_ids[::-1], pad_id=PAD, options=OPTIONS)
+    np.testing.assert_allclose(whole, reversed_[::-1], atol=1e-6)
+
+
+def test_a_document_without_tokens_is_encoded(params):
+    embeddings = encode_token_ids(tiny_encode, params, [[], [3]], pad_id=PAD)
+    np.testing.assert_array_equal(embeddings[0], np.zeros(DIM))
+
+
+def test_texts_are_tokenised_window_by_window(params, token_ids):
+    texts = [" ".join(map(str, ids)) for ids in token_ids]
+    seen = []
+
+    def tokenize(window):
+        seen.append(len(window))
+        return [[int(word) for word in text.split()] for text in window]
+
+    embeddings = encode_corpus(tiny_encode, params, texts, tokenize, pad_id=PAD, options=OPTIONS)
+    np.testing.assert_allclose(embeddings, one_by_one(params, token_ids), atol=1e-5)
+    assert seen == [40, 40, 20]
+
+
+def test_an_encoder_may_take_tokens_of_its_own(params, token_ids):
+    embeddings = encode_token_ids(
+        lambda params, tokens: tiny_encode(params, Tokens(tokens["a"], tokens["b"])),
+        params,
+        token_ids,
+        pad_id=PAD,
+        make_tokens=lambda ids, mask: {"a": ids, "b": mask},
+    )
+    np.testing.assert_allclose(embeddings, one_by_one(params, token_ids), atol=1e-5)
+
+
+def test_new_parameters_and_new_lengths_compile_nothing_again(params, token_ids):
+    traced = []
+
+    def counting_encode(params, tokens):
+        traced.append(tokens.ids.shape)
+        return tiny_encode(params, tokens)
+
+    shapes = []
+    for scale in (1.0, 2.0, 3.0):
+        scaled = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params)
+        encode_token_ids(
+            counting_encode,
+            scaled,
+            token_ids,
+            pad_id=PAD,
+            options=OPTIONS,
+            progress=lambda progress: shapes.append(progress.num_shapes),
+        )
+    assert len(traced) == len(set(traced)) == shapes[-1] <= 6
+    assert all(rows * length <= 64 and length in (4, 8, 16) for rows, length in traced)
+
+
+def test_only_the_last_batch_has_room_to_spare(rng):
+    lengths = rng.integers(0, 17, size=83).tolist()
+    batches = encode.plan_batches(lengths, OPTIONS)
+    assert sorted(np.concatenate([batch.documents for batch in batches])) == list(range(83))
+    for batch in batches:
+        longest = max(lengths[row] for row in batch.documents)
+        assert batch.length == min(bucket for bucket in (4, 8, 16) if bucket >= longest)
+        assert batch.rows <= min(64 // batch.length, 8)
+    assert all(len(batch.documents) == batch.rows for batch in batches[:-1])
+
+
+@pytest.mark.parametrize(("documents", "rows"), [(1, 2), (2, 2), (3, 8), (8, 8), (9, 8)])
+def test_a_few_questions_do_not_pay_for_a_full_batch(documents, rows):
+    assert encode.plan_batches([3] * documents, OPTIONS)[0].rows == rows
+
+
+def test_progress_ends_at_one_with_a_rate(params, token_ids, capsys):
+    reports = []
+    bar = tqdm_progress("encoding")
+
+    def progress(report):
+        reports.append(report)
+        bar(report)
+
+    encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS, progress=progress)
+    fractions = [report.fraction for report in reports]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    assert (reports[-1].done, reports[-1].total) == (100, 100)
+    assert reports[-1].remaining_seconds == 0 and reports[-1].texts_per_second > 0
+    # Halfway through the first window the longer half of its texts is done.
+    assert reports[1].fraction > reports[1].done / 100
+    assert "100/100" in capsys.readouterr().err
+
+
+def test_what_cannot_be_encoded_is_refused(params, token_ids):
+    with pytest.raises(ValueError, match="no documents to encode"):
+        encode_token_ids(tiny_encode, params, [], pad_id=PAD)
+    with pytest.raises(ValueError, match="Document 47 has 17 tokens, more than .* 16"):
+        long = token_ids[:47] + [[1] * 17] + token_ids[48:]
+        encode_token_ids(tiny_encode, params, long, pad_id=PAD, options=OPTIONS)
+    with pytest.raises(ValueError, match="tokenize returned 1 rows for 40 texts"):
+        encode_corpus(
+            tiny_encode, params, token_ids, lambda rows: rows[:1], pad_id=PAD, options=OPTIONS
+        )
+    params["embed"][13] = np.nan
+    ids = [[1], [2, 13]] * 25
+    with pytest.raises(ValueError, match=r"embeddings hold NaN .*\(row 1, 3, 5"):
+        encode_token_ids(tiny_encode, params, ids, pad_id=PAD, options=OPTIONS)
+
+
+def test_an_error_in_tokenize_reaches_the_caller(params):
+    def broken(rows):
+        raise KeyError("no such document")
+
+    with pytest.raises(KeyError, match="no such document"):
+        encode_corpus(tiny_encode, params, [1, 2], broken, pad_id=PAD)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_tokens": 0}, "must be positive"),
+        ({"max_rows": 0}, "must be positive"),
+        ({"window": -1}, "must be positive"),
+        ({"buckets": ()}, "ascending lengths"),
+        ({"buckets": (8, 4)}, "ascending lengths"),
+        ({"buckets": (0, 4)}, "positive lengths"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EncodeOptions(**options)
+
+
+def spec():
+    return StoreSpec(
+        size=100, dim=DIM, model_fingerprint="m", corpus_fingerprint="c", rows_per_shard=30
+    )
+
+
+class Killed(BaseException):
+    """Ends a run the way no handler catches."""
+
+
+def to_store(folder, params, token_ids, progress=None):
+    writer = EmbeddingWriter.open(folder, spec())
+    return encode_to_store(
+        tiny_encode,
+        params,
+        token_ids,
+        list,
+        writer,
+        pad_id=PAD,
+        options=OPTIONS,
+        progress=progress,
+    )
+
+
+def test_a_killed_encoding_goes_on_and_ends_with_the_same_bytes(tmp_path, params, token_ids):
+    whole = to_store(tmp_path / "whole", params, token_ids)
+    np.testing.assert_allclose(whole.read(), one_by_one(params, token_ids), atol=1e-5)
+
+    def kill(report):
+        if report.done > 65:
+            raise Killed
+
+    with pytest.raises(Killed):
+        to_store(tmp_path / "killed", params, token_ids, kill)
+    assert EmbeddingWriter.open(tmp_path / "killed", spec()).missing() == [2, 3]
+    reports = []
+    to_store(tmp_path / "killed", params, token_ids, reports.append)
+    assert 60 < reports[0].done < 75 and reports[-1].fraction == 1.0
+    np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "killed").read(), whole.read())
+
+
+def test_a_store_for_another_number_of_documents_is_refused(tmp_path, params, token_ids):
+    with pytest.raises(ValueError, match="for 100 documents, got 99"):
+        to_store(tmp_path / "store", params, token_ids[:99])
+
+
+def test_a_complete_but_unpublished_store_is_published_without_encoding(
+    tmp_path, params, token_ids
+):
+    whole = to_store(tmp_path / "whole", params, token_ids)
+    writer = EmbeddingWriter.open(tmp_path / "other", spec())
+    for shard in writer.missing():
+        writer.write(shard, whole.read_shard(shard))
+
+    store = to_store(tmp_path / "other", None, token_ids)
+    np.testing.assert_array_equal(store.read(), whole.read())
