@@ -42,6 +42,7 @@ def make_lsr_loss(
     *,
     scale: float,
     in_batch: bool,
+    chunk_tokens: int = 4096,
 ) -> LossFn:
     """Builds the LSR loss over live scores s = scale · q·d, averaged over the questions.
 
@@ -54,6 +55,8 @@ def make_lsr_loss(
         query's own candidates with target 0, which keeps the rest of the embedding space in place.
         False: over the K candidates only, as the papers do. `lsr_loss` needs False: its KL to a
         target of probability zero is infinite.
+      chunk_tokens: Documents are encoded in chunks of about this many tokens, and again in the
+        backward pass, so memory does not grow with the batch. Changes nothing else.
 
     Returns:
       `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
@@ -71,7 +74,7 @@ def make_lsr_loss(
         del key  # no dropout: see rule 8 of the objectives (targets are scored without it)
         query_params, doc_params = towers(params, frozen)
         queries = encode(query_params, batch.queries)  # [B, D]
-        docs = encode(doc_params, batch.docs)  # [M, D]
+        docs = encode_in_chunks(encode, doc_params, batch.docs, chunk_tokens)  # [M, D]
         scores = scale * jnp.einsum(
             "bd,md->bm", queries, docs, precision=jax.lax.Precision.HIGHEST
         )  # [B, M]
@@ -93,3 +96,30 @@ def make_lsr_loss(
         return jnp.where(real, per_query, 0.0).sum() / count, means
 
     return loss
+
+
+def encode_in_chunks(encode: Encode, params: Any, tokens: Tokens, chunk_tokens: int) -> jax.Array:
+    """Encodes rows chunk by chunk; the backward pass encodes each chunk again.
+
+    Args:
+      encode: `(params, tokens) -> [rows, D]`; a row's embedding may not depend on the others.
+      params: Its parameters.
+      tokens: `[M, L]`.
+      chunk_tokens: Tokens of a chunk, padding included; the chunk's rows are the largest divisor
+        of M that stays below, at least one.
+
+    Returns:
+      `[M, D]`, as `encode(params, tokens)`.
+
+    Gradients:
+      Those of `encode`, with the activations of one chunk in memory at a time.
+    """
+    rows, length = tokens.ids.shape
+    chunk = max(
+        n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= chunk_tokens)
+    )
+    if chunk == rows:
+        return encode(params, tokens)
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, length), tokens)
+    encoded = jax.lax.map(jax.checkpoint(lambda part: encode(params, part)), chunks)
+    return encoded.reshape(rows, -1)

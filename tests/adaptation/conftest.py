@@ -16,7 +16,9 @@ def write_domain(folder, *, splits=("train", "dev", "test")):
     passages, questions, judged = [], [], {split: [] for split in splits}
     for number, (colour, animal) in enumerate((c, a) for c in _COLOURS for a in _ANIMALS):
         id = f"{colour}-{animal}"
-        passages.append({"_id": id, "title": animal, "text": f"the {colour} {animal} likes {number}"})
+        passages.append(
+            {"_id": id, "title": animal, "text": f"the {colour} {animal} likes {number}"}
+        )
         question = {"_id": f"q{number}", "text": f"what does the {colour} {animal} like?"}
         questions.append(question | {"metadata": {"answers": [str(number)]}})
         judged[splits[number % len(splits)]].append(f"q{number}\t{id}\t1")
