@@ -86,7 +86,8 @@ def parse_huggingface_config(config: Mapping[str, Any]) -> LlamaConfig:
         The sizes of the decoder.
 
     Raises:
-        ValueError: A field is missing, or asks for what this decoder does not compute.
+        ValueError: A field is missing, is not a number, or asks for what this decoder does not
+            compute.
     """
     _refuse_unsupported(config)
     model_type = config["model_type"]
@@ -112,6 +113,8 @@ def parse_huggingface_config(config: Mapping[str, Any]) -> LlamaConfig:
         )
     except KeyError as error:
         raise ValueError(f"no field {error}, which a {model_type} decoder needs") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"a size is not a positive number ({error})") from error
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
