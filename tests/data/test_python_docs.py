@@ -126,8 +126,17 @@ def test_only_public_documented_callables_of_a_module_are_read(monkeypatch):
         "made_up.Heir.own()": "Says nine.",
     }
     assert {p.title: p.text for p in python_docs.read_python_docs()} == expected
-    module.__all__ = ["foreign", "missing"]
+    module.__all__ = ["foreign", "instance", "missing"]  # instance: the docstring of its class
     assert [p.id for p in python_docs.read_python_docs()] == ["made_up.foreign"]
+
+
+def test_warnings_of_read_modules_are_not_passed_on(tmp_path, monkeypatch):
+    source = 'import warnings\nwarnings.warn("old")\ndef f():\n    """Says one."""\n'
+    (tmp_path / "made_up_noisy.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in {"MODULES": ("made_up_noisy",), "MIN_PASSAGES": 1, "MIN_WORDS": 2}.items():
+        monkeypatch.setattr(python_docs, name, value)
+    assert [p.id for p in python_docs.read_python_docs()] == ["made_up_noisy.f"]
 
 
 def test_text_is_the_start_of_the_docstring(corpus):
