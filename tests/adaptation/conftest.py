@@ -10,7 +10,7 @@ _COLOURS = ("red", "green", "blue", "white", "black", "brown", "pink", "grey")
 _ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "pig", "bee", "ant", "elk")
 
 
-def write_domain(folder, *, splits=("train", "dev", "test")):
+def _write_domain(folder, *, splits=("train", "dev", "test")):
     """Writes 80 passages such as 'the red cat likes 7' and a question on each to `folder`."""
     (folder / "qrels").mkdir(parents=True)
     passages, questions, judged = [], [], {split: [] for split in splits}
@@ -54,7 +54,7 @@ def tiny_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_tiny_encoder(folder / "encoder")
     write_tiny_language_model(folder / "lm")
-    write_domain(folder / "data")
+    _write_domain(folder / "data")
     return {name: str(folder / name) for name in ("data", "encoder", "lm")}
 
 
@@ -62,3 +62,9 @@ def tiny_inputs(tmp_path_factory):
 def tiny_flags(tiny_inputs):
     """Flags of a whole run on them."""
     return [*(f"--{name}={value}" for name, value in tiny_inputs.items()), *FLAGS]
+
+
+@pytest.fixture(scope="session")
+def write_domain():
+    """A function that writes the tiny domain to a folder and returns it."""
+    return _write_domain

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ragjax.models import LMBatch
+from ragjax.models.llama_training import merge_trainable, split_trainable
+from ragjax.models.testing import tiny_language_model
+from ragjax.training.lm import make_lm_loss
+from ragjax.training.steps import init_state, make_train_step
+
+
+def random_batch(rng, rows=4):
+    target_mask = np.arange(5)[None, :] < rng.integers(1, 6, rows)[:, None]
+    context_mask = np.arange(9)[None, :] >= rng.integers(0, 6, rows)[:, None]
+    return LMBatch(
+        jnp.asarray(rng.integers(0, 250, (rows, 9)), jnp.int32),
+        jnp.asarray(context_mask),
+        jnp.asarray(rng.integers(0, 250, (rows, 5)), jnp.int32),
+        jnp.asarray(target_mask),
+    )
+
+
+def test_the_loss_is_nats_per_answer_token(rng):
+    model, batch = tiny_language_model(), random_batch(rng)
+    loss, metrics = make_lm_loss(model.token_log_probs)(
+        model.params, None, batch, jax.random.key(0)
+    )
+    log_probs = np.asarray(model.token_log_probs(model.params, batch), np.float64)
+    mask = np.asarray(batch.target_mask)
+    np.testing.assert_allclose(loss, -log_probs[mask].sum() / mask.sum(), rtol=1e-5)
+    assert metrics["answer_tokens"] == mask.sum()
+
+
+def test_rows_without_a_target_count_nothing(rng):
+    model, batch = tiny_language_model(), random_batch(rng)
+    loss_fn = make_lm_loss(model.token_log_probs)
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])]), batch)
+    whole, more = (loss_fn(model.params, None, b, jax.random.key(0))[0] for b in (batch, padded))
+    np.testing.assert_allclose(whole, more, rtol=1e-5)
+
+
+def test_the_prompt_gives_no_loss(rng):
+    """Other tokens in the masked slots of targets and contexts change nothing."""
+    model, batch = tiny_language_model(), random_batch(rng)
+    loss_fn = make_lm_loss(model.token_log_probs)
+    garbage = batch._replace(
+        target_ids=jnp.where(batch.target_mask, batch.target_ids, 7),
+        context_ids=jnp.where(batch.context_mask, batch.context_ids, 7),
+    )
+    whole, other = (loss_fn(model.params, None, b, jax.random.key(0))[0] for b in (batch, garbage))
+    np.testing.assert_array_equal(whole, other)
+
+
+def test_frozen_layers_keep_their_bits_and_the_loss_falls(rng):
+    model, batch = tiny_language_model(), random_batch(rng)
+    trainable, frozen = split_trainable(model.params, 1, embeddings=False)
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(make_lm_loss(model.token_log_probs, merge_trainable), optimizer)
+    state = init_state(trainable, optimizer, 0)
+    before = jax.tree.map(np.array, frozen)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, batch, frozen)
+        losses.append(float(metrics["loss"]))
+    jax.tree.map(np.testing.assert_array_equal, before, frozen)
+    assert losses[-1] < 0.7 * losses[0]
