@@ -211,10 +211,10 @@ class _Renamed(Mapping[str, Any]):
 def _read_recipe(folder: Path) -> _Recipe:
     """Read the sentence-transformers files of a folder; defaults where it has none."""
     transformer, pooling, normalized = folder, "mean", False
-    for position, module in enumerate(read_json(folder / "modules.json", list)):
+    for module in read_json(folder / "modules.json", list):
         path, kind = folder / str(module.get("path", "")), str(module.get("type", ""))
         name = kind.rpartition(".")[2]
-        if name == "Transformer" and position == 0:
+        if name == "Transformer":
             transformer = path
         elif name == "Pooling":
             pooling = _read_pooling(path / "config.json")

@@ -65,9 +65,7 @@ def resolve_source(source: str) -> Path:
 
 def _names_a_path(source: str) -> bool:
     """Say whether a source that does not exist was meant as a path, not as a hub id."""
-    if not _HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
-        return True
-    return Path(source).parts[0] != source and Path(Path(source).parts[0]).is_dir()
+    return not _HUB_ID.fullmatch(source) or Path(source.partition("/")[0]).is_dir()
 
 
 def _suggestion(path: Path) -> str:

