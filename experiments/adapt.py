@@ -11,6 +11,7 @@ Python packages installed beside it. The same command continues a run that was c
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -88,6 +89,7 @@ def parse_flags(arguments: Sequence[str]) -> Flags:
 
 
 def _run(config: AdaptConfig, *, only_forecast: bool) -> None:
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     print("options:", json.dumps(to_dict(config), indent=2), flush=True)
     output = Path(config.output)
     with graceful_stop() as stop:

@@ -1,5 +1,6 @@
 """What a run will cost, from the lengths of its texts and the measured speed of its models."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,15 +14,18 @@ from ragjax.adaptation.teacher import context_batches
 from ragjax.adaptation.workspace import Workspace
 from ragjax.models.inputs import LMBatch, Tokens
 
-# Work of a training step in forward passes: one forward, one backward of twice the work; the
-# encoder's also runs its smaller matrices less efficiently.
-_ENCODER_STEP = 3.3
+# Work of a training step in forward passes. The encoder: one forward, one again for its chunks, and
+# a backward of twice the work. The language model: the backward of the layers that are trained.
+_ENCODER_STEP = 4.0
 _BACKWARD = 2.0
 # Generated tokens are read one at a time, which keeps the processor less busy than a prompt does.
 _DECODE_TOKEN = 3.0
 # Distinct prompts a question brings to the evaluation: bm25 and before share few documents under
 # the one language model, after, hybrid and lm_half many under the other.
 _PROMPTS_BEFORE, _PROMPTS_AFTER = 1.8, 2.2
+# Template and question; and a language model's tokens for one of the encoder's.
+_QUESTION_TOKENS = 28
+_LM_TOKENS = 1.15
 _COMPILE_SECONDS = 6.0
 _COMPILED_SHAPES = 12
 _CALIBRATION_ROWS = 8
@@ -69,7 +73,8 @@ def estimate_cost(workspace: Workspace) -> Cost:
 
     doc_tokens = _padded_tokens(workspace)
     mean_doc = float(np.mean([len(ids) for ids in workspace.doc_ids]))
-    prompt = min(config.prompt.document_tokens, mean_doc * 1.15) + 32 + config.prompt.answer_tokens
+    question = _QUESTION_TOKENS + config.prompt.answer_tokens
+    prompt = min(config.prompt.document_tokens, mean_doc * _LM_TOKENS) + question
     rounds = retriever.rounds if adapts_retriever else 0
     pairs = train * retriever.candidates * rounds
     lm_rows = min(lm.questions, train) * lm.documents * lm.epochs if adapts_lm else 0
@@ -81,7 +86,8 @@ def estimate_cost(workspace: Workspace) -> Cost:
     seconds = {
         "encoding": doc_tokens * (1 + rounds) / encode_rate,
         "language model": lm_rows * prompt * (1 + _BACKWARD * depth) / score_rate,
-        "teacher": pairs * prompt / score_rate,
+        "teacher": _packed_tokens(pairs, len(workspace.doc_ids), prompt - question, question)
+        / score_rate,
         "retriever": lsr_tokens * _ENCODER_STEP / encode_rate,
         "evaluation": answers * per_answer / score_rate,
         "compiling": _COMPILE_SECONDS * _COMPILED_SHAPES,
@@ -97,6 +103,15 @@ def estimate_cost(workspace: Workspace) -> Cost:
         bytes_on_disk=int(index_bytes + trained_lm + trained_towers),
         free_bytes=disk.f_bavail * disk.f_frsize,
     )
+
+
+def _packed_tokens(pairs: int, documents: int, document: float, question: float) -> float:
+    """Returns the tokens of pairs packed behind their documents.
+
+    As many distinct documents are expected as `pairs` random draws would touch.
+    """
+    touched = documents * (1 - math.exp(-pairs / documents))
+    return touched * document + pairs * question
 
 
 def _padded_tokens(workspace: Workspace) -> int:

@@ -229,9 +229,7 @@ class _Packer:
 
     def _row(self, group: Sequence[int], length: int, num_targets: int) -> PackedBatch:
         shared = self._shared(group)
-        suffixes = [
-            Suffix(self._contexts[pair][shared:], self._targets[pair]) for pair in group
-        ]
+        suffixes = [Suffix(self._contexts[pair][shared:], self._targets[pair]) for pair in group]
         return pack_row(
             self._contexts[group[0]][:shared],
             suffixes,
