@@ -86,7 +86,7 @@ def masked_logsumexp(values: Array, mask: Array, *, axis: int) -> Array:
     Returns:
         `values.shape` without `axis`.
     """
-    total = jax.nn.logsumexp(_fill_masked(values, mask, axis), axis=axis)
+    total = jax.nn.logsumexp(jnp.where(mask, values, -jnp.inf), axis=axis)
     return jnp.where(mask.any(axis), total, 0.0)
 
 
@@ -100,7 +100,10 @@ def masked_log_softmax(values: Array, mask: Array) -> Array:
     Returns:
         `[B, K]` log-probs; a row with no kept entry is all -inf, with gradient 0.
     """
-    return jnp.where(mask, jax.nn.log_softmax(_fill_masked(values, mask, 1)), -jnp.inf)
+    # A row of nothing but -inf becomes NaN: the outer `where` replaces it, and the inner one keeps
+    # its gradient from the values.
+    log_probs = jax.nn.log_softmax(jnp.where(mask, values, -jnp.inf))
+    return jnp.where(mask, log_probs, -jnp.inf)
 
 
 def masked_kl(p_log_probs: Array, q_log_probs: Array, mask: Array) -> Array:
@@ -117,10 +120,3 @@ def masked_kl(p_log_probs: Array, q_log_probs: Array, mask: Array) -> Array:
     p_log_probs = jnp.where(support, p_log_probs, 0.0)
     q_log_probs = jnp.where(support, q_log_probs, 0.0)
     return jnp.sum(jnp.exp(p_log_probs) * (p_log_probs - q_log_probs), axis=1)
-
-
-def _fill_masked(values: Array, mask: Array, axis: int) -> Array:
-    # -inf drops an entry from a softmax, but a softmax of nothing but -inf is NaN: a set with no
-    # kept entry becomes constants, whose result the caller replaces and whose gradient is 0.
-    has_entry = mask.any(axis, keepdims=True)
-    return jnp.where(mask, values, jnp.where(has_entry, -jnp.inf, 0.0))

@@ -42,11 +42,10 @@ def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> Array:
             f"got {targets.dtype}{list(targets.shape)}."
         )
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
-    # A negative id would otherwise count from the end of the vocabulary, silently.
-    in_vocabulary = (targets >= 0) & (targets < logits.shape[-1])
-    return jnp.where(in_vocabulary, log_probs, jnp.nan)
+    # Beyond V the lookup itself gives NaN; a negative id would count from the vocabulary's end.
+    return jnp.where(targets >= 0, log_probs, jnp.nan)
 
 
 def sequence_log_probs(token_log_probs: ArrayLike, *, token_mask: ArrayLike | None = None) -> Array:
