@@ -132,11 +132,11 @@ class RetrieverConfig:
     scale: float = 20.0
     train: Literal["query", "both", "shared"] = "shared"
     negatives: Literal["batch", "none"] = "batch"
-    candidates: int = 8
+    candidates: int = 6
     rounds: int = 1
-    epochs: int = 2
-    batch_size: int = 16
-    learning_rate: float = 3e-5
+    epochs: int = 1
+    batch_size: int = 8
+    learning_rate: float = 5e-5
     doc_learning_rate: float = -1.0
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
