@@ -58,6 +58,7 @@ class System(NamedTuple):
     name: str
     lm: Teacher | None  # None: retrieval metrics only
     found: SearchResult | None  # None: closed book
+    scale: float = 1.0  # from retrieval score to logit of p_R, for the ensemble
 
 
 def evaluate_systems(workspace: Workspace, systems: Sequence[System]) -> Records:
@@ -140,9 +141,7 @@ def _request(workspace: Workspace, system: System, question: Question, row: int)
         return Request(question, (), ())
     count = workspace.config.evaluation.documents
     kept = np.flatnonzero(system.found.mask[row])[:count]
-    scores = system.found.scores[row, kept]
-    if workspace.config.evaluation.mode == "ensemble" and system.name in ("before", "after"):
-        scores = scores * workspace.config.retriever.scale
+    scores = system.found.scores[row, kept] * system.scale
     return Request(
         question, tuple(system.found.doc_ids[row, kept].tolist()), tuple(scores.tolist())
     )

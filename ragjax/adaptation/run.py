@@ -170,17 +170,18 @@ def _evaluate(
     found_before = search(workspace, before, questions, _SEARCH_DEPTH)
     found_after = search(workspace, after, questions, _SEARCH_DEPTH)
     lexical = bm25.search([question.text for question in questions], _SEARCH_DEPTH)
+    scale = workspace.config.retriever.scale
     systems = [
         System("closed_book", base, None),
         System("bm25", base, lexical),
-        System("before", base, found_before.dense),
-        System("after", lm, found_after.dense),
+        System("before", base, found_before.dense, scale),
+        System("after", lm, found_after.dense, scale),
         System("hybrid", lm, found_after.hybrid),
         System("hybrid_before", None, found_before.hybrid),
     ]
     if lm.fingerprint != base.fingerprint:  # what the LM half did alone, with and without documents
         systems += [
-            System("lm_half", lm, found_before.dense),
+            System("lm_half", lm, found_before.dense, scale),
             System("closed_book_lm_half", lm, None),
         ]
     records = evaluate_systems(workspace, systems)

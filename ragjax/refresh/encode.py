@@ -235,8 +235,8 @@ def plan_batches(
         longest = int(lengths[order[start]])
         if longest > options.buckets[-1]:
             raise ValueError(
-                f"Document {first_row + order[start]} has {longest} tokens, more than the longest length "
-                f"{options.buckets[-1]}; cut it when tokenising."
+                f"Document {first_row + order[start]} has {longest} tokens, more than the longest "
+                f"length {options.buckets[-1]}; cut it when tokenising."
             )
         length = next(bucket for bucket in options.buckets if bucket >= longest)
         rows = max(1, min(options.batch_tokens // length, options.max_rows))

@@ -1,4 +1,4 @@
-"""Each mistake ends with code 2 and one sentence, before anything expensive (rows of the matrix)."""
+"""Each mistake ends with code 2 and one sentence, before anything expensive."""
 
 import importlib.util
 import json
