@@ -103,7 +103,7 @@ def _pytorch(model: LanguageModel, ids: np.ndarray, flags: Flags) -> Callable[[]
         head_dim=sizes["head_dim"],
         max_position_embeddings=sizes["max_positions"],
         rms_norm_eps=sizes["rms_norm_eps"],
-        rope_theta=sizes["rope_theta"],
+        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"]},
         tie_word_embeddings=sizes["tie_embeddings"],
     )
     reference = LlamaForCausalLM(config).eval()

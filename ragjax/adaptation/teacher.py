@@ -184,7 +184,7 @@ class _Packer:
             chosen = [groups[row] for row in batch.rows]
             rows = [self._row(group, batch.length, num_targets) for group in chosen]
             rows += [rows[0]] * (batch.batch_size - len(rows))  # their scores are not read
-            yield _PackedGroups(chosen, PackedBatch(*map(np.stack, zip(*rows, strict=True))))
+            yield _PackedGroups(chosen, jax.tree.map(lambda *parts: np.stack(parts), *rows))
 
     def scores(self, batch: _PackedGroups, log_probs: np.ndarray) -> Iterator[Score]:
         """Yields the score of each pair of a batch, row by row."""
