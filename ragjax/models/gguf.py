@@ -48,8 +48,6 @@ def read_gguf(path: Path) -> GgufModel:
     """
     from gguf import GGUFReader
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such GGUF file")
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -81,8 +81,7 @@ def params_from_gguf(
         ValueError: A tensor is missing, left over or of another shape.
     """
     table = _key_table(config, 1, "blk.{}.", permuted=permuted)
-    ignored = ["rope_freqs.weight"]
-    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+    return apply_key_table(tensors, table, _shapes(config), source=source)
 
 
 def params_to_huggingface(config: LlamaConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -89,12 +89,17 @@ def write_gguf(path, *, quantization="F32", skip=(), extra=(), tied=True, **meta
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    if scaling := metadata.get("scaling"):
+        writer.add_rope_scaling_type(scaling)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(metadata.get("pre", "smollm"))
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - 2) + [3, 4])
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_eos_token_id(len(tokens) - 2)
+    writer.add_bos_token_id(len(tokens) - 1)
+    if "adds_bos" in metadata:
+        writer.add_add_bos_token(metadata["adds_bos"])
     kind = gguf.GGMLQuantizationType[quantization]
     tensors = {
         gguf_name(name): value for name, value in params_to_huggingface(config, params).items()
@@ -144,6 +149,8 @@ def test_quantised_tensors_come_back_nearly(tmp_path, quantization, error):
         ({"skip": ["blk.1.ffn_up.weight"]}, r"missing tensor blk\.1\.ffn_up\.weight"),
         ({"extra": {"blk.0.odd": np.ones(3, np.float32)}}, r"unexpected tensor blk\.0\.odd"),
         ({"architecture": "rwkv6"}, "architecture 'rwkv6'; supported GGUF architectures: llama"),
+        ({"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rotary frequency factors"),
+        ({"scaling": gguf.RopeScalingType.YARN}, "rotary scaling 'yarn' is not supported"),
         ({"pre": "poro-chat"}, "tokenizer 'gpt2' with pre-tokenizer 'poro-chat'; supported"),
     ],
 )
@@ -225,6 +232,34 @@ def test_special_tokens_stay_whole(tmp_path):
     last = len(small_bpe()[0]) - 1
     assert ids[1:] == [last - 1, last]
     assert tokenizer.decode(ids) == f"a{USER}"
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        # GPT-2's pattern knows contractions in lower case only and keeps one line break apart.
+        ("gpt-2", ["I", "'", "LL", "Ġpay", "Ġ1234", "...", "Ċ", "Ċ", "x"]),
+        ("smollm", ["I", "'", "LL", "Ġpay", "Ġ", "1", "2", "3", "4", "...", "Ċ", "Ċ", "x"]),
+        ("llama-bpe", ["I", "'LL", "Ġpay", "Ġ", "123", "4", "...ĊĊ", "x"]),
+        ("qwen2", ["I", "'LL", "Ġpay", "Ġ", "1", "2", "3", "4", "...ĊĊ", "x"]),
+    ],
+)
+def test_pre_tokenizers_cut_where_their_models_do(tmp_path, pre, pieces):
+    write_gguf(tmp_path / "tiny.gguf", pre=pre)
+    tokenizer = read_gguf(tmp_path / "tiny.gguf").tokenizer
+    cut = tokenizer.pre_tokenizer.pre_tokenize_str("I'LL pay 1234...\n\nx")
+    assert [piece for piece, _ in cut] == pieces
+
+
+@pytest.mark.parametrize(
+    ("metadata", "has_bos"),
+    [({}, False), ({"adds_bos": True}, True), ({"pre": "llama-bpe"}, True)]
+    + [({"pre": "llama-bpe", "adds_bos": False}, False)],
+)
+def test_the_first_token_is_the_one_the_file_asks_for(tmp_path, metadata, has_bos):
+    write_gguf(tmp_path / "tiny.gguf", **metadata)
+    last = len(small_bpe()[0]) - 1
+    assert read_gguf(tmp_path / "tiny.gguf").bos_id == (last if has_bos else None)
 
 
 # --- SmolLM2-135M-Instruct ----------------------------------------------------------------------
