@@ -35,7 +35,7 @@ class DataConfig:
 
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    train_questions: int = 400
+    train_questions: int = 240
     dev_questions: int = 200
     test_questions: int = 0
     answer_questions: int = 120

@@ -43,12 +43,12 @@ class Cost(NamedTuple):
     def describe(self) -> str:
         """Returns a few lines for the user."""
         total = sum(self.seconds.values())
-        stages = ", ".join(f"{name} {_duration(s)}" for name, s in self.seconds.items() if s >= 1)
+        stages = ", ".join(f"{name} {duration(s)}" for name, s in self.seconds.items() if s >= 1)
         lines = [
             "\n== forecast",
             f"{self.documents:,} documents to encode, {self.lm_forwards:,} prompts for the language"
             " model",
-            f"about {_duration(total)} on this machine ({stages})",
+            f"about {duration(total)} on this machine ({stages})",
             f"about {self.bytes_on_disk / 2**20:,.0f} MiB on disk"
             f" ({self.free_bytes / 2**20:,.0f} MiB free)",
         ]
@@ -165,7 +165,8 @@ def _tree_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a span of time in the unit a person would use."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

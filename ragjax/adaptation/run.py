@@ -1,6 +1,7 @@
 """Dual training from documents and questions to a before/after table, resumable at any point."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ragjax.adaptation.config import AdaptConfig, fingerprint, to_dict
-from ragjax.adaptation.estimate import estimate_cost
+from ragjax.adaptation.estimate import duration, estimate_cost
 from ragjax.adaptation.evaluate import System, evaluate_systems, write_results
 from ragjax.adaptation.retrieval import Retriever, build_bm25, build_retriever, search
 from ragjax.adaptation.stages import tower_params, train_lm, train_retriever
@@ -75,6 +76,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
         stop: Looked at between batches.
         report: Shows one line to the user.
     """
+    started = time.perf_counter()
     folder = Path(config.output)
     workspace = open_workspace(config, folder, stop=stop, report=report)
     # Only now: a run whose input was refused leaves nothing that would refuse the next one.
@@ -94,7 +96,10 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
     if "retriever" in config.stages:
         after = _adapt_retriever(workspace, bm25, params, before, lm)
     with workspace.timed("evaluation"):
-        return _evaluate(workspace, bm25, before, after, lm)
+        metrics = _evaluate(workspace, bm25, before, after, lm)
+    took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
+    report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
+    return metrics
 
 
 def dry_run(config: AdaptConfig, *, folder: Path, stop: StopFlag, report: Report = print) -> None:

@@ -47,13 +47,14 @@ class EncodeOptions:
         buckets: lengths in tokens that batches are padded to, ascending; the last is the longest
             document accepted.
         batch_tokens: tokens in a batch, padding included: a batch of length L has about
-            `batch_tokens` / L rows.
+            `batch_tokens` / L rows. The default keeps a batch in the cache of a CPU core; an
+            accelerator wants many times more.
         max_rows: most rows in a batch.
         window: documents tokenised and sorted by length at a time; bounds the host memory.
     """
 
     buckets: tuple[int, ...] = DEFAULT_BUCKETS
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     max_rows: int = 64
     window: int = 8192
 
