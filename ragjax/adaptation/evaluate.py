@@ -70,25 +70,51 @@ def evaluate_systems(workspace: Workspace, systems: Sequence[System]) -> Records
     questions = workspace.questions["test"]
     answered = [row for row, question in enumerate(questions) if question.answers]
     answered = answered[: workspace.config.data_options.answer_questions]
-    cache = ResultCache(workspace.folder / "evaluation" / "answers.jsonl", Answer)
+    answers = _answers(workspace, systems, questions, answered)
     records: Records = {}
     for system in systems:
         metrics: list[dict[str, float]] = [{} for _ in questions]
         predictions: list[str | None] = [None] * len(questions)
         if system.found is not None:
             _add_retrieval(workspace, system.found, questions, metrics)
-        if system.lm is not None and answered:
-            workspace.report(f"answers of {system.name}")
-            requests = [_request(workspace, system, questions[row], row) for row in answered]
-            answers = answer_requests(workspace, system.lm, requests, cache)
-            for row, answer in zip(answered, answers, strict=True):
-                predictions[row] = answer.prediction
-                metrics[row] |= _answer_metrics(answer, questions[row])
+        for row, answer in zip(answered, answers.get(system.name, ()), strict=False):
+            predictions[row] = answer.prediction
+            metrics[row] |= _answer_metrics(answer, questions[row])
         records[system.name] = [
             _record(workspace, system, question, row, predictions[row], metrics[row])
             for row, question in enumerate(questions)
         ]
     return records
+
+
+def _answers(
+    workspace: Workspace,
+    systems: Sequence[System],
+    questions: Sequence[Question],
+    rows: Sequence[int],
+) -> dict[str, list[Answer]]:
+    """Returns the answers of each system to the questions in `rows`.
+
+    Systems with the same language model are answered together: where they retrieve the same
+    documents, the same prompt is read once.
+    """
+    cache = ResultCache(workspace.folder / "evaluation" / "answers.jsonl", Answer)
+    together: dict[tuple[str, bool], list[System]] = {}
+    for system in systems:
+        if system.lm is not None and rows:
+            kind = (system.lm.fingerprint, system.found is None)
+            together.setdefault(kind, []).append(system)
+    answers: dict[str, list[Answer]] = {}
+    for group in together.values():
+        workspace.report(f"answers of {', '.join(system.name for system in group)}")
+        requests = [
+            _request(workspace, system, questions[row], row) for system in group for row in rows
+        ]
+        lm = group[0].lm
+        assert lm is not None, "only systems that answer are grouped"
+        found = iter(answer_requests(workspace, lm, requests, cache))
+        answers |= {system.name: [next(found) for _ in rows] for system in group}
+    return answers
 
 
 def write_results(workspace: Workspace, records: Records) -> dict[str, Any]:
