@@ -79,11 +79,11 @@ class LMConfig:
       clip_norm: Largest gradient norm.
     """
 
-    questions: int = 120
+    questions: int = 240
     documents: int = 1
     epochs: int = 1
     batch_size: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     warmup_fraction: float = 0.1
     train_layers: int = 10
     weight_decay: float = 0.01
@@ -164,19 +164,17 @@ class EvaluationConfig:
       mode: `concat` reads them one after the other in one prompt; `ensemble` reads each alone and
         mixes the next-token distributions by p_R (RA-DIT, REPLUG).
       max_new_tokens: Tokens generated at most.
-      batch_size: Prompts answered at a time.
       resamples: Bootstrap resamples behind each 95 % interval.
     """
 
     documents: int = 1
     mode: Literal["concat", "ensemble"] = "concat"
-    max_new_tokens: int = 16
-    batch_size: int = 16
+    max_new_tokens: int = 24
     resamples: int = 2000
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""
-        _at_least(self, 1, "documents", "max_new_tokens", "batch_size", "resamples")
+        _at_least(self, 1, "documents", "max_new_tokens", "resamples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +194,7 @@ class AdaptConfig:
         with another retriever setting; scores of another language model or prompt do not match.
       checkpoint_every: Steps between two checkpoints.
       encode_tokens: Tokens encoded at a time.
-      score_tokens: Tokens that the language model scores at a time.
+      score_tokens: Tokens that the language model reads at a time, scoring or answering.
       data_options: What is read.
       prompt: What the language model reads.
       language_model: The LM half.

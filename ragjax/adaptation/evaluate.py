@@ -29,6 +29,7 @@ MAIN_SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
 _PAIRS = (
     ("after", "before"),
     ("lm_half", "before"),
+    ("hybrid", "hybrid_base_lm"),
     ("before", "closed_book"),
     ("after", "closed_book_lm_half"),
     ("hybrid", "bm25"),
@@ -38,6 +39,7 @@ _PAIRS = (
 _SHOWN = {
     ("after", "before"): ("recall@5", "mrr@10", "f1", "answer_nll"),
     ("lm_half", "before"): ("f1", "answer_nll"),
+    ("hybrid", "hybrid_base_lm"): ("f1", "answer_nll"),
     ("before", "closed_book"): ("f1", "answer_nll"),
     ("after", "closed_book_lm_half"): ("f1",),
     ("hybrid", "bm25"): ("recall@5", "f1"),
@@ -45,8 +47,8 @@ _SHOWN = {
 }
 _LEGEND = (
     "closed_book, bm25, before: un-adapted language model; after (dense), hybrid: adapted;"
-    " lm_half: adapted language model over the documents of before;"
-    " closed_book_lm_half: adapted language model without documents"
+    " lm_half: adapted language model over the documents of before; hybrid_base_lm: un-adapted one"
+    " over those of hybrid; closed_book_lm_half: adapted one without documents"
 )
 
 Records = dict[str, list[QuestionRecord]]

@@ -188,6 +188,7 @@ def _evaluate(
         systems += [
             System("lm_half", lm, found_before.dense, scale),
             System("closed_book_lm_half", lm, None),
+            System("hybrid_base_lm", base, found_after.hybrid),
         ]
     records = evaluate_systems(workspace, systems)
     return write_results(workspace, records)
