@@ -2,8 +2,8 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ _LOG = logging.getLogger(__name__)
 _EXACT_AT_MOST = 1_000_000
 _MEMORY_SHARE = 0.25
 _FLOAT_BYTES = 4
+_UNKNOWN_MEMORY = 8 * 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,6 @@ def _device_memory() -> int:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemTotal:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 * 2**30
+    if not hasattr(os, "sysconf"):
+        return _UNKNOWN_MEMORY
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

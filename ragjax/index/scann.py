@@ -196,8 +196,6 @@ class ScannIndex:
             FileExistsError: something is there already.
         """
         target = Path(folder)
-        if target.exists():
-            raise FileExistsError(f"{target} exists; an index is never written over another.")
         target.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:

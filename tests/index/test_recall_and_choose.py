@@ -1,5 +1,7 @@
 """Recall against exact search, and which index is taken for a corpus."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -73,3 +75,9 @@ def test_the_chosen_builder_builds(rng):
 def test_no_documents_cannot_be_indexed():
     with pytest.raises(ValueError, match="got 0 and 4"):
         choose_index(0, 4)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
+def test_the_memory_of_a_cpu_is_that_of_the_machine():
+    kibibytes = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0])
+    assert choose._device_memory() == pytest.approx(kibibytes * 1024, rel=0.01)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -142,8 +143,6 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    import shutil
-
     return shutil.copytree(saved, tmp_path / "index")
 
 
@@ -177,6 +176,9 @@ def test_an_incomplete_or_foreign_manifest_is_refused(folder, tmp_path):
     manifest.write_text(json.dumps(value | {"details": {"size": 3}}))
     with pytest.raises(ValueError, match="is no ScaNN index manifest"):
         ScannIndex.load(folder)
+    manifest.write_text(json.dumps(value | {"sha256": None}))
+    with pytest.raises(ValueError, match="lists no files with checksums"):
+        ScannIndex.load(folder)
     manifest.write_text(json.dumps(value | {"sha256": {"../x": "0"}}))
     with pytest.raises(ValueError, match="names '../x', which is no plain file name"):
         ScannIndex.load(folder)
@@ -187,18 +189,47 @@ def test_an_incomplete_or_foreign_manifest_is_refused(folder, tmp_path):
         ScannIndex.load(tmp_path / "nowhere")
 
 
+class Broken:
+    """A searcher on a full disk."""
+
+    threads = None
+
+    def set_num_threads(self, threads):
+        self.threads = threads
+
+    def serialize(self, folder, relative_path):
+        raise RuntimeError("no space left")
+
+
 def test_a_failed_save_leaves_nothing(rng, tmp_path):
-    class Broken:
-        def set_num_threads(self, threads):
-            pass
-
-        def serialize(self, folder, relative_path):
-            raise RuntimeError("no space left")
-
     details = ScannIndex.build(clustered(rng, 20)).details
     with pytest.raises(RuntimeError, match="no space left"):
-        ScannIndex(Broken(), dataclasses.replace(details)).save(tmp_path / "index")
+        ScannIndex(Broken(), details).save(tmp_path / "index")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("threads", "set_to"), [(0, None), (3, 3)])
+def test_the_thread_cap_reaches_the_searcher(rng, threads, set_to):
+    details = ScannIndex.build(clustered(rng, 20)).details
+    options = dataclasses.replace(details.options, threads=threads)
+    searcher = Broken()
+    ScannIndex(searcher, dataclasses.replace(details, options=options))
+    assert searcher.threads == set_to
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "missing"),
+    [
+        ("x86_64", "flags: fpu avx fma", []),
+        ("x86_64", "flags: fpu avx2 fma", ["avx"]),
+        ("AMD64", "flags: fpu", ["avx", "fma"]),
+        ("aarch64", "Features: asimd", []),
+    ],
+)
+def test_cpu_instructions_are_read_from_the_kernel(monkeypatch, machine, flags, missing):
+    monkeypatch.setattr(scann_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(scann_module.Path, "read_text", lambda path, encoding: flags)
+    assert scann_module._missing_cpu_flags() == missing
 
 
 @pytest.mark.parametrize(
