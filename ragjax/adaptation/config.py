@@ -38,7 +38,7 @@ class DataConfig:
     train_questions: int = 240
     dev_questions: int = 200
     test_questions: int = 0
-    answer_questions: int = 120
+    answer_questions: int = 100
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""
@@ -112,6 +112,7 @@ class RetrieverConfig:
       negatives: `batch` adds the other questions' candidates to the softmax with target 0; `none`
         compares the question's own candidates only, as the papers do.
       candidates: K, documents per question that the language model scores.
+      doc_tokens: Tokens kept of a document while training; the index always sees all of it.
       rounds: Times that candidates are retrieved, scored and learnt; the corpus is encoded again
         between rounds.
       epochs: Passes over the questions in each round.
@@ -133,6 +134,7 @@ class RetrieverConfig:
     train: Literal["query", "both", "shared"] = "shared"
     negatives: Literal["batch", "none"] = "batch"
     candidates: int = 6
+    doc_tokens: int = 160
     rounds: int = 1
     epochs: int = 1
     batch_size: int = 8
@@ -145,6 +147,7 @@ class RetrieverConfig:
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         _at_least(self, 1, "candidates", "rounds", "epochs", "batch_size")
+        _at_least(self, 8, "doc_tokens")
         _at_least(self, 0, "learning_rate", "weight_decay", "prior_weight")
         _positive(self, "temperature", "scale", "clip_norm")
         _fraction(self, "warmup_fraction")
@@ -212,7 +215,7 @@ class AdaptConfig:
     score_cache: str = ""
     checkpoint_every: int = 10
     encode_tokens: int = 4096
-    score_tokens: int = 2048
+    score_tokens: int = 4096
     data_options: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     language_model: LMConfig = field(default_factory=LMConfig)

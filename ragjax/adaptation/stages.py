@@ -187,7 +187,7 @@ def _lsr_batches(
             for k in np.flatnonzero(candidates.mask[row]):
                 column = found[int(candidates.doc_ids[row, k])]
                 target[b, column], mask[b, column] = targets[row, k], True
-        doc_ids = [workspace.doc_ids[doc] for doc in docs]
+        doc_ids = [_cut(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
         filler: list[list[int]] = [[]] * (num_docs - len(docs))
         return LsrBatch(
             queries=_tokens(workspace, [query_ids[row] for row in rows], query_length),
@@ -198,6 +198,11 @@ def _lsr_batches(
         )
 
     return batch_at
+
+
+def _cut(ids: list[int], length: int) -> list[int]:
+    """Cuts token ids, keeping the last one: an encoder expects its closing [SEP]."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def _batch_docs(
