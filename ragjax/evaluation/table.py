@@ -83,10 +83,14 @@ def format_report(
     lines = [format_table(summaries), "", "value [95% bootstrap interval over the questions]"]
     if any("answer_nll" in summary for summary in summaries.values()):
         lines[-1] += "; answer_nll: lower is better"
+    fewer: dict[tuple[int, int], dict[str, list[str]]] = {}
+    for system, summary in summaries.items():
+        for metric, count in summary.get("applicable", {}).items():
+            fewer.setdefault((count, summary["n"]), {}).setdefault(metric, []).append(system)
     lines += [
-        f"{metric} of {system}: over {count} of {summary['n']} questions (the others have no value)"
-        for system, summary in summaries.items()
-        for metric, count in summary.get("applicable", {}).items()
+        f"{', '.join(metrics)} of {', '.join(dict.fromkeys(sum(metrics.values(), [])))}:"
+        f" over {count} of {n} questions"
+        for (count, n), metrics in fewer.items()
     ]
     if comparisons:
         lines += ["", "Differences on the same questions (paired; two-sided sign-flip test)"]

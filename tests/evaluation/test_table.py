@@ -87,7 +87,7 @@ def test_report_explains_itself_in_ascii():
     report = format_report(summaries, comparisons)
     assert report.isascii() and "nan" not in report.lower()
     assert "lower is better" in report
-    assert "answer_nll of after: over 1 of 2 questions" in report
+    assert "answer_nll of after, before: over 1 of 2 questions" in report
     for comparison in comparisons:
         assert format_difference(comparison) in report.split("\n")
     plain = format_report({"after": {"f1": interval(1, 1, 1), "n": 1}})
