@@ -214,7 +214,7 @@ class AdaptConfig:
     dev_fraction: float = 0.2
     score_cache: str = ""
     checkpoint_every: int = 10
-    encode_tokens: int = 4096
+    encode_tokens: int = 1024
     score_tokens: int = 4096
     data_options: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)

@@ -42,7 +42,7 @@ def make_lsr_loss(
     *,
     scale: float,
     in_batch: bool,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int = 2048,
 ) -> LossFn:
     """Builds the LSR loss over live scores s = scale · q·d, averaged over the questions.
 
