@@ -20,6 +20,10 @@ from ragjax.losses import rag_sequence_loss
 from ragjax.models.inputs import LMBatch
 from ragjax.training.score_cache import ResultCache, result_key
 
+# A language model that was not adapted often begins its answer on a new line; taking that line break
+# for the end of an empty answer would make the baselines look worse than they are.
+_MIN_NEW_TOKENS = 1
+
 
 class Request(NamedTuple):
     """A question with the documents to answer it from."""
@@ -76,7 +80,7 @@ def _key(workspace: Workspace, model: Teacher, request: Request) -> str:
         model.fingerprint,
         repr(workspace.prompts.template),
         evaluation.mode if request.docs else "closed_book",
-        evaluation.max_new_tokens,
+        [_MIN_NEW_TOKENS, evaluation.max_new_tokens],
         request.question.text,
         list(request.question.answers[:1]),
         [corpus.id_of(row) for row in request.docs],
@@ -115,6 +119,7 @@ def _answer_concatenated(
                     *packed,
                     max_new_tokens=workspace.config.evaluation.max_new_tokens,
                     stop_ids=stops,
+                    min_new_tokens=_MIN_NEW_TOKENS,
                 )
                 nlls = -np.asarray(result.token_log_probs).sum(axis=1)
                 _store(workspace, cache, [keys[r] for r in rows], result.generated, nlls,
@@ -156,6 +161,7 @@ def _answer_ensemble(
                     doc_mask=mask,
                     max_new_tokens=workspace.config.evaluation.max_new_tokens,
                     stop_ids=stops,
+                    min_new_tokens=_MIN_NEW_TOKENS,
                 )
                 log_probs = score(model.params, packed).reshape(shape)
                 token_mask = packed.target_mask.reshape(shape)[:, 0]

@@ -14,7 +14,9 @@ from ragjax.generation.decoder import Decoder, Prefilled
 from ragjax.generation.greedy import GreedyResult, decode_loop
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids"))
+@functools.partial(
+    jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
+)
 def generate_ensemble(
     decoder: Decoder,
     params: Any,
@@ -25,6 +27,7 @@ def generate_ensemble(
     doc_mask: Array | None = None,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
+    min_new_tokens: int = 0,
 ) -> GreedyResult:
     """Generates one answer per question; each document's prompt votes on every token.
 
@@ -40,6 +43,7 @@ def generate_ensemble(
             document, all K prompts count the same.
         max_new_tokens: T, at least 1.
         stop_ids: Tokens that end an answer.
+        min_new_tokens: Stop tokens are not chosen before this many tokens.
 
     Returns:
         Ids `[B, T]` and lengths `[B]`.
@@ -80,6 +84,7 @@ def generate_ensemble(
         rows=questions,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
+        min_new_tokens=min_new_tokens,
     )
 
 

@@ -28,7 +28,9 @@ class ScoredGeneration(NamedTuple):
     generated: GreedyResult
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids"))
+@functools.partial(
+    jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
+)
 def generate_greedy(
     decoder: Decoder,
     params: Any,
@@ -37,6 +39,7 @@ def generate_greedy(
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
+    min_new_tokens: int = 0,
 ) -> GreedyResult:
     """Appends the most likely token to each prompt until a stop token or the limit.
 
@@ -50,6 +53,8 @@ def generate_greedy(
         max_new_tokens: T, at least 1.
         stop_ids: Tokens that end an answer: end of text, and any token with a line break where
             answers are one line.
+        min_new_tokens: Stop tokens are not chosen before this many tokens. 1 keeps a model that
+            begins its answer on a new line from saying nothing.
 
     Returns:
         Ids `[R, T]` and lengths `[R]`.
@@ -58,10 +63,12 @@ def generate_greedy(
         ValueError: `max_new_tokens` is below 1.
     """
     prefilled = _prefill(decoder, params, context_ids, context_mask, max_new_tokens)
-    return _decode(decoder, params, prefilled, max_new_tokens, stop_ids)
+    return _decode(decoder, params, prefilled, max_new_tokens, stop_ids, min_new_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids"))
+@functools.partial(
+    jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
+)
 def score_and_generate(
     decoder: Decoder,
     params: Any,
@@ -72,6 +79,7 @@ def score_and_generate(
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
+    min_new_tokens: int = 0,
 ) -> ScoredGeneration:
     """Reads each prompt once, then scores a given answer and generates one.
 
@@ -84,6 +92,7 @@ def score_and_generate(
         target_mask: `[R, Y]` bool, True = token counts.
         max_new_tokens: T, at least 1.
         stop_ids: Tokens that end an answer.
+        min_new_tokens: As in `generate_greedy`.
 
     Returns:
         The log-probabilities of the given answers, and the generated ones.
@@ -94,7 +103,7 @@ def score_and_generate(
     prefilled = _prefill(decoder, params, context_ids, context_mask, max_new_tokens)
     return ScoredGeneration(
         decoder.score(params, prefilled, target_ids, target_mask),
-        _decode(decoder, params, prefilled, max_new_tokens, stop_ids),
+        _decode(decoder, params, prefilled, max_new_tokens, stop_ids, min_new_tokens),
     )
 
 
@@ -106,6 +115,7 @@ def decode_loop(
     rows: int,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
+    min_new_tokens: int = 0,
 ) -> GreedyResult:
     """Alternates between choosing one token per answer and appending it.
 
@@ -116,6 +126,7 @@ def decode_loop(
         rows: Number of answers.
         max_new_tokens: T.
         stop_ids: Tokens that end an answer.
+        min_new_tokens: Stop tokens are not chosen before this many tokens.
 
     Returns:
         Ids `[rows, T]` and lengths `[rows]`.
@@ -126,7 +137,8 @@ def decode_loop(
         return (state.step < max_new_tokens) & ~jnp.all(state.ended)
 
     def append(state: _LoopState, logits: Array, cache: Any) -> _LoopState:
-        token_ids = choose(logits)
+        too_early = (state.step < min_new_tokens) & jnp.isin(jnp.arange(logits.shape[-1]), stops)
+        token_ids = choose(jnp.where(too_early[None, :], -jnp.inf, logits))
         ended = state.ended | jnp.any(token_ids[:, None] == stops[None, :], axis=1)
         token_ids = jnp.where(ended, 0, token_ids)
         return _LoopState(
@@ -179,6 +191,7 @@ def _decode(
     prefilled: Prefilled,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
+    min_new_tokens: int = 0,
 ) -> GreedyResult:
     return decode_loop(
         lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32),
@@ -187,4 +200,5 @@ def _decode(
         rows=prefilled.logits.shape[0],
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
+        min_new_tokens=min_new_tokens,
     )

@@ -34,7 +34,7 @@ def next_token_log_probs(model):
         ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
         for row, prompt in enumerate(prompts):
             ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, True
-        return np.asarray(score(ids, mask), np.float64)
+        return np.array(score(ids, mask), np.float64)
 
     return compute
 
@@ -53,13 +53,15 @@ def pad(prompts, rng, slots=SLOTS):
     return ids, mask
 
 
-def plain_greedy(prompts, next_token_log_probs, stop_ids=()):
+def plain_greedy(prompts, next_token_log_probs, stop_ids=(), min_new_tokens=0):
     """One forward per token over prompt and answer so far, row by row of a Python loop."""
     answers, ended = [[] for _ in prompts], [False] * len(prompts)
-    for _ in range(NEW):
+    for step in range(NEW):
         log_probs = next_token_log_probs(
             [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         )
+        if step < min_new_tokens:
+            log_probs[:, list(stop_ids)] = -np.inf
         for row, best in enumerate(log_probs.argmax(axis=1).tolist()):
             ended[row] = ended[row] or best in stop_ids
             if not ended[row]:
@@ -100,6 +102,28 @@ def test_stop_tokens_end_each_row_by_itself(
         model.decoder, model.params, *pad(prompts, rng), max_new_tokens=NEW, stop_ids=stop_ids
     )
     assert answers_of(to_numpy(found)) == expected
+
+
+@pytest.mark.parametrize("least", [1, 3])
+def test_an_answer_does_not_end_before_its_least_length(
+    model, prompts, free_answers, next_token_log_probs, rng, least
+):
+    stop_ids = (free_answers[0][0], free_answers[1][1], free_answers[2][3])
+    expected = plain_greedy(prompts, next_token_log_probs, stop_ids, least)
+    assert min(map(len, expected)) >= least
+    ids, mask = pad(prompts, rng)
+    options = {"max_new_tokens": NEW, "stop_ids": stop_ids, "min_new_tokens": least}
+    alone = generate_greedy(model.decoder, model.params, ids, mask, **options)
+    mixed = generate_ensemble(
+        model.decoder,
+        model.params,
+        ids[:, None],
+        mask[:, None],
+        np.zeros((ROWS, 1), np.float32),
+        **options,
+    )
+    assert answers_of(to_numpy(alone)) == expected
+    assert answers_of(to_numpy(mixed)) == expected
 
 
 def test_decoding_stops_when_every_row_has_ended(model, prompts, free_answers, rng):
