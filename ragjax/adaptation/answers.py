@@ -20,8 +20,8 @@ from ragjax.losses import rag_sequence_loss
 from ragjax.models.inputs import LMBatch
 from ragjax.training.score_cache import ResultCache, result_key
 
-# A language model that was not adapted often begins its answer on a new line; taking that line break
-# for the end of an empty answer would make the baselines look worse than they are.
+# A language model that was not adapted often begins its answer on a new line; taking that line
+# break for the end of an empty answer would make the baselines look worse than they are.
 _MIN_NEW_TOKENS = 1
 
 
