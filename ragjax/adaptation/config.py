@@ -276,6 +276,7 @@ def load_config_file(path: str | Path, base: Config) -> Config:
 def _updated(base: Config, values: Any, path: Path, prefix: str) -> Config:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: {prefix or 'the file'} must hold keys and values")
+    # Every Config is a dataclass, which the type variable cannot say; hence the two ignores.
     names = [f.name for f in dataclasses.fields(base)]  # pyrefly: ignore[bad-argument-type]
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}

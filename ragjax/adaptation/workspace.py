@@ -141,10 +141,17 @@ def open_workspace(
         ValueError, FileNotFoundError: For data or models that cannot be used, before any
             expensive work.
     """
+    if config.score_cache and not Path(config.score_cache).is_file():
+        raise ValueError(f"--score_cache {config.score_cache}: no such file")
     dataset = _read_data(config, folder, report)
     questions = _choose_questions(config, dataset)
     encoder = load_encoder(config.encoder)
     lm = load_language_model(config.lm)
+    if config.language_model.train_layers > lm.config.num_layers:
+        raise ValueError(
+            f"--language_model.train_layers {config.language_model.train_layers}: {config.lm} has"
+            f" {lm.config.num_layers} layers; 0 trains all"
+        )
     report(
         f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions"
     )

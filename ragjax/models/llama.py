@@ -160,7 +160,7 @@ def run_layers(
     news, start = [], 0
     for stack in layer_stacks(params):
         size = jax.tree.leaves(stack)[0].shape[0]
-        part = jax.tree.map(lambda leaf: leaf[start : start + size], past)  # noqa: B023
+        part = jax.tree.map(lambda leaf: leaf[start : start + size], past)  # noqa: B023  (called at once)
         hidden, new = lax.scan(body, hidden, (stack, part))
         news.append(new)
         start += size

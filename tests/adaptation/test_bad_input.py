@@ -33,7 +33,8 @@ def refuse(script, tiny_inputs, tmp_path, capsys, monkeypatch):
 
     def check(*flags, **changed):
         inputs = {**tiny_inputs, "output": str(tmp_path / "out"), **changed}
-        code = script.main([*(f"--{k}={v}" for k, v in inputs.items()), *flags])
+        fitting = "--language_model.train_layers=1"
+        code = script.main([fitting, *(f"--{k}={v}" for k, v in inputs.items()), *flags])
         error = capsys.readouterr().err.strip().splitlines()
         assert code == 2, error
         assert "Traceback" not in "\n".join(error)
@@ -124,6 +125,15 @@ def test_b13_a_tokenizer_larger_than_the_model(refuse, tiny_inputs, tmp_path):
     tokenizer["model"]["vocab"]["zz"] = 100_000
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "100000" in refuse(lm=str(folder)).replace(",", "")
+
+
+def test_a_missing_score_cache_is_found_before_anything_is_computed(refuse, tmp_path):
+    assert "no such file" in refuse(f"--score_cache={tmp_path / 'none.jsonl'}")
+
+
+def test_more_layers_than_the_model_has_gives_the_numbers(refuse):
+    assert "99" in (message := refuse("--language_model.train_layers=99"))
+    assert "3 layers" in message
 
 
 def test_b16_a_prompt_without_room_gives_the_numbers(refuse):
@@ -261,7 +271,13 @@ def test_b7_b14_b15_what_can_be_used_is_used_and_said(
     settings.pop("pad_token_id", None)
     (folder / "config.json").write_text(json.dumps(settings))
     code = script.main(
-        [f"--data={domain}", f"--encoder={tiny_inputs['encoder']}", f"--lm={folder}", "--dry_run"]
+        [
+            f"--data={domain}",
+            f"--encoder={tiny_inputs['encoder']}",
+            f"--lm={folder}",
+            "--dry_run",
+            "--language_model.train_layers=1",
+        ]
     )
     out = capsys.readouterr().out
     assert code == 0

@@ -6,7 +6,13 @@ import pytest
 
 from ragjax.adaptation import teacher as teacher_module
 from ragjax.adaptation.answers import Answer, Request, answer_requests
-from ragjax.adaptation.config import AdaptConfig, DataConfig, EvaluationConfig, RetrieverConfig
+from ragjax.adaptation.config import (
+    AdaptConfig,
+    DataConfig,
+    EvaluationConfig,
+    LMConfig,
+    RetrieverConfig,
+)
 from ragjax.adaptation.stages import _batch_docs
 from ragjax.adaptation.teacher import Teacher, TeacherScores, score_candidates, target_log_probs
 from ragjax.adaptation.workspace import open_workspace
@@ -22,6 +28,7 @@ def workspace(tiny_inputs, tmp_path_factory):
         **tiny_inputs,
         data_options=DataConfig(train_questions=9),
         evaluation=EvaluationConfig(max_new_tokens=4),
+        language_model=LMConfig(train_layers=1),
         score_tokens=1024,
     )
     folder = tmp_path_factory.mktemp("workspace")

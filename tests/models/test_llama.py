@@ -54,7 +54,7 @@ def numpy_logits(config, params, ids):
 
     hidden = params["embed"]["embedding"][ids]
     for number in range(config.num_layers):
-        layer = jax.tree.map(lambda leaf: leaf[number], params["layers"])  # noqa: B023
+        layer = jax.tree.map(lambda leaf: leaf[number], params["layers"])  # noqa: B023  (called at once)
         normalised = norm(hidden, layer["attention_norm"]["scale"])
         queries, keys, values = (
             (normalised @ layer[name]["kernel"]).reshape(length, -1, config.head_dim)
