@@ -70,6 +70,44 @@ class Axes:
         return f"{letter}={size} (as {source})"
 
 
+def answer_log_probs(
+    axes: Axes, name: str, value: ArrayLike, token_mask: ArrayLike | None
+) -> Array:
+    """Returns log p_LM(y | c∘x) `[B, K]`, summed over tokens where tokens are given.
+
+    Args:
+        axes: the call's checker.
+        name: the argument's name, for the error.
+        value: `[B, K, T]` per token, or `[B, K]` already summed.
+        token_mask: `[B, T]` bool or None; must be None with `[B, K]`.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, or a token mask without tokens.
+    """
+    if jnp.ndim(value) != 2:
+        log_probs = axes.floats(name, value, "BKT")
+        keep = axes.mask("token_mask", token_mask, "BT")
+        return jnp.sum(jnp.where(keep[:, None, :], log_probs, 0.0), axis=2)
+    if token_mask is not None:
+        raise ValueError(
+            f"token_mask: expected None, because {name} of shape {list(jnp.shape(value))} is "
+            f"already summed over tokens, got shape {list(jnp.shape(token_mask))}."
+        )
+    return axes.floats(name, value, "BK")
+
+
+def positive_scalar(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a scalar above 0; one traced by jit is not looked at."""
+    if jnp.ndim(value) or (is_known(value) and not 0 < float(value) < float("inf")):
+        raise ValueError(f"{name}: expected a finite scalar above 0, got {value}.")
+
+
+def fraction(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a scalar in 0 … 1, 1 excluded; as `positive_scalar`."""
+    if jnp.ndim(value) or (is_known(value) and not 0 <= float(value) < 1):
+        raise ValueError(f"{name}: expected a scalar of at least 0 and below 1, got {value}.")
+
+
 def is_known(value: ArrayLike) -> bool:
     """Says whether the value can be looked at now, i.e. is not traced by jit, vmap or grad."""
     return not isinstance(value, jax.core.Tracer)

@@ -213,6 +213,48 @@ def retrieval_utility(
     return jnp.where(doc_mask.any(axis=1), -loss - without, 0.0)
 
 
+class Degeneracy(NamedTuple):
+    """Whether a target can teach anything."""
+
+    uniform: Array
+    """`[B]` bool, normalised entropy ≥ 0.98: use a score per token or a smaller temperature."""
+    one_hot: Array
+    """`[B]` bool, normalised entropy ≤ 0.02 with documents to choose from: a larger temperature."""
+
+
+def target_degeneracy(
+    target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
+) -> Degeneracy:
+    """Says which targets are flat or a single document, by the limits of `target_entropy`.
+
+    Args:
+        target_log_probs: `[B, K]` log q in nats; -inf is allowed.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `Degeneracy` of two `[B]` bool arrays, both False with fewer than two documents.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        None (bool).
+
+    References:
+        Shannon, A Mathematical Theory of Communication, 1948, section 6.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> print(losses.target_degeneracy(jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))).uniform)
+        [ True False]
+    """
+    entropy = target_entropy(target_log_probs, doc_mask=doc_mask).normalized
+    kept = jnp.ones(jnp.shape(target_log_probs), bool) if doc_mask is None else doc_mask
+    choice = jnp.sum(jnp.asarray(kept), axis=1) > 1
+    return Degeneracy(choice & (entropy >= 0.98), choice & (entropy <= 0.02))
+
+
 def _entropy(log_probs: Array, mask: Array) -> Entropy:
     # KL to the uniform distribution over one document (log 1 = 0) is −H, with p = 0 handled.
     nats = -masked_kl(log_probs, jnp.zeros_like(log_probs), mask)

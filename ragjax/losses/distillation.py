@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, is_known, masked_kl, masked_log_softmax
+from ragjax.losses._common import Axes, is_known, masked_kl, masked_log_softmax, positive_scalar
 
 
 def prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
@@ -149,8 +149,7 @@ def lsr_target(
     axes = Axes()
     scores = axes.floats("scores", scores, "BK")
     doc_mask = axes.mask("doc_mask", doc_mask, "BK")
-    if jnp.ndim(temperature) or (is_known(temperature) and not float(temperature) > 0):
-        raise ValueError(f"temperature: expected a scalar above 0, got {temperature}.")
+    positive_scalar("temperature", temperature)
     # Otherwise the LM could lower the loss by agreeing with the retriever.
     return jax.lax.stop_gradient(masked_log_softmax(scores / temperature, doc_mask))
 
@@ -236,3 +235,100 @@ def _checked_pair(
     target = axes.floats("target_log_probs", target_log_probs, "BK")
     # A target that did not come from `lsr_target` must not train the language model either.
     return scores, jax.lax.stop_gradient(target), axes.mask("doc_mask", doc_mask, "BK")
+
+
+def loop_target(
+    leave_one_out_log_probs: ArrayLike,
+    *,
+    temperature: float | Array,
+    doc_mask: ArrayLike | None = None,
+) -> Array:
+    r"""Turns leave-one-out log-likelihoods into a target: a document counts by what it is missed.
+
+    .. math::
+        \log q(c) = \log\operatorname{softmax}_c\big(-\ell^{(-c)} / \tau\big)
+
+    Args:
+        leave_one_out_log_probs: `[B, K]` log-prob of the answer without document c, in nats (per
+            token, for a target that does not depend on the answer's length): from a reader of all
+            documents, or from `ragjax.losses.leave_one_out_log_probs`.
+        temperature: scalar τ > 0, in nats; smaller is sharper.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B, K]` log q in nats, float32; -inf at masked documents. For `lsr_loss`, `pdist_loss`.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar.
+
+    Gradients:
+        None: the target is a constant.
+
+    References:
+        Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
+        section 2.2 (leave-one-out perplexity distillation).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> target = losses.loop_target(jnp.log(jnp.array([[0.1, 0.3]])), temperature=1.0)
+        >>> print(np.asarray(jnp.exp(target)).round(3))  # without document 0 the answer is less likely
+        [[0.75 0.25]]
+    """
+    scores = -Axes().floats("leave_one_out_log_probs", leave_one_out_log_probs, "BK")
+    return lsr_target(scores, temperature=temperature, doc_mask=doc_mask)
+
+
+def attention_mass(
+    attention: ArrayLike,
+    value_norms: ArrayLike,
+    *,
+    context_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Array:
+    r"""Scores each document by the attention that a Fusion-in-Decoder reader pays to it (ADist).
+
+    .. math::
+        g_c = \frac1{A\,T} \sum_{a,t,l} \alpha_{atcl}\, \lVert v_{acl} \rVert
+
+    `lsr_target` makes the target of it.
+
+    Args:
+        attention: `[B, A, T, K, L]` cross-attention probabilities α of the target tokens; A are
+            all heads of all layers.
+        value_norms: `[B, A, K, L]` norms of the value vectors.
+        context_mask: `[B, K, L]` bool, True = a token of the document; all, if not given.
+        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+
+    Returns:
+        `[B, K]` float32; 0 for an answer of no tokens.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        The ordinary derivative; `lsr_target` stops it.
+
+    References:
+        Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
+        section 2.2 (attention distillation); summed over a document's tokens as in the released
+        code's normsum.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> attention = jnp.array([0.7, 0.1, 0.1, 0.1]).reshape(1, 1, 1, 2, 2)
+        >>> print(np.asarray(losses.attention_mass(attention, jnp.ones((1, 1, 2, 2)))).round(2))
+        [[0.8 0.2]]
+    """
+    axes = Axes()
+    attention = axes.floats("attention", attention, "BATKL")
+    norms = axes.floats("value_norms", value_norms, "BAKL")
+    context_keep = axes.mask("context_mask", context_mask, "BKL")
+    token_keep = axes.mask("token_mask", token_mask, "BT")
+    keep = token_keep[:, None, :, None, None] & context_keep[:, None, None]
+    norms = jnp.where(context_keep[:, None], norms, 0.0)
+    total = jnp.sum(jnp.where(keep, attention, 0.0) * norms[:, :, None], axis=(1, 2, 4))
+    return total / (jnp.maximum(token_keep.sum(axis=1), 1) * attention.shape[1])[:, None]

@@ -2,34 +2,52 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, masked_log_softmax, masked_logsumexp
+from ragjax.losses._common import (
+    Axes,
+    answer_log_probs,
+    fraction,
+    masked_log_softmax,
+    masked_logsumexp,
+)
 
 
 def rag_sequence_loss(
     doc_scores: ArrayLike,
-    token_log_probs: ArrayLike,
+    log_probs: ArrayLike,
     *,
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    vocab_log_probs: ArrayLike | None = None,
 ) -> Array:
-    """Computes the negative marginal log-likelihood, one document per whole answer.
+    r"""Computes the negative marginal log-likelihood, one document per whole answer.
 
-    loss = −log Σ_c p_R(c|x) p_LM(y|c∘x) = −LSE_c(log p_R(c) + Σ_t ℓ_ct), with p_R the softmax of
-    `doc_scores` over the K documents. Equals `rag_token_loss` only for T = 1.
+    .. math::
+        L = -\log \sum_c p_R(c|x)\, p_{LM}(y|c \circ x)
+          = -\operatorname{LSE}_c \Big(\log p_R(c|x) + \sum_t \ell_{ct}\Big)
+
+    with p_R the softmax of `doc_scores` over the K documents. Equals `rag_token_loss` only for
+    T = 1. With label smoothing ε the loss is (1 − ε) L(ℓ) + ε L(u), where u_ct is the mean over
+    the vocabulary of log p_LM(v | c∘x, y_<t).
 
     Args:
         doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        token_log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
         doc_mask: `[B, K]` bool, True = a document; all, if not given.
         token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        label_smoothing: scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
+        vocab_log_probs: `[B, K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
+            Smoothing inside the LM (`token_log_probs`, `chunked_token_log_probs`) needs no such
+            array, and is the same for K = 1.
 
     Returns:
         `[B]` in nats, float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: wrong rank, shape or dtype; smoothing out of range or without its log-probs.
 
     Gradients:
         ∂/∂doc_scores = p_R − posterior; ∂/∂ℓ_ct = −posterior_c at every kept token: both towers
@@ -37,35 +55,65 @@ def rag_sequence_loss(
 
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
-        section 2.1 (RAG-Sequence).
+        section 2.1 (RAG-Sequence). The smoothing is that of the authors' code with the mean over
+        the vocabulary inside the log-sum, where the code has the sum, which multiplies the
+        retriever's log-prob by V.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> doc_scores = jnp.log(jnp.array([[0.75, 0.25]]))
+        >>> answer_probs = jnp.array([[0.1, 0.5]])
+        >>> loss = losses.rag_sequence_loss(doc_scores, jnp.log(answer_probs))
+        >>> print(round(float(jnp.exp(-loss)[0]), 4))  # 0.75 * 0.1 + 0.25 * 0.5
+        0.2
     """
-    joint, doc_mask = _joint_log_probs(doc_scores, token_log_probs, doc_mask, token_mask)
-    return -masked_logsumexp(joint, doc_mask, axis=1)
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "BK")
+    answers = answer_log_probs(axes, "log_probs", log_probs, token_mask)
+    keep = axes.mask("doc_mask", doc_mask, "BK")
+    prior = masked_log_softmax(scores, keep)
+    loss = -masked_logsumexp(prior + answers, keep, axis=1)
+    vocab = _smoothing(axes, label_smoothing, vocab_log_probs)
+    if vocab is None:
+        return loss
+    smooth = answer_log_probs(axes, "vocab_log_probs", vocab.mean(axis=3), token_mask)
+    smooth_loss = -masked_logsumexp(prior + smooth, keep, axis=1)
+    return (1 - label_smoothing) * loss + label_smoothing * smooth_loss
 
 
 def rag_token_loss(
     doc_scores: ArrayLike,
-    token_log_probs: ArrayLike,
+    log_probs: ArrayLike,
     *,
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    vocab_log_probs: ArrayLike | None = None,
 ) -> Array:
-    """Computes the negative marginal log-likelihood, documents summed out at every token.
+    r"""Computes the negative marginal log-likelihood, documents summed out at every token.
 
-    loss = −Σ_t log Σ_c p_R(c|x) p_LM(y_t|c∘x, y_<t) = −Σ_t LSE_c(log p_R(c) + ℓ_ct). Each token may
-    rely on another document. Equals `rag_sequence_loss` only for T = 1.
+    .. math::
+        L = -\sum_t \log \sum_c p_R(c|x)\, p_{LM}(y_t|c \circ x, y_{<t})
+          = -\sum_t \operatorname{LSE}_c \big(\log p_R(c|x) + \ell_{ct}\big)
+
+    Each token may rely on another document. Equals `rag_sequence_loss` only for T = 1. With label
+    smoothing ε the target of each token is (1 − ε) onehot(y_t) + ε / V against the mixture
+    Σ_c p_R(c) p_LM(v | c∘x, y_<t).
 
     Args:
         doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        token_log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
         doc_mask: `[B, K]` bool, True = a document; all, if not given.
         token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        label_smoothing: scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
+        vocab_log_probs: `[B, K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
 
     Returns:
         `[B]` in nats, float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: wrong rank, shape or dtype; smoothing out of range or without its log-probs.
 
     Gradients:
         With r_ct = softmax_c(log p_R(c) + ℓ_ct): ∂/∂doc_scores = Σ_t (p_R − r_t) and
@@ -75,31 +123,101 @@ def rag_token_loss(
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
         section 2.1 (RAG-Token).
         Guu et al., REALM: Retrieval-Augmented Language Model Pre-Training, 2020, section 3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> doc_scores = jnp.log(jnp.array([[0.5, 0.5]]))
+        >>> token_probs = jnp.array([[[0.8, 0.2], [0.2, 0.8]]])
+        >>> loss = losses.rag_token_loss(doc_scores, jnp.log(token_probs))
+        >>> print(round(float(jnp.exp(-loss)[0]), 4))  # each token from its own document: 0.5 ** 2
+        0.25
     """
     axes = Axes()
     scores = axes.floats("doc_scores", doc_scores, "BK")
-    log_probs = axes.floats("token_log_probs", token_log_probs, "BKT")
-    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
-    token_mask = axes.mask("token_mask", token_mask, "BT")
-    joint = masked_log_softmax(scores, doc_mask)[:, :, None] + log_probs  # [B, K, T]
-    keep = doc_mask[:, :, None] & token_mask[:, None, :]
-    return -jnp.sum(masked_logsumexp(joint, keep, axis=1), axis=1)
+    tokens = axes.floats("log_probs", log_probs, "BKT")
+    doc_keep = axes.mask("doc_mask", doc_mask, "BK")
+    token_keep = axes.mask("token_mask", token_mask, "BT")
+    prior = masked_log_softmax(scores, doc_keep)[:, :, None]  # [B, K, 1]
+    keep = doc_keep[:, :, None] & token_keep[:, None, :]
+    loss = -jnp.sum(masked_logsumexp(prior + tokens, keep, axis=1), axis=1)
+    vocab = _smoothing(axes, label_smoothing, vocab_log_probs)
+    if vocab is None:
+        return loss
+    keep_vocab = jnp.broadcast_to(keep[..., None], vocab.shape)
+    mixture = masked_logsumexp(prior[..., None] + vocab, keep_vocab, axis=1)  # [B, T, V]
+    smooth_loss = -jnp.sum(mixture.mean(axis=2), axis=1)
+    return (1 - label_smoothing) * loss + label_smoothing * smooth_loss
 
 
-def document_posterior(
+def emdr2_loss(
     doc_scores: ArrayLike,
-    token_log_probs: ArrayLike,
+    log_probs: ArrayLike,
     *,
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
 ) -> Array:
-    """Computes which documents explain the answer, given that the answer is known.
+    r"""Computes the retriever's half of EMDR²: the marginal likelihood with the LM held constant.
 
-    log p(c|x,y) = log_softmax_c(log p_R(c) + Σ_t ℓ_ct), the posterior of the sequence form.
+    .. math::
+        L = -\sum_t \operatorname{LSE}_c \big(\log p_R(c|x) + \operatorname{sg}(\ell_{ct})\big)
+
+    Given `[B, K]` answer log-probs this is the whole-answer form that the paper prints; given
+    `[B, K, T]` it is the token form that the released code computes.
+
+    Args:
+        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
+        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+
+    Returns:
+        `[B]` in nats, float32. A query with no document has loss 0 and gradient 0.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        ∂/∂doc_scores as in `rag_token_loss`; none to `log_probs`.
+
+    References:
+        Singh et al., End-to-End Training of Multi-Document Reader and Retriever for Open-Domain
+        Question Answering, 2021, section 2.3.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> to_scores = jax.grad(lambda scores: losses.emdr2_loss(
+        ...     scores, jnp.log(jnp.array([[0.1, 0.3]]))).sum())
+        >>> print(np.asarray(to_scores(jnp.zeros((1, 2)))).round(3))  # p_R - posterior
+        [[ 0.25 -0.25]]
+    """
+    # The reader has a loss of its own in EMDR²; this path trains the retriever only.
+    log_probs = stop_gradient(jnp.asarray(log_probs))
+    if log_probs.ndim == 2:
+        return rag_sequence_loss(doc_scores, log_probs, doc_mask=doc_mask, token_mask=token_mask)
+    return rag_token_loss(doc_scores, log_probs, doc_mask=doc_mask, token_mask=token_mask)
+
+
+def document_posterior(
+    doc_scores: ArrayLike,
+    log_probs: ArrayLike,
+    *,
+    doc_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Array:
+    r"""Computes which documents explain the answer, given that the answer is known.
+
+    .. math::
+        \log p(c|x,y) = \log\operatorname{softmax}_c \Big(\log p_R(c|x) + \sum_t \ell_{ct}\Big)
+
+    This is the posterior of the sequence form.
 
     Args:
         doc_scores: `[B, K]` retrieval scores, already scaled.
-        token_log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
         doc_mask: `[B, K]` bool, True = a document; all, if not given.
         token_mask: `[B, T]` bool, True = a target token; all, if not given.
 
@@ -116,22 +234,88 @@ def document_posterior(
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
         section 2.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> answer_probs = jnp.array([[0.1, 0.3]])
+        >>> posterior = losses.document_posterior(jnp.zeros((1, 2)), jnp.log(answer_probs))
+        >>> print(np.asarray(jnp.exp(posterior)).round(3))
+        [[0.25 0.75]]
     """
-    joint, doc_mask = _joint_log_probs(doc_scores, token_log_probs, doc_mask, token_mask)
-    return masked_log_softmax(joint, doc_mask)
-
-
-def _joint_log_probs(
-    doc_scores: ArrayLike,
-    token_log_probs: ArrayLike,
-    doc_mask: ArrayLike | None,
-    token_mask: ArrayLike | None,
-) -> tuple[Array, Array]:
-    """Returns log p_R(c) + ℓ_c `[B, K]` (anything at masked documents) and the document mask."""
     axes = Axes()
     scores = axes.floats("doc_scores", doc_scores, "BK")
-    log_probs = axes.floats("token_log_probs", token_log_probs, "BKT")
-    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
-    token_mask = axes.mask("token_mask", token_mask, "BT")
-    answer_log_probs = jnp.sum(jnp.where(token_mask[:, None, :], log_probs, 0.0), axis=2)
-    return masked_log_softmax(scores, doc_mask) + answer_log_probs, doc_mask
+    answers = answer_log_probs(axes, "log_probs", log_probs, token_mask)
+    keep = axes.mask("doc_mask", doc_mask, "BK")
+    # Not the log-softmax of the scores: its normaliser cancels in the second one.
+    return masked_log_softmax(scores + answers, keep)
+
+
+def leave_one_out_log_probs(
+    doc_scores: ArrayLike,
+    log_probs: ArrayLike,
+    *,
+    doc_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Array:
+    r"""Computes what the answer's log-likelihood would be if each document had not been retrieved.
+
+    .. math::
+        \ell^{(-c)} = \log \sum_{d \ne c} p_R(d|x, d \ne c)\, p_{LM}(y|d \circ x)
+
+    With `loop_target` a target for readers that see one document at a time, and, subtracted from
+    the marginal log-likelihood, an attribution of the answer to its documents.
+
+    Args:
+        doc_scores: `[B, K]` retrieval scores, already scaled.
+        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+
+    Returns:
+        `[B, K]` in nats, float32: 0 at masked documents, and at a document without which none is
+        left.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    Gradients:
+        The ordinary derivative, to scores and log-probs alike; `loop_target` stops it.
+
+    References:
+        Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
+        section 2.2 (LOOP), there for a reader that sees all documents at once.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> without = losses.leave_one_out_log_probs(
+        ...     jnp.zeros((1, 3)), jnp.log(jnp.array([[0.6, 0.2, 0.1]])))
+        >>> print(np.asarray(jnp.exp(without)).round(3))  # the mean of the other two
+        [[0.15 0.35 0.4 ]]
+    """
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "BK")
+    answers = answer_log_probs(axes, "log_probs", log_probs, token_mask)
+    keep = axes.mask("doc_mask", doc_mask, "BK")
+    others = keep[:, None, :] & keep[:, :, None] & ~jnp.eye(keep.shape[1], dtype=bool)[None]
+    joint = jnp.broadcast_to((scores + answers)[:, None, :], others.shape)  # [B, left out, K]
+    prior = jnp.broadcast_to(scores[:, None, :], others.shape)
+    return masked_logsumexp(joint, others, axis=2) - masked_logsumexp(prior, others, axis=2)
+
+
+def _smoothing(
+    axes: Axes, label_smoothing: float, vocab_log_probs: ArrayLike | None
+) -> Array | None:
+    """Returns the checked `[B, K, T, V]` log-probs, or None where nothing is smoothed."""
+    fraction("label_smoothing", label_smoothing)
+    if vocab_log_probs is not None:
+        return axes.floats("vocab_log_probs", vocab_log_probs, "BKTV")
+    if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
+        raise ValueError(
+            "vocab_log_probs: expected log-probs of shape [B, K, T, V] for label_smoothing "
+            f"{label_smoothing}, got None."
+        )
+    return None

@@ -309,7 +309,7 @@ LENGTHS = np.array([4, 2])
         ),
         (
             lambda: losses.rag_token_loss(SCORES, np.zeros((2, 5, 4))),
-            r"token_log_probs: .*\[B=2 \(as doc_scores\), K=3 \(as doc_scores\), T\].*\[2, 5, 4\]",
+            r"log_probs: .*\[B=2 \(as doc_scores\), K=3 \(as doc_scores\), T\].*\[2, 5, 4\]",
         ),
         (
             lambda: losses.document_posterior(SCORES, LOG_PROBS, doc_mask=np.ones((2, 3))),
@@ -317,7 +317,7 @@ LENGTHS = np.array([4, 2])
         ),
         (
             lambda: losses.rag_token_loss(SCORES, LOG_PROBS, token_mask=np.ones((2, 5), bool)),
-            r"token_mask: .*T=4 \(as token_log_probs\).*bool\[2, 5\]",
+            r"token_mask: .*T=4 \(as log_probs\).*bool\[2, 5\]",
         ),
         (lambda: losses.lm_loss(TOKENS), r"token_log_probs: .*\[B, K, T\].*\[2, 4\]"),
         (lambda: losses.sequence_log_probs(np.zeros(4)), r"token_log_probs: .*\[4\]"),

@@ -1,0 +1,208 @@
+"""Contrastive losses over embeddings: in-batch, hard and cross-device negatives; chunked encoding.
+
+Letters: `B` queries, `H` documents given per query (the gold one first), `D` embedding size.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from ragjax.losses._common import Axes, positive_scalar
+from ragjax.losses.contrastive import info_nce_loss
+
+
+def dpr_loss(
+    query_embeddings: ArrayLike,
+    doc_embeddings: ArrayLike,
+    *,
+    temperature: float | Array = 1.0,
+    doc_ids: ArrayLike | None = None,
+    doc_mask: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> Array:
+    r"""Computes the DPR loss: each query's gold document against every document of the batch.
+
+    .. math::
+        L_i = -\log \frac{\exp(q_i \cdot d_{i0} / \tau)}{\sum_{j,h} \exp(q_i \cdot d_{jh} / \tau)}
+
+    Args:
+        query_embeddings: `[B, D]`, normalised by the caller if cosines are wanted.
+        doc_embeddings: `[B, H, D]`: the gold document of each query, then its hard negatives.
+        temperature: scalar τ > 0; 1 for DPR's dot products, 0.05 is usual for cosines.
+        doc_ids: `[B, H]` integer; a document with the id of the query's gold one is no negative.
+        doc_mask: `[B, H]` bool, True = a document; a query whose gold document is False has loss 0.
+        axis_name: mapped axis (or axes) over which the batch is split; every device's documents
+            become candidates.
+
+    Returns:
+        `[B]` in nats, float32: this device's queries.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar.
+
+    Gradients:
+        Through both embeddings, also of other devices' documents; whether the gradient still needs
+        a `pmean` depends on the transform: see the documentation's page on transforms.
+
+    References:
+        Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, 2020,
+        section 3.2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> queries, docs = jnp.eye(2), jnp.eye(2)[:, None]
+        >>> print(np.asarray(losses.dpr_loss(queries, docs, temperature=0.1)).round(4))
+        [0. 0.]
+    """
+    axes = Axes()
+    queries = axes.floats("query_embeddings", query_embeddings, "BD")
+    docs = axes.floats("doc_embeddings", doc_embeddings, "BHD")
+    ids = None if doc_ids is None else axes.integers("doc_ids", doc_ids, "BH")
+    keep = axes.mask("doc_mask", doc_mask, "BH")
+    positive_scalar("temperature", temperature)
+    batch, per_query, width = docs.shape
+    gold_ids = None if ids is None else ids[:, 0]
+    has_gold = keep[:, 0]
+    docs, all_keep = docs.reshape(-1, width), keep.reshape(-1)
+    ids = None if ids is None else ids.reshape(-1)
+    first = 0
+    if axis_name is not None:
+        docs, all_keep = (lax.all_gather(a, axis_name, tiled=True) for a in (docs, all_keep))
+        ids = None if ids is None else lax.all_gather(ids, axis_name, tiled=True)
+        first = lax.axis_index(axis_name) * batch * per_query
+    scores = jnp.einsum("bd,md->bm", queries, docs, precision=lax.Precision.HIGHEST) / temperature
+    candidates = all_keep[None, :] & has_gold[:, None]
+    if ids is not None and gold_ids is not None:
+        candidates &= ids[None, :] != gold_ids[:, None]
+    positives = first + per_query * jnp.arange(batch)
+    # `info_nce_loss` keeps the gold column of a row that has any candidate; this row may have lost
+    # all others (one query, no negatives), and is still a query with loss 0.
+    return info_nce_loss(scores, positives, mask=candidates)
+
+
+def symmetric_contrastive_loss(
+    query_embeddings: ArrayLike,
+    doc_embeddings: ArrayLike,
+    *,
+    temperature: float | Array = 1.0,
+    doc_ids: ArrayLike | None = None,
+    doc_mask: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> Array:
+    r"""Computes the mean of the query→document and the document→query contrastive losses.
+
+    .. math::
+        L_i = \tfrac12 \big( -\log\operatorname{softmax}_j(q_i \cdot d_j / \tau)_i
+                             -\log\operatorname{softmax}_j(d_i \cdot q_j / \tau)_i \big)
+
+    Args:
+        query_embeddings: `[B, D]`.
+        doc_embeddings: `[B, D]`, the gold document of each query.
+        temperature: scalar τ > 0.
+        doc_ids: `[B]` integer; pairs with the same document are no negatives of one another.
+        doc_mask: `[B]` bool, True = a pair.
+        axis_name: mapped axis over which the batch is split; see `dpr_loss`.
+
+    Returns:
+        `[B]` in nats, float32.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar.
+
+    Gradients:
+        Through both embeddings; see `dpr_loss`.
+
+    References:
+        Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
+        2021, section 2.3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> print(np.asarray(losses.symmetric_contrastive_loss(jnp.eye(2), jnp.eye(2))).round(4))
+        [0.3133 0.3133]
+    """
+    axes = Axes()
+    queries = axes.floats("query_embeddings", query_embeddings, "BD")
+    docs = axes.floats("doc_embeddings", doc_embeddings, "BD")
+    ids = None if doc_ids is None else axes.integers("doc_ids", doc_ids, "B")[:, None]
+    keep = axes.mask("doc_mask", doc_mask, "B")[:, None]
+
+    def one_way(anchors: Array, others: Array) -> Array:
+        return dpr_loss(
+            anchors,
+            others[:, None],
+            temperature=temperature,
+            doc_ids=ids,
+            doc_mask=keep,
+            axis_name=axis_name,
+        )
+
+    return (one_way(queries, docs) + one_way(docs, queries)) / 2
+
+
+def encode_in_chunks(
+    encode: Callable[[Any, Any], Array], params: Any, inputs: Any, *, chunk_size: int
+) -> Array:
+    """Encodes a batch chunk by chunk and again in the backward pass: gradient caching.
+
+    What follows sees all embeddings at once, so a contrastive loss over them is that of the whole
+    batch, while the activations of one chunk only are in memory. Dropout: put one key per row into
+    `inputs`; a chunk is then encoded again with the very same keys.
+
+    Args:
+        encode: `(params, rows of inputs) -> [rows, D]`; a row may not depend on the others.
+        params: its parameters, any tree.
+        inputs: tree of arrays whose first axis has the batch's size B.
+        chunk_size: rows encoded at a time, at least 1; need not divide B.
+
+    Returns:
+        `[B, D]`, as `encode(params, inputs)`.
+
+    Raises:
+        ValueError: `chunk_size` below 1, or inputs without a common first axis.
+
+    Gradients:
+        Those of `encode`, to params and inputs.
+
+    References:
+        Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021,
+        section 3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> rows = jnp.arange(10.0).reshape(5, 2)
+        >>> encode = lambda weights, x: x @ weights
+        >>> print(losses.encode_in_chunks(encode, jnp.ones((2, 1)), rows, chunk_size=2)[:, 0])
+        [ 1.  5.  9. 13. 17.]
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+    if not shapes or len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise ValueError(
+            f"inputs: expected arrays with one common first axis, got shapes {shapes}."
+        )
+    rows = shapes[0][0]
+    if rows <= chunk_size:
+        return encode(params, inputs)
+    again = jax.checkpoint(lambda part: encode(params, part))
+    whole = rows // chunk_size * chunk_size
+
+    def split(leaf: Array) -> Array:
+        return leaf[:whole].reshape(-1, chunk_size, *leaf.shape[1:])
+
+    encoded = lax.map(again, jax.tree.map(split, inputs))
+    encoded = encoded.reshape(whole, *encoded.shape[2:])
+    if whole == rows:
+        return encoded
+    rest = again(jax.tree.map(lambda leaf: leaf[whole:], inputs))
+    return jnp.concatenate([encoded, rest])

@@ -1,0 +1,210 @@
+"""Gradients through the choice of documents: Gumbel top-k and REINFORCE.
+
+Letters: `S` sampled documents per query.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from ragjax.losses._common import Axes, masked_log_softmax, positive_scalar
+
+
+class SampledDocs(NamedTuple):
+    """Documents drawn without replacement."""
+
+    indices: Array
+    """`[B, S]` int32, columns of the documents in the order of drawing; 0 where mask is False."""
+    weights: Array
+    """`[B, S, K]` one-hot rows; their gradient is that of a softmax (straight-through)."""
+    mask: Array
+    """`[B, S]` bool, False where fewer than S documents were left."""
+
+
+def gumbel_top_k(
+    doc_scores: ArrayLike,
+    key: Array,
+    *,
+    num_samples: int,
+    temperature: float | Array = 1.0,
+    doc_mask: ArrayLike | None = None,
+) -> SampledDocs:
+    r"""Draws documents without replacement from p_R, differentiably (straight-through).
+
+    .. math::
+        w_i = \operatorname{onehot}\big(\arg\max_{c \notin w_{<i}} (s_c + G_c)\big)
+        \quad\text{forward,}\qquad
+        \operatorname{softmax}_{c \notin w_{<i}}\big((s_c + G_c) / \tau\big) \quad\text{backward}
+
+    with G standard Gumbel noise: the order is that of successive draws from p_R.
+
+    Args:
+        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
+        key: a `jax.random` key.
+        num_samples: S, documents drawn per query, 1 … K.
+        temperature: scalar τ > 0 of the relaxed draw.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `SampledDocs`.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, S out of range, τ not a positive scalar.
+
+    Gradients:
+        Biased, low variance: through `weights` to `doc_scores`, as if drawing were the softmax.
+
+    References:
+        Kool et al., Stochastic Beams and Where to Find Them, 2019, section 2.
+        Zamani and Bendersky, Stochastic RAG: End-to-End Retrieval-Augmented Generation through
+        Expected Utility Maximization, 2024, section 2.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> doc_scores = jnp.array([[0.0, 50.0, 100.0]])
+        >>> docs = losses.gumbel_top_k(doc_scores, jax.random.key(0), num_samples=2)
+        >>> print(docs.indices)
+        [[2 1]]
+    """
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "BK")
+    keep = axes.mask("doc_mask", doc_mask, "BK")
+    positive_scalar("temperature", temperature)
+    if not 1 <= num_samples <= scores.shape[1]:
+        raise ValueError(f"num_samples: expected 1 … K={scores.shape[1]}, got {num_samples}.")
+    noisy = scores + jax.random.gumbel(key, scores.shape, scores.dtype)
+    left, indices, weights, masks = keep, [], [], []
+    for _ in range(num_samples):
+        soft = jnp.exp(masked_log_softmax(noisy / temperature, left))
+        any_left = left.any(axis=1)
+        index = jnp.argmax(jnp.where(left, noisy, -jnp.inf), axis=1)
+        hard = jax.nn.one_hot(index, scores.shape[1], dtype=bool) & any_left[:, None]
+        # Forward exactly the one-hot row, backward the softmax.
+        weights.append(hard + (soft - lax.stop_gradient(soft)))
+        indices.append(jnp.where(any_left, index, 0).astype(jnp.int32))
+        masks.append(any_left)
+        left = left & ~hard
+    return SampledDocs(jnp.stack(indices, 1), jnp.stack(weights, 1), jnp.stack(masks, 1))
+
+
+def stochastic_rag_loss(
+    doc_scores: ArrayLike,
+    utilities: ArrayLike,
+    key: Array,
+    *,
+    num_samples: int,
+    temperature: float | Array = 1.0,
+    doc_mask: ArrayLike | None = None,
+) -> Array:
+    r"""Computes the negative mean utility of documents drawn with Gumbel top-k.
+
+    .. math::
+        L = -\frac1S \sum_i \sum_c w_{ic}\, u_c
+
+    Args:
+        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
+        utilities: `[B, K]` what the answer is worth given each document: p_LM(y|c∘x), its log, or
+            a metric such as F1 of the generated answer; larger is better.
+        key: a `jax.random` key.
+        num_samples: S, documents drawn per query, 1 … K.
+        temperature: scalar τ > 0 of the relaxed draw.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B]` float32, in the utility's unit with its sign changed. 0 without a document.
+
+    Raises:
+        ValueError: as `gumbel_top_k`.
+
+    Gradients:
+        To doc_scores straight through (biased); to the utilities of the drawn documents −1/S.
+
+    References:
+        Zamani and Bendersky, Stochastic RAG: End-to-End Retrieval-Augmented Generation through
+        Expected Utility Maximization, 2024, section 2.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> doc_scores, utilities = jnp.array([[0.0, 99.0]]), jnp.array([[0.1, 0.7]])
+        >>> print(losses.stochastic_rag_loss(
+        ...     doc_scores, utilities, jax.random.key(0), num_samples=1))
+        [-0.7]
+    """
+    axes = Axes()
+    axes.floats("doc_scores", doc_scores, "BK")
+    utilities = axes.floats("utilities", utilities, "BK")
+    keep = axes.mask("doc_mask", doc_mask, "BK")
+    docs = gumbel_top_k(
+        doc_scores, key, num_samples=num_samples, temperature=temperature, doc_mask=keep
+    )
+    total = jnp.einsum("bsk,bk->b", docs.weights, jnp.where(keep, utilities, 0.0))
+    return -total / jnp.maximum(docs.mask.sum(axis=1), 1)
+
+
+def reinforce_loss(
+    doc_scores: ArrayLike,
+    samples: ArrayLike,
+    utilities: ArrayLike,
+    *,
+    doc_mask: ArrayLike | None = None,
+) -> Array:
+    r"""Computes REINFORCE with the leave-one-out baseline for the expected utility of retrieval.
+
+    .. math::
+        L = -\frac1S \sum_i \operatorname{sg}\Big(u_i - \frac1{S-1} \sum_{j \ne i} u_j\Big)
+            \log p_R(c_i|x)
+
+    Its gradient is an unbiased estimate of −∂/∂s Σ_c p_R(c) u_c when the S documents were drawn
+    independently from p_R (`jax.random.categorical`), which may repeat one. Its value means
+    nothing.
+
+    Args:
+        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
+        samples: `[B, S]` integer, columns of the drawn documents, S ≥ 2.
+        utilities: `[B, S]` observed utility of each draw; larger is better.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+
+    Returns:
+        `[B]` float32. A query with no document has loss 0 and gradient 0.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype, or fewer than two draws.
+
+    Gradients:
+        To doc_scores only.
+
+    References:
+        Williams, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
+        Learning, 1992, section 3. Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free!,
+        2019, section 2.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> slope = jax.grad(lambda s: losses.reinforce_loss(
+        ...     s, jnp.array([[0, 1]]), jnp.array([[1.0, 0.0]])).sum())(jnp.zeros((1, 2)))
+        >>> print(slope)  # descent raises the score of document 0
+        [[-0.5  0.5]]
+    """
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "BK")
+    samples = axes.integers("samples", samples, "BS")
+    utilities = axes.floats("utilities", utilities, "BS")
+    keep = axes.mask("doc_mask", doc_mask, "BK")
+    draws = samples.shape[1]
+    if draws < 2:
+        raise ValueError(f"samples: expected at least 2 draws per query, got S={draws}.")
+    log_probs = jnp.take_along_axis(masked_log_softmax(scores, keep), samples, axis=1)
+    # A baseline of the other draws leaves the estimate unbiased; utilities carry no gradient.
+    total = utilities.sum(axis=1, keepdims=True)
+    advantage = lax.stop_gradient((draws * utilities - total) / (draws - 1))
+    kept = jnp.take_along_axis(keep, samples, axis=1)
+    return -jnp.where(kept, advantage * jnp.where(kept, log_probs, 0.0), 0.0).mean(axis=1)
