@@ -273,7 +273,7 @@ def loop_target(
         >>> import numpy as np
         >>> from ragjax import losses
         >>> target = losses.loop_target(jnp.log(jnp.array([[0.1, 0.3]])), temperature=1.0)
-        >>> print(np.asarray(jnp.exp(target)).round(3))  # without document 0 the answer is less likely
+        >>> print(np.asarray(jnp.exp(target)).round(3))  # missed more: 0
         [[0.75 0.25]]
     """
     scores = -Axes().floats("leave_one_out_log_probs", leave_one_out_log_probs, "BK")
