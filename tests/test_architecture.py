@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "ragjax"
 # Subpackage -> the other subpackages it may import.
 MAY_IMPORT = {
     "losses": set(),
-    "models": set(),
+    "models": {"losses"},
     "data": set(),
     "index": set(),
     "refresh": {"index", "data"},

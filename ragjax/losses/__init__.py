@@ -12,6 +12,7 @@ One contract for all of them:
   losses over embeddings look across devices where an `axis_name` is given.
 """
 
+from ragjax.losses.chunked import chunked_token_log_probs as chunked_token_log_probs
 from ragjax.losses.combine import CombinedLoss as CombinedLoss
 from ragjax.losses.combine import combine_losses as combine_losses
 from ragjax.losses.contrastive import info_nce_loss as info_nce_loss

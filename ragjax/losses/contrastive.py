@@ -11,7 +11,10 @@ from ragjax.losses._common import Axes, is_known, masked_log_softmax
 def info_nce_loss(
     scores: ArrayLike, positives: ArrayLike, *, mask: ArrayLike | None = None
 ) -> Array:
-    """Computes the softmax cross-entropy of the gold document among all candidates.
+    r"""Computes the softmax cross-entropy of the gold document among all candidates.
+
+    .. math::
+        L = -\log \frac{\exp(s_{+})}{\sum_m \exp(s_m)}
 
     loss = −log softmax_m(s_m)[positive]. The M candidates of a query are usually every document
     of the global batch: its own, the other queries' (in-batch negatives) and hard negatives.
@@ -38,6 +41,14 @@ def info_nce_loss(
         section 3.2.
         van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018,
         section 2.3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> scores = jnp.zeros((1, 4))
+        >>> print(np.asarray(losses.info_nce_loss(scores, jnp.array([2]))).round(3))  # log 4
+        [1.386]
     """
     axes = Axes()
     scores = axes.floats("scores", scores, "BM")

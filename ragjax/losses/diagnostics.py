@@ -24,7 +24,10 @@ class Entropy(NamedTuple):
 
 
 def retriever_entropy(doc_scores: ArrayLike, *, doc_mask: ArrayLike | None = None) -> Entropy:
-    """Measures how undecided the retriever is: H(p_R), with p_R = softmax_c(doc_scores).
+    r"""Measures how undecided the retriever is: H(p_R), with p_R = softmax_c(doc_scores).
+
+    .. math::
+        H(p_R) = -\sum_c p_R(c) \log p_R(c)
 
     Args:
         doc_scores: `[B, K]` retrieval scores, already scaled.
@@ -42,6 +45,12 @@ def retriever_entropy(doc_scores: ArrayLike, *, doc_mask: ArrayLike | None = Non
 
     References:
         Shannon, A Mathematical Theory of Communication, 1948, section 6.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> print(losses.retriever_entropy(jnp.zeros((1, 4))).normalized)
+        [1.]
     """
     axes = Axes()
     scores = axes.floats("doc_scores", doc_scores, "BK")
@@ -50,7 +59,10 @@ def retriever_entropy(doc_scores: ArrayLike, *, doc_mask: ArrayLike | None = Non
 
 
 def target_entropy(target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None) -> Entropy:
-    """Measures how much the language model's target says: H(q).
+    r"""Measures how much the language model's target says: H(q).
+
+    .. math::
+        H(q) = -\sum_c q(c) \log q(c)
 
     A normalised value ≥ 0.98 teaches nothing (use a score per token or a smaller temperature), one
     ≤ 0.02 is a single document (use a larger temperature).
@@ -71,6 +83,12 @@ def target_entropy(target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = 
 
     References:
         Shannon, A Mathematical Theory of Communication, 1948, section 6.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> print(losses.target_entropy(jnp.log(jnp.array([[0.0, 1.0]]))).normalized)
+        [-0.]
     """
     axes = Axes()
     target = axes.floats("target_log_probs", target_log_probs, "BK")
@@ -84,7 +102,10 @@ def posterior_entropy(
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
 ) -> Entropy:
-    """Measures how many documents explain the answer: the entropy of `document_posterior`.
+    r"""Measures how many documents explain the answer: the entropy of `document_posterior`.
+
+    .. math::
+        H = -\sum_c p(c|x,y) \log p(c|x,y)
 
     Args:
         doc_scores: `[B, K]` retrieval scores, already scaled.
@@ -104,6 +125,14 @@ def posterior_entropy(
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
         section 2.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> entropy = losses.posterior_entropy(jnp.zeros((1, 2)), jnp.zeros((1, 2, 3)))
+        >>> print(np.asarray(entropy.nats).round(3))  # log 2
+        [0.693]
     """
     posterior = document_posterior(
         doc_scores, token_log_probs, doc_mask=doc_mask, token_mask=token_mask
@@ -114,7 +143,10 @@ def posterior_entropy(
 def kl_divergence(
     p_log_probs: ArrayLike, q_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
 ) -> Array:
-    """Compares two distributions over the same documents: KL(p‖q) = Σ_c p (log p − log q).
+    r"""Compares two distributions over the same documents: KL(p‖q) = Σ_c p (log p − log q).
+
+    .. math::
+        KL(p \| q) = \sum_c p(c) \big(\log p(c) - \log q(c)\big)
 
     Args:
         p_log_probs: `[B, K]` log p in nats; -inf (p = 0) contributes 0.
@@ -132,6 +164,14 @@ def kl_divergence(
 
     References:
         Kullback and Leibler, On Information and Sufficiency, 1951, section 2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> p, q = jnp.log(jnp.array([[0.0, 1.0]])), jnp.log(jnp.array([[0.5, 0.5]]))
+        >>> print(np.asarray(losses.kl_divergence(p, q)).round(3))
+        [0.693]
     """
     axes = Axes()
     p_log_probs = axes.floats("p_log_probs", p_log_probs, "BK")
@@ -142,7 +182,10 @@ def kl_divergence(
 def agreement(
     doc_scores: ArrayLike, target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
 ) -> Array:
-    """Says whether retriever and target prefer the same document: argmax s = argmax log q.
+    r"""Says whether retriever and target prefer the same document: argmax s = argmax log q.
+
+    .. math::
+        a = \big[ \operatorname{argmax}_c s_c = \operatorname{argmax}_c q(c) \big]
 
     Args:
         doc_scores: `[B, K]` retrieval scores.
@@ -161,6 +204,12 @@ def agreement(
     References:
         Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
         section 2.2, for the pair of distributions compared.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> print(losses.agreement(jnp.array([[2.0, 1.0]]), jnp.log(jnp.array([[0.9, 0.1]]))))
+        [1.]
     """
     axes = Axes()
     scores = axes.floats("doc_scores", doc_scores, "BK")
@@ -179,7 +228,10 @@ def retrieval_utility(
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
 ) -> Array:
-    """Measures what retrieval adds: log p(y|x) with documents minus log p_LM(y|x) without.
+    r"""Measures what retrieval adds: log p(y|x) with documents minus log p_LM(y|x) without.
+
+    .. math::
+        u = \log \sum_c p_R(c|x)\, p_{LM}(y|c \circ x) - \log p_{LM}(y|x)
 
     utility = log Σ_c p_R(c|x) p_LM(y|c∘x) − log p_LM(y|x)
 
@@ -202,6 +254,13 @@ def retrieval_utility(
     References:
         Guu et al., REALM: Retrieval-Augmented Language Model Pre-Training, 2020 (retrieval
         utility, there per document).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> with_docs, without = jnp.full((1, 2, 3), -1.0), jnp.full((1, 3), -2.0)
+        >>> print(losses.retrieval_utility(jnp.zeros((1, 2)), with_docs, without))
+        [3.]
     """
     axes = Axes()
     axes.floats("doc_scores", doc_scores, "BK")

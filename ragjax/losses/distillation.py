@@ -17,7 +17,10 @@ from ragjax.losses._common import Axes, is_known, masked_kl, masked_log_softmax,
 
 
 def prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
-    """Scores each document by the probability it gives the answer: g = exp(ℓ_c).
+    r"""Scores each document by the probability it gives the answer: g = exp(ℓ_c).
+
+    .. math::
+        g_c = \exp(\ell_c)
 
     The formula as RA-DIT and REPLUG print it. exp underflows below ℓ ≈ −103 and its differences
     vanish long before: for answers of more than a few tokens the target is uniform and teaches
@@ -39,12 +42,23 @@ def prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
     References:
         Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.4.
         Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> log_probs = jnp.log(jnp.array([[0.5, 0.1]]))
+        >>> print(np.asarray(losses.prob(log_probs, jnp.array([3]))).round(3))
+        [[0.5 0.1]]
     """
     return jnp.exp(log_prob(sequence_log_probs, lengths))
 
 
 def prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
-    """Scores each document by the geometric mean of the token probabilities: g = exp(ℓ_c / T).
+    r"""Scores each document by the geometric mean of the token probabilities: g = exp(ℓ_c / T).
+
+    .. math::
+        g_c = \exp(\ell_c / T)
 
     Args:
         sequence_log_probs: `[B, K]` ℓ_c in nats.
@@ -62,12 +76,23 @@ def prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
     References:
         Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4, with
         the probability taken per token.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> log_probs = jnp.array([[-2.0, -8.0]])
+        >>> print(np.asarray(losses.prob_per_token(log_probs, jnp.array([4]))).round(3))
+        [[0.607 0.135]]
     """
     return jnp.exp(log_prob_per_token(sequence_log_probs, lengths))
 
 
 def log_prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
-    """Scores each document by the log-prob it gives the answer: g = ℓ_c.
+    r"""Scores each document by the log-prob it gives the answer: g = ℓ_c.
+
+    .. math::
+        g_c = \ell_c
 
     With temperature 1 the target is the posterior under a uniform retriever.
 
@@ -87,6 +112,12 @@ def log_prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
     References:
         Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
         section 2.2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> print(losses.log_prob(jnp.array([[-2.0, -8.0]]), jnp.array([4])))
+        [[-2. -8.]]
     """
     axes = Axes()
     log_probs = axes.floats("sequence_log_probs", sequence_log_probs, "BK")
@@ -95,7 +126,10 @@ def log_prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
 
 
 def log_prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
-    """Scores each document by the mean log-prob of the answer's tokens: g = ℓ_c / T.
+    r"""Scores each document by the mean log-prob of the answer's tokens: g = ℓ_c / T.
+
+    .. math::
+        g_c = \ell_c / T
 
     The score whose spread does not depend on the answer's length; Atlas's pdist uses it.
 
@@ -115,6 +149,12 @@ def log_prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Arr
     References:
         Izacard et al., Atlas: Few-shot Learning with Retrieval Augmented Language Models, 2023,
         section 2.2 (perplexity distillation).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> print(losses.log_prob_per_token(jnp.array([[-2.0, -8.0]]), jnp.array([4])))
+        [[-0.5 -2. ]]
     """
     log_probs = log_prob(sequence_log_probs, lengths)
     return log_probs / jnp.maximum(jnp.asarray(lengths), 1)[:, None]
@@ -123,7 +163,10 @@ def log_prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Arr
 def lsr_target(
     scores: ArrayLike, *, temperature: float | Array, doc_mask: ArrayLike | None = None
 ) -> Array:
-    """Turns document scores into the distribution the retriever should learn.
+    r"""Turns document scores into the distribution the retriever should learn.
+
+    .. math::
+        \log q(c) = \log\operatorname{softmax}_c(g_c / \tau)
 
     log q(c) = log_softmax_c(g_c / τ)
 
@@ -145,6 +188,14 @@ def lsr_target(
     References:
         Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.4.
         Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> target = losses.lsr_target(jnp.array([[-0.5, -1.0]]), temperature=0.5)
+        >>> print(np.asarray(jnp.exp(target)).round(3))
+        [[0.731 0.269]]
     """
     axes = Axes()
     scores = axes.floats("scores", scores, "BK")
@@ -157,7 +208,10 @@ def lsr_target(
 def lsr_loss(
     doc_scores: ArrayLike, target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
 ) -> Array:
-    """Computes KL(p_R‖p_LSR), the LM-supervised retrieval loss as RA-DIT and REPLUG print it.
+    r"""Computes KL(p_R‖p_LSR), the LM-supervised retrieval loss as RA-DIT and REPLUG print it.
+
+    .. math::
+        L = \sum_c p_R(c) \big(\log p_R(c) - \log q(c)\big)
 
     loss = Σ_c p_R(c) (log p_R(c) − log q(c)), with p_R = softmax_c(doc_scores). The gradient of a
     document is scaled by p_R of it: one that the retriever ranks far down is hardly pulled up
@@ -182,6 +236,14 @@ def lsr_loss(
     References:
         Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.4.
         Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2024, section 4.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> target = jnp.log(jnp.array([[0.1, 0.9]]))
+        >>> print(np.asarray(losses.lsr_loss(jnp.zeros((1, 2)), target)).round(3))
+        [0.511]
     """
     scores, target, doc_mask = _checked_pair(doc_scores, target_log_probs, doc_mask)
     impossible = doc_mask & (target == -jnp.inf)
@@ -197,7 +259,10 @@ def lsr_loss(
 def pdist_loss(
     doc_scores: ArrayLike, target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None
 ) -> Array:
-    """Computes KL(p_LSR‖p_R), perplexity distillation: the forward direction of `lsr_loss`.
+    r"""Computes KL(p_LSR‖p_R), perplexity distillation: the forward direction of `lsr_loss`.
+
+    .. math::
+        L = \sum_c q(c) \big(\log q(c) - \log p_R(c)\big)
 
     loss = Σ_c q(c) (log q(c) − log p_R(c)), with p_R = softmax_c(doc_scores). A useful document is
     pulled up however far down the retriever ranks it. A target of -inf (probability zero) counts
@@ -222,6 +287,14 @@ def pdist_loss(
         section 2.2 (perplexity distillation).
         Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, NAACL 2024, section 4
         (the camera-ready version prints this direction).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> target = jnp.log(jnp.array([[0.0, 1.0]]))
+        >>> print(np.asarray(losses.pdist_loss(jnp.zeros((1, 2)), target)).round(3))  # log 2
+        [0.693]
     """
     scores, target, doc_mask = _checked_pair(doc_scores, target_log_probs, doc_mask)
     return masked_kl(target, masked_log_softmax(scores, doc_mask), doc_mask)

@@ -9,7 +9,10 @@ from ragjax.losses._common import Axes
 
 
 def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> Array:
-    """Computes the log-prob of each target token.
+    r"""Computes the log-prob of each target token.
+
+    .. math::
+        \ell_t = z_{t, y_t} - \log \sum_v \exp(z_{tv})
 
     ℓ_t = logits[t, y_t] − log Σ_v exp(logits[t, v])
 
@@ -29,6 +32,14 @@ def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> Array:
 
     References:
         Vaswani et al., Attention Is All You Need, 2017, section 3.4 (softmax over the vocabulary).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> logits, targets = jnp.zeros((1, 2, 4)), jnp.array([[0, 3]])
+        >>> print(np.asarray(losses.token_log_probs(logits, targets)).round(3))  # -log 4
+        [[-1.386 -1.386]]
     """
     logits, targets = jnp.asarray(logits), jnp.asarray(targets)
     if logits.ndim < 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
@@ -49,7 +60,10 @@ def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> Array:
 
 
 def sequence_log_probs(token_log_probs: ArrayLike, *, token_mask: ArrayLike | None = None) -> Array:
-    """Sums token log-probs into the log-prob of the whole target.
+    r"""Sums token log-probs into the log-prob of the whole target.
+
+    .. math::
+        \ell_c = \sum_t \ell_{ct}
 
     ℓ_c = Σ_t ℓ_ct
 
@@ -69,6 +83,14 @@ def sequence_log_probs(token_log_probs: ArrayLike, *, token_mask: ArrayLike | No
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
         section 2.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> log_probs = jnp.array([[[-1.0, -2.0, -9.0]]])
+        >>> mask = jnp.array([[True, True, False]])
+        >>> print(losses.sequence_log_probs(log_probs, token_mask=mask))
+        [[-3.]]
     """
     axes = Axes()
     letters = "BT" if jnp.ndim(token_log_probs) == 2 else "BKT"
@@ -84,7 +106,10 @@ def lm_loss(
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
 ) -> Array:
-    """Computes the language model's half of dual training (RA-DIT LM-ft).
+    r"""Computes the language model's half of dual training (RA-DIT LM-ft).
+
+    .. math::
+        L = -\sum_c \sum_t \log p_{LM}(y_t|c \circ x, y_{<t})
 
     loss = −Σ_j Σ_t log p_LM(y_t | c_j∘x, y_<t): every document separately, without p_R weights, so
     the model learns to use a good document and to ignore a bad one.
@@ -106,6 +131,13 @@ def lm_loss(
 
     References:
         Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2024, section 2.3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ragjax import losses
+        >>> log_probs = jnp.array([[[-1.0, -2.0], [-3.0, -4.0]]])
+        >>> print(losses.lm_loss(log_probs))
+        [10.]
     """
     axes = Axes()
     log_probs = axes.floats("token_log_probs", token_log_probs, "BKT")

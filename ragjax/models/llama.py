@@ -24,14 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from ragjax.losses import chunked_token_log_probs
 from ragjax.models import nnx_trees
 from ragjax.models.inputs import LMBatch
 from ragjax.models.llama_config import LlamaConfig
 from ragjax.models.llama_layers import KeyValues, LlamaLayer, RMSNorm, rotary_angles
 from ragjax.models.packing import PackedBatch
-
-# Logits are materialised for this many (token, vocabulary entry) pairs at a time: 64 MiB.
-_LOGIT_CHUNK_ELEMENTS = 2**24
 
 
 def init_params(config: LlamaConfig, key: Array) -> dict[str, Any]:
@@ -90,8 +88,8 @@ def token_log_probs(
     hidden, _ = run_layers(
         config, params, ids, positions=mask_positions(mask), allowed=causal(mask), remat=remat
     )
-    log_probs = _target_log_probs(params, hidden[:, context_length - 1 :], batch.target_ids)
-    return jnp.where(batch.target_mask, log_probs, 0.0)
+    predictors = hidden[:, context_length - 1 :]
+    return _target_log_probs(params, predictors, batch.target_ids, batch.target_mask)
 
 
 def packed_token_log_probs(
@@ -118,8 +116,7 @@ def packed_token_log_probs(
         remat=remat,
     )
     hidden = jnp.take_along_axis(hidden, batch.predictors[:, :, None], axis=1)
-    log_probs = _target_log_probs(params, hidden, batch.target_ids)
-    return jnp.where(batch.target_mask, log_probs, 0.0)
+    return _target_log_probs(params, hidden, batch.target_ids, batch.target_mask)
 
 
 def run_layers(
@@ -221,29 +218,12 @@ def _packed_attention(segments: Array) -> Array:
     return causal(segments > 0) & ((key == query) | (key == 1))
 
 
-def _target_log_probs(params: dict[str, Any], hidden: Array, target_ids: Array) -> Array:
+def _target_log_probs(
+    params: dict[str, Any], hidden: Array, target_ids: Array, mask: Array
+) -> Array:
     """Returns log p(target) `[R, T]` from the hidden states `[R, T, H]` that predict them."""
-    rows, slots, width = hidden.shape
-    vocab_size = params["embed"]["embedding"].shape[0]
-    flat_hidden, flat_ids = hidden.reshape(-1, width), target_ids.reshape(-1)
-    chunk = max(1, _LOGIT_CHUNK_ELEMENTS // vocab_size)
-    if flat_ids.size <= chunk:
-        return _log_probs(params, flat_hidden, flat_ids).reshape(rows, slots)
-    padding = -flat_ids.size % chunk
-    chunks = (
-        jnp.pad(flat_hidden, ((0, padding), (0, 0))).reshape(-1, chunk, width),
-        jnp.pad(flat_ids, (0, padding)).reshape(-1, chunk),
-    )
-    # Logits of a chunk are computed again in the backward pass: keeping them is what chunks avoid.
-    score = jax.checkpoint(lambda part: _log_probs(params, *part))
-    log_probs = lax.map(score, chunks).reshape(-1)
-    return log_probs[: flat_ids.size].reshape(rows, slots)
-
-
-def _log_probs(params: dict[str, Any], hidden: Array, target_ids: Array) -> Array:
-    scores = logits(params, hidden)  # [n, V]
-    chosen = jnp.take_along_axis(scores, target_ids[:, None], axis=1)[:, 0]
-    return chosen - jax.nn.logsumexp(scores, axis=1)
+    table = params["unembed"]["kernel"].T if "unembed" in params else params["embed"]["embedding"]
+    return chunked_token_log_probs(hidden, table, target_ids, mask=mask)
 
 
 def _rms_norm(config: LlamaConfig, norm_params: dict[str, Any], hidden: Array) -> Array:

@@ -241,6 +241,29 @@ def test_eight_devices_equal_one_device_in_loss_and_gradient(name, rng):
         assert_close(parallel, EVALUATE[name](batch))
 
 
+@every_loss
+def test_explicit_mesh_equals_one_device_through_auto_axes(name, rng):
+    loss, _ = CASES[name]
+    batch = make_batch(rng, num_queries=16)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    spec = PartitionSpec("batch")
+    sharded = jax.device_put(batch, NamedSharding(mesh, spec))
+    evaluate = jax.sharding.auto_axes(
+        lambda b: with_gradients(loss, b), axes="batch", out_sharding=NamedSharding(mesh, spec)
+    )
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(evaluate)(sharded), EVALUATE[name](batch))
+
+
+@every_loss
+def test_pmap_equals_one_device_in_loss_and_gradient(name, rng):
+    loss, _ = CASES[name]
+    batch = make_batch(rng, num_queries=16)
+    parts = jax.tree.map(lambda a: a.reshape(8, 2, *a.shape[1:]), batch)
+    got = jax.pmap(lambda b: with_gradients(loss, b))(parts)
+    assert_close([a.reshape(16, *a.shape[2:]) for a in got], EVALUATE[name](batch))
+
+
 @every_case
 def test_bfloat16_inputs_are_computed_in_float32(name, rng):
     batch = make_batch(rng)

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Mutants that compute the same thing as the original, so that no test can notice: the key as
 # `--list` prints it, and why.
@@ -42,6 +43,7 @@ _BOUND = {"maximum", "minimum", "max", "min"}
 # Keyword arguments that are a mask or a cast.
 _KEYWORDS = {"where", "dtype", "preferred_element_type"}
 _CONSTANTS = {"nan", "inf"}
+_COLLECTING = {"append", "extend", "update"}
 _FILLS = {"zeros_like", "ones_like", "full_like", "zeros", "ones", "full"}
 _NOT_COPIED = (
     ".git", ".venv*", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "_build", "build",
@@ -99,7 +101,7 @@ class _File:
         for line in self.data.splitlines(keepends=True):
             self._lines.append(self._lines[-1] + len(line))
 
-    def span(self, node: ast.AST) -> tuple[int, int]:
+    def span(self, node: Any) -> tuple[int, int]:
         start = self._lines[node.lineno - 1] + node.col_offset
         return start, self._lines[node.end_lineno - 1] + node.end_col_offset
 
@@ -181,6 +183,8 @@ def _call_edits(file: _File, node: ast.Call, inside_cast: bool) -> Iterator[_Edi
 def _edits(file: _File, node: ast.AST, inside_cast: bool = False) -> Iterator[_Edit]:
     """Every change to `node` and what it contains."""
     called = None
+    if isinstance(node, ast.Call) and _name(node.func) in ("isinstance", "issubclass"):
+        return  # `A | B` is a union of types there
     if isinstance(node, ast.Call):
         called = node.func
         yield from _call_edits(file, node, inside_cast)
@@ -188,6 +192,8 @@ def _edits(file: _File, node: ast.AST, inside_cast: bool = False) -> Iterator[_E
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
         yield _Edit(node, file.operand(node.left))
         yield _Edit(node, file.operand(node.right))
+    elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.BitAnd | ast.BitOr):
+        yield _Edit(node, "pass")
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         yield _Edit(node, file.operand(node.operand))
     elif isinstance(node, ast.If) and _raises(node):
@@ -196,9 +202,10 @@ def _edits(file: _File, node: ast.AST, inside_cast: bool = False) -> Iterator[_E
             for dropped in node.test.values:
                 kept = [value for value in node.test.values if value is not dropped]
                 joint = " and " if isinstance(node.test.op, ast.And) else " or "
-                yield _Edit(node.test, f"({joint.join(map(file.operand, kept))})")
+                yield _Edit(node.test, joint.join(map(file.operand, kept)))
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield _Edit(node, "pass")  # a call for its effect: a check
+        if _name(node.value.func) not in _COLLECTING:
+            yield _Edit(node, "pass")  # a call for its effect: a check
     for child in _children(node):
         if child is not called:
             yield from _edits(file, child, inside_cast)
@@ -206,7 +213,7 @@ def _edits(file: _File, node: ast.AST, inside_cast: bool = False) -> Iterator[_E
             # The function itself is no expression to mutate, but what its attribute hangs on is.
             for part in _children(child):
                 yield from _edits(file, part)
-    if _name(node) == "stop_gradient" and isinstance(node, ast.Attribute):
+    if isinstance(node, ast.Attribute) and _name(node) == "stop_gradient":
         yield _Edit(node, "(lambda value: value)")  # handed over, such as to `tree.map`
 
 
