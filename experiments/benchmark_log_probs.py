@@ -49,7 +49,7 @@ def chunked(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Arra
 
 def torch_step(hidden: np.ndarray, table: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
     """Returns the same with `F.cross_entropy`."""
-    import torch
+    import torch  # pyrefly: ignore  (not a dependency)
 
     inputs = [torch.tensor(a, requires_grad=True) for a in (hidden, table)]
     ids = torch.tensor(targets).reshape(-1)
@@ -77,8 +77,9 @@ def main(options: Options) -> None:
         arguments = jnp.asarray(hidden), jnp.asarray(table), jnp.asarray(targets)
         for name, function in (("chunked", chunked), ("plain", plain)):
             compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(*arguments).compile()
-            memory[name] = compiled.memory_analysis().temp_size_in_bytes
-            steps[name] = lambda run=compiled: jax.block_until_ready(run(*arguments))[0]
+            if analysis := compiled.memory_analysis():  # not offered by every backend
+                memory[name] = analysis.temp_size_in_bytes
+            steps[name] = lambda run=compiled, args=arguments: jax.block_until_ready(run(*args))[0]
         if importlib.util.find_spec("torch"):
             steps["PyTorch"] = torch_step(hidden, table, targets)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -94,7 +95,8 @@ def main(options: Options) -> None:
             share = f"{memory[name] / 2**20:8.0f} MiB temporary" if name in memory else ""
             ratio = median[name] / median["plain"]
             print(f"  {name:8} {median[name]:7.2f} s  {ratio:5.2f}x plain  {share}", flush=True)
-        print(f"  memory: plain / chunked = {memory['plain'] / memory['chunked']:.1f}")
+        if memory:
+            print(f"  memory: plain / chunked = {memory['plain'] / memory['chunked']:.1f}")
         spread = max(values.values()) - min(values.values())
         print(f"  largest difference of the values: {spread:.1e} nats", flush=True)
 

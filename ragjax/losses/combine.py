@@ -62,7 +62,7 @@ def combine_losses(
     checked = {name: axes.floats(name, loss, "B") for name, loss in parts.items()}
     total = jnp.zeros_like(next(iter(checked.values())))
     for name, loss in checked.items():
-        weight = jnp.asarray(weights[name], loss.dtype)
+        weight = jnp.asarray(weights[name])
         if weight.ndim:
             raise ValueError(f"weights[{name!r}]: expected a scalar, got shape {weight.shape}.")
         total = total + weight * jnp.where(weight == 0, 0.0, loss)

@@ -187,7 +187,7 @@ def encode_in_chunks(
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
-    if not shapes or len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(
             f"inputs: expected arrays with one common first axis, got shapes {shapes}."
         )

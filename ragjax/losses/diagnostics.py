@@ -263,7 +263,6 @@ def retrieval_utility(
         [3.]
     """
     axes = Axes()
-    axes.floats("doc_scores", doc_scores, "BK")
     axes.floats("token_log_probs", token_log_probs, "BKT")
     axes.floats("no_doc_token_log_probs", no_doc_token_log_probs, "BT")
     doc_mask = axes.mask("doc_mask", doc_mask, "BK")
@@ -311,7 +310,7 @@ def target_degeneracy(
     entropy = target_entropy(target_log_probs, doc_mask=doc_mask).normalized
     kept = jnp.ones(jnp.shape(target_log_probs), bool) if doc_mask is None else doc_mask
     choice = jnp.sum(jnp.asarray(kept), axis=1) > 1
-    return Degeneracy(choice & (entropy >= 0.98), choice & (entropy <= 0.02))
+    return Degeneracy(entropy >= 0.98, choice & (entropy <= 0.02))
 
 
 def _entropy(log_probs: Array, mask: Array) -> Entropy:

@@ -86,7 +86,7 @@ def gumbel_top_k(
         hard = jax.nn.one_hot(index, scores.shape[1], dtype=bool) & any_left[:, None]
         # Forward exactly the one-hot row, backward the softmax.
         weights.append(hard + (soft - lax.stop_gradient(soft)))
-        indices.append(jnp.where(any_left, index, 0).astype(jnp.int32))
+        indices.append(index)  # 0 where none is left
         masks.append(any_left)
         left = left & ~hard
     return SampledDocs(jnp.stack(indices, 1), jnp.stack(weights, 1), jnp.stack(masks, 1))
@@ -207,4 +207,4 @@ def reinforce_loss(
     total = utilities.sum(axis=1, keepdims=True)
     advantage = lax.stop_gradient((draws * utilities - total) / (draws - 1))
     kept = jnp.take_along_axis(keep, samples, axis=1)
-    return -jnp.where(kept, advantage * jnp.where(kept, log_probs, 0.0), 0.0).mean(axis=1)
+    return -jnp.where(kept, advantage * log_probs, 0.0).mean(axis=1)

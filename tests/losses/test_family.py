@@ -81,6 +81,8 @@ def test_label_smoothing_out_of_range_or_without_its_log_probs_is_refused(smooth
         losses.rag_token_loss(scores, ell, label_smoothing=smoothing)
     with pytest.raises(ValueError, match="^vocab_log_probs: expected .*got None"):
         losses.rag_sequence_loss(scores, ell, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="^vocab_log_probs: expected .*got None"):
+        jax.jit(lambda e: losses.rag_token_loss(scores, ell, label_smoothing=e))(0.1)
 
 
 def test_leave_one_out_and_loop_equal_removing_the_document(rng):
@@ -363,6 +365,12 @@ def test_degenerate_targets_are_named():
     uniform, one_hot = losses.target_degeneracy(target, doc_mask=keep)
     np.testing.assert_array_equal(uniform, [True, False, False, False])
     np.testing.assert_array_equal(one_hot, [False, False, True, False])
+
+
+@pytest.mark.parametrize("inputs", [(), jnp.float32(1.0)])
+def test_chunked_encoding_refuses_inputs_without_rows(inputs):
+    with pytest.raises(ValueError, match="^inputs: expected arrays with one common first axis"):
+        losses.encode_in_chunks(dropout_encoder, 0, inputs, chunk_size=1)
 
 
 Q, D3, KEY = np.zeros((2, 5)), np.zeros((2, 3, 5)), jax.random.key(0)
