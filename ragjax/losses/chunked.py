@@ -72,6 +72,9 @@ def chunked_token_log_probs(
     vocab = unembedding.shape[0]
     size = chunk_size or max(_SMALLEST_BLOCK, _BLOCK_ELEMENTS // max(1, targets.size))
     blocks = max(1, vocab // min(size, vocab))
+    if chunk_size is None:
+        # Blocks that divide the vocabulary spare a copy of the table (here and in its gradient).
+        blocks = next((n for n in range(blocks, 2 * blocks + 1) if vocab % n == 0), blocks)
     size = vocab // blocks if chunk_size is None else min(size, vocab)
     whole = blocks * size
 
