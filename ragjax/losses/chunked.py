@@ -48,7 +48,8 @@ def chunked_token_log_probs(
 
     Gradients:
         ∂ℓ_t/∂logits = (1 − ε) onehot(y_t) + ε / V − softmax, to hidden and unembedding; none to a
-        masked position's hidden state, whatever it holds.
+        masked position's hidden state, whatever it holds. Only `mask` gives that protection: NaN
+        states dropped from the result by the caller still reach the unembedding's gradient.
 
     References:
         Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, section 3.

@@ -40,8 +40,8 @@ def rag_sequence_loss(
         token_mask: `[B, T]` bool, True = a target token; all, if not given.
         label_smoothing: scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
         vocab_log_probs: `[B, K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
-            Smoothing inside the LM (`token_log_probs`, `chunked_token_log_probs`) needs no such
-            array, and is the same for K = 1.
+            Smoothing inside the LM (`chunked_token_log_probs`) needs no such array, and is the
+            same for K = 1.
 
     Returns:
         `[B]` in nats, float32. A query with no document has loss 0 and gradient 0.
