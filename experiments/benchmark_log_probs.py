@@ -2,10 +2,10 @@
 
     python experiments/benchmark_log_probs.py
 
-Value and gradient (to hidden states and unembedding) for 64 x 64 positions at the vocabularies of
-SmolLM2 (49,152) and Qwen2 (151,936); about six minutes and 12 GB on two CPU cores. Temporary
-memory is the compiler's own figure, parameters and gradients not counted. PyTorch is measured if
-it is installed.
+Scoring, the gradient to the hidden states (a frozen table) and to both, for 64 x 64 positions at
+the vocabularies of SmolLM2 (49,152) and Qwen2 (151,936); about twelve minutes and 12 GB on two CPU
+cores. Temporary memory is the compiler's own figure, parameters and gradients not counted. PyTorch
+is measured if it is installed.
 """
 
 import dataclasses
@@ -47,58 +47,84 @@ def chunked(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Arra
     return losses.chunked_token_log_probs(hidden, table, targets).mean()
 
 
-def torch_step(hidden: np.ndarray, table: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
+# What is differentiated: nothing (scoring), hidden states (a frozen table), both.
+_CASES = {"value": (), "to hidden": (0,), "to both": (0, 1)}
+
+
+def jax_step(
+    function: Callable[..., jax.Array], case: tuple[int, ...], arguments: tuple[jax.Array, ...]
+) -> tuple[Callable[[], Any], int]:
+    """Compiles one case; returns the step and its temporary memory in bytes (0 if not told)."""
+    whole = jax.value_and_grad(function, case) if case else function
+    compiled = jax.jit(whole).lower(*arguments).compile()
+
+    def step() -> Any:
+        result = jax.block_until_ready(compiled(*arguments))
+        return result[0] if case else result
+
+    analysis = compiled.memory_analysis()
+    return step, analysis.temp_size_in_bytes if analysis else 0
+
+
+def torch_step(case: tuple[int, ...], arguments: tuple[np.ndarray, ...]) -> Callable[[], Any]:
     """Returns the same with `F.cross_entropy`."""
     import torch  # pyrefly: ignore  (not a dependency)
 
-    inputs = [torch.tensor(a, requires_grad=True) for a in (hidden, table)]
-    ids = torch.tensor(targets).reshape(-1)
+    hidden, table = (
+        torch.tensor(array, requires_grad=i in case) for i, array in enumerate(arguments[:2])
+    )
+    ids = torch.tensor(arguments[2]).reshape(-1)
 
     def step() -> float:
-        for tensor in inputs:
-            tensor.grad = None
-        logits = (inputs[0] @ inputs[1].T).reshape(len(ids), -1)
-        loss = -torch.nn.functional.cross_entropy(logits, ids)
-        loss.backward()
+        hidden.grad = table.grad = None
+        with torch.set_grad_enabled(bool(case)):
+            logits = (hidden @ table.T).reshape(len(ids), -1)
+            loss = -torch.nn.functional.cross_entropy(logits, ids, reduction="none").mean()
+        if case:
+            loss.backward()
         return loss.item()
 
     return step
 
 
+def measure(case: tuple[int, ...], arguments: tuple[np.ndarray, ...], rounds: int) -> None:
+    """Prints one line per implementation, the rounds interleaved."""
+    steps: dict[str, Callable[[], Any]] = {}
+    memory: dict[str, int] = {}
+    on_device = tuple(map(jnp.asarray, arguments))
+    for name, function in (("chunked", chunked), ("plain", plain)):
+        steps[name], memory[name] = jax_step(function, case, on_device)
+    if importlib.util.find_spec("torch"):
+        steps["PyTorch"] = torch_step(case, arguments)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    values = {}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            values[name] = float(step())
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    for name in steps:
+        mebibytes = f"{memory[name] / 2**20:8.0f} MiB" if memory.get(name) else ""
+        ratio = median[name] / median["plain"]
+        print(f"    {name:8} {median[name]:7.2f} s  {ratio:5.2f}x plain {mebibytes}", flush=True)
+    spread = max(values.values()) - min(values.values())
+    print(f"    largest difference of the values: {spread:.1e} nats", flush=True)
+
+
 def main(options: Options) -> None:
-    """Prints one table per size."""
+    """Measures every size and case."""
     for vocab, width in options.sizes:
         rng = np.random.default_rng(0)
-        hidden = rng.normal(size=(options.rows, options.tokens, width)).astype(np.float32)
-        table = (0.02 * rng.normal(size=(vocab, width))).astype(np.float32)
-        targets = rng.integers(0, vocab, (options.rows, options.tokens))
-        steps: dict[str, Callable[[], Any]] = {}
-        memory: dict[str, int] = {}
-        arguments = jnp.asarray(hidden), jnp.asarray(table), jnp.asarray(targets)
-        for name, function in (("chunked", chunked), ("plain", plain)):
-            compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(*arguments).compile()
-            if analysis := compiled.memory_analysis():  # not offered by every backend
-                memory[name] = analysis.temp_size_in_bytes
-            steps[name] = lambda run=compiled, args=arguments: jax.block_until_ready(run(*args))[0]
-        if importlib.util.find_spec("torch"):
-            steps["PyTorch"] = torch_step(hidden, table, targets)
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        values = {}
-        for _ in range(options.rounds):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                values[name] = float(step())
-                seconds[name].append(time.perf_counter() - start)
-        print(f"V={vocab:,} H={width} positions={targets.size:,}", flush=True)
-        median = {name: statistics.median(times) for name, times in seconds.items()}
-        for name in steps:
-            share = f"{memory[name] / 2**20:8.0f} MiB temporary" if name in memory else ""
-            ratio = median[name] / median["plain"]
-            print(f"  {name:8} {median[name]:7.2f} s  {ratio:5.2f}x plain  {share}", flush=True)
-        if memory:
-            print(f"  memory: plain / chunked = {memory['plain'] / memory['chunked']:.1f}")
-        spread = max(values.values()) - min(values.values())
-        print(f"  largest difference of the values: {spread:.1e} nats", flush=True)
+        arguments = (
+            rng.normal(size=(options.rows, options.tokens, width)).astype(np.float32),
+            (0.02 * rng.normal(size=(vocab, width))).astype(np.float32),
+            rng.integers(0, vocab, (options.rows, options.tokens)),
+        )
+        for name, case in _CASES.items():
+            what = f"gradient {name}" if case else name
+            print(f"V={vocab:,} H={width} positions={arguments[2].size:,}: {what}", flush=True)
+            measure(case, arguments, options.rounds)
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def _updated(base: Config, values: Any, path: Path, prefix: str) -> Config:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: {prefix or 'the file'} must hold keys and values")
     # Every Config is a dataclass, which the type variable cannot say; hence the two ignores.
-    names = [f.name for f in dataclasses.fields(base)]  # pyrefly: ignore[bad-argument-type]
+    names = [f.name for f in dataclasses.fields(base)]  # pyrefly: ignore[bad-argument-type]  (a dataclass)
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
     for key, value in values.items():
@@ -292,7 +292,7 @@ def _updated(base: Config, values: Any, path: Path, prefix: str) -> Config:
         else:
             changes[name] = _coerced(hints[name], value, f"{path}: {prefix}{name}")
     try:
-        return dataclasses.replace(base, **changes)  # pyrefly: ignore[bad-specialization]
+        return dataclasses.replace(base, **changes)  # pyrefly: ignore[bad-specialization]  (a dataclass)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

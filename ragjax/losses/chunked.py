@@ -1,5 +1,9 @@
 """Log-probs of target tokens without ever holding the logits of the whole vocabulary."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -28,7 +32,9 @@ def chunked_token_log_probs(
         p = \operatorname{softmax}(W h_t)
 
     Equals `token_log_probs(hidden @ unembedding.T, targets)`, but logits `[..., T, V]` exist for
-    one block of the vocabulary only, and are computed again in the backward pass.
+    one block of the vocabulary only. The forward pass also keeps the softmax's mean row of the
+    table, which is the gradient to the hidden states; the blocks are computed again for the
+    table's gradient.
 
     Args:
         hidden: `[..., T, H]` floating-point, at the positions that predict the targets.
@@ -48,8 +54,9 @@ def chunked_token_log_probs(
 
     Gradients:
         ∂ℓ_t/∂logits = (1 − ε) onehot(y_t) + ε / V − softmax, to hidden and unembedding; none to a
-        masked position's hidden state, whatever it holds. Only `mask` gives that protection: NaN
-        states dropped from the result by the caller still reach the unembedding's gradient.
+        masked position's hidden state, whatever it holds, nor to one whose log-prob the caller
+        drops. Reverse mode only: `jax.jvp` refuses a function with a custom rule. A table that is
+        not differentiated costs the backward pass no product with the vocabulary.
 
     References:
         Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, section 3.
@@ -71,36 +78,9 @@ def chunked_token_log_probs(
         # NaN · 0 is NaN in the unembedding's gradient: what is masked must not enter the product.
         hidden = jnp.where(jnp.asarray(mask)[..., None], hidden, 0.0)
     vocab = unembedding.shape[0]
-    size = chunk_size or max(_SMALLEST_BLOCK, _BLOCK_ELEMENTS // max(1, targets.size))
-    blocks = max(1, vocab // min(size, vocab))
-    if chunk_size is None:
-        # Blocks that divide the vocabulary spare a copy of the table (here and in its gradient).
-        blocks = next((n for n in range(blocks, 2 * blocks + 1) if vocab % n == 0), blocks)
-    size = vocab // blocks if chunk_size is None else min(size, vocab)
-    whole = blocks * size
-
-    def score(first: Array | int, table: Array) -> tuple[Array, Array]:
-        """Returns the log of the block's share of the normaliser, and the target's logit or 0."""
-        logits = _logits(hidden, table)  # [..., T, block]
-        column = targets - first
-        inside = (column >= 0) & (column < table.shape[0])
-        column = jnp.clip(column, 0, table.shape[0] - 1)[..., None]
-        chosen = jnp.take_along_axis(logits, column, axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1), jnp.where(inside, chosen, 0.0)
-
-    # A block's logits are computed again in the backward pass: keeping them is what blocks avoid.
-    again = jax.checkpoint(score)
-    if whole == size:
-        parts = [again(0, unembedding[:size])]
-        normaliser, chosen = parts[0][0][None], parts[0][1][None]
-    else:
-        tables = unembedding[:whole].reshape(blocks, size, -1)
-        normaliser, chosen = lax.map(lambda part: again(*part), (size * jnp.arange(blocks), tables))
-    if whole < vocab:
-        rest = again(whole, unembedding[whole:])
-        normaliser = jnp.concatenate([normaliser, rest[0][None]])
-        chosen = jnp.concatenate([chosen, rest[1][None]])
-    logit, total = chosen.sum(axis=0), jax.nn.logsumexp(normaliser, axis=0)
+    size = min(chunk_size or _default_block(vocab, targets.size), vocab)
+    hidden, unembedding, targets = _varying_alike(hidden, unembedding, targets)
+    logit, total = _logit_and_normaliser(size, hidden, unembedding, targets)
     log_probs = logit - total
     if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
         # The mean logit is the logit of the mean row: no block is needed for it.
@@ -109,6 +89,119 @@ def chunked_token_log_probs(
         log_probs = (1 - label_smoothing) * log_probs + label_smoothing * everything
     log_probs = jnp.where((targets >= 0) & (targets < vocab), log_probs, jnp.nan)
     return log_probs if mask is None else jnp.where(jnp.asarray(mask), log_probs, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logit_and_normaliser(
+    size: int, hidden: Array, table: Array, targets: Array
+) -> tuple[Array, Array]:
+    """Returns the target's logit and log Σ_v exp(logit), both `[..., T]`."""
+
+    def step(carry: tuple[Array, Array], first: Any, block: Array) -> tuple[Array, Array]:
+        largest, total = carry
+        logits = _logits(hidden, block)  # [..., T, block]
+        peak = jnp.maximum(largest, logits.max(axis=-1))
+        total = total * jnp.exp(largest - peak) + jnp.exp(logits - peak[..., None]).sum(axis=-1)
+        return peak, total
+
+    logit = _row_dot(hidden, _rows(table, targets))
+    zero = jnp.zeros_like(logit)
+    largest, total = _over_blocks(step, (zero - jnp.inf, zero), table, size)
+    return logit, jnp.log(total) + largest
+
+
+def _forward(size: int, hidden: Array, table: Array, targets: Array) -> tuple[Any, Any]:
+    """As `_logit_and_normaliser`, also keeping the softmax's mean row, the gradient to hidden."""
+
+    def step(carry: tuple[Array, ...], first: Any, block: Array) -> tuple[Array, ...]:
+        largest, total, mean = carry
+        logits = _logits(hidden, block)  # [..., T, block]
+        peak = jnp.maximum(largest, logits.max(axis=-1))
+        scale, weights = jnp.exp(largest - peak), jnp.exp(logits - peak[..., None])
+        part = _dot(weights.astype(hidden.dtype), block)  # [..., T, H]
+        total = total * scale + weights.sum(axis=-1)
+        return peak, total, mean * scale[..., None] + part
+
+    logit = _row_dot(hidden, _rows(table, targets))
+    zero = jnp.zeros_like(logit)
+    initial = zero - jnp.inf, zero, jnp.zeros_like(hidden, dtype=logit.dtype)
+    largest, total, mean = _over_blocks(step, initial, table, size)
+    normaliser = jnp.log(total) + largest
+    return (logit, normaliser), (hidden, table, targets, normaliser, mean / total[..., None])
+
+
+def _backward(size: int, saved: Any, slopes: tuple[Array, Array]) -> tuple[Array, Array, None]:
+    hidden, table, targets, normaliser, mean = saved
+    to_logit, to_normaliser = slopes
+    # NaN * 0 is NaN in the table's gradient: where no slope arrives, nothing may enter it.
+    live = ((to_logit != 0) | (to_normaliser != 0))[..., None]
+    rows = _rows(table, targets).astype(mean.dtype)
+    to_hidden = to_logit[..., None] * rows + to_normaliser[..., None] * mean
+    to_hidden = jnp.where(live, to_hidden, 0.0).astype(hidden.dtype)
+    hidden = jnp.where(live, hidden, 0.0)
+    axes = tuple(range(hidden.ndim - 1))
+
+    def step(gradient: Array, first: Any, block: Array) -> Array:
+        probs = jnp.exp(_logits(hidden, block) - normaliser[..., None])  # [..., T, block]
+        column = first + jnp.arange(block.shape[0], dtype=targets.dtype)
+        hit = targets[..., None] == jnp.expand_dims(column, axes)
+        to_logits = to_normaliser[..., None] * probs + jnp.where(hit, to_logit[..., None], 0.0)
+        to_logits = jnp.where(live, to_logits, 0.0).astype(hidden.dtype)
+        part = lax.dot_general(
+            to_logits, hidden, ((axes, axes), ((), ())), preferred_element_type=normaliser.dtype
+        )
+        return lax.dynamic_update_slice_in_dim(gradient, part.astype(table.dtype), first, 0)
+
+    return to_hidden, _over_blocks(step, jnp.zeros_like(table), table, size), None
+
+
+_logit_and_normaliser.defvjp(_forward, _backward)
+
+
+def _over_blocks(step: Callable[..., Any], carry: Any, table: Array, size: int) -> Any:
+    """Runs `carry = step(carry, first row, block)` over blocks of `size` rows, the last smaller."""
+    vocab = table.shape[0]
+    blocks = vocab // size
+
+    def body(carry: Any, first: Array) -> tuple[Any, None]:
+        return step(carry, first, lax.dynamic_slice_in_dim(table, first, size)), None
+
+    if blocks == 1:
+        carry = step(carry, 0, table[:size])
+    else:
+        carry, _ = lax.scan(body, carry, size * jnp.arange(blocks))
+    return step(carry, blocks * size, table[blocks * size :]) if vocab % size else carry
+
+
+def _default_block(vocab: int, tokens: int) -> int:
+    blocks = max(1, vocab // max(_SMALLEST_BLOCK, _BLOCK_ELEMENTS // max(1, tokens)))
+    # Blocks that divide the vocabulary spare a smaller last one, whose logits are held besides.
+    blocks = next((n for n in range(blocks, 2 * blocks + 1) if vocab % n == 0), blocks)
+    return vocab // blocks
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """Marks each as varying over every mesh axis of any: the table's gradient is then summed."""
+    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))
+    return [
+        lax.pcast(array, tuple(missing), to="varying") if missing else array
+        for array, missing in ((array, axes - jax.typeof(array).mat.varying) for array in arrays)
+    ]
+
+
+def _rows(table: Array, targets: Array) -> Array:
+    return table[jnp.clip(targets, 0, table.shape[0] - 1)]  # [..., T, H]
+
+
+def _row_dot(hidden: Array, rows: Array) -> Array:
+    dtype = jnp.promote_types(jnp.result_type(hidden, rows), jnp.float32)
+    return jnp.sum(hidden.astype(dtype) * rows.astype(dtype), axis=-1)
+
+
+def _dot(weights: Array, block: Array) -> Array:
+    dtype = jnp.promote_types(jnp.result_type(weights, block), jnp.float32)
+    contracted = (((weights.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(weights, block, contracted, preferred_element_type=dtype)
 
 
 def _logits(hidden: Array, table: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, masked_log_softmax, positive_scalar
+from ragjax.losses._common import Axes, is_known, masked_log_softmax, positive_scalar
 
 
 class SampledDocs(NamedTuple):
@@ -175,7 +175,8 @@ def reinforce_loss(
         `[B]` float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or fewer than two draws.
+        ValueError: wrong rank, shape or dtype, fewer than two draws, or a column outside
+            0 … K−1. Under jit or vmap the values cannot be looked at, and the loss is NaN.
 
     Gradients:
         To doc_scores only.
@@ -202,9 +203,18 @@ def reinforce_loss(
     draws = samples.shape[1]
     if draws < 2:
         raise ValueError(f"samples: expected at least 2 draws per query, got S={draws}.")
+    outside = keep.any(axis=1, keepdims=True) & ((samples < 0) | (samples >= scores.shape[1]))
+    if is_known(outside) and outside.any():
+        raise ValueError(
+            f"samples: expected columns in 0 … {scores.shape[1] - 1} (doc_scores has "
+            f"K={scores.shape[1]}), got {samples.tolist()}."
+        )
+    # A look-up beyond the columns would fill in True for the mask.
+    samples = jnp.clip(samples, 0, scores.shape[1] - 1)
     log_probs = jnp.take_along_axis(masked_log_softmax(scores, keep), samples, axis=1)
     # A baseline of the other draws leaves the estimate unbiased; utilities carry no gradient.
     total = utilities.sum(axis=1, keepdims=True)
     advantage = lax.stop_gradient((draws * utilities - total) / (draws - 1))
     kept = jnp.take_along_axis(keep, samples, axis=1)
-    return -jnp.where(kept, advantage * log_probs, 0.0).mean(axis=1)
+    terms = jnp.where(kept, advantage * log_probs, 0.0)
+    return -jnp.where(outside, jnp.nan, terms).mean(axis=1)

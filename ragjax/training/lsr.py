@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ragjax.losses import agreement, retriever_entropy, target_entropy
+from ragjax.losses import agreement, encode_in_chunks, retriever_entropy, target_entropy
 from ragjax.models.inputs import Tokens
 from ragjax.training.steps import LossFn, Metrics
 
@@ -74,7 +74,8 @@ def make_lsr_loss(
         del key  # no dropout: see rule 8 of the objectives (targets are scored without it)
         query_params, doc_params = towers(params, frozen)
         queries = encode(query_params, batch.queries)  # [B, D]
-        docs = encode_in_chunks(encode, doc_params, batch.docs, chunk_tokens)  # [M, D]
+        chunk = max(1, chunk_tokens // batch.docs.ids.shape[1])
+        docs = encode_in_chunks(encode, doc_params, batch.docs, chunk_size=chunk)  # [M, D]
         scores = scale * jnp.einsum(
             "bd,md->bm", queries, docs, precision=jax.lax.Precision.HIGHEST
         )  # [B, M]
@@ -96,30 +97,3 @@ def make_lsr_loss(
         return jnp.where(real, per_query, 0.0).sum() / count, means
 
     return loss
-
-
-def encode_in_chunks(encode: Encode, params: Any, tokens: Tokens, chunk_tokens: int) -> jax.Array:
-    """Encodes rows chunk by chunk; the backward pass encodes each chunk again.
-
-    Args:
-      encode: `(params, tokens) -> [rows, D]`; a row's embedding may not depend on the others.
-      params: Its parameters.
-      tokens: `[M, L]`.
-      chunk_tokens: Tokens of a chunk, padding included; the chunk's rows are the largest divisor
-        of M that stays below, at least one.
-
-    Returns:
-      `[M, D]`, as `encode(params, tokens)`.
-
-    Gradients:
-      Those of `encode`, with the activations of one chunk in memory at a time.
-    """
-    rows, length = tokens.ids.shape
-    chunk = max(
-        n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= chunk_tokens)
-    )
-    if chunk == rows:
-        return encode(params, tokens)
-    chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, length), tokens)
-    encoded = jax.lax.map(jax.checkpoint(lambda part: encode(params, part)), chunks)
-    return encoded.reshape(rows, -1)

@@ -64,9 +64,9 @@ def test_plain_jax_trainer_learns_with_nothing_but_jax_and_the_losses():
 
 @pytest.mark.slow
 def test_documentation_builds_without_warnings_and_draws_every_formula(tmp_path):
-    pytest.importorskip("sphinx")
-    pytest.importorskip("furo")
-    pytest.importorskip("latex2mathml")
+    pytest.importorskip("sphinx", reason="needs the [docs] extra")
+    pytest.importorskip("furo", reason="needs the [docs] extra")
+    pytest.importorskip("latex2mathml", reason="needs the [docs] extra")
     subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
         + ["-d", str(tmp_path / "doctrees"), str(DOCS), str(tmp_path / "html")],

@@ -25,8 +25,10 @@ def bart(rng):
 
 
 def their_rag(kind, bart, epsilon):
-    torch = pytest.importorskip("torch")
-    rag = pytest.importorskip("transformers.models.rag.modeling_rag")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    rag = pytest.importorskip(
+        "transformers.models.rag.modeling_rag", reason="needs the [parity] extra"
+    )
     model_class = getattr(rag, f"Rag{kind}ForGeneration")
     config = SimpleNamespace(
         n_docs=DOCS,
@@ -104,8 +106,10 @@ def our_mnrl(queries, gold, hard):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_dpr_loss_equals_multiple_negatives_ranking(cached, pairs):
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    theirs = pytest.importorskip(
+        "sentence_transformers.sentence_transformer.losses", reason="needs the [parity] extra"
+    )
     columns = [torch.tensor(column, requires_grad=True) for column in pairs]
     # Without a model's weights to look up, both losses take embeddings only.
     if cached:
@@ -124,8 +128,10 @@ def test_dpr_loss_equals_multiple_negatives_ranking(cached, pairs):
 
 
 def test_pdist_loss_equals_distill_kl_div(pairs):
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    theirs = pytest.importorskip(
+        "sentence_transformers.sentence_transformer.losses", reason="needs the [parity] extra"
+    )
     teacher = np.random.default_rng(1).normal(size=(8, 2)).astype(np.float32)
     tau = 2.0
     columns = [torch.tensor(column, requires_grad=True) for column in pairs]

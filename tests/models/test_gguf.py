@@ -320,7 +320,7 @@ def test_smollm2_tokenizer_equals_the_plain_algorithm(smollm2):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_smollm2_equals_pytorch(smollm2):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
     config = smollm2.config
     settings = transformers.LlamaConfig(
         vocab_size=config.vocab_size,

@@ -359,7 +359,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_log_probs_equal_pytorch(case, rng):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
     family, changes = CASES[case]
     torch.manual_seed(0)
     settings = getattr(transformers, f"{family}Config")(**(HUGGINGFACE_SIZES | changes))

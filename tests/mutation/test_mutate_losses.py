@@ -4,11 +4,12 @@ import ast
 import json
 from pathlib import Path
 
+import mutants
 import mutate_losses
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTANTS = mutate_losses.discover(ROOT, "ragjax/losses")
+MUTANTS = mutants.discover(ROOT, "ragjax/losses")
 
 TOY = '''
 """Π: offsets count bytes."""
@@ -38,7 +39,7 @@ def test_guard():
 
 def changes(source: str) -> set[str]:
     body = "\n".join(f"    {line}" for line in source.splitlines())
-    found = mutate_losses.mutants_of(f"def f(a, b, c):\n{body}\n", "a.py")
+    found = mutants.mutants_of(f"def f(a, b, c):\n{body}\n", "a.py")
     return {f"{mutant.before} -> {mutant.after}" for mutant in found}
 
 
