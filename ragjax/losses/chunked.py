@@ -54,9 +54,9 @@ def chunked_token_log_probs(
 
     Gradients:
         ∂ℓ_t/∂logits = (1 − ε) onehot(y_t) + ε / V − softmax, to hidden and unembedding; none to a
-        masked position's hidden state, whatever it holds, nor to one whose log-prob the caller
-        drops. Reverse mode only: `jax.jvp` refuses a function with a custom rule. A table that is
-        not differentiated costs the backward pass no product with the vocabulary.
+        masked position's hidden state, whatever it holds (what the caller drops afterwards is not
+        protected so). Reverse mode only: with several blocks `jax.jvp` refuses the custom rule. A
+        table that is not differentiated costs the backward pass no product with the vocabulary.
 
     References:
         Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, section 3.
@@ -79,8 +79,15 @@ def chunked_token_log_probs(
         hidden = jnp.where(jnp.asarray(mask)[..., None], hidden, 0.0)
     vocab = unembedding.shape[0]
     size = min(chunk_size or _default_block(vocab, targets.size), vocab)
-    hidden, unembedding, targets = _varying_alike(hidden, unembedding, targets)
-    logit, total = _logit_and_normaliser(size, hidden, unembedding, targets)
+    if size == vocab:
+        # One block is what may be held: keeping its logits is faster than computing them again.
+        logits = _logits(hidden, unembedding)
+        columns = jnp.clip(targets, 0, vocab - 1)[..., None]
+        logit = jnp.take_along_axis(logits, columns, axis=-1)[..., 0]
+        total = jax.nn.logsumexp(logits, axis=-1)
+    else:
+        hidden, unembedding, targets = _varying_alike(hidden, unembedding, targets)
+        logit, total = _logit_and_normaliser(size, hidden, unembedding, targets)
     log_probs = logit - total
     if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
         # The mean logit is the logit of the mean row: no block is needed for it.
@@ -133,12 +140,8 @@ def _forward(size: int, hidden: Array, table: Array, targets: Array) -> tuple[An
 def _backward(size: int, saved: Any, slopes: tuple[Array, Array]) -> tuple[Array, Array, None]:
     hidden, table, targets, normaliser, mean = saved
     to_logit, to_normaliser = slopes
-    # NaN * 0 is NaN in the table's gradient: where no slope arrives, nothing may enter it.
-    live = ((to_logit != 0) | (to_normaliser != 0))[..., None]
     rows = _rows(table, targets).astype(mean.dtype)
     to_hidden = to_logit[..., None] * rows + to_normaliser[..., None] * mean
-    to_hidden = jnp.where(live, to_hidden, 0.0).astype(hidden.dtype)
-    hidden = jnp.where(live, hidden, 0.0)
     axes = tuple(range(hidden.ndim - 1))
 
     def step(gradient: Array, first: Any, block: Array) -> Array:
@@ -146,13 +149,19 @@ def _backward(size: int, saved: Any, slopes: tuple[Array, Array]) -> tuple[Array
         column = first + jnp.arange(block.shape[0], dtype=targets.dtype)
         hit = targets[..., None] == jnp.expand_dims(column, axes)
         to_logits = to_normaliser[..., None] * probs + jnp.where(hit, to_logit[..., None], 0.0)
-        to_logits = jnp.where(live, to_logits, 0.0).astype(hidden.dtype)
         part = lax.dot_general(
-            to_logits, hidden, ((axes, axes), ((), ())), preferred_element_type=normaliser.dtype
+            to_logits.astype(hidden.dtype),
+            hidden,
+            ((axes, axes), ((), ())),
+            preferred_element_type=normaliser.dtype,
         )
         return lax.dynamic_update_slice_in_dim(gradient, part.astype(table.dtype), first, 0)
 
-    return to_hidden, _over_blocks(step, jnp.zeros_like(table), table, size), None
+    return (
+        to_hidden.astype(hidden.dtype),
+        _over_blocks(step, jnp.zeros_like(table), table, size),
+        None,
+    )
 
 
 _logit_and_normaliser.defvjp(_forward, _backward)
@@ -166,10 +175,7 @@ def _over_blocks(step: Callable[..., Any], carry: Any, table: Array, size: int) 
     def body(carry: Any, first: Array) -> tuple[Any, None]:
         return step(carry, first, lax.dynamic_slice_in_dim(table, first, size)), None
 
-    if blocks == 1:
-        carry = step(carry, 0, table[:size])
-    else:
-        carry, _ = lax.scan(body, carry, size * jnp.arange(blocks))
+    carry, _ = lax.scan(body, carry, size * jnp.arange(blocks))
     return step(carry, blocks * size, table[blocks * size :]) if vocab % size else carry
 
 
