@@ -82,8 +82,7 @@ def chunked_token_log_probs(
     if size == vocab:
         # One block is what may be held: keeping its logits is faster than computing them again.
         logits = _logits(hidden, unembedding)
-        columns = jnp.clip(targets, 0, vocab - 1)[..., None]
-        logit = jnp.take_along_axis(logits, columns, axis=-1)[..., 0]
+        logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         total = jax.nn.logsumexp(logits, axis=-1)
     else:
         hidden, unembedding, targets = _varying_alike(hidden, unembedding, targets)
@@ -92,8 +91,9 @@ def chunked_token_log_probs(
     if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
         # The mean logit is the logit of the mean row: no block is needed for it.
         mean = unembedding.astype(log_probs.dtype).mean(axis=0, keepdims=True)
-        everything = _logits(hidden.astype(log_probs.dtype), mean)[..., 0] - total
+        everything = _logits(hidden, mean)[..., 0] - total
         log_probs = (1 - label_smoothing) * log_probs + label_smoothing * everything
+    # What the look-ups made of an id outside does not matter here.
     log_probs = jnp.where((targets >= 0) & (targets < vocab), log_probs, jnp.nan)
     return log_probs if mask is None else jnp.where(jnp.asarray(mask), log_probs, 0.0)
 
@@ -111,7 +111,7 @@ def _logit_and_normaliser(
         total = total * jnp.exp(largest - peak) + jnp.exp(logits - peak[..., None]).sum(axis=-1)
         return peak, total
 
-    logit = _row_dot(hidden, _rows(table, targets))
+    logit = _row_dot(hidden, table[targets])
     zero = jnp.zeros_like(logit)
     largest, total = _over_blocks(step, (zero - jnp.inf, zero), table, size)
     return logit, jnp.log(total) + largest
@@ -125,11 +125,12 @@ def _forward(size: int, hidden: Array, table: Array, targets: Array) -> tuple[An
         logits = _logits(hidden, block)  # [..., T, block]
         peak = jnp.maximum(largest, logits.max(axis=-1))
         scale, weights = jnp.exp(largest - peak), jnp.exp(logits - peak[..., None])
+        # In the inputs' dtype: a float32 factor would take the matmul off the fast units.
         part = _dot(weights.astype(hidden.dtype), block)  # [..., T, H]
         total = total * scale + weights.sum(axis=-1)
         return peak, total, mean * scale[..., None] + part
 
-    logit = _row_dot(hidden, _rows(table, targets))
+    logit = _row_dot(hidden, table[targets])
     zero = jnp.zeros_like(logit)
     initial = zero - jnp.inf, zero, jnp.zeros_like(hidden, dtype=logit.dtype)
     largest, total, mean = _over_blocks(step, initial, table, size)
@@ -140,13 +141,13 @@ def _forward(size: int, hidden: Array, table: Array, targets: Array) -> tuple[An
 def _backward(size: int, saved: Any, slopes: tuple[Array, Array]) -> tuple[Array, Array, None]:
     hidden, table, targets, normaliser, mean = saved
     to_logit, to_normaliser = slopes
-    rows = _rows(table, targets).astype(mean.dtype)
+    rows = table[targets]
     to_hidden = to_logit[..., None] * rows + to_normaliser[..., None] * mean
     axes = tuple(range(hidden.ndim - 1))
 
     def step(gradient: Array, first: Any, block: Array) -> Array:
         probs = jnp.exp(_logits(hidden, block) - normaliser[..., None])  # [..., T, block]
-        column = first + jnp.arange(block.shape[0], dtype=targets.dtype)
+        column = first + jnp.arange(block.shape[0])
         hit = targets[..., None] == jnp.expand_dims(column, axes)
         to_logits = to_normaliser[..., None] * probs + jnp.where(hit, to_logit[..., None], 0.0)
         part = lax.dot_general(
@@ -193,10 +194,6 @@ def _varying_alike(*arrays: Array) -> list[Array]:
         lax.pcast(array, tuple(missing), to="varying") if missing else array
         for array, missing in ((array, axes - jax.typeof(array).mat.varying) for array in arrays)
     ]
-
-
-def _rows(table: Array, targets: Array) -> Array:
-    return table[jnp.clip(targets, 0, table.shape[0] - 1)]  # [..., T, H]
 
 
 def _row_dot(hidden: Array, rows: Array) -> Array:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from losses_reference import f32
 
 from ragjax import losses
+from ragjax.losses.chunked import _default_block
 
 VOCAB = 30
 
@@ -71,15 +72,19 @@ def test_bfloat16_is_close_and_returned_in_float32(inputs):
         np.testing.assert_allclose(np.float32(ours), theirs, rtol=0.03, atol=0.05)
 
 
+@pytest.mark.parametrize("chunk_size", [7, None])
 @pytest.mark.parametrize("outside", [-1, VOCAB, -100])
-def test_id_outside_the_vocabulary_is_nan_and_masked_garbage_is_nothing(outside, inputs):
+def test_id_outside_the_vocabulary_is_nan_and_masked_garbage_is_nothing(
+    outside, chunk_size, inputs
+):
     hidden, table, targets, weights = (np.array(a) for a in inputs)
     mask = np.ones_like(targets, bool)
     mask[2, 1] = False
     expected = slopes(chunked, hidden, table, targets, np.where(mask, weights, 0.0))
     targets[2, 1], hidden[2, 1] = outside, np.nan
-    assert np.isnan(losses.chunked_token_log_probs(inputs[0], table, targets)[2, 1])
-    got = slopes(chunked, hidden, table, targets, weights, mask=mask)
+    alone = losses.chunked_token_log_probs(inputs[0], table, targets, chunk_size=chunk_size)
+    np.testing.assert_array_equal(np.isnan(alone), ~mask)
+    got = slopes(chunked, hidden, table, targets, weights, mask=mask, chunk_size=chunk_size)
     assert got[0][2, 1] == 0 and not got[1][2, 1].any()
     assert_same(got[1:], expected[1:], 1e-6)
 
@@ -104,10 +109,66 @@ def test_jit_vmap_and_remat_agree_and_new_values_compile_nothing(inputs):
     assert_same(slopes(again, *inputs), expected)
 
 
+@pytest.mark.parametrize("large", [3, 17, 29])
+def test_extreme_logits_in_any_block_overflow_nowhere(large, inputs):
+    hidden, table, targets, weights = inputs
+    table = table.copy()
+    table[large] *= 1e4
+    got = slopes(chunked, hidden, table, targets, weights, chunk_size=7)
+    assert_same(got, slopes(plain, hidden, table, targets, weights), 1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [7, None])
+def test_label_smoothing_of_bfloat16_sums_in_float32(chunk_size, rng):
+    hidden = jnp.asarray(rng.normal(size=(8, 3, 5)), jnp.bfloat16)
+    table = jnp.asarray(rng.normal(size=(3000, 5)) + 3, jnp.bfloat16)
+    targets, weights = rng.integers(0, 3000, (8, 3)), np.ones((8, 3), np.float32)
+    same = hidden.astype(np.float32), table.astype(np.float32), targets, weights
+    got = chunked(hidden, table, targets, weights, chunk_size=chunk_size, label_smoothing=0.5)[1]
+    np.testing.assert_allclose(got, plain(*same, smoothing=0.5)[1], rtol=1e-5, atol=1e-5)
+
+
+def matmuls(jaxpr):
+    """Every dot_general of a program, inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from matmuls(getattr(inner, "jaxpr", inner))
+
+
+def test_bfloat16_is_multiplied_as_such_and_added_up_in_float32(inputs):
+    hidden, table, targets, weights = inputs
+    low = hidden.astype(jnp.bfloat16), table.astype(jnp.bfloat16), targets, weights
+    program = jax.make_jaxpr(lambda *a: slopes(chunked, *a, chunk_size=7))(*low)
+    found = list(matmuls(program.jaxpr))
+    assert len(found) == 8  # 2 forward and 2 backward, in the loop and for the last block
+    for equation in found:
+        assert {variable.aval.dtype for variable in equation.invars} == {jnp.dtype("bfloat16")}
+        assert equation.outvars[0].aval.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tokens", "expected"),
+    [
+        (151_936, 4096, 2374),  # a divisor, near 2**24 logits
+        (49_152, 192, 49_152),  # fits whole
+        (49_152, 10**6, 512),  # never below 512
+        (1009, 2**20, 1009),  # a prime: too small to halve
+        (300, 0, 300),
+    ],
+)
+def test_default_blocks(vocab, tokens, expected):
+    assert _default_block(vocab, tokens) == expected
+
+
 def test_gradient_to_hidden_alone_does_not_go_through_the_vocabulary_again(inputs):
     hidden, table, targets, weights = inputs
 
-    def matmuls(function):
+    def count(function):
         # As compiled: what is not asked for is gone. One loop body stands for all its rounds.
         text = jax.jit(function).lower(hidden, table).compile().as_text()
         return text.count(" dot(")
@@ -115,7 +176,7 @@ def test_gradient_to_hidden_alone_does_not_go_through_the_vocabulary_again(input
     def value(hidden, table):
         return chunked(hidden, table, targets, weights, chunk_size=10)[0]
 
-    assert matmuls(value) < matmuls(jax.grad(value)) < matmuls(jax.grad(value, (0, 1)))
+    assert count(value) < count(jax.grad(value)) < count(jax.grad(value, (0, 1)))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
