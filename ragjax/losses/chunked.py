@@ -198,7 +198,7 @@ def _varying_alike(*arrays: Array) -> list[Array]:
 
 def _row_dot(hidden: Array, rows: Array) -> Array:
     dtype = jnp.promote_types(jnp.result_type(hidden, rows), jnp.float32)
-    return jnp.sum(hidden.astype(dtype) * rows.astype(dtype), axis=-1)
+    return jnp.sum(hidden * rows.astype(dtype), axis=-1)
 
 
 def _dot(weights: Array, block: Array) -> Array:
