@@ -27,7 +27,7 @@ import tyro
 
 from ragjax.adaptation.config import AdaptConfig, load_config_file, to_dict
 from ragjax.adaptation.run import adapt, check_output, dry_run
-from ragjax.training.lock import RunLock
+from ragjax.refresh.lock import RunLock
 from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
 
 BAD_INPUT, DIVERGED = 2, 3

@@ -102,7 +102,9 @@ class RetrieverConfig:
     """The retriever half: the language model teaches the retriever (LSR).
 
     Attributes:
-      objective: `pdist` is KL(p_LSR||p_R), `lsr` is KL(p_R||p_LSR).
+      objective: `pdist` is KL(p_LSR||p_R), `lsr` is KL(p_R||p_LSR); `dpr` is contrastive, with the
+        relevance judgements as positives and what the index returns as hard negatives: it needs no
+        language model.
       score: What is compared between documents: `prob` p(y|c∘x), `log_prob`, or either per token.
       temperature: τ of p_LSR = softmax(score/τ), in units of the score.
       prior_weight: How much of the candidates' own retrieval score (z-scored) joins the language
@@ -124,7 +126,7 @@ class RetrieverConfig:
       clip_norm: Largest gradient norm.
     """
 
-    objective: Literal["pdist", "lsr"] = "pdist"
+    objective: Literal["pdist", "lsr", "dpr"] = "pdist"
     score: Literal["prob", "prob_per_token", "log_prob", "log_prob_per_token"] = (
         "log_prob_per_token"
     )
@@ -156,6 +158,62 @@ class RetrieverConfig:
                 "objective=lsr is KL(p_R||p_LSR), infinite where p_LSR is 0, so it cannot take the"
                 " batch's other documents as negatives; add --retriever.negatives none"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshConfig:
+    """How fresh the index is that a step retrieves from, while its encoders train.
+
+    Attributes:
+      mode: `off`: the candidates of every question are retrieved once, before each round. The
+        others retrieve for each step with the live query encoder: `frozen` from the index of the
+        start, `query_only` likewise while only the query encoder trains, `rerank` from it but
+        ranked again by the live document encoder, `sync` from an index that is built again while
+        training waits, `async` from one that is built again in the background.
+      every: When `sync` and `async` build again: steps (`20`), ranges of steps
+        (`0-1000:500,1000-:2000`), `asap`, `drift:0.05` (mean change of an embedding, looked at
+        every 50 steps; `drift:0.05/10`: every 10) or `never`.
+      adopt_after: Steps from exporting the parameters to the index that they make serving, the
+        same in every run; -1: as soon as it is ready (`async`).
+      max_lag: Most steps that the index may lag behind the encoder; 0: no limit.
+      on_lag: What happens beyond that: training waits, a warning, or the run stops.
+      overfetch: Documents considered for each one that `rerank` returns.
+      partial: Share of the documents encoded in a refresh, those first that training retrieves
+        most and that changed most; 1 encodes all.
+      full_every: With `partial` below 1, every so many refreshes encode all documents.
+      index: Kind of index; `auto` goes by size and memory.
+      devices: Encode on this many of the last local devices, training on the others; 0: share.
+      workers: Encode in other processes, started by hand with `experiments/refresh_worker.py`.
+      deadline_seconds: Longest build of an index; 0: no limit.
+      on_failure: What a refresh that failed for good does: the run stops, or a warning.
+      keep: Generations of the index kept on disk, at least 3.
+    """
+
+    mode: Literal["off", "frozen", "query_only", "rerank", "sync", "async"] = "off"
+    every: str = "20"
+    adopt_after: int = -1
+    max_lag: int = 0
+    on_lag: Literal["wait", "warn", "stop"] = "wait"
+    overfetch: int = 4
+    partial: float = 1.0
+    full_every: int = 4
+    index: Literal["auto", "exact", "scann"] = "auto"
+    devices: int = 0
+    workers: bool = False
+    deadline_seconds: float = 0.0
+    on_failure: Literal["stop", "warn"] = "stop"
+    keep: int = 3
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        _at_least(self, -1, "adopt_after")
+        _at_least(self, 0, "max_lag", "devices", "deadline_seconds")
+        _at_least(self, 1, "overfetch", "full_every")
+        _at_least(self, 3, "keep")
+        _positive(self, "partial")
+        _fraction(self, "partial")
+        if self.workers and self.devices:
+            raise ValueError("workers encode on their own devices; give devices or workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +260,7 @@ class AdaptConfig:
       prompt: What the language model reads.
       language_model: The LM half.
       retriever: The retriever half.
+      refresh: How fresh the index is while the retriever trains.
       evaluation: How the systems are compared.
     """
 
@@ -220,6 +279,7 @@ class AdaptConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     language_model: LMConfig = field(default_factory=LMConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
@@ -230,6 +290,7 @@ class AdaptConfig:
             raise ValueError("output must name a folder")
         if len(set(self.stages)) != len(self.stages):
             raise ValueError(f"stages names a stage twice: {' '.join(self.stages)}")
+        _check_refresh(self.refresh, self.retriever)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -333,6 +394,30 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
+
+
+def _check_refresh(refresh: RefreshConfig, retriever: RetrieverConfig) -> None:
+    """Refuses a way of refreshing that the training of the retriever leaves no use for."""
+    if refresh.mode == "off":
+        return
+    if retriever.rounds != 1:
+        raise ValueError(
+            f"rounds={retriever.rounds}: with refresh.mode {refresh.mode} candidates are retrieved"
+            " at every step, so there is one round; add --retriever.rounds 1"
+        )
+    if refresh.mode == "query_only" and retriever.train != "query":
+        raise ValueError("refresh.mode query_only trains the query encoder alone; add"
+                         " --retriever.train query")  # fmt: skip
+    if refresh.mode in ("sync", "async") and retriever.train == "query":
+        raise ValueError(
+            f"refresh.mode {refresh.mode} builds the index again for a document encoder that"
+            " retriever.train query leaves as it is; use --refresh.mode query_only"
+        )
+    if refresh.mode == "sync" and refresh.adopt_after > 0:
+        raise ValueError(
+            f"adopt_after={refresh.adopt_after}: refresh.mode sync lets a new index serve at once;"
+            " use --refresh.mode async"
+        )
 
 
 def _at_least(config: Any, low: float, *names: str) -> None:

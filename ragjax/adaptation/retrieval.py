@@ -3,7 +3,7 @@
 Q questions, N documents, D embedding size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,15 @@ from ragjax.index import (
     HybridIndex,
     HybridQueries,
     Index,
+    IndexSnapshot,
     SearchResult,
     StoreSpec,
     choose_dense_weight,
     choose_index,
 )
 from ragjax.models.inputs import Tokens
-from ragjax.refresh import encode_to_store, tqdm_progress
+from ragjax.refresh import EncodeTask, encode_to_store, tqdm_progress
+from ragjax.training.live import Search, search_dense, search_reranked
 
 # A killed run encodes at most this many documents again.
 _ROWS_PER_SHARD = 512
@@ -39,6 +41,7 @@ class Retriever(NamedTuple):
     query_params: Any
     dense: Index
     hybrid: HybridIndex
+    embeddings: np.ndarray  # [N, D] of the documents, float32
 
 
 class Rankings(NamedTuple):
@@ -91,7 +94,7 @@ def build_retriever(
         f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})"
     )
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
-    return Retriever(version, query_params, dense, hybrid)
+    return Retriever(version, query_params, dense, hybrid, embeddings)
 
 
 def search(
@@ -102,6 +105,61 @@ def search(
     return Rankings(
         retriever.dense.search(queries.embeddings, k), retriever.hybrid.search(queries, k)
     )
+
+
+def live_search(
+    workspace: Workspace,
+    task: EncodeTask,
+    questions: Sequence[Question],
+    bm25: Bm25Index | None,
+    *,
+    dense_weight: float,
+    doc_params: Callable[[], Any],
+) -> Search:
+    """Returns how the documents of a training step are found in the index that serves.
+
+    Args:
+        workspace: Options: `refresh.mode` and `overfetch`.
+        task: The documents, for `rerank`.
+        questions: Q training questions.
+        bm25: Joins the dense side; None: dense alone.
+        dense_weight: Weight of the dense side.
+        doc_params: Returns the live parameters of the document encoder.
+    """
+    config = workspace.config.refresh
+    dense = (
+        search_reranked(task, doc_params, factor=config.overfetch)
+        if config.mode == "rerank"
+        else search_dense
+    )
+    if bm25 is None:
+        return dense
+
+    def search_both(
+        snapshot: IndexSnapshot, rows: np.ndarray, embeddings: np.ndarray, k: int
+    ) -> SearchResult:
+        found = _Found(dense, snapshot, rows)
+        # As deep as `rerank` looks, so that the modes differ in freshness only.
+        hybrid = HybridIndex(found, bm25, dense_weight=dense_weight, depth=config.overfetch * k)
+        return hybrid.search(HybridQueries(embeddings, [questions[row].text for row in rows]), k)
+
+    return search_both
+
+
+class _Found:
+    """One step's dense search as an index, for the hybrid."""
+
+    def __init__(self, search: Search, snapshot: IndexSnapshot, rows: np.ndarray) -> None:
+        self._search, self._snapshot, self._rows = search, snapshot, rows
+
+    @property
+    def size(self) -> int:
+        """Number of documents."""
+        return self._snapshot.index.size
+
+    def search(self, queries: Any, k: int) -> SearchResult:
+        """Returns the k best documents of each query."""
+        return self._search(self._snapshot, self._rows, queries, k)
 
 
 def _hybrid_queries(

@@ -11,8 +11,18 @@ import numpy as np
 from ragjax.adaptation.config import AdaptConfig, fingerprint, to_dict
 from ragjax.adaptation.estimate import duration, estimate_cost
 from ragjax.adaptation.evaluate import System, evaluate_systems, write_results
+from ragjax.adaptation.live import gold_sets, train_live
 from ragjax.adaptation.retrieval import Retriever, build_bm25, build_retriever, search
-from ragjax.adaptation.stages import tower_params, train_lm, train_retriever
+from ragjax.adaptation.stages import (
+    BatchOf,
+    Lessons,
+    fixed_lessons,
+    labelled_lessons,
+    question_rows,
+    tower_params,
+    train_lm,
+    train_retriever,
+)
 from ragjax.adaptation.teacher import Teacher, score_candidates, target_log_probs
 from ragjax.adaptation.workspace import (
     Report,
@@ -130,23 +140,64 @@ def _adapt_retriever(
     lm: Teacher,
 ) -> Retriever:
     config = workspace.config.retriever
-    questions = workspace.questions["train"]
-    known = [workspace.config.score_cache] if workspace.config.score_cache else []
-    retriever = before
-    for number in range(config.rounds):
-        with workspace.timed("teacher"):
-            path = workspace.folder / "scores" / f"{number}.jsonl"
-            cache = ResultCache(path, Score, earlier=known)
-            known.append(str(path))
-            candidates = _candidates(workspace, retriever, config.candidates)
-            scores = score_candidates(workspace, lm, questions, candidates, cache)
-            targets = target_log_probs(config, scores, candidates)
-            _report_target(workspace, targets, candidates)
+    if workspace.config.refresh.mode != "off":
+        known = [workspace.config.score_cache] if workspace.config.score_cache else []
+        cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=known)
         with workspace.timed("retriever"):
-            params = train_retriever(workspace, number, params, questions, candidates, targets)
-        with workspace.timed("index after"):
-            retriever = _build(workspace, bm25, params, number + 1)
+            params = train_live(workspace, bm25, before, params, lm, cache)
+        return _build_after(workspace, bm25, params, 1)
+    retriever = before
+    known = [workspace.config.score_cache] if workspace.config.score_cache else []
+    for number in range(config.rounds):
+        lessons = (
+            _labelled_round(workspace, retriever, number)
+            if config.objective == "dpr"
+            else _taught_round(workspace, retriever, number, lm, known)
+        )
+        with workspace.timed("retriever"):
+            questions = workspace.questions["train"]
+            params = train_retriever(workspace, number, params, questions, lessons)
+        retriever = _build_after(workspace, bm25, params, number + 1)
     return retriever
+
+
+def _build_after(
+    workspace: Workspace, bm25: Bm25Index, params: Mapping[str, Any], version: int
+) -> Retriever:
+    with workspace.timed("index after"):
+        return _build(workspace, bm25, params, version)
+
+
+def _taught_round(
+    workspace: Workspace, retriever: Retriever, number: int, lm: Teacher, known: list[str]
+) -> BatchOf:
+    """Lets the language model score the candidates of all questions."""
+    config = workspace.config.retriever
+    with workspace.timed("teacher"):
+        path = workspace.folder / "scores" / f"{number}.jsonl"
+        cache = ResultCache(path, Score, earlier=known)
+        known.append(str(path))
+        candidates = _candidates(workspace, retriever, config.candidates)
+        questions = workspace.questions["train"]
+        scores = score_candidates(workspace, lm, questions, candidates, cache)
+        targets = target_log_probs(config, scores, candidates)
+        _report_target(workspace, targets, candidates)
+    return fixed_lessons(workspace, number, candidates, targets)
+
+
+def _labelled_round(workspace: Workspace, retriever: Retriever, number: int) -> BatchOf:
+    """Takes the relevance judgements, and what the dense index finds as hard negatives."""
+    questions = workspace.questions["train"]
+    count = workspace.config.retriever.candidates
+    found = search(workspace, retriever, questions, count).dense
+    gold = gold_sets(workspace)
+
+    def batch_of(step: int) -> Lessons:
+        rows = question_rows(workspace, number, len(questions), step)
+        part = SearchResult(found.doc_ids[rows], found.scores[rows], found.mask[rows])
+        return labelled_lessons(part, [gold[row] for row in rows], count)
+
+    return batch_of
 
 
 def _report_target(workspace: Workspace, targets: np.ndarray, candidates: SearchResult) -> None:

@@ -3,11 +3,12 @@
 Q questions, K candidates, B questions a step, M documents a step.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from ragjax.adaptation.config import LMConfig, RetrieverConfig
 from ragjax.adaptation.workspace import Workspace, make_prompts
@@ -18,12 +19,15 @@ from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.models.llama_training import merge_trainable, split_trainable
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.lm import make_lm_loss
-from ragjax.training.loop import LoopConfig, run_steps
+from ragjax.training.loop import HostWork, LoopConfig, run_steps
 from ragjax.training.lsr import LsrBatch, make_lsr_loss
 from ragjax.training.optimizer import OptimizerConfig, make_optimizer
 from ragjax.training.steps import TrainState, init_state, make_train_step
 
-_OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss}
+Rows: TypeAlias = NDArray[np.int64]
+BatchOf: TypeAlias = Callable[[int], "Lessons"]
+# With a target that is 1 on the relevant document, KL(target‖p_R) is DPR's loss.
+_OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss, "dpr": pdist_loss}
 
 
 def train_lm(
@@ -117,28 +121,25 @@ def train_retriever(
     round_number: int,
     params: dict[str, Any],
     questions: Sequence[Question],
-    candidates: SearchResult,
-    targets: np.ndarray,
+    batch_of: BatchOf,
+    host: HostWork | None = None,
 ) -> dict[str, Any]:
-    """Teaches the retriever one round of LSR.
+    """Teaches the retriever one round.
 
     Args:
         workspace: Data, models, options.
         round_number: From 0; each round has its own checkpoints and batches.
         params: Towers before the round.
         questions: Q training questions.
-        candidates: `[Q, K]` documents retrieved with those towers.
-        targets: `[Q, K]` float32, log p_LSR of the candidates.
+        batch_of: Step to the lessons of its questions.
+        host: Called before each step, where the lessons depend on the towers of that moment.
 
     Returns:
         The towers after the round.
     """
     config = workspace.config.retriever
-    steps = num_steps(
-        num_examples=len(questions), batch_size=config.batch_size, epochs=config.epochs
-    )
-    trainable = {k: v for k, v in params.items() if config.train != "query" or k == "query"}
-    frozen = {k: v for k, v in params.items() if k not in trainable}
+    steps = retriever_steps(config, len(questions))
+    trainable, frozen = split_towers(config, params)
     rates = {k: config.learning_rate for k in trainable}
     if "doc" in rates and config.doc_learning_rate >= 0:
         rates["doc"] = config.doc_learning_rate
@@ -157,36 +158,107 @@ def train_retriever(
         steps,
         make_train_step(loss, optimizer),
         init_state(trainable, optimizer, workspace.config.seed + round_number),
-        _lsr_batches(workspace, round_number, questions, candidates, targets),
+        _lsr_batches(workspace, round_number, questions, batch_of),
         frozen=frozen,
         index_version=round_number,
+        host=host,
     )
     return {**frozen, **state.params}
 
 
-def _lsr_batches(
+def retriever_steps(config: RetrieverConfig, num_questions: int) -> int:
+    """Returns the training steps of a round."""
+    return num_steps(num_examples=num_questions, batch_size=config.batch_size, epochs=config.epochs)
+
+
+def split_towers(
+    config: RetrieverConfig, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the towers that are trained and those that are not."""
+    trainable = {k: v for k, v in params.items() if config.train != "query" or k == "query"}
+    return trainable, {k: v for k, v in params.items() if k not in trainable}
+
+
+def question_rows(workspace: Workspace, round_number: int, num_questions: int, step: int) -> Rows:
+    """Returns the questions `[B]` of a step, a pure function of the seed and the step."""
+    return batch_rows(
+        workspace.config.seed + round_number,
+        step,
+        num_examples=num_questions,
+        batch_size=workspace.config.retriever.batch_size,
+    )
+
+
+class Lessons(NamedTuple):
+    """What a step teaches about B questions, K documents each."""
+
+    doc_ids: NDArray[np.int32]  # [B, K] corpus rows
+    mask: NDArray[np.bool_]  # [B, K]
+    target_log_probs: NDArray[np.float32]  # [B, K] of those documents, log q
+    # Judged documents of each question: they share the target wherever they stand in the batch,
+    # also where another question brought them. Empty where a teacher set the target.
+    positives: Sequence[frozenset[int]]
+
+
+def fixed_lessons(
     workspace: Workspace,
     round_number: int,
-    questions: Sequence[Question],
     candidates: SearchResult,
-    targets: np.ndarray,
+    targets: NDArray[np.float32],
+) -> BatchOf:
+    """Returns lessons from candidates `[Q, K]` and targets `[Q, K]` known before the round."""
+
+    def batch_of(step: int) -> Lessons:
+        rows = question_rows(workspace, round_number, len(targets), step)
+        empty = [frozenset[int]()] * len(rows)
+        return Lessons(candidates.doc_ids[rows], candidates.mask[rows], targets[rows], empty)
+
+    return batch_of
+
+
+def labelled_lessons(
+    found: SearchResult, gold: Sequence[frozenset[int]], num_documents: int
+) -> Lessons:
+    """Returns the lessons of relevance judgements: DPR with retrieved hard negatives.
+
+    Args:
+        found: `[B, K]` documents that the index returned.
+        gold: Relevant documents of each question, at least one.
+        num_documents: K, judged documents and negatives together.
+    """
+    shape = (len(gold), num_documents)
+    doc_ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, relevant in enumerate(gold):
+        positives = sorted(relevant)[: max(1, num_documents - 1)]
+        negatives = [int(d) for d in found.doc_ids[row][found.mask[row]] if int(d) not in relevant]
+        chosen = (positives + negatives)[:num_documents]
+        doc_ids[row, : len(chosen)], mask[row, : len(chosen)] = chosen, True
+    return Lessons(doc_ids, mask, np.full(shape, -np.inf, np.float32), gold)
+
+
+def _lsr_batches(
+    workspace: Workspace, round_number: int, questions: Sequence[Question], batch_of: BatchOf
 ) -> Callable[[int], LsrBatch]:
     config = workspace.config.retriever
     query_ids = workspace.query_ids(questions)
     query_length = _bucket(workspace, max(map(len, query_ids)))
     seed = workspace.config.seed + round_number
-    num_docs = config.batch_size * candidates.mask.shape[1]
 
     def batch_at(step: int) -> LsrBatch:
-        rows = batch_rows(seed, step, num_examples=len(questions), batch_size=config.batch_size)
-        docs = _batch_docs(candidates, rows, num_docs, len(workspace.doc_ids), (seed, step))
+        rows = question_rows(workspace, round_number, len(questions), step)
+        lessons = batch_of(step)
+        num_docs = lessons.mask.size
+        docs = _batch_docs(lessons, num_docs, len(workspace.doc_ids), (seed, step))
         found = {doc: column for column, doc in enumerate(docs)}
         target = np.full((len(rows), num_docs), -np.inf, np.float32)
         mask = np.zeros((len(rows), num_docs), bool)
-        for b, row in enumerate(rows):
-            for k in np.flatnonzero(candidates.mask[row]):
-                column = found[int(candidates.doc_ids[row, k])]
-                target[b, column], mask[b, column] = targets[row, k], True
+        for b, positives in enumerate(lessons.positives):
+            for k in np.flatnonzero(lessons.mask[b]):
+                column = found[int(lessons.doc_ids[b, k])]
+                target[b, column], mask[b, column] = lessons.target_log_probs[b, k], True
+            judged = [found[doc] for doc in positives if doc in found]
+            if judged:
+                target[b, judged], mask[b, judged] = -np.log(len(judged)), True
         doc_ids = [_cut(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
         filler: list[list[int]] = [[]] * (num_docs - len(docs))
         return LsrBatch(
@@ -206,18 +278,14 @@ def _cut(ids: list[int], length: int) -> list[int]:
 
 
 def _batch_docs(
-    candidates: SearchResult,
-    rows: np.ndarray,
-    num_docs: int,
-    corpus_size: int,
-    seed: tuple[int, int],
+    lessons: Lessons, num_docs: int, corpus_size: int, seed: tuple[int, int]
 ) -> list[int]:
     """Returns the batch's distinct candidates, then random documents in the slots left over.
 
     Questions share candidates, so slots are left over; a random document there costs nothing and
     is one more negative.
     """
-    chosen = np.unique(candidates.doc_ids[rows][candidates.mask[rows]]).tolist()
+    chosen = np.unique(lessons.doc_ids[lessons.mask]).tolist()
     extra = np.random.default_rng(seed).permutation(corpus_size)[: 2 * num_docs]
     known = set(chosen)
     return (chosen + [int(doc) for doc in extra if int(doc) not in known])[:num_docs]
@@ -251,6 +319,7 @@ def _run(
     *,
     frozen: Any,
     index_version: int,
+    host: HostWork | None = None,
 ) -> TrainState:
     info = {"index_version": index_version, "num_steps": steps}
     return run_steps(
@@ -265,4 +334,5 @@ def _run(
         log=workspace.metrics,
         stop=workspace.stop,
         info=info,
+        host=host,
     )

@@ -68,30 +68,44 @@ def score_candidates(
     Returns:
         Log-probabilities and lengths.
     """
-    pairs = [(int(q), int(k)) for q, k in np.argwhere(candidates.mask)]
-    docs = [int(candidates.doc_ids[pair]) for pair in pairs]
-    keys = _keys(workspace, teacher, questions, pairs, docs)
-    new = [row for row, key in enumerate(keys) if not cache.was_known(key)]
-    known = len(pairs) - sum(cache.get(keys[row]) is None for row in new)
-    workspace.report(f"teacher: {len(pairs):,} (question, document) pairs, {known:,} in the cache")
-    targets = [workspace.prompts.target(question.answers[0]) for question in questions]
-    contexts = [
-        workspace.prompts.context(questions[q].text, workspace.documents.get([doc]))
-        for (q, _), doc in zip(pairs, docs, strict=True)
-    ]
-    packer = _Packer(workspace, docs, contexts, [targets[q] for q, _ in pairs])
+    work = _Work(workspace, teacher, questions, candidates)
+    new = [row for row, key in enumerate(work.keys) if not cache.was_known(key)]
+    known = len(work.keys) - sum(cache.get(work.keys[row]) is None for row in new)
+    workspace.report(
+        f"teacher: {len(work.keys):,} (question, document) pairs, {known:,} in the cache"
+    )
     with tqdm(total=len(new), desc="teacher", unit=" pairs", file=sys.stderr) as progress:
-        for batch in packer.batches(new):
-            rows = [row for group in batch.groups for row in group]
-            if any(cache.get(keys[row]) is None for row in rows):
-                log_probs = np.asarray(_score(workspace.lm.config, teacher.params, batch.packed))
-                cache.put([keys[row] for row in rows], list(packer.scores(batch, log_probs)))
-            progress.update(len(rows))
+        for batch in work.packer.batches(new):
+            keys = work.keys_of(batch)
+            if any(cache.get(key) is None for key in keys):
+                cache.put(keys, work.compute(batch))
+            progress.update(len(keys))
             workspace.stop.check()
-    log_probs = np.zeros(candidates.mask.shape, np.float32)
-    for pair, key in zip(pairs, keys, strict=True):
-        log_probs[pair] = _found(cache, key).log_prob
-    return TeacherScores(log_probs, np.array([len(target) for target in targets], np.int32))
+    return work.collect(cache)
+
+
+def score_step(
+    workspace: Workspace,
+    teacher: Teacher,
+    questions: Sequence[Question],
+    candidates: SearchResult,
+    cache: ResultCache[Score],
+) -> TeacherScores:
+    """Scores the candidates of one training step; see `score_candidates`.
+
+    Known scores are never computed again and the new ones are written at once, so a run that is
+    continued within the step packs the same pairs into the same batches.
+    """
+    work = _Work(workspace, teacher, questions, candidates)
+    unknown = [row for row, key in enumerate(work.keys) if cache.get(key) is None]
+    keys: list[str] = []
+    scores: list[Score] = []
+    for batch in work.packer.batches(unknown):
+        keys += work.keys_of(batch)
+        scores += work.compute(batch)
+    if keys:
+        cache.put(keys, scores)
+    return work.collect(cache)
 
 
 def target_log_probs(
@@ -149,6 +163,46 @@ def _z_scores(candidates: SearchResult) -> np.ndarray:
 
 
 _score = jax.jit(packed_token_log_probs, static_argnums=0)
+
+
+class _Work:
+    """The (question, document) pairs of some candidates and how they are scored."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        teacher: Teacher,
+        questions: Sequence[Question],
+        candidates: SearchResult,
+    ):
+        self._workspace, self._teacher, self._mask = workspace, teacher, candidates.mask
+        self._pairs = [(int(q), int(k)) for q, k in np.argwhere(candidates.mask)]
+        docs = [int(candidates.doc_ids[pair]) for pair in self._pairs]
+        self.keys = _keys(workspace, teacher, questions, self._pairs, docs)
+        self._targets = [workspace.prompts.target(question.answers[0]) for question in questions]
+        contexts = [
+            workspace.prompts.context(questions[q].text, workspace.documents.get([doc]))
+            for (q, _), doc in zip(self._pairs, docs, strict=True)
+        ]
+        targets = [self._targets[q] for q, _ in self._pairs]
+        self.packer = _Packer(workspace, docs, contexts, targets)
+
+    def keys_of(self, batch: "_PackedGroups") -> list[str]:
+        """Returns the keys of the pairs of a batch, in the order of their scores."""
+        return [self.keys[row] for group in batch.groups for row in group]
+
+    def compute(self, batch: "_PackedGroups") -> list[Score]:
+        """Runs the language model over a batch."""
+        log_probs = _score(self._workspace.lm.config, self._teacher.params, batch.packed)
+        return list(self.packer.scores(batch, np.asarray(log_probs)))
+
+    def collect(self, cache: ResultCache[Score]) -> TeacherScores:
+        """Reads the scores of all pairs, which are known by now."""
+        log_probs = np.zeros(self._mask.shape, np.float32)
+        for pair, key in zip(self._pairs, self.keys, strict=True):
+            log_probs[pair] = _found(cache, key).log_prob
+        lengths = np.array([len(target) for target in self._targets], np.int32)
+        return TeacherScores(log_probs, lengths)
 
 
 class _PackedGroups(NamedTuple):

@@ -4,9 +4,12 @@ from ragjax.index.base import Index as Index
 from ragjax.index.base import IndexSnapshot as IndexSnapshot
 from ragjax.index.base import SearchResult as SearchResult
 from ragjax.index.bm25 import Bm25Index as Bm25Index
+from ragjax.index.callback import JitSearchResult as JitSearchResult
+from ragjax.index.callback import make_jit_search as make_jit_search
 from ragjax.index.choose import IndexChoice as IndexChoice
 from ragjax.index.choose import choose_index as choose_index
 from ragjax.index.exact import ExactIndex as ExactIndex
+from ragjax.index.exact import exact_search as exact_search
 from ragjax.index.hybrid import DenseWeight as DenseWeight
 from ragjax.index.hybrid import HybridIndex as HybridIndex
 from ragjax.index.hybrid import HybridQueries as HybridQueries
@@ -17,4 +20,6 @@ from ragjax.index.scann import ScannOptions as ScannOptions
 from ragjax.index.scann import scann_options as scann_options
 from ragjax.index.store import EmbeddingStore as EmbeddingStore
 from ragjax.index.store import EmbeddingWriter as EmbeddingWriter
+from ragjax.index.store import ShardWriter as ShardWriter
 from ragjax.index.store import StoreSpec as StoreSpec
+from ragjax.index.writing import DiskFullError as DiskFullError

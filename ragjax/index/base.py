@@ -6,6 +6,7 @@ B = queries, K = results per query, N = documents, D = embedding size.
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -55,6 +56,11 @@ class IndexSnapshot:
         encoder_step: training step of the document encoder that made the embeddings.
         corpus_hash: fingerprint of the corpus that was encoded.
         built_at: when the build ended, in seconds since the epoch.
+        recall: fraction of the exact best documents that the index finds, measured at the build.
+        encode_seconds: what encoding the documents took.
+        build_seconds: what building the index from the embeddings took.
+        doc_embeddings: `rows [R] -> [R, D]`, the embeddings as they were indexed, to measure how
+            far an encoder has moved and to encode only some documents again; None if not kept.
     """
 
     index: Any
@@ -62,6 +68,10 @@ class IndexSnapshot:
     encoder_step: int
     corpus_hash: str
     built_at: float
+    recall: float = 1.0
+    encode_seconds: float = 0.0
+    build_seconds: float = 0.0
+    doc_embeddings: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None
 
     def staleness_steps(self, step: int) -> int:
         """Returns how many training steps the index lags behind the encoder at `step`."""

@@ -1,15 +1,24 @@
-"""Exact maximum inner-product search on the default device: one jitted matmul and top-k.
+"""Exact maximum inner-product search, on one device or sharded over several.
 
-index = ExactIndex(doc_embeddings)           # [N, D]
-result = index.search(query_embeddings, 20)  # [B, D] -> [B, 20]
+    index = ExactIndex(doc_embeddings)           # [N, D]
+    result = index.search(query_embeddings, 20)  # [B, D] -> [B, 20]
+
+Inside a user's own `jit`, pass the blocks as an argument; a new index of the same size then
+compiles nothing:
+
+    step(params, index.blocks)  # calls exact_search(query_embeddings, blocks, index.size, 20)
+
+B = queries, N = documents, D = embedding size, documents in C blocks of M rows.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
@@ -19,12 +28,15 @@ from ragjax.index import base
 _QUERY_ROWS = (8, 64, 256)
 _DOC_ROWS = 32_768
 _DOC_ROWS_MULTIPLE = 128
+_AXIS = "documents"
+
+_SearchBlock = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.integer]]]
 
 
 class ExactIndex:
     """The K documents of largest inner product, exactly, ties broken by the lower document id.
 
-    The embeddings stay on one device as `[C, M, D]` blocks. Building a new index of the same size
+    The embeddings stay on the devices as `[C, M, D]` blocks. Building a new index of the same size
     compiles nothing, so a refresh costs one copy.
     """
 
@@ -34,30 +46,51 @@ class ExactIndex:
         *,
         doc_rows: int = _DOC_ROWS,
         device: jax.Device | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        """Checks the embeddings and copies them to the device.
+        """Checks the embeddings and copies them to the device or devices.
 
         Args:
             doc_embeddings: `[N, D]`; row i is document i.
-            doc_rows: documents scored at a time; bounds the score matrix to
+            doc_rows: documents scored at a time on a device; bounds the score matrix to
                 256 x `doc_rows` x 4 bytes.
             device: where to search; default: the first device.
+            devices: devices of this process that hold and search an equal part of the documents
+                each, instead of `device`. The results are those of one device.
 
         Raises:
-            ValueError: the embeddings are no finite matrix, there are none, or `doc_rows` < 1.
+            ValueError: the embeddings are no finite matrix, there are none, `doc_rows` < 1, no
+                devices, or both `device` and `devices`.
         """
         if doc_rows < 1:
             raise ValueError(f"doc_rows must be at least 1, got {doc_rows}.")
+        if devices is not None and (device is not None or not len(devices)):
+            raise ValueError(
+                f"Give one device, or at least one in devices, got device={device} and "
+                f"devices={devices}."
+            )
         embeddings = base.check_documents(np.asarray(doc_embeddings))
         self._size, self._dim = embeddings.shape
-        rounded = -(-self._size // _DOC_ROWS_MULTIPLE) * _DOC_ROWS_MULTIPLE
+        shards = len(devices) if devices else 1
+        shard_rows = -(-self._size // shards)
+        rounded = -(-shard_rows // _DOC_ROWS_MULTIPLE) * _DOC_ROWS_MULTIPLE
         rows = min(doc_rows, rounded)
-        blocks = -(-self._size // rows)
+        blocks = shards * -(-shard_rows // rows)
         padded = np.zeros((blocks * rows, self._dim), np.float32)
         padded[: self._size] = embeddings
-        self._device = device or jax.devices()[0]
-        self._blocks = jax.device_put(padded.reshape(blocks, rows, self._dim), self._device)
+        self._mesh = None
+        self._replicated = self._sharded = device or jax.devices()[0]
+        if devices:
+            # Auto axes: the caller's own code need not name how anything is sharded.
+            self._mesh = Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
+            self._sharded = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+            self._replicated = NamedSharding(self._mesh, PartitionSpec())
+        self._blocks = jax.device_put(padded.reshape(blocks, rows, self._dim), self._sharded)
         self._norms = base.NormCheck(base.norm_range(embeddings))
+        self._host_shards: list[NDArray[np.float32]] | None = None
+        if all(each.platform == "cpu" for each in self._blocks.devices()):
+            # Views of the device's memory, taken here and not inside of a callback.
+            self._host_shards = _to_host(self._blocks)
 
     @property
     def size(self) -> int:
@@ -68,6 +101,14 @@ class ExactIndex:
     def dim(self) -> int:
         """Size of an embedding."""
         return self._dim
+
+    @property
+    def blocks(self) -> Array:
+        """The documents `[C, M, D]` float32 for `exact_search`, rows from `size` on being zero.
+
+        Never donate it to a jitted function: the index searches the same array.
+        """
+        return self._blocks
 
     def search(self, queries: ArrayLike, k: int) -> base.SearchResult:
         """Returns the k documents of largest inner product for each query.
@@ -82,45 +123,80 @@ class ExactIndex:
         Raises:
             ValueError: k is not positive, a query is not finite, or its size is not the index's.
         """
+        return self._search(queries, k, self._search_block)
+
+    def search_on_host(self, queries: ArrayLike, k: int) -> base.SearchResult:
+        """Searches as `search` does, with numpy alone, so also from a callback inside `jit`.
+
+        A JAX computation started there can wait for the one that waits for the callback. On a CPU
+        the device's own copy of the embeddings is read; the first call for an accelerator copies
+        them to the host, where they stay.
+
+        Args:
+            queries: `[B, D]` query embeddings; an array of numpy.
+            k: results per query; slots beyond the number of documents are masked.
+
+        Returns:
+            As `search`, the scores equal up to rounding.
+
+        Raises:
+            ValueError: as `search`.
+        """
+        if self._host_shards is None:
+            self._host_shards = _to_host(self._blocks)
+        shards = self._host_shards
+        return self._search(
+            queries, k, lambda block, k: _search_shards_on_host(block, shards, self._size, k)
+        )
+
+    def _search(self, queries: ArrayLike, k: int, search_block: _SearchBlock) -> base.SearchResult:
+        """Checks the queries, searches at most 256 at a time and pads the result to k columns."""
         found = base.check_k(k, size=self._size)
         embeddings = base.check_query_embeddings(np.asarray(queries), dim=self._dim)
         self._norms.check(embeddings)
-        # k is static under jit: rounding it up keeps the number of compiled shapes small.
-        static_k = min(1 << (found - 1).bit_length(), self._size)
         doc_ids = np.empty((len(embeddings), found), np.int32)
         scores = np.empty((len(embeddings), found), np.float32)
         for start in range(0, len(embeddings), _QUERY_ROWS[-1]):
             block = embeddings[start : start + _QUERY_ROWS[-1]]
-            best_scores, best_ids = self._search_block(block, static_k)
-            doc_ids[start : start + len(block)] = best_ids[:, :found]
-            scores[start : start + len(block)] = best_scores[:, :found]
+            best_scores, best_ids = search_block(block, found)
+            doc_ids[start : start + len(block)] = best_ids
+            scores[start : start + len(block)] = best_scores
         return base.pad_result(doc_ids, scores, k)
 
     def _search_block(
         self, block: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Searches at most 256 queries, padded to a static number of rows."""
+        """Searches at most 256 queries on the devices, padded to a static number of rows."""
         rows = next(rows for rows in _QUERY_ROWS if rows >= len(block))
         padded = np.zeros((rows, self._dim), np.float32)
         padded[: len(block)] = block
-        scores, ids = _top_k(
-            jax.device_put(padded, self._device), self._blocks, np.int32(self._size), k
-        )
-        return np.asarray(scores)[: len(block)], np.asarray(ids)[: len(block)]
+        queries = jax.device_put(padded, self._replicated)
+        size = np.int32(self._size)
+        # k is static under jit: rounding it up keeps the number of compiled shapes small.
+        static_k = min(1 << (k - 1).bit_length(), self._size)
+        if self._mesh is None:
+            scores, ids = _top_k(queries, self._blocks, size, static_k)
+        else:
+            scores, ids = _sharded_top_k(queries, self._blocks, size, static_k, self._mesh)
+        return np.asarray(scores)[: len(block), :k], np.asarray(ids)[: len(block), :k]
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _top_k(queries: Array, blocks: Array, size: Array, k: int) -> tuple[Array, Array]:
-    """Scans the blocks of documents, keeping the best k so far.
+def exact_search(queries: Array, blocks: Array, size: ArrayLike, k: int) -> tuple[Array, Array]:
+    """Finds the k documents of largest inner product; a pure function for use inside `jit`.
+
+    Scans the blocks of documents, keeping the best k so far, so the score matrix of all documents
+    never exists. Equal scores are ordered by the lower document id.
 
     Args:
         queries: `[B, D]` float32.
-        blocks: `[C, M, D]` float32; rows from `size` on are padding.
-        size: number of documents, scalar int32.
-        k: results per query.
+        blocks: `[C, M, D]` float32, such as `ExactIndex.blocks` of an index on one device; rows
+            from `size` on are padding.
+        size: number of documents, scalar int32; may be traced.
+        k: results per query, static.
 
     Returns:
-        Scores `[B, k]` float32 and document ids `[B, k]` int32.
+        Scores `[B, k]` float32 and document ids `[B, k]` int32, best first; -inf and -1 in the
+        slots beyond the number of documents.
     """
     num_blocks, rows, _ = blocks.shape
 
@@ -128,11 +204,12 @@ def _top_k(queries: Array, blocks: Array, size: Array, k: int) -> tuple[Array, A
         # Highest precision: accelerators would otherwise round float32 factors to fewer bits.
         scores = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)  # [B, M]
         ids = number * rows + jnp.arange(rows, dtype=jnp.int32)
-        scores = jnp.where((ids < size)[None, :], scores, -jnp.inf)
+        real = ids < size
+        scores = jnp.where(real[None, :], scores, -jnp.inf)
         best, columns = jax.lax.top_k(scores, min(k, rows))
-        return best, ids[columns]
+        return best, jnp.where(real, ids, base.NO_DOC)[columns]
 
-    if num_blocks == 1:
+    if num_blocks == 1 and k <= rows:
         return best_of_block(jnp.int32(0), blocks[0])
 
     def merge(carry: tuple[Array, Array], item: tuple[Array, Array]) -> tuple[tuple, None]:
@@ -140,8 +217,7 @@ def _top_k(queries: Array, blocks: Array, size: Array, k: int) -> tuple[Array, A
         # The carry comes first and holds lower ids, and top_k prefers the first of equals.
         scores = jnp.concatenate([carry[0], scores], axis=1)
         ids = jnp.concatenate([carry[1], ids], axis=1)
-        best, columns = jax.lax.top_k(scores, k)
-        return (best, jnp.take_along_axis(ids, columns, axis=1)), None
+        return _best_columns(scores, ids, k), None
 
     start = (
         jnp.full((len(queries), k), -jnp.inf, jnp.float32),
@@ -149,3 +225,76 @@ def _top_k(queries: Array, blocks: Array, size: Array, k: int) -> tuple[Array, A
     )
     numbers = jnp.arange(num_blocks, dtype=jnp.int32)
     return jax.lax.scan(merge, start, (numbers, blocks))[0]
+
+
+_top_k = jax.jit(exact_search, static_argnums=3)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _sharded_top_k(
+    queries: Array, blocks: Array, size: Array, k: int, mesh: Mesh
+) -> tuple[Array, Array]:
+    """Searches as `exact_search` does, every device its own blocks, and merges the S results."""
+
+    def best_of_shard(queries: Array, blocks: Array, size: Array) -> tuple[Array, Array]:
+        first = jax.lax.axis_index(_AXIS) * (blocks.shape[0] * blocks.shape[1])
+        scores, ids = exact_search(queries, blocks, size - first, k)
+        return scores, jnp.where(ids < 0, base.NO_DOC, ids + first)
+
+    scores, ids = jax.shard_map(
+        best_of_shard,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec()),
+        out_specs=PartitionSpec(None, _AXIS),
+        # The start of the scan is the same on every shard and its end is not.
+        check_vma=False,
+    )(queries, blocks, size)  # [B, S * k], the shards in the order of their ids
+    return _best_columns(scores, ids, k)
+
+
+def _best_columns(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
+    """Returns the k columns of largest score; of equal ones those that come first."""
+    best, columns = jax.lax.top_k(scores, k)
+    return best, jnp.take_along_axis(ids, columns, axis=1)
+
+
+def _to_host(blocks: Array) -> list[NDArray[np.float32]]:
+    """Returns the blocks of every shard in order; on a CPU views of the device's memory."""
+    shards = sorted(blocks.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return [np.asarray(shard.data) for shard in shards]
+
+
+def _search_shards_on_host(
+    queries: NDArray[np.float32], shards: Sequence[NDArray[np.float32]], size: int, k: int
+) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
+    """Returns the best k scores and ids `[B, k]` of shards `[C, M, D]` with numpy; k <= size."""
+    scores = np.zeros((len(queries), 0), np.float32)
+    ids = np.zeros((len(queries), 0), np.int64)
+    first = 0
+    for block in (block for shard in shards for block in shard):
+        real = min(len(block), size - first)
+        if real <= 0:
+            break
+        found = (queries @ block.T)[:, :real]
+        found_ids = np.broadcast_to(np.arange(first, first + real), found.shape)
+        # The best so far come first and hold lower ids, which a stable sort prefers.
+        scores, ids = _best_on_host(
+            np.concatenate([scores, found], axis=1), np.concatenate([ids, found_ids], axis=1), k
+        )
+        first += len(block)
+    return scores, ids
+
+
+def _best_on_host(
+    scores: NDArray[np.float32], ids: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Returns the k columns of largest score; of equal ones those that come first."""
+    columns = np.empty((len(scores), min(k, scores.shape[1])), np.int64)
+    last = scores.shape[1] - columns.shape[1]
+    thresholds = np.partition(scores, last, axis=1)[:, last]
+    for row, threshold in enumerate(thresholds):
+        # More than k of them where scores are equal.
+        candidates = np.flatnonzero(scores[row] >= threshold)
+        order = np.argsort(-scores[row, candidates], kind="stable")[: columns.shape[1]]
+        columns[row] = candidates[order]
+    return np.take_along_axis(scores, columns, axis=1), np.take_along_axis(ids, columns, axis=1)

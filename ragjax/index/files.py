@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from ragjax.index.writing import whole_file
 
 _CHUNK_BYTES = 1 << 20
 
@@ -22,11 +24,9 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, on disk when this returns, never seen half written."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+    with whole_file(partial, num_bytes=len(text)) as file:
+        file.write(text)
     partial.rename(path)
     sync_folder(path.parent)
 
@@ -60,29 +60,17 @@ def verify_folder(folder: Path, digests: Any, *, also: tuple[str, ...]) -> None:
 
     Args:
         folder: the folder.
-        digests: file name to SHA-256 in hex, as read from the manifest.
+        digests: file name to SHA-256 in hex, as read from the manifest. A name may lead into
+            sub-folders, as "embeddings/shard-000000.npy" does.
         also: names that belong there and have no checksum.
 
     Raises:
-        ValueError: a name leaves the folder, a link, a file too many or missing, or a checksum
-            that differs; the message has the file and both checksums.
+        ValueError: a name leaves the folder, a link, a file or folder too many or missing, or a
+            checksum that differs; the message has the file and both checksums.
     """
-    if not isinstance(digests, dict) or not digests:
-        raise ValueError(f"The manifest in {folder} lists no files with checksums.")
-    for name in digests:
-        if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-            raise ValueError(
-                f"The manifest in {folder} names {name!r}, which is no plain file name."
-            )
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path} is no plain file; remove it to open this folder.")
-        if path.name not in digests and path.name not in also:
-            raise ValueError(f"{path} is not in the manifest; remove it to open this folder.")
+    check_listing(folder, digests, also=also)
     for name, expected in digests.items():
         path = folder / name
-        if not path.exists():
-            raise ValueError(f"{path} is missing; build this folder again.")
         found = sha256(path)
         if found != expected:
             raise ValueError(
@@ -90,14 +78,64 @@ def verify_folder(folder: Path, digests: Any, *, also: tuple[str, ...]) -> None:
             )
 
 
+def check_listing(folder: Path, digests: Any, *, also: tuple[str, ...]) -> None:
+    """Checks as `verify_folder` does, but reads no file: their contents may have changed.
+
+    Args:
+        folder: the folder.
+        digests: file name to SHA-256 in hex, as read from the manifest.
+        also: names that belong there and have no checksum.
+
+    Raises:
+        ValueError: a name leaves the folder, a link, or a file or folder too many or missing.
+    """
+    if not isinstance(digests, dict) or not digests:
+        raise ValueError(f"The manifest in {folder} lists no files with checksums.")
+    for name in digests:
+        if not _stays_inside(name):
+            raise ValueError(
+                f"The manifest in {folder} names {name!r}, which is no plain file name."
+            )
+    listed = {*digests, *also}
+    folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in (folders if path.is_dir() else listed):
+            raise ValueError(f"{path} is not in the manifest; remove it to open this folder.")
+    for name in digests:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing; build this folder again.")
+
+
+def walk_digests(folder: Path, *, known: Mapping[str, str]) -> dict[str, str]:
+    """Returns the SHA-256 in hex of every file below a folder, by its name in the folder.
+
+    Args:
+        folder: the folder.
+        known: digests computed already, by the same names; these files are not read again.
+
+    Raises:
+        ValueError: a link, or a known name that is no file there.
+    """
+    names = [path.relative_to(folder).as_posix() for path in _walk(folder) if not path.is_dir()]
+    unknown = sorted(set(known) - set(names))
+    if unknown:
+        raise ValueError(f"{folder} holds no file {unknown[0]!r} though its digest is known.")
+    return {name: known.get(name) or sha256(folder / name) for name in names}
+
+
 def publish(building: Path, target: Path) -> None:
-    """Renames a finished folder to its final name, its contents on disk first.
+    """Renames a finished folder to its final name, everything below it on disk first.
 
     Raises:
         FileExistsError: the final name is taken.
+        ValueError: a link or a device is in the folder.
     """
-    for path in building.iterdir():
-        sync_file(path)
+    for path in _walk(building):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
     sync_folder(building)
     if target.exists():
         raise FileExistsError(f"{target} exists; it is never written over.")
@@ -120,3 +158,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _stays_inside(name: Any) -> bool:
+    """Tells whether a manifest's name is one spelling of a file inside its folder."""
+    return (
+        isinstance(name, str)
+        and "\\" not in name
+        and not PureWindowsPath(name).drive
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields every file and folder below one, in order; refuses links and devices."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is no plain file; remove it to open this folder.")
+        yield path
+        if path.is_dir():
+            yield from _walk(path)

@@ -31,6 +31,8 @@ TREE_FROM = 100_000
 # ScaNN trains 16 centres for each block of dimensions and needs a document for each.
 _MIN_QUANTIZED = 16
 _MAX_TRAINING_ROWS = 250_000
+# Rows that ScaNN codes together in an update.
+_UPSERT_ROWS = 256
 _MANIFEST = "ragjax.json"
 _FORMAT = 1
 
@@ -211,8 +213,20 @@ class ScannIndex:
             shutil.rmtree(building, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "ScannIndex":
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verified: bool = False,
+    ) -> "ScannIndex":
         """Opens an index that `save` wrote, after every file passed its checksum.
+
+        Args:
+            folder: where it was saved.
+            threads: of the search; default: as the index was built.
+            verified: the caller has compared the checksums a moment ago, for example of a larger
+                folder around this one; only what lies in the folder is checked again.
 
         Raises:
             FileNotFoundError: no complete index there.
@@ -222,7 +236,8 @@ class ScannIndex:
         source = Path(folder)
         manifest = files.read_json(source / _MANIFEST, what="ScaNN index")
         # ScaNN unpickles a docid file if it finds one, so nothing unlisted may lie there.
-        files.verify_folder(source, manifest.get("sha256"), also=(_MANIFEST,))
+        check = files.check_listing if verified else files.verify_folder
+        check(source, manifest.get("sha256"), also=(_MANIFEST,))
         try:
             values = dict(manifest["details"])
             values["options"] = ScannOptions(**values["options"])
@@ -233,9 +248,89 @@ class ScannIndex:
             raise ValueError(
                 f"{source / _MANIFEST} is no ScaNN index manifest: {error}."
             ) from error
+        if threads is not None:
+            options = dataclasses.replace(details.options, threads=threads)
+            details = dataclasses.replace(details, options=options)
         return cls(
             _import_scann().load_searcher(str(source), assets_backcompat_shim=False), details
         )
+
+    @classmethod
+    def upserted_copy(
+        cls,
+        folder: str | os.PathLike[str],
+        rows: ArrayLike,
+        doc_embeddings: ArrayLike,
+        *,
+        probe_queries: ArrayLike | None = None,
+        threads: int | None = None,
+        verified: bool = False,
+    ) -> "ScannIndex":
+        """Opens a private copy of a saved index and gives some documents new embeddings.
+
+        Neither the folder nor an index loaded from it before changes. The new vectors are coded
+        with the codebook and the partition of the old ones, which no longer fit once most of them
+        have moved: `details.recall` tells, and `build` starts afresh.
+
+        Args:
+            folder: where the index was saved.
+            rows: `[R]` different documents whose embeddings have changed.
+            doc_embeddings: `[N, D]`, all documents as they shall be found: the new embeddings in
+                `rows`, and in the others those that were indexed, against which the recall is
+                measured.
+            probe_queries: `[P, D]` real queries for the recall; default: 100 of the documents.
+            threads: of the update and the search; default: as the index was built.
+            verified: as in `load`.
+
+        Returns:
+            The index; `details.build_seconds` is what the update took.
+
+        Raises:
+            FileNotFoundError: no complete index there.
+            ValueError: the folder as in `load`; the embeddings are not finite or not of the
+                index's size; or rows that are no document or listed twice.
+            ImportError: scann does not work here; the message says why.
+        """
+        embeddings = base.check_documents(doc_embeddings)
+        index = cls.load(folder, threads=threads, verified=verified)
+        if embeddings.shape != (index.size, index.dim):
+            raise ValueError(
+                f"Document embeddings are {embeddings.shape} but the index in {folder} holds "
+                f"{(index.size, index.dim)}; build a new index for another corpus or encoder."
+            )
+        positions = _check_rows(rows, index.size)
+        started = time.monotonic()
+        if True:
+            # Not the wrapper's method, which wants docids and would store them as a pickle.
+            changed = index._searcher.searcher.upsert(
+                positions.tolist(), embeddings[positions], _UPSERT_ROWS
+            )
+            if list(changed) != positions.tolist():
+                raise RuntimeError("ScaNN moved documents while updating them; build a new index.")
+        details = dataclasses.replace(
+            index.details,
+            build_seconds=time.monotonic() - started,
+            doc_norms=base.norm_range(embeddings),
+            recall=recall.recall_against_exact(index, embeddings, probe_queries),
+        )
+        return cls(index._searcher, details)
+
+
+def _check_rows(rows: ArrayLike, size: int) -> NDArray[np.int64]:
+    """Returns the positions of changed documents `[R]`, each once and inside the index."""
+    positions = np.asarray(rows)
+    if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
+        raise ValueError(
+            f"rows must be whole numbers [R], got {positions.dtype} of shape {positions.shape}."
+        )
+    positions = positions.astype(np.int64)
+    # ScaNN would append what lies beyond the end and keep either one of two equal rows.
+    outside = positions[(positions < 0) | (positions >= size)]
+    if outside.size:
+        raise ValueError(f"rows must be 0 to {size - 1}, got {outside[0]}.")
+    if len(np.unique(positions)) != len(positions):
+        raise ValueError(f"rows must be different, got {len(positions)} with repetitions.")
+    return positions
 
 
 def _fit_options(options: ScannOptions, size: int) -> tuple[ScannOptions, tuple[str, ...]]:

@@ -7,11 +7,18 @@
 
 A store is written as `<folder>.building` and renamed when every shard is there. Row i is document
 i; there are no ids, pickles or absolute paths inside.
+
+Other processes may help: the one that publishes has the `EmbeddingWriter`, the others a
+`ShardWriter` each. A shard gets its name by a hard link, which fails where the name is taken: the
+first one stays, and nothing that was counted as finished ever changes.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ragjax.index import base, files
+from ragjax.index import base, files, writing
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _SPEC = "spec.json"
 _WHAT = "embedding store"
 _DTYPES = ("float32", "float16")
+_ATTEMPTS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class StoreSpec:
         model_fingerprint: of the encoder's configuration, weights and tokenizer.
         corpus_fingerprint: of the documents in their order.
         settings: what else changes an embedding, such as the longest length in tokens, the
-            pooling or a prefix; JSON values.
+            pooling or a prefix; JSON values, kept as they read back (a tuple becomes a list).
         dtype: of the files, "float32" or "float16".
         rows_per_shard: rows of every shard but the last.
     """
@@ -59,6 +67,13 @@ class StoreSpec:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
+        try:
+            settings = json.loads(json.dumps(dict(self.settings)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"settings must be values that JSON has, got {self.settings!r}: {error}."
+            ) from error
+        object.__setattr__(self, "settings", settings)
 
     @property
     def num_shards(self) -> int:
@@ -91,6 +106,8 @@ class EmbeddingStore:
         *,
         model_fingerprint: str | None = None,
         corpus_fingerprint: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        verified: bool = False,
     ) -> "EmbeddingStore":
         """Opens a store after every shard passed its checksum.
 
@@ -98,11 +115,14 @@ class EmbeddingStore:
             folder: where it was published.
             model_fingerprint: the encoder that must have made it; None accepts any.
             corpus_fingerprint: the corpus that must have been encoded; None accepts any.
+            settings: entries that the settings of the store must have; None accepts any.
+            verified: True = the caller has verified every file of this folder; the shards are
+                not read again.
 
         Raises:
             FileNotFoundError: no complete store there.
             ValueError: a shard is missing or changed, something else lies there, or the store
-                belongs to another encoder or corpus.
+                belongs to another encoder, corpus or settings.
         """
         path = Path(folder)
         manifest = files.read_json(path / _MANIFEST, what=_WHAT)
@@ -111,7 +131,8 @@ class EmbeddingStore:
         digests = manifest.get("sha256")
         if not isinstance(digests, dict) or set(digests) != expected:
             raise ValueError(f"{path / _MANIFEST} does not list its {spec.num_shards} shards.")
-        files.verify_folder(path, digests, also=(_MANIFEST,))
+        if not verified:
+            files.verify_folder(path, digests, also=(_MANIFEST,))
         for name, found, wanted in (
             ("encoder", spec.model_fingerprint, model_fingerprint),
             ("corpus", spec.corpus_fingerprint, corpus_fingerprint),
@@ -121,6 +142,7 @@ class EmbeddingStore:
                     f"The embeddings in {path} were made with another {name} (fingerprint "
                     f"{found}, expected {wanted}); encode the corpus again into a new folder."
                 )
+        _check_settings(spec.settings, settings or {}, path)
         store = cls(path, spec)
         for shard in range(spec.num_shards):
             _load_shard(path / _shard_name(shard), spec, shard)
@@ -139,14 +161,142 @@ class EmbeddingStore:
         return _load_shard(self.folder / _shard_name(shard), self.spec, shard)
 
 
-class EmbeddingWriter:
-    """Fills a store shard by shard; what a killed run finished is kept if it is undamaged."""
+class ShardWriter:
+    """Writes shards of a store that another process started and will publish."""
 
     def __init__(self, target: Path, building: Path, spec: StoreSpec) -> None:
-        """Wraps a folder under construction; use `EmbeddingWriter.open`."""
+        """Wraps a folder under construction; use `open`."""
         self.spec = spec
         self._target = target
         self._building = building
+        # Named after the spec: one who still writes for a store that was since removed and
+        # started anew for other embeddings finds this folder gone, and cannot mix the two.
+        self._partials = building / f"partial-{_spec_digest(spec)}"
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], spec: StoreSpec) -> "ShardWriter":
+        """Joins a store under construction.
+
+        Args:
+            folder: where the store will be published.
+            spec: what it will hold.
+
+        Raises:
+            FileNotFoundError: no such store is under construction (any more).
+            ValueError: it was started with another spec; the message names what differs.
+        """
+        target = Path(folder)
+        building = _building_folder(target)
+        _check_same(
+            _read_spec(files.read_json(building / _SPEC, what=_WHAT), building / _SPEC),
+            spec,
+            building,
+        )
+        return cls(target, building, spec)
+
+    def missing(self) -> list[int]:
+        """Returns the shards that nobody has finished, in order, from one listing."""
+        names = {entry.name for entry in os.scandir(self._building)}
+        return [
+            shard
+            for shard in range(self.spec.num_shards)
+            if not {_shard_name(shard), _note_name(shard)} <= names
+        ]
+
+    def rows(self, shard: int) -> range:
+        """Returns the documents of a shard."""
+        return self.spec.rows(shard)
+
+    def write(self, shard: int, embeddings: ArrayLike) -> None:
+        """Writes one shard, unless another process was faster; it is on disk when this returns.
+
+        Args:
+            shard: its number.
+            embeddings: `[rows of the shard, D]`, cast to the stored dtype.
+
+        Raises:
+            ValueError: no such shard, another shape than the spec's, or values that are not
+                finite (also: that overflow the stored dtype); the message names the documents.
+            FileNotFoundError: the store was published or removed meanwhile.
+            DiskFullError: there is no room; nothing of the shard is left.
+        """
+        array = self._checked(shard, embeddings)
+        path = self._building / _shard_name(shard)
+        partial = self._partials / writing.unique_name(path.name)
+        try:
+            with writing.whole_file(partial, num_bytes=array.nbytes) as file:
+                # Not np.save: a full disk reaches us as an error without a number from there.
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(array.data)
+            digest = files.sha256(partial)
+            for _ in range(_ATTEMPTS):
+                if writing.link_first(partial, path):
+                    files.sync_folder(self._building)
+                    self._write_note(shard, digest)
+                    return self._finished(shard, digest)
+                with contextlib.suppress(FileNotFoundError):  # removed between two looks
+                    if found := self._adopt(shard, digest):
+                        return self._finished(shard, found)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _checked(self, shard: int, embeddings: ArrayLike) -> NDArray[np.floating]:
+        """Returns the embeddings of a shard as they are stored."""
+        if not 0 <= shard < self.spec.num_shards:
+            raise ValueError(f"There is no shard {shard} of {self.spec.num_shards}.")
+        rows = self.rows(shard)
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(embeddings, dtype=self.spec.dtype)
+        if array.shape != (len(rows), self.spec.dim):
+            raise ValueError(
+                f"Shard {shard} must be {(len(rows), self.spec.dim)} [rows, size], got "
+                f"{array.shape}."
+            )
+        base.check_embeddings(array, name=f"embeddings in shard {shard}", first_row=rows.start)
+        return array
+
+    def _adopt(self, shard: int, digest: str) -> str | None:
+        """Returns the digest of the shard that is there already, with its note; None: damaged."""
+        path = self._building / _shard_name(shard)
+        noted = self._noted(shard)
+        found = files.sha256(path)
+        if noted != found:
+            # Without a note its writer died, or is about to write it: what has the name is whole.
+            if found != digest and (noted is not None or not _is_sound(path, self.spec, shard)):
+                return None
+            self._write_note(shard, found)
+        return found
+
+    def _noted(self, shard: int) -> str | None:
+        """Returns the digest in the note of a shard, "" if it is damaged, None without a note."""
+        try:
+            note = files.read_json(self._building / _note_name(shard), what=_WHAT)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return ""
+        return str(note.get("sha256"))
+
+    def _write_note(self, shard: int, digest: str) -> None:
+        """Notes the digest of the bytes that are there."""
+        partial = self._partials / writing.unique_name(_note_name(shard))
+        text = json.dumps({"sha256": digest}).encode()
+        with writing.whole_file(partial, num_bytes=len(text)) as file:
+            file.write(text)
+        partial.rename(self._building / _note_name(shard))
+        files.sync_folder(self._building)
+
+    def _finished(self, shard: int, digest: str) -> None:
+        """Keeps what was learnt about a shard that is there."""
+
+
+class EmbeddingWriter(ShardWriter):
+    """Fills a store and publishes it; what a killed run finished is kept if it is undamaged."""
+
+    def __init__(self, target: Path, building: Path, spec: StoreSpec) -> None:
+        """Wraps a folder under construction; use `EmbeddingWriter.open`."""
+        super().__init__(target, building, spec)
         self._digests: dict[int, str] = {}
 
     @classmethod
@@ -165,59 +315,41 @@ class EmbeddingWriter:
         target = Path(folder)
         if target.exists():
             raise FileExistsError(f"{target} exists; open it, or choose another folder.")
-        building = target.with_name(f"{target.name}.building")
-        if building.is_symlink():
-            raise ValueError(f"{building} is a symbolic link; remove it.")
+        building = _building_folder(target)
         building.mkdir(parents=True, exist_ok=True)
+        writer = cls(target, building, spec)
         if (building / _SPEC).exists():
             started = _read_spec(files.read_json(building / _SPEC, what=_WHAT), building / _SPEC)
             _check_same(started, spec, building)
+            writer._partials.mkdir(exist_ok=True)
         else:
+            writer._partials.mkdir(exist_ok=True)
             files.write_json(building / _SPEC, {"format": _FORMAT, "spec": _as_json(spec)})
-        writer = cls(target, building, spec)
-        writer._find_finished()
+        writer._remove_discarded()
+        writer.rescan()
         return writer
 
     def missing(self) -> list[int]:
-        """Returns the shards still to be written, in order."""
+        """Returns the shards still to be written, in order, as of the last `rescan` or `write`."""
         return [shard for shard in range(self.spec.num_shards) if shard not in self._digests]
 
-    def rows(self, shard: int) -> range:
-        """Returns the documents of a shard."""
-        return self.spec.rows(shard)
+    def rescan(self) -> list[int]:
+        """Counts the shards that other processes finished since; returns those still missing.
 
-    def write(self, shard: int, embeddings: ArrayLike) -> None:
-        """Writes one shard; it is on disk when this returns.
-
-        Args:
-            shard: its number.
-            embeddings: `[rows of the shard, D]`, cast to the stored dtype.
-
-        Raises:
-            ValueError: no such shard, another shape than the spec's, or values that are not
-                finite (also: that overflow the stored dtype); the message names the documents.
+        Each is read once, for its checksum; one that is damaged is removed.
         """
-        if not 0 <= shard < self.spec.num_shards:
-            raise ValueError(f"There is no shard {shard} of {self.spec.num_shards}.")
-        rows = self.rows(shard)
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(embeddings, dtype=self.spec.dtype)
-        if array.shape != (len(rows), self.spec.dim):
-            raise ValueError(
-                f"Shard {shard} must be {(len(rows), self.spec.dim)} [rows, size], got "
-                f"{array.shape}."
-            )
-        base.check_embeddings(array, name=f"embeddings in shard {shard}", first_row=rows.start)
-        path = self._building / _shard_name(shard)
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = files.sha256(partial)
-        partial.rename(path)
-        files.write_json(path.with_suffix(".json"), {"sha256": digest})
-        self._digests[shard] = digest
+        names = {entry.name for entry in os.scandir(self._building)}
+        for shard in self.missing():
+            name, note = _shard_name(shard), _note_name(shard)
+            path = self._building / name
+            if not {name, note} <= names:
+                continue
+            noted = self._noted(shard)
+            if noted and not path.is_symlink() and noted == files.sha256(path):
+                self._digests[shard] = noted
+            else:
+                self._remove(shard)
+        return self.missing()
 
     def publish(self) -> EmbeddingStore:
         """Writes the manifest and renames the folder to its final name.
@@ -233,31 +365,72 @@ class EmbeddingWriter:
             )
         digests = {_shard_name(shard): self._digests[shard] for shard in sorted(self._digests)}
         manifest = {"format": _FORMAT, "spec": _as_json(self.spec), "sha256": digests}
+        # Every file of another process enters through this folder: with its name gone, nothing
+        # can appear between the last look and the rename.
+        discarded = self._target.with_name(writing.unique_name(f"{self._target.name}.discarded"))
+        self._partials.rename(discarded)
         files.write_json(self._building / _MANIFEST, manifest)
         for path in self._building.iterdir():
             if path.name not in digests and path.name != _MANIFEST:
                 path.unlink()
         files.publish(self._building, self._target)
+        self._remove_discarded()
         return EmbeddingStore(self._target, self.spec)
 
-    def _find_finished(self) -> None:
-        """Keeps the shards on disk whose checksum still holds."""
-        for shard in range(self.spec.num_shards):
-            path = self._building / _shard_name(shard)
-            note = path.with_suffix(".json")
-            if path.is_symlink() or not path.is_file() or not note.is_file():
-                continue
-            try:
-                digest = files.read_json(note, what=_WHAT).get("sha256")
-            except ValueError:
-                continue
-            if digest == files.sha256(path):
-                self._digests[shard] = str(digest)
+    def _adopt(self, shard: int, digest: str) -> str | None:
+        """Makes room for the new shard where the old one is damaged."""
+        found = super()._adopt(shard, digest)
+        if found is None:
+            self._remove(shard)
+        return found
+
+    def _finished(self, shard: int, digest: str) -> None:
+        """Counts a shard that this process wrote."""
+        self._digests[shard] = digest
+
+    def _remove(self, shard: int) -> None:
+        """Removes a shard that was not counted as finished."""
+        for name in (_note_name(shard), _shard_name(shard)):
+            (self._building / name).unlink(missing_ok=True)
+
+    def _remove_discarded(self) -> None:
+        """Removes what writers left unfinished in stores that were published here."""
+        for path in self._target.parent.iterdir():
+            if path.name.startswith(f"{self._target.name}.discarded."):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _building_folder(target: Path) -> Path:
+    """Returns the folder of a store under construction."""
+    building = target.with_name(f"{target.name}.building")
+    if building.is_symlink():
+        raise ValueError(f"{building} is a symbolic link; remove it.")
+    return building
+
+
+def _is_sound(path: Path, spec: StoreSpec, shard: int) -> bool:
+    """Tells whether a shard has its shape and finite values."""
+    try:
+        base.check_embeddings(_load_shard(path, spec, shard), name="embeddings")
+    except (ValueError, EOFError):
+        return False
+    return True
 
 
 def _shard_name(shard: int) -> str:
     """Returns the file name of a shard."""
     return f"shard-{shard:06d}.npy"
+
+
+def _note_name(shard: int) -> str:
+    """Returns the file name of the note with the digest of a shard."""
+    return f"shard-{shard:06d}.json"
+
+
+def _spec_digest(spec: StoreSpec) -> str:
+    """Returns a short digest of a spec."""
+    text = json.dumps(_as_json(spec), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _as_json(spec: StoreSpec) -> dict[str, Any]:
@@ -286,6 +459,20 @@ def _check_same(started: StoreSpec, spec: StoreSpec, building: Path) -> None:
         raise ValueError(
             f"{building} was started for other embeddings ({changes}); remove it or choose "
             "another folder."
+        )
+
+
+def _check_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuses embeddings made with other settings."""
+    changes = [
+        f"{name}: {found.get(name)!r}, expected {value!r}"
+        for name, value in json.loads(json.dumps(dict(wanted))).items()
+        if found.get(name) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"The embeddings in {path} were made with other settings ({'; '.join(changes)}); "
+            "encode the corpus again into a new folder."
         )
 
 

@@ -3,29 +3,37 @@
     embeddings = encode_corpus(encoder.encode, encoder.params, texts, tokenize, pad_id=0)
 
 `encode(params, tokens) -> [B, D]` is any pure function of parameters and `Tokens`. Its compiled
-form is kept for the life of the process, so a refresh with new parameters compiles nothing.
+form is kept for the life of the process, so a refresh with new parameters compiles nothing. A
+thread tokenises and pads one window of documents while the device encodes the one before.
 N = documents, D = embedding size.
 """
 
 import collections
 import concurrent.futures
-import dataclasses
+import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from ragjax.index import base, store
+from ragjax.refresh.batches import Batch, EncodeOptions, Window, prepare_window
 
 Document = TypeVar("Document")
-DEFAULT_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 # Batches handed to the device before the oldest result is waited for.
 _IN_FLIGHT = 2
+
+
+class Cancelled(Exception):
+    """An encoding or a build was given up because its result is no longer wanted."""
 
 
 class Tokens(NamedTuple):
@@ -37,35 +45,6 @@ class Tokens(NamedTuple):
 
 Encode = Callable[[Any, Any], Array]
 Tokenize = Callable[[Sequence[Document]], Sequence[Sequence[int]]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodeOptions:
-    """How documents are grouped; none of it changes an embedding beyond rounding.
-
-    Attributes:
-        buckets: lengths in tokens that batches are padded to, ascending; the last is the longest
-            document accepted.
-        batch_tokens: tokens in a batch, padding included: a batch of length L has about
-            `batch_tokens` / L rows. The default keeps a batch in the cache of a CPU core; an
-            accelerator wants many times more.
-        max_rows: most rows in a batch.
-        window: documents tokenised and sorted by length at a time; bounds the host memory.
-    """
-
-    buckets: tuple[int, ...] = DEFAULT_BUCKETS
-    batch_tokens: int = 1024
-    max_rows: int = 64
-    window: int = 8192
-
-    def __post_init__(self) -> None:
-        """Refuses sizes that are not positive and buckets out of order."""
-        if min(self.batch_tokens, self.max_rows, self.window) < 1:
-            raise ValueError("batch_tokens, max_rows and window must be positive.")
-        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
-            raise ValueError(f"buckets must be ascending lengths, got {self.buckets}.")
-        if self.buckets[0] < 1:
-            raise ValueError(f"buckets must be positive lengths, got {self.buckets}.")
 
 
 class EncodeProgress(NamedTuple):
@@ -93,6 +72,9 @@ def encode_corpus(
     options: EncodeOptions | None = None,
     make_tokens: Callable[[Array, Array], Any] = Tokens,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    cancelled: threading.Event | None = None,
+    rows: range | None = None,
 ) -> NDArray[np.float32]:
     """Encodes documents; one window is tokenised in a thread while the last is on the device.
 
@@ -105,21 +87,27 @@ def encode_corpus(
         options: sizes of batches.
         make_tokens: makes what `encode` takes from ids and mask `[B, L]`.
         progress: called after each batch, in this thread.
+        devices: of this process; each batch is divided by rows among them, each gets a copy of
+            the parameters, and no other device is touched. None: where the parameters are.
+        cancelled: read before each batch; once set, the call is given up.
+        rows: which documents, a range of step 1; None: all. N is their number.
 
     Returns:
         `[N, D]` float32 in the order of the documents.
 
     Raises:
-        ValueError: no documents, one longer than the last bucket, or an embedding that is not
-            finite (the message names the documents).
+        Cancelled: `cancelled` was set.
+        ValueError: no documents, one longer than the last bucket, an embedding that is not
+            finite (the message names the documents), no devices or one of them twice.
     """
     options = options or EncodeOptions()
+    rows = range(len(documents)) if rows is None else rows
     windows = [
-        range(start, min(start + options.window, len(documents)))
-        for start in range(0, len(documents), options.window)
+        rows[start : start + options.window] for start in range(0, len(rows), options.window)
     ]
-    job = _Job(encode, params, pad_id, options, make_tokens, progress, len(documents))
-    return np.concatenate(list(job.run(documents, tokenize, windows)))
+    placement = _Placement.on(devices)
+    job = _Job(encode, params, pad_id, options, make_tokens, progress, len(rows), placement)
+    return np.concatenate(list(job.run(documents, tokenize, windows, cancelled)))
 
 
 def encode_token_ids(
@@ -131,6 +119,8 @@ def encode_token_ids(
     options: EncodeOptions | None = None,
     make_tokens: Callable[[Array, Array], Any] = Tokens,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    cancelled: threading.Event | None = None,
 ) -> NDArray[np.float32]:
     """Encodes documents that are token ids already; see `encode_corpus`."""
     return encode_corpus(
@@ -142,6 +132,8 @@ def encode_token_ids(
         options=options,
         make_tokens=make_tokens,
         progress=progress,
+        devices=devices,
+        cancelled=cancelled,
     )
 
 
@@ -156,6 +148,8 @@ def encode_to_store(
     options: EncodeOptions | None = None,
     make_tokens: Callable[[Array, Array], Any] = Tokens,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    cancelled: threading.Event | None = None,
 ) -> store.EmbeddingStore:
     """Encodes the shards a store still misses and publishes it.
 
@@ -172,8 +166,11 @@ def encode_to_store(
         options: as in `encode_corpus`.
         make_tokens: as in `encode_corpus`.
         progress: as in `encode_corpus`; finished shards count as done.
+        devices: as in `encode_corpus`.
+        cancelled: as in `encode_corpus`; the finished shards stay for the next call.
 
     Raises:
+        Cancelled: `cancelled` was set.
         ValueError: as `encode_corpus`, or the numbers of documents differ.
     """
     if len(documents) != writer.spec.size:
@@ -181,8 +178,10 @@ def encode_to_store(
     shards = writer.missing()
     windows = [writer.rows(shard) for shard in shards]
     options = options or EncodeOptions()
-    job = _Job(encode, params, pad_id, options, make_tokens, progress, len(documents))
-    for shard, embeddings in zip(shards, job.run(documents, tokenize, windows), strict=True):
+    placement = _Placement.on(devices)
+    job = _Job(encode, params, pad_id, options, make_tokens, progress, len(documents), placement)
+    results = job.run(documents, tokenize, windows, cancelled)
+    for shard, embeddings in zip(shards, results, strict=True):
         writer.write(shard, embeddings)
     return writer.publish()
 
@@ -205,49 +204,43 @@ def tqdm_progress(description: str) -> Progress:
     return show
 
 
-class Batch(NamedTuple):
-    """Which documents are encoded together, and in which static shape."""
+class _Placement(NamedTuple):
+    """Where parameters and batches lie."""
 
-    documents: NDArray[np.intp]  # at most `rows` positions
-    rows: int
-    length: int  # tokens
+    mesh: Mesh | None  # None: where the parameters are, or the default device
+    num_devices: int
 
+    @classmethod
+    def on(cls, devices: Sequence[jax.Device] | None) -> "_Placement":
+        """Divides rows among these devices, in this order, and copies the rest to each."""
+        if devices is None:
+            return cls(None, 1)
+        if not devices or len(set(devices)) != len(devices):
+            raise ValueError(f"devices must be distinct and at least one, got {list(devices)}.")
+        mesh = Mesh(np.asarray(devices), ("rows",), axis_types=(AxisType.Auto,))
+        return cls(mesh, len(devices))
 
-def plan_batches(
-    lengths: Sequence[int], options: EncodeOptions, *, first_row: int = 0
-) -> list[Batch]:
-    """Groups documents by length, longest first, so that little of a batch is padding.
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Replaces a mesh the caller may have set, which would refuse arrays on other devices."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    Args:
-        lengths: of each document in tokens.
-        options: sizes of batches.
-        first_row: number of the first document in the corpus, for messages.
+    def place(self, params: Any, compute_dtype: str) -> Any:
+        """Puts parameters on the devices; one leaf at a time, so that casting adds only that."""
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
-    Returns:
-        Batches that hold every document once. Only the last has rows to spare.
+        def place(leaf: Any) -> Array:
+            placed = jax.device_put(leaf, sharding)
+            floating = jnp.issubdtype(placed.dtype, jnp.floating)
+            return placed.astype(compute_dtype) if floating else placed
 
-    Raises:
-        ValueError: a document is longer than the last bucket.
-    """
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    batches = []
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        if longest > options.buckets[-1]:
-            raise ValueError(
-                f"Document {first_row + order[start]} has {longest} tokens, more than the longest "
-                f"length {options.buckets[-1]}; cut it when tokenising."
-            )
-        length = next(bucket for bucket in options.buckets if bucket >= longest)
-        rows = max(1, min(options.batch_tokens // length, options.max_rows))
-        left = len(order) - start
-        # Few documents, such as the questions of one step, do not pay for a full batch.
-        while rows >= 4 * left:
-            rows //= 4
-        batches.append(Batch(order[start : start + rows], rows, length))
-        start += rows
-    return batches
+        with self.context():
+            return jax.tree.map(place, params)
+
+    def divide(self, batch: Any) -> Any:
+        """Puts arrays `[rows, ...]` on the devices, by rows."""
+        if self.mesh is None:
+            return batch
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("rows")))
 
 
 class _Job:
@@ -262,11 +255,13 @@ class _Job:
         make_tokens: Callable[[Array, Array], Any],
         progress: Progress | None,
         total: int,
+        placement: _Placement,
     ) -> None:
         if not total:
             raise ValueError("There are no documents to encode.")
         self._encode = _compiled(encode, make_tokens)
-        self._params = jax.device_put(params)
+        self._placement = placement
+        self._params = placement.place(params, options.compute_dtype)
         self._pad_id = pad_id
         self._options = options
         self._progress = progress
@@ -277,66 +272,77 @@ class _Job:
         self._started = time.monotonic()
 
     def run(
-        self, documents: Sequence[Document], tokenize: Tokenize, windows: Sequence[range]
+        self,
+        documents: Sequence[Document],
+        tokenize: Tokenize,
+        windows: Sequence[range],
+        cancelled: threading.Event | None,
     ) -> Iterator[NDArray[np.float32]]:
-        """Yields the embeddings of each window, tokenising the next one meanwhile."""
+        """Yields the embeddings of each window, a thread preparing the next one meanwhile."""
         self._already = self._done = self._total - sum(map(len, windows))
 
-        def prepare(window: range) -> list[Sequence[int]]:
-            return list(tokenize([documents[row] for row in window]))
+        def prepare(rows: range) -> Window:
+            return prepare_window(
+                tokenize([documents[row] for row in rows]),
+                rows,
+                self._options,
+                pad_id=self._pad_id,
+                num_devices=self._placement.num_devices,
+            )
 
         with concurrent.futures.ThreadPoolExecutor(1, "tokenize") as pool:
-            pending = collections.deque(pool.submit(prepare, window) for window in windows[:1])
-            for number, window in enumerate(windows):
-                token_ids = pending.popleft().result()
+            pending = collections.deque(pool.submit(prepare, rows) for rows in windows[:1])
+            for number in range(len(windows)):
+                window = pending.popleft().result()
                 if number + 1 < len(windows):
                     pending.append(pool.submit(prepare, windows[number + 1]))
-                yield self._encode_window(token_ids, window)
+                yield self._encode_window(window, cancelled)
 
     def _encode_window(
-        self, token_ids: Sequence[Sequence[int]], window: range
+        self, window: Window, cancelled: threading.Event | None
     ) -> NDArray[np.float32]:
         """Encodes the documents of one window, a few batches in flight at a time."""
-        if len(token_ids) != len(window):
-            raise ValueError(f"tokenize returned {len(token_ids)} rows for {len(window)} texts.")
-        lengths = [len(ids) for ids in token_ids]
-        total_tokens = sum(lengths) or 1
+        size = len(window.rows)
+        total_tokens = int(window.lengths.sum()) or 1
         finished = self._done
         tokens_done = 0
         parts: list[NDArray[np.float32]] = []
-        batches = plan_batches(lengths, self._options, first_row=window.start)
-        for batch, result in self._results(token_ids, batches):
+        for batch, result in self._results(window, cancelled):
             parts.append(result[: len(batch.documents)])
-            tokens_done += sum(lengths[row] for row in batch.documents)
+            tokens_done += int(window.lengths[batch.documents].sum())
             self._done += len(batch.documents)
-            self._report(finished + tokens_done / total_tokens * len(window))
-        embeddings = np.empty((len(window), parts[0].shape[1]), np.float32)
-        embeddings[np.concatenate([batch.documents for batch in batches])] = np.concatenate(parts)
-        return base.check_embeddings(embeddings, name="embeddings", first_row=window.start)
+            self._report(finished + tokens_done / total_tokens * size)
+        embeddings = np.empty((size, parts[0].shape[1]), np.float32)
+        order = np.concatenate([batch.documents for batch in window.batches])
+        embeddings[order] = np.concatenate(parts)
+        return base.check_embeddings(embeddings, name="embeddings", first_row=window.rows.start)
 
     def _results(
-        self, token_ids: Sequence[Sequence[int]], batches: Sequence[Batch]
+        self, window: Window, cancelled: threading.Event | None
     ) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
         """Yields each batch with its `[rows, D]`, the device working one batch ahead."""
         in_flight: collections.deque[tuple[Batch, Array]] = collections.deque()
-        for batch in batches:
-            in_flight.append((batch, self._dispatch(token_ids, batch)))
+        for batch in window.batches:
+            if cancelled is not None and cancelled.is_set():
+                raise Cancelled("The encoding was cancelled.")
+            in_flight.append((batch, self._dispatch(window, batch)))
             if len(in_flight) == _IN_FLIGHT:
                 first, result = in_flight.popleft()
                 yield first, np.asarray(result, np.float32)
         for batch, result in in_flight:
             yield batch, np.asarray(result, np.float32)
 
-    def _dispatch(self, token_ids: Sequence[Sequence[int]], batch: Batch) -> Array:
-        """Starts one batch on the device."""
+    def _dispatch(self, window: Window, batch: Batch) -> Array:
+        """Starts one batch on the devices."""
+        size = len(batch.documents)
         ids = np.full((batch.rows, batch.length), self._pad_id, np.int32)
-        mask = np.zeros((batch.rows, batch.length), np.bool_)
-        for row, document in enumerate(batch.documents):
-            tokens = token_ids[document]
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = True
+        ids[:size] = window.ids[batch.documents, : batch.length]
+        lengths = np.zeros((batch.rows, 1), np.int64)
+        lengths[:size, 0] = window.lengths[batch.documents]
+        mask = np.arange(batch.length) < lengths
         self._shapes.add((batch.rows, batch.length))
-        return self._encode(self._params, ids, mask)
+        with self._placement.context():
+            return self._encode(self._params, *self._placement.divide((ids, mask)))
 
     def _report(self, work: float) -> None:
         """Tells the caller how far the work is; `work` is in documents of average length."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -122,6 +122,26 @@ class LoopConfig:
     max_skipped: int = 3
 
 
+class HostWork(Protocol):
+    """What the host does before each step with the state of that moment, such as retrieval."""
+
+    def resume(self, step: int, state: TrainState, saved: Mapping[str, Any] | None) -> None:
+        """Gets ready for `step`; `saved` is `state_dict()` of its checkpoint, None at a start."""
+        ...
+
+    def before_step(self, step: int, state: TrainState) -> Mapping[str, float]:
+        """Prepares what `batch_at(step)` needs; returns metrics of this step."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Returns the JSON values that a checkpoint keeps."""
+        ...
+
+    def line(self, step: int) -> str:
+        """Returns a few words for the progress line."""
+        ...
+
+
 def run_steps(
     config: LoopConfig,
     step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, dict]],
@@ -134,6 +154,7 @@ def run_steps(
     stop: StopFlag,
     info: Mapping[str, Any] | None = None,
     describe_batch: Callable[[int], str] | None = None,
+    host: HostWork | None = None,
 ) -> TrainState:
     """Runs a stage to its end, from its newest good checkpoint if there is one.
 
@@ -151,6 +172,7 @@ def run_steps(
       stop: Looked at after each step.
       info: JSON values kept in each checkpoint; the one on disk must agree.
       describe_batch: Step number to a sentence on that batch, for the error about NaN.
+      host: Called before each step, for batches that depend on the state.
 
     Returns:
       The state after the last step.
@@ -160,7 +182,9 @@ def run_steps(
       NonFiniteError: If more than `max_skipped` updates in a row were skipped.
       ValueError: If the checkpoint was written with other `info` (the message names what differs).
     """
-    state, first = _resume(config, state, checkpointer, dict(info or {}))
+    state, first, saved = _resume(config, state, checkpointer, dict(info or {}))
+    if host is not None and first < config.num_steps:
+        host.resume(first, state, saved)
     log.rewind(config.stage, first)
     progress = tqdm(
         total=config.num_steps, initial=first, desc=config.stage, unit="step", file=sys.stderr,
@@ -170,10 +194,12 @@ def run_steps(
     with progress:
         for step in range(first, config.num_steps):
             started = time.perf_counter()
+            prepared = dict(host.before_step(step, state)) if host is not None else {}
             state, metrics = step_fn(state, batch_at(step), frozen)
-            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | prepared
             log.write(config.stage, step, metrics | {"seconds": time.perf_counter() - started})
-            progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+            doing = f", {host.line(step)}" if host is not None else ""
+            progress.set_postfix_str(f"loss={metrics['loss']:.3f}{doing}", refresh=False)
             progress.update()
             if metrics["skipped"] > config.max_skipped:
                 where = f" ({describe_batch(step)})" if describe_batch else ""
@@ -185,17 +211,18 @@ def run_steps(
                 )
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.num_steps or stop.signum:
-                checkpointer.save(done, state, {"stage": config.stage, **(info or {})})
+                kept = {"host": dict(host.state_dict())} if host is not None else {}
+                checkpointer.save(done, state, {"stage": config.stage, **(info or {}), **kept})
             stop.check()
     return state
 
 
 def _resume(
     config: LoopConfig, state: TrainState, checkpointer: Checkpointer, info: dict
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, int, Mapping[str, Any] | None]:
     restored = checkpointer.latest_good(state)
     if restored is None:
-        return state, 0
+        return state, 0, None
     for name, value in info.items():
         if restored.info.get(name) != value:
             raise ValueError(
@@ -203,4 +230,4 @@ def _resume(
                 f"{restored.info.get(name)!r}, this run has {value!r}; use another --output folder"
             )
     print(f"{config.stage}: resuming after step {restored.step} of {config.num_steps}", flush=True)
-    return restored.state, restored.step
+    return restored.state, restored.step, restored.info.get("host")

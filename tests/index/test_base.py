@@ -113,5 +113,6 @@ def test_a_snapshot_is_frozen_and_knows_its_age():
         index=None, version=2, encoder_step=30, corpus_hash="x", built_at=0.0
     )
     assert snapshot.staleness_steps(42) == 12
+    assert (snapshot.recall, snapshot.doc_embeddings) == (1.0, None)
     with pytest.raises(AttributeError):
         snapshot.version = 3

@@ -8,7 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-from ragjax.index import ExactIndex, ScannIndex, ScannOptions, recall_against_exact, scann_options
+from ragjax.index import (
+    ExactIndex,
+    ScannIndex,
+    ScannOptions,
+    files,
+    recall_against_exact,
+    scann_options,
+)
 from ragjax.index import scann as scann_module
 
 pytest.importorskip("scann", reason="ScaNN has no package for this platform")
@@ -189,6 +196,148 @@ def test_an_incomplete_or_foreign_manifest_is_refused(folder, tmp_path):
         ScannIndex.load(tmp_path / "nowhere")
 
 
+def test_a_verified_folder_is_not_read_again_but_still_holds_nothing_else(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", lambda path: pytest.fail(f"{path} was read"))
+        index = ScannIndex.load(folder, verified=True, threads=2)
+    assert (index.size, index.details.options.threads) == (50, 2)
+    assert ScannIndex.load(folder).details.options.threads == 0
+    (folder / "scann_docids.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"scann_docids.pkl is not in the manifest"):
+        ScannIndex.load(folder, verified=True)
+
+
+UPDATED = {
+    "brute force": ScannOptions(dimensions_per_block=0, reorder=0),
+    "quantised": ScannOptions(),
+    "not reordered": ScannOptions(reorder=0, dimensions_per_block=1),
+    "tree": ScannOptions(num_leaves=40, leaves_to_search=10),
+    "exact tree": ScannOptions(
+        num_leaves=40, leaves_to_search=10, dimensions_per_block=0, reorder=0
+    ),
+}
+
+
+@pytest.mark.parametrize("options", UPDATED.values(), ids=UPDATED)
+def test_updated_rows_are_found_in_their_new_place_and_the_others_stay(rng, tmp_path, options):
+    size, count = 3000, 300
+    points = clustered(rng, size + count + 50)
+    docs, queries = points[:size], points[-50:]
+    ScannIndex.build(docs, options=options).save(tmp_path / "index")
+    before = ScannIndex.load(tmp_path / "index")
+    old = before.search(docs, 1).doc_ids[:, 0]
+    rows = rng.permutation(size)[:count]
+    changed = docs.copy()
+    changed[rows] = points[size : size + count]
+    index = ScannIndex.upserted_copy(tmp_path / "index", rows, changed, probe_queries=queries)
+    rebuilt = ScannIndex.build(changed, options=options, probe_queries=queries)
+    assert index.details.recall >= rebuilt.details.recall - 0.03
+    assert index.details.recall == recall_against_exact(index, changed, queries)
+    assert dataclasses.replace(
+        index.details, recall=0, build_seconds=0, doc_norms=(0, 0)
+    ) == dataclasses.replace(before.details, recall=0, build_seconds=0, doc_norms=(0, 0))
+    # A document is its own best result: in the new place, and not in the old one.
+    own = index.search(changed, 1).doc_ids[:, 0] == np.arange(size)
+    reached = rebuilt.search(changed, 1).doc_ids[:, 0] == np.arange(size)
+    assert own[rows].mean() >= reached[rows].mean() - 0.05
+    others = np.setdiff1d(np.arange(size), rows)
+    assert own[others].mean() >= reached[others].mean() - 0.05
+    assert not np.isin(index.search(docs[rows], 1).doc_ids[:, 0][old[rows] == rows], rows).all()
+    result = index.search(queries, 20)
+    assert all(len(set(ids)) == 20 for ids in result.doc_ids)
+    if options.reorder or not options.dimensions_per_block:
+        live = np.einsum("qd,qkd->qk", queries, changed[result.doc_ids])
+        np.testing.assert_allclose(result.scores, live, atol=1e-5)
+    # A searched index and the folder are as they were.
+    np.testing.assert_array_equal(before.search(docs, 1).doc_ids[:, 0], old)
+    np.testing.assert_array_equal(
+        ScannIndex.load(tmp_path / "index").search(docs, 1).doc_ids[:, 0], old
+    )
+    # Saved, loaded and updated back again.
+    index.save(tmp_path / "again")
+    assert not list(tmp_path.rglob("*.pkl"))
+    loaded = ScannIndex.load(tmp_path / "again")
+    assert loaded.details == index.details
+    np.testing.assert_allclose(loaded.search(queries, 20).scores, result.scores, atol=1e-5)
+    back = ScannIndex.upserted_copy(tmp_path / "again", rows, docs, probe_queries=queries)
+    assert back.details.recall >= before.details.recall - 0.05
+
+
+def test_an_update_searched_in_every_leaf_equals_exact_search(rng, tmp_path):
+    docs, changed, queries = np.split(clustered(rng, 2000 + 2000 + 30), [2000, 4000])
+    options = ScannOptions(num_leaves=20, leaves_to_search=20, dimensions_per_block=0, reorder=0)
+    ScannIndex.build(docs, options=options).save(tmp_path / "index")
+    rows = np.arange(0, 2000, 3)
+    docs[rows] = changed[rows]
+    index = ScannIndex.upserted_copy(tmp_path / "index", rows, docs, threads=1)
+    expected = ExactIndex(docs).search(queries, 15)
+    np.testing.assert_array_equal(index.search(queries, 15).doc_ids, expected.doc_ids)
+    assert (index.details.recall, index.details.options.threads) == (1.0, 1)
+    # 0 is ScaNN's own choice, not "as it was built".
+    index.save(tmp_path / "one thread")
+    assert ScannIndex.load(tmp_path / "one thread").details.options.threads == 1
+    assert ScannIndex.load(tmp_path / "one thread", threads=0).details.options.threads == 0
+
+
+def test_an_update_of_no_rows_and_of_every_row(folder, rng):
+    docs = clustered(np.random.default_rng(0), 50)
+    none = ScannIndex.upserted_copy(folder, [], docs)
+    np.testing.assert_array_equal(
+        none.search(docs, 3).doc_ids, ScannIndex.load(folder).search(docs, 3).doc_ids
+    )
+    others = 2 * clustered(rng, 50)
+    every = ScannIndex.upserted_copy(folder, np.arange(50), others)
+    np.testing.assert_array_equal(
+        every.search(others, 3).doc_ids, ExactIndex(others).search(others, 3).doc_ids
+    )
+    assert every.details.doc_norms == pytest.approx((2, 2), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([3, 50], "rows must be 0 to 49, got 50"),
+        ([-1], "rows must be 0 to 49, got -1"),
+        ([3, 4, 3], "rows must be different, got 3"),
+        ([1.5], r"rows must be whole numbers \[R\], got float64 of shape \(1,\)"),
+        ([[1]], r"got int64 of shape \(1, 1\)"),
+        ([True], "got bool"),
+    ],
+)
+def test_rows_that_cannot_be_updated_are_refused(folder, rng, rows, message):
+    with pytest.raises(ValueError, match=message):
+        ScannIndex.upserted_copy(folder, rows, clustered(rng, 50))
+
+
+def test_an_update_for_another_corpus_or_with_bad_embeddings_is_refused(folder, rng):
+    for docs in (clustered(rng, 51), clustered(rng, 50, dim=16)):
+        with pytest.raises(ValueError, match=r"but the index in .* holds \(50, 32\)"):
+            ScannIndex.upserted_copy(folder, [1], docs)
+    docs = clustered(rng, 50)
+    docs[7] = np.nan
+    with pytest.raises(ValueError, match="document embeddings hold NaN .*row 7"):
+        ScannIndex.upserted_copy(folder, [1], docs)
+    (folder / "dataset.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"dataset.npy is damaged"):
+        ScannIndex.upserted_copy(folder, [1], clustered(rng, 50))
+
+
+def test_an_update_that_moves_documents_is_refused(folder, rng, monkeypatch):
+    class Moving:
+        set_num_threads = None
+
+        def __init__(self, *_, **__):
+            self.searcher = self
+
+        def upsert(self, rows, embeddings, batch_size):
+            return rows[::-1]
+
+    module = scann_module._import_scann()
+    monkeypatch.setattr(module, "load_searcher", Moving)
+    with pytest.raises(RuntimeError, match="moved documents"):
+        ScannIndex.upserted_copy(folder, [1, 2], clustered(rng, 50))
+
+
 class Broken:
     """A searcher on a full disk."""
 
@@ -215,6 +364,17 @@ def test_the_thread_cap_reaches_the_searcher(rng, threads, set_to):
     searcher = Broken()
     ScannIndex(searcher, dataclasses.replace(details, options=options))
     assert searcher.threads == set_to
+
+
+def test_the_thread_cap_reaches_the_builder(rng, monkeypatch):
+    caps = []
+    builder = scann_module._import_scann().scann_builder.ScannBuilder
+    cap = builder.set_n_training_threads
+    monkeypatch.setattr(
+        builder, "set_n_training_threads", lambda self, n: (caps.append(n), cap(self, n))[1]
+    )
+    ScannIndex.build(clustered(rng, 100), options=ScannOptions(threads=3))
+    assert caps == [3]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,24 @@
 """Embeddings on disk: complete or absent, resumable, verified, confined to their folder."""
 
+import concurrent.futures
 import dataclasses
+import errno
 import json
 import os
+import resource
+import time
 
 import numpy as np
 import pytest
 
-from ragjax.index import EmbeddingStore, EmbeddingWriter, StoreSpec
+from ragjax.index import (
+    DiskFullError,
+    EmbeddingStore,
+    EmbeddingWriter,
+    ShardWriter,
+    StoreSpec,
+    files,
+)
 
 SPEC = StoreSpec(
     size=23,
@@ -221,3 +232,157 @@ def test_bad_sizes_and_shards_are_refused(tmp_path, embeddings):
     with pytest.raises(ValueError, match="embeddings in shard 0 hold NaN"):
         writer.write(0, embeddings[:5])
     assert writer.missing() == [0, 1, 2, 3, 4]
+
+
+def test_other_processes_write_shards_and_the_owner_counts_them(tmp_path, embeddings, monkeypatch):
+    owner = EmbeddingWriter.open(tmp_path / "store", SPEC)
+    helper = ShardWriter.open(tmp_path / "store", SPEC)
+    fill(helper, embeddings, [0, 3])
+    assert helper.missing() == [1, 2, 4]
+    assert owner.missing() == [0, 1, 2, 3, 4]
+    assert owner.rescan() == [1, 2, 4]
+    hashed = []
+    original = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or original(path))
+    fill(helper, embeddings, [1])
+    hashed.clear()
+    assert owner.rescan() == owner.rescan() == owner.missing() == [2, 4]
+    assert hashed == ["shard-000001.npy"]
+    monkeypatch.undo()
+    fill(owner, embeddings)
+    assert helper.missing() == []
+    np.testing.assert_array_equal(owner.publish().read(), embeddings)
+    EmbeddingStore.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_writer_of_a_shard_wins(tmp_path, embeddings, monkeypatch, links):
+    def no_link(source, target):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+    owner = EmbeddingWriter.open(tmp_path / "store", SPEC)
+    first = ShardWriter.open(tmp_path / "store", SPEC)
+    second = ShardWriter.open(tmp_path / "store", SPEC)
+    fill(first, embeddings)
+    fill(second, embeddings, [0])
+    fill(second, embeddings + 1, [1])  # another device may round otherwise
+    fill(owner, embeddings + 2, [2])
+    assert owner.rescan() == []
+    np.testing.assert_array_equal(owner.publish().read(), embeddings)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_shard_whose_writer_died_before_its_note_is_adopted(tmp_path, embeddings):
+    owner = EmbeddingWriter.open(tmp_path / "store", SPEC)
+    helper = ShardWriter.open(tmp_path / "store", SPEC)
+    fill(helper, embeddings)
+    for shard in (1, 2):
+        (tmp_path / "store.building" / f"shard-00000{shard}.json").unlink()
+    assert owner.rescan() == helper.missing() == [1, 2]
+    fill(helper, embeddings + 1, [1])
+    fill(owner, embeddings + 1, [2])
+    assert owner.rescan() == []
+    np.testing.assert_array_equal(owner.publish().read(), embeddings)
+    EmbeddingStore.open(tmp_path / "store")
+
+
+def test_a_damaged_shard_is_removed_and_written_again(tmp_path, embeddings):
+    owner = EmbeddingWriter.open(tmp_path / "store", SPEC)
+    helper = ShardWriter.open(tmp_path / "store", SPEC)
+    fill(helper, embeddings)
+    for shard in (1, 2):
+        path = tmp_path / "store.building" / f"shard-00000{shard}.npy"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    fill(owner, embeddings, [2])  # replaces it at once
+    assert owner.rescan() == helper.missing() == [1]
+    fill(helper, embeddings, [1])
+    assert owner.rescan() == []
+    np.testing.assert_array_equal(owner.publish().read(), embeddings)
+    EmbeddingStore.open(tmp_path / "store")
+
+
+def test_late_writers_cannot_touch_a_published_or_restarted_store(tmp_path, embeddings):
+    owner = EmbeddingWriter.open(tmp_path / "store", SPEC)
+    late = ShardWriter.open(tmp_path / "store", SPEC)
+    fill(owner, embeddings)
+    owner.publish()
+    with pytest.raises(FileNotFoundError):
+        fill(late, embeddings, [0])
+    np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "store").read(), embeddings)
+    with pytest.raises(FileNotFoundError):
+        ShardWriter.open(tmp_path / "store", SPEC)
+    # The same name is used again, for the embeddings of another encoder.
+    (tmp_path / "store").rename(tmp_path / "old")
+    other = dataclasses.replace(SPEC, model_fingerprint="m2")
+    owner = EmbeddingWriter.open(tmp_path / "store", other)
+    with pytest.raises(FileNotFoundError):
+        fill(late, embeddings, [0])
+    with pytest.raises(ValueError, match="model_fingerprint: 'm2', now 'm1'"):
+        ShardWriter.open(tmp_path / "store", SPEC)
+    assert owner.rescan() == [0, 1, 2, 3, 4]
+
+
+def test_writers_that_race_never_publish_what_was_not_verified(tmp_path, rng):
+    """Every writer has other bytes: a mix-up of shard, note and manifest cannot go unnoticed."""
+    spec = dataclasses.replace(SPEC, size=150, rows_per_shard=5)
+    choices = rng.normal(size=(4, 150, 4)).astype(np.float32)
+    for number in range(3):
+        target = tmp_path / f"store-{number}"
+        owner = EmbeddingWriter.open(target, spec)
+
+        def write(values, target=target):
+            helper = ShardWriter.open(target, spec)
+            order = np.random.default_rng(int(values[0, 0] * 1e6) % 1000).permutation(30)
+            try:
+                fill(helper, values, order.tolist())
+            except FileNotFoundError:
+                return  # published meanwhile
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(write, values) for values in choices]
+            while owner.rescan():
+                time.sleep(0.001)
+            owner.publish()  # while the others still write
+            for future in running:
+                future.result()
+        found = EmbeddingStore.open(target).read().reshape(30, 5, 4)
+        wanted = choices.reshape(4, 30, 5, 4)
+        assert all((found[shard] == wanted[:, shard]).all((1, 2)).any() for shard in range(30))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store-0", "store-1", "store-2"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, embeddings):
+    spec = dataclasses.replace(SPEC, size=4000, rows_per_shard=2000)
+    writer = EmbeddingWriter.open(tmp_path / "store", spec)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match=r"32,000 bytes are needed.*shard-000000.npy"):
+            writer.write(0, np.zeros((2000, 4)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "store.building").rglob("shard*"))
+    assert writer.missing() == writer.rescan() == [0, 1]
+    fill(writer, np.zeros((4000, 4)))
+    writer.publish()
+
+
+def test_a_verified_folder_is_not_read_again(folder, monkeypatch):
+    def fail(path):
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(files, "sha256", fail)
+    EmbeddingStore.open(folder, verified=True)
+    with pytest.raises(AssertionError):
+        EmbeddingStore.open(folder)
+
+
+def test_other_settings_are_refused(folder):
+    EmbeddingStore.open(folder, settings={"pooling": "mean"})
+    with pytest.raises(ValueError, match="other settings .pooling: 'mean', expected 'cls'; "):
+        EmbeddingStore.open(folder, settings={"pooling": "cls", "prefix": "q: "})
+    with pytest.raises(ValueError, match="settings must be values that JSON has"):
+        dataclasses.replace(SPEC, settings={"step": np.int64(3)})
+    assert dataclasses.replace(SPEC, settings={"a": (1, 2)}).settings == {"a": [1, 2]}

@@ -1,5 +1,7 @@
 """Encoding a corpus: order, padding, static shapes, compilation and resuming."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,12 @@ from ragjax.index import EmbeddingStore, EmbeddingWriter, StoreSpec
 from ragjax.refresh import (
     EncodeOptions,
     Tokens,
-    encode,
     encode_corpus,
     encode_to_store,
     encode_token_ids,
     tqdm_progress,
 )
+from ragjax.refresh.encode import Cancelled, _compiled
 
 VOCABULARY, DIM, PAD = 50, 8, 49
 OPTIONS = EncodeOptions(buckets=(4, 8, 16), batch_tokens=64, max_rows=8, window=40)
@@ -128,20 +130,150 @@ def test_new_parameters_and_new_lengths_compile_nothing_again(params, token_ids)
     assert all(rows * length <= 64 and length in (4, 8, 16) for rows, length in traced)
 
 
-def test_only_the_last_batch_has_room_to_spare(rng):
-    lengths = rng.integers(0, 17, size=83).tolist()
-    batches = encode.plan_batches(lengths, OPTIONS)
-    assert sorted(np.concatenate([batch.documents for batch in batches])) == list(range(83))
-    for batch in batches:
-        longest = max(lengths[row] for row in batch.documents)
-        assert batch.length == min(bucket for bucket in (4, 8, 16) if bucket >= longest)
-        assert batch.rows <= min(64 // batch.length, 8)
-    assert all(len(batch.documents) == batch.rows for batch in batches[:-1])
+@pytest.mark.parametrize("num_devices", [1, 3, 8])
+def test_several_devices_encode_like_one(params, token_ids, num_devices):
+    one = encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS)
+    several = encode_token_ids(
+        tiny_encode,
+        params,
+        token_ids,
+        pad_id=PAD,
+        options=OPTIONS,
+        devices=jax.devices()[:num_devices],
+    )
+    np.testing.assert_allclose(several, one, atol=1e-6)
 
 
-@pytest.mark.parametrize(("documents", "rows"), [(1, 2), (2, 2), (3, 8), (8, 8), (9, 8)])
-def test_a_few_questions_do_not_pay_for_a_full_batch(documents, rows):
-    assert encode.plan_batches([3] * documents, OPTIONS)[0].rows == rows
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_nothing_lies_on_devices_that_were_not_given(params, token_ids, compute_dtype):
+    params = jax.device_put(params, jax.devices()[0])
+    others = set(jax.devices()[4:])
+    options = EncodeOptions(buckets=(16,), batch_tokens=64, compute_dtype=compute_dtype)
+    before = jax.live_arrays()
+    seen = []
+
+    def look(report):
+        for array in jax.live_arrays():
+            if not any(array is other for other in before):
+                seen.append((array.shape, array.sharding))
+
+    encode_token_ids(
+        tiny_encode,
+        params,
+        token_ids,
+        pad_id=PAD,
+        options=options,
+        progress=look,
+        devices=jax.devices()[4:],
+    )
+    assert all(sharding.device_set <= others for _, sharding in seen)
+    # Fetching a result makes an array of each part; what is on all four is ours.
+    whole = [(shape, sharding) for shape, sharding in seen if sharding.device_set == others]
+    assert {shape for shape, _ in whole} >= {(VOCABULARY, DIM), (DIM, DIM), (16, DIM)}
+    for shape, sharding in whole:
+        # Parameters are whole on each device, the rows of a batch are divided.
+        is_param = shape in {(VOCABULARY, DIM), (DIM, DIM)}
+        assert sharding.shard_shape(shape) == (shape if is_param else (shape[0] // 4, *shape[1:]))
+
+
+@pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2])
+def test_the_mesh_of_the_training_does_not_matter(params, token_ids, axis_type):
+    expected = encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS)
+    training = jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    with jax.set_mesh(training):
+        found = encode_token_ids(
+            tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS, devices=jax.devices()[4:]
+        )
+        assert jax.sharding.get_mesh() == training
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_new_parameters_compile_nothing_on_several_devices(params, token_ids):
+    def own_encode(params, tokens):
+        return tiny_encode(params, tokens)
+
+    devices = jax.devices()[2:6]
+    compiled = []
+    # Wherever the parameters come from: host, another device, the same devices.
+    replicated = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(devices, ("other",)), jax.sharding.PartitionSpec()
+    )
+    for given in (params, jax.device_put(params), jax.device_put(params, replicated)):
+        encode_token_ids(own_encode, given, token_ids, pad_id=PAD, options=OPTIONS, devices=devices)
+        compiled.append(_compiled(own_encode, Tokens)._cache_size())
+    assert compiled[0] == compiled[1] == compiled[2] <= 6
+
+
+@pytest.mark.parametrize("devices", [[], [jax.devices()[1]] * 2])
+def test_bad_devices_are_refused(params, token_ids, devices):
+    with pytest.raises(ValueError, match="devices must be distinct and at least one, got"):
+        encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, devices=devices)
+
+
+def test_the_compute_dtype_is_that_of_the_floating_parameters(params, token_ids):
+    params = {**params, "count": np.asarray(7, np.int32)}
+    whole = encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD)
+    traced = set()
+
+    def typed_encode(params, tokens):
+        traced.update((name, str(leaf.dtype)) for name, leaf in params.items())
+        return tiny_encode(params, tokens)
+
+    options = EncodeOptions(compute_dtype="bfloat16")
+    half = encode_token_ids(typed_encode, params, token_ids, pad_id=PAD, options=options)
+    assert traced == {("embed", "bfloat16"), ("query", "bfloat16"), ("count", "int32")}
+    assert half.dtype == np.float32
+    difference = np.abs(half - whole).max()
+    assert 1e-5 < difference < 0.05
+    assert params["embed"].dtype == np.float32
+
+
+def test_a_window_is_tokenised_while_the_one_before_is_encoded(params, token_ids):
+    tokenising = [threading.Event() for _ in range(3)]
+    encoding = [threading.Event() for _ in range(3)]
+    waited = []
+
+    def tokenize(window):
+        number = token_ids.index(window[0]) // 40
+        tokenising[number].set()
+        if number:
+            # Neither wait ends unless both threads are at work at once.
+            waited.append(encoding[number - 1].wait(5))
+        return window
+
+    def progress(report):
+        number = (report.done - 1) // 40
+        encoding[number].set()
+        if number < 2:
+            waited.append(tokenising[number + 1].wait(5))
+        # No more than one window ahead, or the memory would not be bounded.
+        assert not any(event.is_set() for event in tokenising[number + 2 :])
+
+    encode_corpus(
+        tiny_encode, params, token_ids, tokenize, pad_id=PAD, options=OPTIONS, progress=progress
+    )
+    assert len(waited) > 2 and all(waited)
+
+
+def test_a_cancelled_encoding_stops_before_the_next_batch(params, token_ids):
+    cancelled = threading.Event()
+    reports = []
+
+    def progress(report):
+        reports.append(report.done)
+        cancelled.set()
+
+    with pytest.raises(Cancelled, match="cancelled"):
+        encode_token_ids(
+            tiny_encode,
+            params,
+            token_ids,
+            pad_id=PAD,
+            options=OPTIONS,
+            progress=progress,
+            cancelled=cancelled,
+        )
+    assert len(reports) == 1
 
 
 def test_progress_ends_at_one_with_a_rate(params, token_ids, capsys):
@@ -186,22 +318,6 @@ def test_an_error_in_tokenize_reaches_the_caller(params):
         encode_corpus(tiny_encode, params, [1, 2], broken, pad_id=PAD)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_tokens": 0}, "must be positive"),
-        ({"max_rows": 0}, "must be positive"),
-        ({"window": -1}, "must be positive"),
-        ({"buckets": ()}, "ascending lengths"),
-        ({"buckets": (8, 4)}, "ascending lengths"),
-        ({"buckets": (0, 4)}, "positive lengths"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        EncodeOptions(**options)
-
-
 def spec():
     return StoreSpec(
         size=100, dim=DIM, model_fingerprint="m", corpus_fingerprint="c", rows_per_shard=30
@@ -212,7 +328,7 @@ class Killed(BaseException):
     """Ends a run the way no handler catches."""
 
 
-def to_store(folder, params, token_ids, progress=None):
+def to_store(folder, params, token_ids, progress=None, cancelled=None):
     writer = EmbeddingWriter.open(folder, spec())
     return encode_to_store(
         tiny_encode,
@@ -223,6 +339,7 @@ def to_store(folder, params, token_ids, progress=None):
         pad_id=PAD,
         options=OPTIONS,
         progress=progress,
+        cancelled=cancelled,
     )
 
 
@@ -241,6 +358,22 @@ def test_a_killed_encoding_goes_on_and_ends_with_the_same_bytes(tmp_path, params
     to_store(tmp_path / "killed", params, token_ids, reports.append)
     assert 60 < reports[0].done < 75 and reports[-1].fraction == 1.0
     np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "killed").read(), whole.read())
+
+
+def test_a_cancelled_encoding_keeps_its_finished_shards(tmp_path, params, token_ids):
+    whole = to_store(tmp_path / "whole", params, token_ids)
+    cancelled = threading.Event()
+
+    def progress(report):
+        if report.done > 35:
+            cancelled.set()
+
+    with pytest.raises(Cancelled):
+        to_store(tmp_path / "store", params, token_ids, progress, cancelled)
+    assert not (tmp_path / "store").exists()
+    assert EmbeddingWriter.open(tmp_path / "store", spec()).missing() == [1, 2, 3]
+    store = to_store(tmp_path / "store", params, token_ids, cancelled=threading.Event())
+    np.testing.assert_array_equal(store.read(), whole.read())
 
 
 def test_a_store_for_another_number_of_documents_is_refused(tmp_path, params, token_ids):

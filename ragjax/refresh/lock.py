@@ -1,4 +1,4 @@
-"""One trainer per run folder."""
+"""One writer for each folder: a run, or the generations of an index."""
 
 import fcntl
 import json
@@ -17,9 +17,22 @@ class RunLock:
     or a power loss is simply taken.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        """Names the folder; nothing is taken until `with` is entered."""
-        self._path = Path(folder) / "run.lock"
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        name: str = "run.lock",
+        remedy: str = "use another --output folder",
+    ):
+        """Names the folder; nothing is taken until `with` is entered.
+
+        Args:
+          folder: What one process at a time may write.
+          name: Of the file that is locked.
+          remedy: What else than waiting the user can do, for the message.
+        """
+        self._path = Path(folder) / name
+        self._remedy = remedy
         self._file: int | None = None
 
     def __enter__(self) -> Self:
@@ -36,8 +49,8 @@ class RunLock:
             holder = os.read(descriptor, 4096).decode("utf-8", "replace")
             os.close(descriptor)
             raise ValueError(
-                f"{self._path.parent} is locked by {_describe(holder)}; wait for it to end, or use"
-                " another --output folder"
+                f"{self._path.parent} is locked by {_describe(holder)}; wait for it to end, or"
+                f" {self._remedy}"
             ) from error
         os.ftruncate(descriptor, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,119 @@
+"""Encode documents for a trainer whose index is refreshed by other processes.
+
+On the host that trains, and on any host that sees the same folder under any path:
+
+    python experiments/adapt.py --data FOLDER --output runs/mine --retriever.rounds 1 \
+        --refresh.mode async --refresh.workers True
+    python experiments/refresh_worker.py --root /mnt/shared/runs/mine/refresh --data FOLDER
+
+Any number of workers share the documents; start and stop them at any time. A worker that is killed
+costs the shard it was at, which another one repeats. Data and encoder must be the trainer's: their
+fingerprints are compared, and a worker with others leaves with code 2.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# The Rust tokenizers use their own threads; transformers talks about a missing PyTorch.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import tyro
+
+from ragjax.adaptation.config import AdaptConfig
+from ragjax.adaptation.refresh import corpus_task
+from ragjax.data import Corpus
+from ragjax.models.encoder import load_encoder
+from ragjax.refresh import run_worker
+from ragjax.training.loop import graceful_stop
+
+BAD_INPUT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Encode documents for a trainer whose index is refreshed by other processes.
+
+    Attributes:
+        root: Folder that the trainer writes its encoding jobs to.
+        data: Folder with the trainer's `corpus.jsonl`.
+        cache: Folder for the prepared corpus of this host; "" takes `cache` beside the data.
+        encoder: The trainer's un-adapted encoder.
+        fields: As the trainer's `--data_options.fields`.
+        on_bad_row: As the trainer's `--data_options.on_bad_row`.
+        encode_tokens: Tokens in a batch on this host's devices; 0: as the trainer.
+        poll_seconds: Seconds between two looks for work.
+        heartbeat_seconds: Seconds between two signs of life.
+        once: Leave when there is no work.
+        debug: Show tracebacks.
+    """
+
+    root: str
+    data: str
+    cache: str = ""
+    encoder: str = AdaptConfig().encoder
+    fields: str = ""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    encode_tokens: int = 0
+    poll_seconds: float = 1.0
+    heartbeat_seconds: float = 2.0
+    once: bool = False
+    debug: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the script and returns its exit code: 0, 2 for bad input, 128 + signal if stopped."""
+    flags = tyro.cli(Flags, args=arguments, description=__doc__)
+    try:
+        return _run(flags)
+    except (ValueError, OSError) as error:
+        if flags.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _run(flags: Flags) -> int:
+    if min(flags.poll_seconds, flags.heartbeat_seconds) <= 0 or flags.encode_tokens < 0:
+        raise ValueError(
+            "--poll_seconds and --heartbeat_seconds must be positive, --encode_tokens not negative"
+        )
+    pairs = [pair.split("=", 1) for pair in flags.fields.split(",") if pair.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"--fields {flags.fields!r}: expected id=docid,text=contents")
+    with graceful_stop() as stop:
+        corpus = Corpus.open(
+            flags.data,
+            cache=flags.cache or Path(flags.data) / "cache",
+            fields={name.strip(): value.strip() for name, value in pairs},
+            on_bad_row=flags.on_bad_row,
+        )
+        encoder = load_encoder(flags.encoder)
+        # Sizes of batches and shards come with each job.
+        task = corpus_task(encoder, corpus, encode_tokens=1024, rows_per_shard=512)
+        devices = jax.local_devices()
+        print(
+            f"worker {os.getpid()}: {len(corpus):,} documents, {len(devices)} devices", flush=True
+        )
+        run_worker(
+            flags.root,
+            task,
+            encoder.params,
+            stop=lambda: stop.signum is not None,
+            poll_seconds=flags.poll_seconds,
+            heartbeat_seconds=flags.heartbeat_seconds,
+            batch_tokens=flags.encode_tokens or None,
+            devices=devices if len(devices) > 1 else None,
+            once=flags.once,
+            report=lambda line: print(line, flush=True),
+        )
+        return 0 if stop.signum is None else 128 + stop.signum
+
+
+if __name__ == "__main__":
+    sys.exit(main())

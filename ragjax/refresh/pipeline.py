@@ -1,0 +1,372 @@
+"""One refresh from parameters to a loaded index: export, encode, build, publish, open.
+
+Each part leaves either a complete result on disk or something the next attempt goes on from.
+N documents, D embedding size, P probe queries, R documents encoded again.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragjax.index import EmbeddingStore, EmbeddingWriter, IndexSnapshot, StoreSpec, choose_index
+from ragjax.refresh.build import BuildOptions, ScannBuild
+from ragjax.refresh.drift import top_k_overlap
+from ragjax.refresh.encode import EncodeProgress
+from ragjax.refresh.export import list_exports, write_export
+from ragjax.refresh.generations import (
+    EMBEDDINGS,
+    INDEX,
+    Description,
+    Expected,
+    GenerationStore,
+)
+from ragjax.refresh.partial import PartialPolicy, RetrievalCounts, select_rows
+from ragjax.refresh.snapshot import load_snapshot
+from ragjax.refresh.task import EncodeRequest, EncodeTask, Executor, params_digest
+
+_OVERLAP_K = 10
+_CHANGED = "changed"
+_LIBRARIES = ("jax", "numpy", "scann")
+
+
+class Export(NamedTuple):
+    """Parameters handed over by the trainer."""
+
+    params: Any  # a copy
+    step: int
+    probe_queries: NDArray[np.floating] | None  # [P, D]
+    embeddings: NDArray[np.float32] | None = None  # [N, D], where they need no encoding
+
+
+class _Plan(NamedTuple):
+    """Which documents a refresh encodes, and from which index the others are kept."""
+
+    rows: NDArray[np.int64] | None  # None: all
+    base: IndexSnapshot | None
+
+
+class Pipeline:
+    """What the refresher's thread does with an export; used by one thread at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        task: EncodeTask,
+        executor: Executor,
+        generations: GenerationStore,
+        *,
+        index: str,
+        build: BuildOptions,
+        partial: PartialPolicy | None,
+        cancelled: threading.Event,
+        on_progress: Callable[[EncodeProgress], None],
+        report: Callable[[str], None],
+    ) -> None:
+        """Takes its parts; see `Refresher`."""
+        self._folder, self._task, self._executor = folder, task, executor
+        self._generations = generations
+        self._index, self._build, self._partial = index, build, partial
+        self._cancelled, self._on_progress, self._report = cancelled, on_progress, report
+        self.counts = RetrievalCounts(len(task.documents))
+        # Known change of each document's embedding at its newest encoding, and the step of it.
+        self._drift = np.full(len(task.documents), np.nan, np.float32)
+        self._encoded_at = np.zeros(len(task.documents), np.int64)
+        self._latest: IndexSnapshot | None = None
+        self._since_full = 0
+        self._pinned: frozenset[int] = frozenset()
+        self._digests: dict[int, str] = {}  # of the parameters, by number of the generation
+        self._overlaps: dict[int, float] = {}
+        self._process: ScannBuild | None = None
+        self.building = False
+        self.exported: dict[int, str] = {}  # digests of the parameters on disk, by step
+
+    @property
+    def builder_pid(self) -> int:
+        """Process that builds an index at the moment, 0 where none does."""
+        process = self._process
+        return 0 if process is None else process.pid
+
+    def digest_of(self, number: int) -> str:
+        """Returns the digest of the parameters that made a generation opened by this pipeline."""
+        return self._digests[number]
+
+    def overlap_of(self, number: int) -> float:
+        """Returns the share of the probe queries' top 10 that a generation left alone, or NaN."""
+        return self._overlaps.get(number, float("nan"))
+
+    def clean(self) -> None:
+        """Removes what a killed export or removal left behind; before anything is under way."""
+        self._generations.clean()
+        finished = {path for _, path in list_exports(self._folder / "exports")}
+        for path in (self._folder / "exports").glob("*"):
+            if path not in finished:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def pin(self, numbers: frozenset[int]) -> None:
+        """Keeps generations that checkpoints name."""
+        self._pinned = numbers
+
+    def export_folder(self, step: int) -> Path:
+        """Returns where the parameters of a step are kept."""
+        return self._folder / "exports" / f"{step:08d}"
+
+    def open_existing(self, digest: str) -> IndexSnapshot | None:
+        """Opens the newest generation that was made from these parameters, if there is one."""
+        generation = self._generations.newest(
+            expected=self._expected(digest), report_mismatch=False
+        )
+        if generation is None:
+            return None
+        snapshot = load_snapshot(generation)
+        self._digests[generation.number] = digest
+        self._latest = snapshot
+        return snapshot
+
+    def run(self, export: Export) -> IndexSnapshot:
+        """Makes a generation of the parameters, or opens the one there is, and loads it.
+
+        Raises:
+            Cancelled: the refresher is closed.
+            ValueError: embeddings that are not finite; the message names the documents.
+            OSError: the disk is full, or gone.
+            BuildError: the process that builds the index failed.
+        """
+        digest = params_digest(export.params)
+        self._write_export(export, digest)
+        existing = self.open_existing(digest)
+        if existing is not None:
+            return existing
+        spec = self._task.spec(export.params, params_digest=digest, step=export.step)
+        plan = _Plan(None, self._latest) if export.embeddings is not None else self._plan()
+        folder = self._building_folder(spec, plan)
+        started = time.monotonic()
+        store = self._encode(export, spec, plan, folder)
+        encode_seconds = time.monotonic() - started
+        self.building = True
+        try:
+            snapshot = self._build_and_publish(export, digest, store, plan, folder, encode_seconds)
+        finally:
+            self.building = False
+            self._process = None
+        self._note_encoded(export.step, plan, snapshot)
+        self._latest = snapshot
+        self._collect(export.step)
+        return snapshot
+
+    # ------------------------------------------------------------------ the parts of a run
+
+    def _write_export(self, export: Export, digest: str) -> None:
+        """Keeps the parameters, so that a lost generation can be made again."""
+        folder = self.export_folder(export.step)
+        if self.exported.get(export.step) != digest or not folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_export(folder, export.params, step=export.step, info={})
+        self.exported[export.step] = digest
+
+    def _plan(self) -> _Plan:
+        """Decides whether all documents are encoded or those that matter most."""
+        base = self._latest
+        policy = self._partial
+        if policy is None or base is None or base.doc_embeddings is None:
+            return _Plan(None, None)
+        if self._since_full + 1 >= policy.full_every:
+            return _Plan(None, base)
+        budget = policy.budget(len(self._task.documents))
+        age = int(self._encoded_at.max()) - self._encoded_at
+        rows = select_rows(counts=self.counts.counts, drift=self._drift, age=age, budget=budget)
+        return _Plan(rows, base)
+
+    def _building_folder(self, spec: StoreSpec, plan: _Plan) -> Path:
+        """Returns the folder this refresh is built in, and removes those of given-up ones."""
+        rows = None if plan.rows is None else plan.rows.tobytes().hex()
+        parts = json.dumps([str(spec), rows, self._index, str(self._build.scann)])
+        name = hashlib.sha256(parts.encode()).hexdigest()[:16]
+        root = self._folder / "building"
+        root.mkdir(parents=True, exist_ok=True)
+        for path in root.iterdir():
+            if path.name != name:
+                shutil.rmtree(path, ignore_errors=True)
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder / INDEX, ignore_errors=True)
+        return folder
+
+    def _encode(self, export: Export, spec: StoreSpec, plan: _Plan, folder: Path) -> EmbeddingStore:
+        """Encodes the documents of the plan and returns the store of all of them."""
+        target = folder / EMBEDDINGS
+        if target.is_dir():  # finished by an earlier life, which was killed later
+            return EmbeddingStore.open(
+                target,
+                model_fingerprint=spec.model_fingerprint,
+                corpus_fingerprint=spec.corpus_fingerprint,
+            )
+        if export.embeddings is not None:
+            return _write_store(target, spec, export.embeddings)
+        if plan.rows is None:
+            return self._request(export, target, spec, None)
+        part = _part_spec(spec, plan.rows)
+        changed = folder / _CHANGED
+        store = (
+            EmbeddingStore.open(changed, model_fingerprint=part.model_fingerprint)
+            if changed.is_dir()
+            else self._request(export, changed, part, plan.rows)
+        )
+        embeddings = self._base_embeddings(plan)
+        embeddings[plan.rows] = store.read()
+        whole = _write_store(target, spec, embeddings)
+        shutil.rmtree(changed)
+        return whole
+
+    def _request(
+        self, export: Export, folder: Path, spec: StoreSpec, rows: NDArray[np.int64] | None
+    ) -> EmbeddingStore:
+        request = EncodeRequest(
+            export.params, export.step, folder, spec, rows, self._on_progress, self._cancelled
+        )
+        return self._executor.encode(self._task, request)
+
+    def _base_embeddings(self, plan: _Plan) -> NDArray[np.float32]:
+        """Returns the embeddings `[N, D]` of the index that a partial refresh starts from."""
+        assert plan.base is not None and plan.base.doc_embeddings is not None, "checked by _plan"
+        return plan.base.doc_embeddings(np.arange(len(self._task.documents)))
+
+    def _build_and_publish(
+        self,
+        export: Export,
+        digest: str,
+        store: EmbeddingStore,
+        plan: _Plan,
+        folder: Path,
+        encode_seconds: float,
+    ) -> IndexSnapshot:
+        """Builds the index beside the embeddings, publishes both and loads them, verified."""
+        kind = self._kind(store.spec)
+        started = time.monotonic()
+        recall = 1.0
+        if kind == "scann":
+            recall = self._build_scann(export, plan, folder)
+        description = Description(
+            encoder_step=export.step,
+            params_digest=digest,
+            corpus_fingerprint=self._task.corpus_digest,
+            model_fingerprint=self._task.model_fingerprint,
+            size=store.spec.size,
+            dim=store.spec.dim,
+            kind=kind,
+            recall=recall,
+            encode_seconds=encode_seconds,
+            build_seconds=time.monotonic() - started,
+            base=-1 if plan.rows is None or plan.base is None else plan.base.version,
+            encoded=store.spec.size if plan.rows is None else len(plan.rows),
+            built_at=time.time(),
+            versions=_versions(),
+        )
+        number = self._generations.publish(folder, description)
+        generation = self._generations.open(number, expected=self._expected(digest))
+        snapshot = load_snapshot(generation)
+        self._digests[number] = digest
+        if export.probe_queries is not None and self._latest is not None:
+            self._overlaps = {number: self._measure_overlap(snapshot, export.probe_queries)}
+        return snapshot
+
+    def _build_scann(self, export: Export, plan: _Plan, folder: Path) -> float:
+        """Builds the ScaNN index in its own process and returns its recall."""
+        base = None
+        if plan.rows is not None and plan.base is not None:
+            path = self._generations.path(plan.base.version) / INDEX
+            base = path if path.is_dir() else None
+        self._process = ScannBuild(
+            folder,
+            self._build,
+            probe_queries=export.probe_queries,
+            base=base,
+            rows=None if base is None else plan.rows,
+        )
+        self._process.wait(self._cancelled)
+        details = json.loads((folder / INDEX / "ragjax.json").read_text("utf-8"))["details"]
+        return float(details["recall"])
+
+    def _measure_overlap(self, snapshot: IndexSnapshot, probes: NDArray[np.floating]) -> float:
+        assert self._latest is not None, "checked by the caller"
+        k = min(_OVERLAP_K, len(self._task.documents))
+        return top_k_overlap(self._latest.index.search(probes, k), snapshot.index.search(probes, k))
+
+    def _note_encoded(self, step: int, plan: _Plan, snapshot: IndexSnapshot) -> None:
+        """Remembers what was encoded and how much it had changed, for the next partial refresh."""
+        if self._partial is None or snapshot.doc_embeddings is None:
+            return
+        rows = np.arange(len(self._task.documents)) if plan.rows is None else plan.rows
+        if plan.base is not None and plan.base.doc_embeddings is not None:
+            old, new = plan.base.doc_embeddings(rows), snapshot.doc_embeddings(rows)
+            norms = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
+            self._drift[rows] = 1 - (old * new).sum(axis=1) / np.maximum(norms, 1e-12)
+        self._encoded_at[rows] = step
+        self.counts.reset(rows)
+        self._since_full = 0 if plan.rows is None else self._since_full + 1
+
+    def _collect(self, step: int) -> None:
+        """Removes generations and exports that nothing needs any more."""
+        self._generations.collect(pinned=self._pinned)
+        needed = {step, *self._generations.encoder_steps()}
+        for exported, path in list_exports(self._folder / "exports"):
+            if exported not in needed and exported < step:
+                shutil.rmtree(path, ignore_errors=True)
+                self.exported.pop(exported, None)
+
+    def _kind(self, spec: StoreSpec) -> str:
+        """Returns the kind of index, "exact" or "scann"."""
+        if self._index == "auto":
+            choice = choose_index(spec.size, spec.dim)
+            self._index = choice.name
+            self._report(choice.reason)
+        return self._index
+
+    def _expected(self, digest: str) -> Expected:
+        return Expected(
+            corpus_fingerprint=self._task.corpus_digest,
+            model_fingerprint=self._task.model_fingerprint,
+            params_digest=digest,
+        )
+
+
+def _write_store(folder: Path, spec: StoreSpec, embeddings: NDArray[np.float32]) -> EmbeddingStore:
+    """Writes embeddings `[N, D]` that are at hand."""
+    writer = EmbeddingWriter.open(folder, spec)
+    for shard in writer.missing():
+        rows = writer.rows(shard)
+        writer.write(shard, embeddings[rows.start : rows.stop])
+    return writer.publish()
+
+
+def _part_spec(spec: StoreSpec, rows: NDArray[np.int64]) -> StoreSpec:
+    """Returns the spec of a store that holds some documents only."""
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    return StoreSpec(
+        size=len(rows),
+        dim=spec.dim,
+        model_fingerprint=spec.model_fingerprint,
+        corpus_fingerprint=spec.corpus_fingerprint,
+        settings={**spec.settings, "rows": digest},
+        dtype=spec.dtype,
+        rows_per_shard=spec.rows_per_shard,
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of the libraries that decide what a generation holds."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,160 @@
+"""What is encoded and how, apart from the parameters; and the interface of those who do it.
+
+N = documents, D = embedding size.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from ragjax.index import store
+from ragjax.refresh import encode as encoding
+from ragjax.refresh.encode import Cancelled as Cancelled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeTask:
+    """A corpus and the encoder that turns it into embeddings, given parameters.
+
+    Attributes:
+        encode: pure function `(params, tokens) -> [B, D]`, not jitted.
+        documents: N documents, read by index.
+        pad_id: id that fills up a row of tokens.
+        tokenize: token ids, cut to length, of a list of documents; the default takes documents
+            that are token ids already.
+        make_tokens: makes what `encode` takes from ids and mask `[B, L]`.
+        options: sizes of the batches.
+        corpus_fingerprint: of the documents in their order; "" computes one from the documents.
+        model_fingerprint: of everything but the weights that decides an embedding: architecture,
+            tokenizer, longest length, pooling, prefix.
+        dtype: in which embeddings are stored, "float32" or "float16".
+        rows_per_shard: documents in a shard; what a killed encoding repeats at most.
+    """
+
+    encode: encoding.Encode
+    documents: Sequence[Any]
+    pad_id: int
+    tokenize: encoding.Tokenize = list
+    make_tokens: Callable[[Array, Array], Any] = encoding.Tokens
+    options: encoding.EncodeOptions = dataclasses.field(default_factory=encoding.EncodeOptions)
+    corpus_fingerprint: str = ""
+    model_fingerprint: str = ""
+    dtype: str = "float32"
+    rows_per_shard: int = 512
+
+    def __post_init__(self) -> None:
+        """Refuses a corpus without documents."""
+        if not len(self.documents):
+            raise ValueError("There are no documents to encode.")
+
+    @functools.cached_property
+    def corpus_digest(self) -> str:
+        """The fingerprint of the corpus, as given or else computed once from the documents."""
+        if self.corpus_fingerprint:
+            return self.corpus_fingerprint
+        digest = hashlib.sha256()
+        for row in range(len(self.documents)):
+            digest.update(repr(self.documents[row]).encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
+
+    def dim(self, params: Any) -> int:
+        """Returns D, by tracing the encoder without computing anything."""
+        length = self.options.buckets[0]
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), params)
+        ids = jax.ShapeDtypeStruct((1, length), np.int32)
+        mask = jax.ShapeDtypeStruct((1, length), np.bool_)
+
+        def run(params: Any, ids: Array, mask: Array) -> Array:
+            return self.encode(params, self.make_tokens(ids, mask))
+
+        return int(jax.eval_shape(run, shapes, ids, mask).shape[1])
+
+    def spec(self, params: Any, *, params_digest: str, step: int) -> store.StoreSpec:
+        """Returns what a store of all documents, encoded with these parameters, holds."""
+        return store.StoreSpec(
+            size=len(self.documents),
+            dim=self.dim(params),
+            model_fingerprint=params_digest,
+            corpus_fingerprint=self.corpus_digest,
+            settings={
+                "model": self.model_fingerprint,
+                "encoder_step": step,
+                "compute_dtype": self.options.compute_dtype,
+            },
+            dtype=self.dtype,
+            rows_per_shard=self.rows_per_shard,
+        )
+
+
+class EncodeRequest(NamedTuple):
+    """One encoding of a corpus, or of a part of it."""
+
+    params: Any  # a copy that nothing else changes or donates
+    step: int  # training step of the parameters
+    folder: Path  # where the store is published; `<folder>.building` may hold finished shards
+    spec: store.StoreSpec
+    rows: NDArray[np.int64] | None  # documents to encode, in the order of the store; None: all
+    progress: encoding.Progress
+    cancelled: threading.Event  # set when the result is no longer wanted
+
+
+class Executor(Protocol):
+    """Where documents are encoded: a thread on some devices, or other processes."""
+
+    def copy_params(self, params: Any) -> Any:
+        """Copies live parameters; called in the trainer's thread, before its next step donates."""
+        ...
+
+    def encode(self, task: EncodeTask, request: EncodeRequest) -> store.EmbeddingStore:
+        """Encodes and publishes the store; called in the refresher's thread.
+
+        Shards that an earlier, killed call finished are kept.
+
+        Raises:
+            Cancelled: `request.cancelled` was set.
+            ValueError: embeddings that are not finite (the message names the documents).
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives up what it holds; no encoding is under way."""
+        ...
+
+
+def params_digest(params: Any) -> str:
+    """Returns the sha256 of a tree of arrays: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def task_rows(task: EncodeTask, rows: NDArray[np.int64] | None) -> Sequence[Any]:
+    """Returns the documents of a request: all of them, or those in `rows`, still read by index."""
+    return task.documents if rows is None else _Selected(task.documents, rows)
+
+
+class _Selected(Sequence[Any]):
+    """Some documents of a corpus, read when asked for."""
+
+    def __init__(self, documents: Sequence[Any], rows: NDArray[np.int64]) -> None:
+        self._documents, self._rows = documents, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        return self._documents[int(self._rows[index])]

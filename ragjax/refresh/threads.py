@@ -1,0 +1,60 @@
+"""Encoding in a thread of the trainer's process, on its own devices or on spare ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ragjax.index import store
+from ragjax.refresh.encode import encode_to_store
+from ragjax.refresh.task import EncodeRequest, EncodeTask, task_rows
+
+
+class ThreadExecutor:
+    """Encodes in the refresher's own thread.
+
+    Without devices the encoding shares the trainer's, batch by batch; with devices that the
+    training mesh does not hold it takes nothing from training but host time.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device] | None = None) -> None:
+        """Chooses where to encode.
+
+        Args:
+            devices: local devices to shard the batches over; None: where the parameters are.
+
+        Raises:
+            ValueError: an empty list, a device twice, or one of another process.
+        """
+        if devices is not None:
+            unknown = [device for device in devices if device not in jax.local_devices()]
+            if not devices or len(set(devices)) != len(devices) or unknown:
+                raise ValueError(
+                    f"devices must be distinct local devices ({len(jax.local_devices())} here), "
+                    f"got {list(devices)}."
+                )
+        self.devices = None if devices is None else tuple(devices)
+
+    def copy_params(self, params: Any) -> Any:
+        """Copies the parameters on their device; the next step may then donate the originals."""
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+
+    def encode(self, task: EncodeTask, request: EncodeRequest) -> store.EmbeddingStore:
+        """Encodes the documents of the request and publishes the store; see `Executor`."""
+        return encode_to_store(
+            task.encode,
+            request.params,
+            task_rows(task, request.rows),
+            task.tokenize,
+            store.EmbeddingWriter.open(request.folder, request.spec),
+            pad_id=task.pad_id,
+            options=task.options,
+            make_tokens=task.make_tokens,
+            progress=request.progress,
+            devices=self.devices,
+            cancelled=request.cancelled,
+        )
+
+    def close(self) -> None:
+        """Has nothing to give up."""

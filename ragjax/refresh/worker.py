@@ -1,0 +1,355 @@
+"""A worker process: takes shards of the newest job, encodes them, and writes them.
+
+    run_worker(root, task, encoder.params, stop=lambda: stopped)
+
+Any number of workers, on any hosts that see the folder, share a job; each may be killed at any
+moment, and the shard it was at goes to another one.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+
+from ragjax.index import DiskFullError, ShardWriter
+from ragjax.refresh.encode import Cancelled, encode_corpus
+from ragjax.refresh.export import read_export
+from ragjax.refresh.jobs import WORKERS, Job, job_numbers, read_job, write_error
+from ragjax.refresh.leases import Beacon, Leases, read_holder, this_process
+from ragjax.refresh.task import EncodeTask, task_rows
+
+# Between two looks at whether to stop, in seconds.
+_STOP_SECONDS = 0.1
+# A lease is renewed at least so many times in the seconds after which it counts as dead.
+_RENEWALS = 4
+
+
+def run_worker(
+    root: str | os.PathLike[str],
+    task: EncodeTask,
+    template_params: Any,
+    *,
+    stop: Callable[[], bool],
+    poll_seconds: float = 1.0,
+    heartbeat_seconds: float = 2.0,
+    batch_tokens: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    once: bool = False,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Works for the trainer that writes jobs to `root`, until it is told to stop.
+
+    Args:
+        root: the folder given to `ProcessExecutor`; waited for if it is not there yet.
+        task: the trainer's corpus and encoder; its `options` are replaced by the job's.
+        template_params: tree of arrays or `jax.ShapeDtypeStruct`, as the trainer's parameters.
+        stop: asked about ten times a second, in another thread; the batch under way is finished.
+        poll_seconds: between two looks for a job.
+        heartbeat_seconds: between two signs of life.
+        batch_tokens: tokens in a batch on this process's devices; None: as the trainer says.
+            Another number changes embeddings by rounding.
+        devices: that share a batch; None: the default device.
+        once: True = leave when there is no job.
+        report: shows one line to the user.
+
+    Returns:
+        The number of shards written.
+
+    Raises:
+        ValueError: this worker has another corpus or encoder than the trainer, or their versions
+            differ. The job fails with the same message.
+        OSError: the folder cannot be written.
+    """
+    worker = _Worker(Path(root), task, template_params, batch_tokens, devices, report)
+    if not _await_root(worker.root, stop, poll_seconds, report):
+        return 0
+    with _SignsOfLife(worker.root, stop, poll_seconds, heartbeat_seconds) as signs:
+        while not stop():
+            job = worker.newest_job()
+            if job is None and once:
+                break
+            if job is None or not worker.encode_shard(job, signs):
+                _pause(stop, poll_seconds)
+    return worker.num_shards
+
+
+class _Prepared(NamedTuple):
+    """A job with what is read once for all its shards."""
+
+    job: Job
+    params: Any
+    documents: Sequence[Any]
+    writer: ShardWriter
+    leases: Leases
+    failures: collections.Counter[int]  # by shard, in this process
+
+
+class _Worker:
+    """Encodes shards, one at a time."""
+
+    def __init__(
+        self,
+        root: Path,
+        task: EncodeTask,
+        template_params: Any,
+        batch_tokens: int | None,
+        devices: Sequence[jax.Device] | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self.root = root
+        self.num_shards = 0
+        self._task = task
+        self._template = template_params
+        self._batch_tokens = batch_tokens
+        self._devices = devices
+        self._report = report
+        self._prepared: _Prepared | None = None
+        self._failed: set[str] = set()
+
+    def newest_job(self) -> Job | None:
+        """Returns the open job with the highest number, unless it has failed here for good."""
+        try:
+            job = read_job(self.root, job_numbers(self.root)[-1])
+        except (FileNotFoundError, IndexError):
+            return None
+        return None if job.id in self._failed else job
+
+    def encode_shard(self, job: Job, signs: "_SignsOfLife") -> bool:
+        """Encodes one shard of the job; False if none is free, or the job is gone."""
+        try:
+            prepared = self._prepare(job)
+            taken = self._take(prepared)
+        except OSError as error:
+            self._tell(job, -1, error)
+            return False
+        if taken is None:
+            return False
+        shard, lease = taken
+        failure: Exception | None = None
+        try:
+            with signs.working(job, lease) as cancelled:
+                self._write(prepared, shard, cancelled)
+        except Cancelled:
+            return False
+        except Exception as error:
+            # Whatever it is, it belongs to the trainer; this process may serve the next job.
+            failure = error
+        finally:
+            with contextlib.suppress(OSError):
+                lease.release()
+        if failure is not None:
+            # After the lease has gone: on a full disk, its place is where the note fits.
+            prepared.failures[shard] += 1
+            self._tell(job, shard, failure)
+        return failure is None
+
+    def _prepare(self, job: Job) -> _Prepared:
+        """Reads the parameters of a job, once."""
+        if self._prepared is not None and self._prepared.job.id == job.id:
+            return self._prepared
+        self._prepared = None  # the old parameters make room for the new ones
+        try:
+            _check_same_task(self._task, job)
+            params = jax.device_put(read_export(job.params, self._template).params)
+            writer = ShardWriter.open(job.store, job.spec)
+        except ValueError as error:
+            if not job.is_open():  # a folder that is being removed looks damaged
+                raise FileNotFoundError(f"{job.folder} is gone.") from error
+            write_error(job, error, shard=-1, fatal=True)
+            raise
+        self._report(f"job {job.number}: parameters of step {job.step}")
+        documents = task_rows(self._task, job.rows())
+        leases = Leases(job.leases, lease_seconds=job.lease_seconds)
+        self._prepared = _Prepared(
+            job, params, documents, writer, leases, failures=collections.Counter()
+        )
+        return self._prepared
+
+    def _take(self, prepared: _Prepared) -> tuple[int, Beacon] | None:
+        """Takes the lease on a shard that nobody has finished or works on."""
+        for shard in sorted(prepared.writer.missing(), key=lambda n: prepared.failures[n]):
+            if lease := prepared.leases.take(shard):
+                return shard, lease
+        return None
+
+    def _write(self, prepared: _Prepared, shard: int, cancelled: threading.Event) -> None:
+        """Encodes and writes a shard."""
+        started = time.monotonic()
+        options = prepared.job.options
+        if self._batch_tokens is not None:
+            options = dataclasses.replace(options, batch_tokens=self._batch_tokens)
+        rows = prepared.writer.rows(shard)
+        embeddings = encode_corpus(
+            self._task.encode,
+            prepared.params,
+            prepared.documents,
+            self._task.tokenize,
+            pad_id=self._task.pad_id,
+            options=options,
+            make_tokens=self._task.make_tokens,
+            devices=self._devices,
+            cancelled=cancelled,
+            rows=rows,
+        )
+        prepared.writer.write(shard, embeddings)
+        self.num_shards += 1
+        seconds = time.monotonic() - started
+        self._report(
+            f"job {prepared.job.number}: shard {shard + 1} of {prepared.writer.spec.num_shards}, "
+            f"{len(rows) / seconds:,.0f} texts/s"
+        )
+
+    def _tell(self, job: Job, shard: int, error: Exception) -> None:
+        """Passes an error on to the trainer, unless it comes from the job having ended."""
+        if not job.is_open() or (isinstance(error, FileNotFoundError) and _is_published(job)):
+            return
+        where = f"shard {shard + 1}" if shard >= 0 else "reading it"
+        self._report(f"job {job.number}: {where} failed: {error}")
+        # The same parameters and documents give the same values again, and a full disk stays full
+        # until somebody makes room; memory may be free at the next try.
+        fatal = isinstance(error, (ValueError, DiskFullError))
+        if fatal:
+            self._failed.add(job.id)
+        write_error(job, error, shard=shard, fatal=fatal)
+
+
+class _SignsOfLife:
+    """A thread that renews the beacons of this process and notices when work is for nothing."""
+
+    def __init__(
+        self,
+        root: Path,
+        stop: Callable[[], bool],
+        poll_seconds: float,
+        heartbeat_seconds: float,
+    ) -> None:
+        self._root = root
+        self._stop = stop
+        self._poll_seconds = poll_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._beacon = _join(root)
+        self._work: tuple[Job, Beacon, threading.Event] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Starts the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends the thread and removes this worker's file."""
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._beacon.release()
+
+    @contextlib.contextmanager
+    def working(self, job: Job, lease: Beacon) -> Iterator[threading.Event]:
+        """Renews a lease in the block; yields what is set when the work is no longer wanted."""
+        cancelled = threading.Event()
+        self._work = (job, lease, cancelled)
+        try:
+            yield cancelled
+        finally:
+            self._work = None
+
+    def _run(self) -> None:
+        """Renews, and looks for a stop, a newer job or the end of this one."""
+        due: dict[str, float] = collections.defaultdict(float)
+
+        def is_due(name: str, seconds: float) -> bool:
+            now = time.monotonic()
+            if now < due[name]:
+                return False
+            due[name] = now + seconds
+            return True
+
+        while not self._ended.wait(min(_STOP_SECONDS, self._heartbeat_seconds)):
+            # A file system that is away for a while is no reason to end; others will see.
+            with contextlib.suppress(OSError):
+                if is_due("worker", self._heartbeat_seconds):
+                    self._beacon.renew()
+                work = self._work
+                if work is None:
+                    continue
+                job, lease, cancelled = work
+                if self._stop():
+                    cancelled.set()
+                if is_due("lease", min(self._heartbeat_seconds, job.lease_seconds / _RENEWALS)):
+                    lease.renew()
+                if is_due("job", self._poll_seconds):
+                    if not job.is_open() or job_numbers(self._root)[-1:] != [job.number]:
+                        cancelled.set()
+
+
+def _join(root: Path) -> Beacon:
+    """Makes this worker's file; removes those of ended workers of this machine."""
+    folder, me = root / WORKERS, this_process()
+    try:
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                holder = read_holder(path.read_bytes())
+                if holder and (holder.is_gone() or holder == me):
+                    path.unlink()
+        return Beacon(folder / f"{me.host}-{me.pid}.json")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: a worker must be able to write signs of life, leases and shards "
+            "there; mount the folder for writing, or choose another --root",
+            str(root),
+        ) from error
+
+
+def _check_same_task(task: EncodeTask, job: Job) -> None:
+    """Refuses to encode other documents, or with another encoder, than the trainer has."""
+    for name, here, there, remedy in (
+        ("corpus", task.corpus_digest, job.corpus_fingerprint, "--data"),
+        ("encoder", task.model_fingerprint, job.model_fingerprint, "--encoder"),
+    ):
+        if here != there:
+            raise ValueError(
+                f"This worker has another {name} than the trainer: fingerprint {here!r} here, "
+                f"{there!r} in job {job.number}; start it with the trainer's {remedy}."
+            )
+
+
+def _is_published(job: Job) -> bool:
+    """Tells whether the trainer has all shards and is about to end the job."""
+    building = job.store.with_name(f"{job.store.name}.building")
+    return not any(building.glob("partial-*"))
+
+
+def _await_root(
+    root: Path, stop: Callable[[], bool], poll_seconds: float, report: Callable[[str], None]
+) -> bool:
+    """Waits until the folder is there; False if stopped first."""
+    if not root.is_dir():
+        report(f"waiting for {root}: the trainer makes it, or it is not mounted here")
+    while not root.is_dir():
+        if stop():
+            return False
+        _pause(stop, poll_seconds)
+    return True
+
+
+def _pause(stop: Callable[[], bool], seconds: float) -> None:
+    """Waits, but not for one who wants to stop."""
+    end = time.monotonic() + seconds
+    while not stop() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _STOP_SECONDS))

@@ -1,0 +1,164 @@
+"""Retrieval with live queries before each step, from an index that is kept fresh meanwhile.
+
+How fresh, is one switch (`Freshness`):
+
+| mode | document tower | index |
+|---|---|---|
+| frozen | trained | the one of the start: it grows stale |
+| query_only | not trained | the one of the start: it stays fresh |
+| rerank | trained | as frozen, but its best documents are encoded live and ranked again |
+| sync | trained | built again when the trigger says so; training waits |
+| async | trained | built again meanwhile; training goes on with the old one |
+
+B questions a step, K documents each, D embedding size.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragjax.index import IndexSnapshot, SearchResult
+from ragjax.refresh import Never, Refresher, Trigger, live_embeddings, rerank
+from ragjax.refresh.task import EncodeTask
+from ragjax.training.steps import TrainState
+
+Freshness = Literal["frozen", "query_only", "rerank", "sync", "async"]
+Search = Callable[[IndexSnapshot, NDArray[np.int64], NDArray[np.float32], int], SearchResult]
+
+
+class Retrieved(NamedTuple):
+    """What a step learns from."""
+
+    step: int
+    rows: NDArray[np.int64]  # [B] examples of the step
+    found: SearchResult  # [B, K]
+
+
+def refresh_trigger(mode: Freshness, trigger: Trigger) -> Trigger:
+    """Returns when a mode refreshes: as `trigger` says, or never."""
+    return trigger if mode in ("sync", "async") else Never()
+
+
+def search_dense(
+    snapshot: IndexSnapshot, rows: NDArray[np.int64], embeddings: NDArray[np.float32], k: int
+) -> SearchResult:
+    """Searches the index that serves."""
+    del rows
+    return snapshot.index.search(embeddings, k)
+
+
+def search_reranked(task: EncodeTask, doc_params: Callable[[], Any], *, factor: int) -> Search:
+    """Returns a search that takes `factor` x k documents and ranks them by live embeddings.
+
+    Args:
+        task: the documents and their encoder.
+        doc_params: returns the live parameters of the document encoder.
+        factor: documents considered for each one returned.
+
+    Raises:
+        ValueError: `factor` is less than 1.
+    """
+    if factor < 1:
+        raise ValueError(f"factor must be at least 1, got {factor}.")
+
+    def search(
+        snapshot: IndexSnapshot, rows: NDArray[np.int64], embeddings: NDArray[np.float32], k: int
+    ) -> SearchResult:
+        del rows
+        candidates = snapshot.index.search(embeddings, min(factor * k, max(k, snapshot.index.size)))
+        return rerank(candidates, embeddings, live_embeddings(task, doc_params()), k)
+
+    return search
+
+
+class LiveRetrieval:
+    """The host's side of a step: the refresher's callback, query embeddings, the search."""
+
+    def __init__(
+        self,
+        refresher: Refresher,
+        *,
+        towers: Callable[[Any], tuple[Any, Any]],
+        encode_queries: Callable[[Any, NDArray[np.int64]], NDArray[np.float32]],
+        rows_at: Callable[[int], NDArray[np.int64]],
+        k: int,
+        search: Search = search_dense,
+        embeddings: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Takes its parts.
+
+        Args:
+            refresher: not started yet; whoever made it closes it.
+            towers: trainable parameters to those of the query and of the document encoder.
+            encode_queries: (query parameters, examples [B]) to `[B, D]`.
+            rows_at: step to its examples `[B]`, a pure function.
+            k: documents for each question.
+            search: finds them.
+            embeddings: `[N, D]` of the documents with the parameters of the first step, where
+                they are at hand, so that the first index needs no encoding.
+        """
+        self.refresher = refresher
+        self._towers, self._encode_queries = towers, encode_queries
+        self._rows_at, self._k, self._search = rows_at, k, search
+        self._embeddings = embeddings
+        self._params: tuple[Any, Any] = (None, None)
+        self._retrieved: Retrieved | None = None
+
+    @property
+    def doc_params(self) -> Any:
+        """Live parameters of the document encoder, valid until the step that follows."""
+        return self._params[1]
+
+    @property
+    def query_params(self) -> Any:
+        """Live parameters of the query encoder, valid until the step that follows."""
+        return self._params[0]
+
+    def retrieved(self, step: int) -> Retrieved:
+        """Returns what `before_step(step)` found, for `batch_at(step)`.
+
+        Raises:
+            RuntimeError: another step was prepared.
+        """
+        if self._retrieved is None or self._retrieved.step != step:
+            raise RuntimeError(f"Step {step} was not prepared; run_steps(host=...) does that.")
+        return self._retrieved
+
+    def resume(self, step: int, state: TrainState, saved: Mapping[str, Any] | None) -> None:
+        """Opens or builds the index that the step starts from."""
+        self._params = self._towers(state.params)
+        fresh = saved is None and step == 0
+        self.refresher.start(
+            self.doc_params,
+            step=step,
+            state=saved,
+            embeddings=self._embeddings if fresh else None,
+        )
+
+    def before_step(self, step: int, state: TrainState) -> dict[str, float]:
+        """Refreshes what is due and retrieves for the step; returns the metrics of both."""
+        started = time.perf_counter()
+        self._params = self._towers(state.params)
+        snapshot = self.refresher.update(step, self.doc_params)
+        updated = time.perf_counter()
+        rows = self._rows_at(step)
+        embeddings = self._encode_queries(self.query_params, rows)
+        found = self._search(snapshot, rows, embeddings, self._k)
+        self.refresher.note_retrieved(found.doc_ids, found.mask)
+        self._retrieved = Retrieved(step, rows, found)
+        return self.refresher.metrics(step) | {
+            "index/callback_seconds": updated - started,
+            "index/search_seconds": time.perf_counter() - updated,
+            "retrieval/short": float((~found.mask).any(axis=1).mean()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns which index serves, for the checkpoint."""
+        return self.refresher.state_dict()
+
+    def line(self, step: int) -> str:
+        """Returns which index serves and what goes on."""
+        return self.refresher.line(step)

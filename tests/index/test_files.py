@@ -1,0 +1,171 @@
+"""Folders with sub-folders: exactly what the manifest lists, nothing reached through a link."""
+
+import os
+import shutil
+
+import pytest
+
+from ragjax.index import files
+
+NAMES = ("a.npy", "embeddings/shard-000000.npy", "embeddings/deep/er.npy", "index/ragjax.json")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in NAMES:
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def digests(folder):
+    return files.walk_digests(folder, known={})
+
+
+def test_digests_of_every_file_below(folder, digests):
+    assert digests == {name: files.sha256(folder / name) for name in NAMES}
+
+
+def test_a_known_digest_is_not_computed_again(folder, digests, monkeypatch):
+    read = []
+    compute = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: (read.append(path.name), compute(path))[1])
+    known = {name: digests[name] for name in NAMES[1:3]}
+    assert files.walk_digests(folder, known=known) == digests
+    assert sorted(read) == ["a.npy", "ragjax.json"]
+    with pytest.raises(ValueError, match="holds no file 'shard-000000.npy' though its digest"):
+        files.walk_digests(folder, known={"shard-000000.npy": "0"})
+
+
+def test_an_unchanged_folder_passes_also_with_files_that_have_no_checksum(folder, digests):
+    files.verify_folder(folder, digests, also=())
+    del digests["index/ragjax.json"]
+    files.verify_folder(folder, digests, also=("index/ragjax.json",))
+    with pytest.raises(ValueError, match=r"folder/index is not in the manifest"):
+        files.verify_folder(folder, digests, also=("ragjax.json",))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/passwd",
+        "../a.npy",
+        "embeddings/../a.npy",
+        "embeddings/..",
+        "..",
+        ".",
+        "./a.npy",
+        "embeddings/./x",
+        "embeddings//x",
+        "embeddings/",
+        "",
+        "embeddings\\x",
+        "C:/a.npy",
+        "//server/share/a.npy",
+        3,
+    ],
+)
+def test_names_that_lead_elsewhere_or_are_spelled_twice_are_refused(folder, digests, name):
+    # The file exists, so nothing but its name is wrong.
+    with pytest.raises(ValueError, match="which is no plain file name"):
+        files.verify_folder(folder, digests | {name: digests["a.npy"]}, also=())
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "a.npy"])
+def test_a_manifest_without_files_is_refused(folder, value):
+    with pytest.raises(ValueError, match="lists no files with checksums"):
+        files.check_listing(folder, value, also=())
+
+
+@pytest.mark.parametrize("name", ["x.pkl", "embeddings/x.pkl", "embeddings/deep/x.pkl"])
+def test_an_unlisted_file_is_refused(folder, digests, name):
+    (folder / name).write_text("")
+    for check in (files.verify_folder, files.check_listing):
+        with pytest.raises(ValueError, match=rf"{name} is not in the manifest"):
+            check(folder, digests, also=())
+
+
+@pytest.mark.parametrize("name", ["x", "embeddings/x"])
+def test_an_unlisted_empty_folder_is_refused(folder, digests, name):
+    (folder / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} is not in the manifest"):
+        files.check_listing(folder, digests, also=())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named(folder, digests, name):
+    (folder / name).unlink()
+    for check in (files.verify_folder, files.check_listing):
+        with pytest.raises(ValueError, match=rf"{name} is missing; build this folder again"):
+            check(folder, digests, also=())
+
+
+def test_a_missing_folder_is_named_by_its_file(folder, digests):
+    shutil.rmtree(folder / "embeddings")
+    with pytest.raises(ValueError, match=r"shard-000000.npy is missing|er.npy is missing"):
+        files.check_listing(folder, digests, also=())
+
+
+def test_a_changed_file_shows_both_digests_and_only_the_listing_accepts_it(folder, digests):
+    path = folder / "embeddings/deep/er.npy"
+    path.write_text("changed")
+    expected = digests["embeddings/deep/er.npy"]
+    with pytest.raises(
+        ValueError,
+        match=rf"er.npy is damaged: expected SHA-256 {expected}, got {files.sha256(path)}",
+    ):
+        files.verify_folder(folder, digests, also=())
+    files.check_listing(folder, digests, also=())
+
+
+@pytest.mark.parametrize("name", ["a.npy", "embeddings/deep/er.npy", "embeddings/deep", "index"])
+def test_links_to_the_right_contents_are_refused_everywhere(folder, digests, tmp_path, name):
+    path = folder / name
+    os.replace(path, tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    for call in (
+        lambda: files.verify_folder(folder, digests, also=()),
+        lambda: files.walk_digests(folder, known={}),
+        lambda: files.publish(folder, tmp_path / "published"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} is no plain file"):
+            call()
+    assert not (tmp_path / "published").exists()
+
+
+def test_a_dangling_link_and_a_pipe_are_refused(folder, digests):
+    (folder / "x").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="x is no plain file"):
+        files.check_listing(folder, digests, also=("x",))
+    (folder / "x").unlink()
+    os.mkfifo(folder / "x")
+    with pytest.raises(ValueError, match="x is no plain file"):
+        files.check_listing(folder, digests, also=("x",))
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(folder, digests):
+    (folder / "a.npy").unlink()
+    (folder / "a.npy").mkdir()
+    with pytest.raises(ValueError, match=r"a.npy is not in the manifest"):
+        files.verify_folder(folder, digests, also=())
+
+
+def test_everything_is_on_disk_before_the_rename(folder, tmp_path, monkeypatch):
+    synced = []
+    target = tmp_path / "published"
+
+    def record(path):
+        synced.append((path.relative_to(tmp_path).as_posix(), target.exists()))
+
+    monkeypatch.setattr(files, "sync_file", record)
+    monkeypatch.setattr(files, "sync_folder", record)
+    files.publish(folder, target)
+    before = [path for path, renamed in synced if not renamed]
+    assert sorted(before) == sorted(
+        [f"folder/{name}" for name in (*NAMES, "embeddings", "embeddings/deep", "index")]
+        + ["folder"]
+    )
+    assert synced[-1] == (".", True)
+    assert files.walk_digests(target, known={}).keys() == set(NAMES)

@@ -1,0 +1,150 @@
+"""A tiny corpus and encoder that trainer and worker processes of the tests share."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from ragjax.index import EmbeddingWriter
+from ragjax.refresh import EncodeOptions, encode_to_store, run_worker
+from ragjax.refresh.task import EncodeRequest, EncodeTask, params_digest, task_rows
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [[1 + (7 * row + place) % 48 for place in range(1 + row % 9)] for row in range(120)]
+ROWS_PER_SHARD = 5
+
+
+def encode(params, tokens):
+    """The mean of the embeddings of the tokens."""
+    weights = tokens.mask[..., None].astype(jnp.float32)
+    hidden = params["embed"][tokens.ids] * weights
+    return jnp.tanh(hidden.sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0))
+
+
+def make_params(seed=0):
+    return {"embed": np.random.default_rng(seed).normal(size=(50, 8)).astype(np.float32)}
+
+
+def make_task(*, seconds_per_shard=0.0, **changes):
+    """A task whose tokenizer takes its time, so that a test meets a worker in the middle."""
+
+    def tokenize(documents):
+        time.sleep(seconds_per_shard)
+        return documents
+
+    settings = {
+        "encode": encode,
+        "documents": DOCUMENTS,
+        "pad_id": 49,
+        "tokenize": tokenize,
+        "options": EncodeOptions(buckets=(4, 16), batch_tokens=64),
+        "model_fingerprint": "tiny",
+        "rows_per_shard": ROWS_PER_SHARD,
+    }
+    return EncodeTask(**(settings | changes))
+
+
+def make_request(folder, task, params, *, rows=None, step=0, cancelled=None, progress=None):
+    spec = task.spec(params, params_digest=params_digest(params), step=step)
+    if rows is not None:
+        spec = type(spec)(**(vars(spec) | {"size": len(rows), "corpus_fingerprint": "part"}))
+    return EncodeRequest(
+        params=params,
+        step=step,
+        folder=folder,
+        spec=spec,
+        rows=rows,
+        progress=progress or (lambda _: None),
+        cancelled=cancelled or threading.Event(),
+    )
+
+
+def encode_here(folder, task, request):
+    """The same encoding in one process, without workers."""
+    return encode_to_store(
+        task.encode,
+        request.params,
+        task_rows(task, request.rows),
+        task.tokenize,
+        EmbeddingWriter.open(folder, request.spec),
+        pad_id=task.pad_id,
+        options=task.options,
+        make_tokens=task.make_tokens,
+    )
+
+
+def file_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class WorkerThread:
+    """`run_worker` in a thread of the test; `error` is what it raised."""
+
+    def __init__(self, root, task, template=None, **options):
+        self.lines, self.error, self.num_shards = [], None, None
+        self._stop = threading.Event()
+        options = {"poll_seconds": 0.05, "heartbeat_seconds": 0.05} | options
+        self._arguments = (root, task, template if template is not None else make_params())
+        self._options = options
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        try:
+            self.num_shards = run_worker(
+                *self._arguments, stop=self._stop.is_set, report=self.lines.append, **self._options
+            )
+        except Exception as error:
+            self.error = error
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+_SCRIPT = """
+import sys
+from refresh_tasks import make_params, make_task
+from ragjax.refresh import run_worker
+from ragjax.training.loop import graceful_stop
+with graceful_stop() as stop:
+    run_worker(sys.argv[1], make_task(seconds_per_shard=float(sys.argv[2])), make_params(),
+               stop=lambda: stop.signum is not None, poll_seconds=0.05, heartbeat_seconds=0.05)
+sys.exit(0 if stop.signum is None else 128 + stop.signum)
+"""
+
+
+@contextlib.contextmanager
+def worker_processes(root, count, *, seconds_per_shard):
+    """Starts workers, waits until each shows a sign of life, and ends those still there."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+    }
+    command = [sys.executable, "-c", _SCRIPT, str(root), str(seconds_per_shard)]
+    running = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    try:
+        wait_for(lambda: len(list((root / "workers").glob("*.json"))) >= count, seconds=60)
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def wait_for(condition, *, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
