@@ -86,10 +86,10 @@ class Flags:
     seeds: int = 1
     questions: int = 512
     test_questions: int = 0
-    epochs: int = 1
-    batch_size: int = 8
-    candidates: int = 4
-    learning_rate: float = 5e-5
+    epochs: int = 2
+    batch_size: int = 16
+    candidates: int = 2
+    learning_rate: float = 2e-5
     max_tokens: int = 64
     points: int = 3
 
@@ -121,6 +121,8 @@ def run(flags: Flags) -> None:
         for (arm, seed), config in zip(names, configs, strict=True)
         if bench.key(arm, seed) not in done
     ]
+    if bench.key("un-adapted", 0) not in done:
+        bench.measure_unadapted()
     if missing:
         bench.warm_up()
     for number, (arm, seed, config) in enumerate(missing, 1):
@@ -206,6 +208,16 @@ class Bench:
             questions["train"] = questions["train"][: flags.questions]
             self._run(dataclasses.replace(workspace, questions=questions), [])
 
+    def measure_unadapted(self) -> None:
+        """Appends the quality of the encoder that every arm starts from."""
+        params = self._workspace.encoder.params
+        metrics = self._quality(params, params)
+        self._append(
+            {"key": self.key("un-adapted", 0), "arm": "un-adapted", "seed": 0, "seconds": 0.0,
+             "refreshes": 0, "staleness_steps": 0.0, "step_seconds": 0.0, "points": []},
+            metrics,
+        )  # fmt: skip
+
     def train(self, arm: str, seed: int, config: AdaptConfig) -> None:
         """Trains one arm and appends its result."""
         workspace = self._open(config, f"{arm.replace(':', '-')}-{seed}")
@@ -214,10 +226,14 @@ class Bench:
         at = sorted(
             {round(steps * (i + 1) / self._flags.points) for i in range(self._flags.points)}
         )
+        started = time.process_time()
         rows, points = self._run(workspace, at)
+        processor = time.process_time() - started
         result: dict[str, Any] = {
             "key": self.key(arm, seed), "arm": arm, "seed": seed, "steps": steps,
-            "seconds": sum(row["seconds"] for row in rows[1:]),  # the first may compile
+            "process_seconds": processor,
+            # Without the first step, which may compile.
+            "seconds": sum(row["seconds"] for row in rows[1:]),
             "step_seconds": float(np.median([row["seconds"] for row in rows[1:]])),
             "refreshes": int(max(row["index/version"] for row in rows)),
             "staleness_steps": float(np.mean([row["index/staleness_steps"] for row in rows])),
@@ -234,17 +250,21 @@ class Bench:
             metrics = self._quality(point["query"], point["doc"])
             shown = {name: float(values.mean()) for name, values in metrics.items()}
             result["points"].append({k: point[k] for k in ("step", "seconds", "refreshes")} | shown)
-            result["questions"] = {name: values.tolist() for name, values in metrics.items()}
-        with open(self._output / "results.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        self._append(result, metrics)
         shown = {name: round(result["points"][-1][name], 4) for name in METRICS}
         print(f"{arm}: {shown}, {result['seconds']:.0f} s, {result['refreshes']} refreshes")
 
+    def _append(self, result: dict[str, Any], metrics: Mapping[str, np.ndarray]) -> None:
+        """Adds a line to results.jsonl, with the metrics of each test question."""
+        questions = {name: values.tolist() for name, values in metrics.items()}
+        with open(self._output / "results.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(result | {"questions": questions}) + "\n")
+
     def table(self) -> str:
         """Returns all arms of this data side by side, seeds averaged, with paired differences."""
-        wanted = {self.key(arm, seed) for arm in self._flags.arms for seed in
-                  range(self._flags.seeds)}  # fmt: skip
-        found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in self._flags.arms}
+        arms = ("un-adapted", *self._flags.arms)
+        wanted = {self.key(arm, seed) for arm in arms for seed in range(self._flags.seeds)}
+        found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         for result in self.results():
             if result["key"] in wanted:
                 found[result["arm"]].append(result)

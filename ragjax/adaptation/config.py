@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from ragjax.refresh.triggers import parse_trigger
+
 Config = TypeVar("Config")
 Stage = Literal["lm", "retriever"]
 
@@ -212,6 +214,10 @@ class RefreshConfig:
         _at_least(self, 3, "keep")
         _positive(self, "partial")
         _fraction(self, "partial")
+        try:
+            parse_trigger(self.every, measure=lambda params, snapshot: 0.0)
+        except ValueError as error:
+            raise ValueError(f"every: {error}") from error
         if self.workers and self.devices:
             raise ValueError("workers encode on their own devices; give devices or workers")
 

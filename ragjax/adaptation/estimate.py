@@ -10,9 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ragjax.adaptation.stages import retriever_steps
 from ragjax.adaptation.teacher import context_batches
 from ragjax.adaptation.workspace import Workspace
+from ragjax.index import choose_index
 from ragjax.models.inputs import LMBatch, Tokens
+from ragjax.refresh import (
+    RefreshForecast,
+    estimate_build_seconds,
+    forecast_refresh,
+    parse_trigger,
+)
 
 # Work of a training step in forward passes. The encoder: one forward, one again for its chunks and
 # a backward that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the
@@ -40,6 +48,7 @@ class Cost(NamedTuple):
     seconds: dict[str, float]  # by stage
     bytes_on_disk: int
     free_bytes: int
+    refresh: RefreshForecast | None  # of the index while the retriever trains; None: not refreshed
 
     def describe(self) -> str:
         """Returns a few lines for the user."""
@@ -55,6 +64,8 @@ class Cost(NamedTuple):
         ]
         if self.bytes_on_disk > self.free_bytes:
             lines.append("warning: the disk is too small for this run")
+        if self.refresh is not None:
+            lines.append(self.refresh.describe())
         return "\n".join(lines)
 
 
@@ -77,7 +88,8 @@ def estimate_cost(workspace: Workspace) -> Cost:
     question = _QUESTION_TOKENS + config.prompt.answer_tokens
     prompt = min(config.prompt.document_tokens, mean_doc * _LM_TOKENS) + question
     rounds = retriever.rounds if adapts_retriever else 0
-    pairs = train * retriever.candidates * rounds
+    taught = retriever.objective != "dpr"  # by the language model
+    pairs = train * retriever.candidates * rounds if taught else 0
     lm_rows = min(lm.questions, train) * lm.documents * lm.epochs if adapts_lm else 0
     depth = lm.train_layers / workspace.lm.config.num_layers if lm.train_layers else 1.0
     answers = answered * _PROMPTS * (1 + adapts_lm)
@@ -96,17 +108,59 @@ def estimate_cost(workspace: Workspace) -> Cost:
         "evaluation": (answers * per_answer + closed_book) / score_rate,
         "compiling": _COMPILE_SECONDS * _COMPILED_SHAPES,
     }
+    disk = os.statvfs(workspace.folder)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    refresh = None
+    if adapts_retriever and config.refresh.mode in ("sync", "async"):
+        steps = retriever_steps(retriever, train)
+        step_seconds = (seconds["retriever"] + seconds["teacher"]) / steps
+        rate = encode_rate * len(workspace.doc_ids) / doc_tokens
+        refresh = _forecast(workspace, steps, step_seconds, rate, free_bytes)
+        seconds["refreshes"] = _refreshes(refresh, steps) * refresh.refresh_seconds
     index_bytes = len(workspace.doc_ids) * workspace.encoder.embedding_size * 4 * (1 + rounds)
     trained_lm = _tree_bytes(workspace.lm.params) * depth * 3 * 2 if adapts_lm else 0
     trained_towers = _tree_bytes(workspace.encoder.params) * 3 * 2 * rounds
-    disk = os.statvfs(workspace.folder)
+    refreshed = refresh.bytes_on_disk if refresh else 0
     return Cost(
         documents=len(workspace.doc_ids) * (1 + rounds),
         lm_forwards=int(pairs + lm_rows + answers),
         seconds=seconds,
-        bytes_on_disk=int(index_bytes + trained_lm + trained_towers),
-        free_bytes=disk.f_bavail * disk.f_frsize,
+        bytes_on_disk=int(index_bytes + trained_lm + trained_towers + refreshed),
+        free_bytes=free_bytes,
+        refresh=refresh,
     )
+
+
+def _forecast(
+    workspace: Workspace, steps: int, step_seconds: float, rate: float, free_bytes: int
+) -> RefreshForecast:
+    """Returns what keeping the index fresh costs; `rate` is in documents a second."""
+    config, size = workspace.config.refresh, len(workspace.doc_ids)
+    dim = workspace.encoder.embedding_size
+    kind = choose_index(size, dim).name if config.index == "auto" else config.index
+    # The drift trigger is never asked here, only for how often it fires: nobody can tell.
+    trigger = parse_trigger(config.every, measure=lambda params, snapshot: 0.0)
+    encoded = config.partial + (1 - config.partial) / config.full_every
+    return forecast_refresh(
+        documents=size,
+        dim=dim,
+        encode_documents_per_second=rate / encoded,
+        build_seconds=estimate_build_seconds(size, dim, kind),
+        step_seconds=step_seconds,
+        steps_between=trigger.steps_between(steps),
+        kept_generations=config.keep,
+        bytes_per_value=4.0 if kind == "exact" else 8.5,
+        parameter_bytes=_tree_bytes(workspace.encoder.params),
+        shared_device=not (config.devices or config.workers),
+        free_bytes=free_bytes,
+    )
+
+
+def _refreshes(forecast: RefreshForecast, steps: int) -> float:
+    """Returns the refreshes of a run that take time from its training."""
+    if not forecast.shared_device:
+        return 0.0
+    return steps / max(forecast.steps_between or 1, forecast.fastest_steps)
 
 
 def _packed_tokens(pairs: int, documents: int, document: float, question: float) -> float:

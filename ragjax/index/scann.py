@@ -300,13 +300,12 @@ class ScannIndex:
             )
         positions = _check_rows(rows, index.size)
         started = time.monotonic()
-        if True:
-            # Not the wrapper's method, which wants docids and would store them as a pickle.
-            changed = index._searcher.searcher.upsert(
-                positions.tolist(), embeddings[positions], _UPSERT_ROWS
-            )
-            if list(changed) != positions.tolist():
-                raise RuntimeError("ScaNN moved documents while updating them; build a new index.")
+        # Not the wrapper's method, which wants docids and would store them as a pickle.
+        changed = index._searcher.searcher.upsert(
+            positions.tolist(), embeddings[positions], _UPSERT_ROWS
+        )
+        if list(changed) != positions.tolist():
+            raise RuntimeError("ScaNN moved documents while updating them; build a new index.")
         details = dataclasses.replace(
             index.details,
             build_seconds=time.monotonic() - started,

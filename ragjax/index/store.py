@@ -317,6 +317,7 @@ class EmbeddingWriter(ShardWriter):
             raise FileExistsError(f"{target} exists; open it, or choose another folder.")
         building = _building_folder(target)
         building.mkdir(parents=True, exist_ok=True)
+        _undo_publish(building)
         writer = cls(target, building, spec)
         if (building / _SPEC).exists():
             started = _read_spec(files.read_json(building / _SPEC, what=_WHAT), building / _SPEC)
@@ -406,6 +407,23 @@ def _building_folder(target: Path) -> Path:
     if building.is_symlink():
         raise ValueError(f"{building} is a symbolic link; remove it.")
     return building
+
+
+def _undo_publish(building: Path) -> None:
+    """Gives a store killed just before its last rename the notes back, so no shard is redone."""
+    path = building / _MANIFEST
+    try:
+        manifest = files.read_json(path, what=_WHAT)
+        spec = _read_spec(manifest, path)
+        for shard in range(spec.num_shards):
+            digest = manifest["sha256"][_shard_name(shard)]
+            files.write_json(building / _note_name(shard), {"sha256": digest})
+        files.write_json(building / _SPEC, {"format": _FORMAT, "spec": _as_json(spec)})
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        pass  # damaged: the notes that are left still hold
+    path.unlink()
 
 
 def _is_sound(path: Path, spec: StoreSpec, shard: int) -> bool:

@@ -131,7 +131,8 @@ def forecast_refresh(
         kept_generations: finished embeddings kept on disk, besides those being written.
         bytes_per_value: on disk, of a value of an embedding: 4 for float32 and 2 for float16, and
             4.5 more where a ScaNN index is kept beside.
-        parameter_bytes: of the document encoder; one copy is exported, in memory and on disk.
+        parameter_bytes: of the document encoder; a copy is held while it is encoded with, and one
+            is kept on disk beside each generation.
         shared_device: True = documents are encoded on the device that trains.
         free_bytes: on the disk.
 
@@ -176,7 +177,7 @@ def forecast_refresh(
         overhead=refresh_seconds / (asked * step_seconds) if shared_device else 0.0,
         mean_staleness_steps=lag + (period - 1) / 2,
         max_staleness_steps=lag + period - 1,
-        bytes_on_disk=stored + parameter_bytes,
+        bytes_on_disk=stored + (kept_generations + 1) * parameter_bytes,
         bytes_in_memory=3 * embeddings * _INDEX_BYTES_PER_VALUE + parameter_bytes,
         free_bytes=free_bytes,
         kept_generations=kept_generations,

@@ -9,6 +9,7 @@ from and, for ScaNN, the index. Whoever reads it holds a shared lock on its mani
 kernel gives back however the reader ends; removing an old generation takes the exclusive one.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -232,17 +233,18 @@ class GenerationStore:
                 self._tell(f"generation {number} is passed over: {error}")
         return None
 
-    def encoder_steps(self) -> list[int]:
-        """Returns the encoder steps of the published generations, as their manifests say."""
-        steps = []
+    def descriptions(self) -> dict[int, Description]:
+        """Returns what the manifests say of the published generations, whose files may be damaged.
+
+        Generations whose manifest cannot be read are left out.
+        """
+        found = {}
         for number in self.numbers():
             path = self.path(number) / _MANIFEST
-            try:
+            with contextlib.suppress(OSError, ValueError):  # damaged or just removed
                 manifest = files.read_json(path, what=_WHAT)
-                steps.append(_read_description(manifest, path, number).encoder_step)
-            except (OSError, ValueError):
-                continue  # damaged or just removed: nothing that could be made again from it
-        return steps
+                found[number] = _read_description(manifest, path, number)
+        return found
 
     def publish(self, building: Path, description: Description) -> int:
         """Writes the manifest, renames the folder to the next number and returns that number.
@@ -256,6 +258,9 @@ class GenerationStore:
         """
         numbers = self.numbers()
         number = numbers[-1] + 1 if numbers else 0
+        # One of an attempt that failed later is no file of the generation.
+        for name in (_MANIFEST, f"{_MANIFEST}.partial"):
+            (building / name).unlink(missing_ok=True)
         manifest = {
             "format": _FORMAT,
             "number": number,

@@ -4,6 +4,7 @@ Each part leaves either a complete result on disk or something the next attempt 
 N documents, D embedding size, P probe queries, R documents encoded again.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,11 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ragjax.index import EmbeddingStore, EmbeddingWriter, IndexSnapshot, StoreSpec, choose_index
+from ragjax.index import (
+    EmbeddingStore,
+    EmbeddingWriter,
+    IndexSnapshot,
+    ShardWriter,
+    StoreSpec,
+    choose_index,
+)
 from ragjax.refresh.build import BuildOptions, ScannBuild
 from ragjax.refresh.drift import top_k_overlap
 from ragjax.refresh.encode import EncodeProgress
-from ragjax.refresh.export import list_exports, write_export
+from ragjax.refresh.export import list_exports, read_export, write_export
 from ragjax.refresh.generations import (
     EMBEDDINGS,
     INDEX,
@@ -131,6 +139,15 @@ class Pipeline:
         self._latest = snapshot
         return snapshot
 
+    def mismatch(self) -> str:
+        """Says what the newest generation was made from if not from this corpus and encoder."""
+        described = self._generations.descriptions()
+        if not described:
+            return ""
+        number = max(described)
+        problem = self._expected("").problem(described[number])
+        return f"generation {number} is not used: {problem}" if problem else ""
+
     def run(self, export: Export) -> IndexSnapshot:
         """Makes a generation of the parameters, or opens the one there is, and loads it.
 
@@ -168,8 +185,11 @@ class Pipeline:
         """Keeps the parameters, so that a lost generation can be made again."""
         folder = self.export_folder(export.step)
         if self.exported.get(export.step) != digest or not folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
-            write_export(folder, export.params, step=export.step, info={})
+            # One that an earlier life wrote stays: a checkpoint may count on it, and the disk may
+            # be full by now.
+            if not _is_export(folder, export.params, digest):
+                shutil.rmtree(folder, ignore_errors=True)
+                write_export(folder, export.params, step=export.step, info={})
         self.exported[export.step] = digest
 
     def _plan(self) -> _Plan:
@@ -197,34 +217,51 @@ class Pipeline:
                 shutil.rmtree(path, ignore_errors=True)
         folder = root / name
         folder.mkdir(exist_ok=True)
-        shutil.rmtree(folder / INDEX, ignore_errors=True)
+        # Embeddings are worth keeping; anything else of a killed attempt would be published.
+        finished = (folder / EMBEDDINGS).is_dir()
+        parts = (EMBEDDINGS,) if finished else (EMBEDDINGS, _CHANGED)
+        kept = {name for part in parts for name in (part, f"{part}.building")}
+        for path in folder.iterdir():
+            if path.name not in kept:
+                _remove(path)
         return folder
 
     def _encode(self, export: Export, spec: StoreSpec, plan: _Plan, folder: Path) -> EmbeddingStore:
         """Encodes the documents of the plan and returns the store of all of them."""
         target = folder / EMBEDDINGS
-        if target.is_dir():  # finished by an earlier life, which was killed later
-            return EmbeddingStore.open(
-                target,
-                model_fingerprint=spec.model_fingerprint,
-                corpus_fingerprint=spec.corpus_fingerprint,
-            )
+        if finished := self._open_finished(target, spec):
+            return finished
         if export.embeddings is not None:
             return _write_store(target, spec, export.embeddings)
         if plan.rows is None:
             return self._request(export, target, spec, None)
         part = _part_spec(spec, plan.rows)
         changed = folder / _CHANGED
-        store = (
-            EmbeddingStore.open(changed, model_fingerprint=part.model_fingerprint)
-            if changed.is_dir()
-            else self._request(export, changed, part, plan.rows)
-        )
+        store = self._open_finished(changed, part)
+        if store is None:
+            store = self._request(export, changed, part, plan.rows)
         embeddings = self._base_embeddings(plan)
         embeddings[plan.rows] = store.read()
         whole = _write_store(target, spec, embeddings)
         shutil.rmtree(changed)
         return whole
+
+    def _open_finished(self, folder: Path, spec: StoreSpec) -> EmbeddingStore | None:
+        """Opens a store that an attempt killed later finished; removes what is damaged."""
+        try:
+            if folder.is_dir():
+                return EmbeddingStore.open(
+                    folder,
+                    model_fingerprint=spec.model_fingerprint,
+                    corpus_fingerprint=spec.corpus_fingerprint,
+                )
+            with contextlib.suppress(FileNotFoundError):  # none under way, or it has just begun
+                ShardWriter.open(folder, spec)
+        except (OSError, ValueError) as error:
+            self._report(f"embeddings of an earlier attempt cannot be used and are redone: {error}")
+            for path in (folder, folder.with_name(f"{folder.name}.building")):
+                _remove(path)
+        return None
 
     def _request(
         self, export: Export, folder: Path, spec: StoreSpec, rows: NDArray[np.int64] | None
@@ -316,7 +353,8 @@ class Pipeline:
     def _collect(self, step: int) -> None:
         """Removes generations and exports that nothing needs any more."""
         self._generations.collect(pinned=self._pinned)
-        needed = {step, *self._generations.encoder_steps()}
+        described = self._generations.descriptions().values()
+        needed = {step, *(description.encoder_step for description in described)}
         for exported, path in list_exports(self._folder / "exports"):
             if exported not in needed and exported < step:
                 shutil.rmtree(path, ignore_errors=True)
@@ -336,6 +374,22 @@ class Pipeline:
             model_fingerprint=self._task.model_fingerprint,
             params_digest=digest,
         )
+
+
+def _is_export(folder: Path, params: Any, digest: str) -> bool:
+    """Tells whether a folder holds these parameters, whole."""
+    try:
+        return read_export(folder, params).digest == digest
+    except (OSError, ValueError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_store(folder: Path, spec: StoreSpec, embeddings: NDArray[np.float32]) -> EmbeddingStore:

@@ -240,11 +240,21 @@ class Refresher:
         Raises:
             RefreshError: it cannot be built; the cause is chained.
         """
+        mismatch = self._pipeline.mismatch()
+        if mismatch:
+            self._report(f"the index is built anew: {mismatch}.")
         if state is None:
             return self._build_now(params, step, embeddings)
         wanted = int(state["encoder_step"])
         digest = str(state["params_digest"])
         found = self._pipeline.open_existing(digest)
+        if found is None and mismatch:
+            if self._options.adopt_after >= 0:
+                raise RefreshError(
+                    f"The run cannot be continued identically: {mismatch}, or continue with "
+                    "adopt_after=-1."
+                )
+            return self._build_now(params, step)
         if found is None and (exported := self._exported(params, wanted, digest)) is not None:
             self._report(
                 f"the index of step {wanted} that the checkpoint names is gone; it is built again "
@@ -361,7 +371,7 @@ class Refresher:
             self._adopt(ready)
         if failure is not None:
             message = (
-                f"The index could not be refreshed: {failure}. The generation of step "
+                f"The index could not be refreshed: {_sentence(failure)} The generation of step "
                 f"{self._snapshot.encoder_step if self._snapshot else '(none)'} still serves."
             )
             if self._options.on_failure == "stop":
@@ -526,7 +536,7 @@ class Refresher:
         self.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
-            raise RefreshError(f"The index could not be built: {failure}.") from failure
+            raise RefreshError(f"The index could not be built: {_sentence(failure)}") from failure
         self.poll()
         return self.snapshot
 
@@ -563,7 +573,10 @@ class Refresher:
         while self.snapshot.staleness_steps(step) > bound:
             if not self.busy:
                 self.submit(params, step)
+            before = self.snapshot
             self._adopt_scheduled()
+            if self.snapshot is before and not self.busy:
+                return  # it failed, and `on_failure` says to go on: not to try for ever
 
     def _wait_for_export(self, step: int) -> str:
         """Waits until the parameters of a step are on disk and returns their digest."""
@@ -660,13 +673,18 @@ class _StepClock:
         return float(np.median(self._seconds[inside])) if self._seconds[inside] else float("nan")
 
 
+def _sentence(error: BaseException) -> str:
+    """Returns the message of an error with one full stop at its end."""
+    return f"{(str(error) or repr(error)).rstrip('.')}."
+
+
 def _check_writable(folder: Path) -> None:
     """Refuses a folder that cannot be written, before anything expensive."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try the same at this moment
     except OSError as error:
         raise OSError(
             error.errno,

@@ -19,7 +19,8 @@ def load_snapshot(generation: Generation) -> IndexSnapshot:
     if what.kind == "exact":
         index: ExactIndex | ScannIndex = ExactIndex(store.read())
     elif what.kind == "scann":
-        index = ScannIndex.load(generation.folder / INDEX, verified=True)
+        # The trainer waits for a search, so it may use every core; the build was capped.
+        index = ScannIndex.load(generation.folder / INDEX, threads=0, verified=True)
     else:
         raise ValueError(f"{generation.folder} holds an index of unknown kind {what.kind!r}.")
     reader = _Reader(store, generation)

@@ -30,7 +30,7 @@ def test_sums_by_hand():
     assert forecast.fastest_steps == 150
     assert forecast.overhead == pytest.approx(300 / (500 * 2))
     embeddings = 100_000 * 384
-    assert forecast.bytes_on_disk == 4 * embeddings * 4 + 90 * MIB
+    assert forecast.bytes_on_disk == 4 * embeddings * 4 + 4 * 90 * MIB
     assert forecast.bytes_in_memory == 3 * embeddings * 4 + 90 * MIB
     assert forecast.keeps_up and forecast.fits_disk
     assert forecast.warnings() == []
@@ -88,7 +88,7 @@ def test_what_cannot_be_kept_up_is_said_with_what_could_be(steps, keeps_up):
 
 
 def test_a_disk_that_is_too_small_is_said_with_the_remedy():
-    needed = 4 * 100_000 * 384 * 4 + 90 * MIB
+    needed = 4 * (100_000 * 384 * 4 + 90 * MIB)
     assert forecast_refresh(**GIVEN | {"free_bytes": needed}).fits_disk
     forecast = forecast_refresh(**GIVEN | {"free_bytes": needed - 5 * MIB})
     (warning,) = forecast.warnings()
@@ -118,7 +118,7 @@ def test_the_description_has_the_figures():
         " the index 50 s)",
         "costs 30.0% on top of the training time, on the device that trains",
         "the index lags 400 steps behind on average and 649 at most",
-        "about 675.9 MiB on disk (1,024.0 GiB free) and 529.5 MiB of memory while a refresh runs",
+        "about 945.9 MiB on disk (1,024.0 GiB free) and 529.5 MiB of memory while a refresh runs",
     ]
 
 
