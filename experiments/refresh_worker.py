@@ -2,8 +2,8 @@
 
 On the host that trains, and on any host that sees the same folder under any path:
 
-    python experiments/adapt.py --data FOLDER --output runs/mine --retriever.rounds 1 \
-        --refresh.mode async --refresh.workers True
+    python experiments/adapt.py --data FOLDER --output runs/mine --refresh.mode async \
+        --refresh.workers
     python experiments/refresh_worker.py --root /mnt/shared/runs/mine/refresh --data FOLDER
 
 Any number of workers share the documents; start and stop them at any time. A worker that is killed

@@ -7,11 +7,13 @@ nothing.
 
 import dataclasses
 import faulthandler
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ragjax.index import EmbeddingStore, ScannIndex, ScannOptions, files, scann_options
+from ragjax.index.writing import whole_file
 from ragjax.refresh.encode import Cancelled
 
 _POLL_SECONDS = 0.02
@@ -87,7 +90,6 @@ class ScannBuild:
         """
         self._building = building
         self._deadline = options.deadline_seconds
-        self._log = building / "build.log"
         job: dict[str, Any] = {
             "building": str(building.resolve()),
             "scann": dataclasses.asdict(options.scann) if options.scann else None,
@@ -98,21 +100,26 @@ class ScannBuild:
         for name, array in (("probe_queries", probe_queries), ("rows", rows)):
             (building / f"{name}.npy").unlink(missing_ok=True)
             if array is not None:
-                np.save(building / f"{name}.npy", array, allow_pickle=False)
+                _save_array(building / f"{name}.npy", array)
         path = building / "build.json"
         files.write_json(path, job)
         threads = {name: str(options.num_threads) for name in _THREAD_VARIABLES}
         # The accelerator belongs to the trainer: a second process on it would find no memory.
         environment = os.environ | threads | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _import_path()}
-        with self._log.open("wb") as log:
+        # Not in the folder: where its disk is full, what the process says of it must not be lost.
+        self._log = tempfile.TemporaryFile()
+        try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, str(path)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=self._log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the trainer, which then ends the build
             )
+        except BaseException:
+            self._log.close()
+            raise
         self.pid = self._process.pid
 
     def wait(self, cancelled: threading.Event) -> None:
@@ -123,6 +130,12 @@ class ScannBuild:
                 the last line it wrote.
             Cancelled: `cancelled` was set; the process is gone.
         """
+        try:
+            self._wait(cancelled)
+        finally:
+            self._log.close()
+
+    def _wait(self, cancelled: threading.Event) -> None:
         started = time.monotonic()
         while self._process.poll() is None:
             if cancelled.wait(_POLL_SECONDS):
@@ -141,7 +154,7 @@ class ScannBuild:
                 f"wrote: {self._last_line() or '(none)'}"
             )
         # The files of the job are no part of the generation.
-        for name in ("build.json", "build.log", "probe_queries.npy", "rows.npy"):
+        for name in ("build.json", "probe_queries.npy", "rows.npy"):
             (self._building / name).unlink(missing_ok=True)
 
     def stop(self) -> None:
@@ -156,10 +169,21 @@ class ScannBuild:
 
     def _last_line(self) -> str:
         """Returns the line of the log that says most: the fatal one, or else the last."""
-        lines = self._log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:]
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:]
         lines = [line.strip() for line in lines if line.strip()]
-        fatal = [line for line in lines if "Check failed" in line or line.startswith("error:")]
-        return (fatal or lines or [""])[-1]
+        for sign in ("error: ", "Check failed", "Fatal Python error"):
+            if found := [line for line in lines if sign in line]:
+                return found[-1]
+        return lines[-1] if lines else ""
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array; a disk without room for it is an error that names the file."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    with whole_file(path, num_bytes=array.nbytes) as file:
+        file.write(content.getbuffer())
 
 
 def _describe_exit(code: int) -> str:

@@ -22,7 +22,7 @@ DocEmbeddings = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 def top_k_overlap(before: base.SearchResult, after: base.SearchResult) -> float:
     """Returns the mean fraction of a query's documents that two results have in common.
 
-    For each query |before & after| / max(|before|, |after|) over the real results.
+    For each query `|before & after| / max(|before|, |after|)` over the real results.
 
     Args:
         before: `[B, K]` results.

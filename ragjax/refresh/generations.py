@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -83,13 +84,12 @@ class Generation:
         self.number = number
         self.folder = folder
         self.description = description
-        self._lock: int | None = lock
+        # Also runs when the last snapshot that reads it is gone, or the interpreter ends.
+        self._close = weakref.finalize(self, os.close, lock)
 
     def release(self) -> None:
         """Lets the generation be removed when newer ones have taken its place."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._close()
 
     def __enter__(self) -> Self:
         """Returns the generation."""
@@ -102,10 +102,6 @@ class Generation:
         trace: TracebackType | None,
     ) -> None:
         """Releases it."""
-        self.release()
-
-    def __del__(self) -> None:
-        """Releases it with the last snapshot that reads it."""
         self.release()
 
 

@@ -47,6 +47,8 @@ _LOG = logging.getLogger(__name__)
 # Generations that checkpoints name are kept; a trainer keeps a few checkpoints.
 _PINNED = 4
 _CLOCKED_STEPS = 200
+# Indexes that no longer serve are held a little longer, until the trainer has let them go too.
+_RETIRED_SECONDS = 1.0
 _REPORT_EVERY_SECONDS = 10.0
 _POLL_SECONDS = 0.01
 
@@ -181,6 +183,8 @@ class Refresher:
         self._thread: threading.Thread | None = None
         self._snapshot: IndexSnapshot | None = None
         self._ready: IndexSnapshot | None = None
+        # Freeing a large index takes a while, which the refresher's thread has and a step has not.
+        self._retired: list[IndexSnapshot] = []
         self._active: Export | None = None
         self._waiting: Export | None = None
         self._failure: BaseException | None = None
@@ -543,7 +547,11 @@ class Refresher:
     def _adopt(self, snapshot: IndexSnapshot) -> None:
         """Lets an index serve; one assignment, at a step boundary."""
         started = time.perf_counter()
-        self._snapshot = snapshot
+        with self._condition:
+            if self._snapshot is not None:
+                self._retired.append(self._snapshot)
+            self._snapshot = snapshot
+            self._condition.notify_all()
         self._overlap = self._pipeline.overlap_of(snapshot.version)
         self._swap_seconds = time.perf_counter() - started
 
@@ -601,15 +609,7 @@ class Refresher:
 
     def _work(self) -> None:
         """Turns exports into snapshots, one after the other; the refresher's thread."""
-        while True:
-            with self._condition:
-                self._active, self._progress = None, None
-                self._condition.notify_all()
-                while self._waiting is None and not self._closed:
-                    self._condition.wait()
-                if self._closed:
-                    return
-                self._active, self._waiting = self._waiting, None
+        while self._take_export():
             try:
                 snapshot = self._attempts()
             except Cancelled:
@@ -620,6 +620,25 @@ class Refresher:
             else:
                 with self._condition:
                     self._ready, self._failure = snapshot, None
+
+    def _take_export(self) -> bool:
+        """Waits for the next export and makes it the active one; False when closed."""
+        with self._condition:
+            self._active, self._progress = None, None
+            self._condition.notify_all()
+        while True:
+            with self._condition:
+                if self._closed:
+                    return False
+                held = bool(self._retired)
+                if self._waiting is None:
+                    self._condition.wait(_RETIRED_SECONDS if held else None)
+                # Freed when the lock is given back, in this thread, while no step waits for it.
+                freed, self._retired = (self._retired, []) if held else ([], self._retired)
+                if self._waiting is not None and not self._closed:
+                    self._active, self._waiting = self._waiting, None
+                    return True
+            del freed
 
     def _attempts(self) -> IndexSnapshot:
         """Refreshes, trying again after failures, with newer parameters where there are any."""

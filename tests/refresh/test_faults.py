@@ -382,9 +382,19 @@ def test_a_damaged_newest_generation_is_named_and_built_again(make, told, embedd
     assert resumed.snapshot.version == 2
 
 
-@pytest.mark.parametrize("damage", ["finished store", "finished shard", "spec", "empty spec"])
+@pytest.mark.parametrize(
+    ("damage", "num_redone"),
+    [
+        ("none, it was about to get its name", 0),
+        ("its manifest", 6),
+        ("finished store", 6),
+        ("finished shard", 1),
+        ("spec", 6),
+        ("empty spec", 6),
+    ],
+)
 def test_damaged_leftovers_of_a_killed_refresh_are_made_again(
-    make, embeddings_of, damage, told, seen
+    make, embeddings_of, damage, num_redone, told, seen
 ):
     first = make()
     first.start(make_params(0))
@@ -398,21 +408,24 @@ def test_damaged_leftovers_of_a_killed_refresh_are_made_again(
     else:
         (folder / "embeddings").rename(folder / "embeddings.building")
         folder = folder / "embeddings.building"
+    if damage in ("finished shard", "spec", "empty spec"):  # under way, with notes of its shards
         (folder / "manifest.json").rename(folder / "spec.json")
         for name, digest in json.loads((folder / "spec.json").read_text())["sha256"].items():
             (folder / name).with_suffix(".json").write_text(json.dumps({"sha256": digest}))
-    name = "spec.json" if "spec" in damage else "shard-000003.npy"
-    content = bytearray((folder / name).read_bytes())
+    name = "manifest.json" if "manifest" in damage else "shard-000003.npy"
+    path = folder / ("spec.json" if "spec" in damage else name)
+    content = bytearray(path.read_bytes())
     content[-5] ^= 255
-    (folder / name).write_bytes(b"" if damage == "empty spec" else content)
+    if damage[:4] != "none":
+        path.write_bytes(b"" if damage == "empty spec" else content)
     seen.clear()
     again = make()
     check_serves(again.start(make_params(1), step=1), 1, embeddings_of(1))
     check_published(again.folder, [0, 1])
     assert not list((again.folder / "building").iterdir())
-    if damage != "finished shard":
-        assert len(told) == 1 and str(folder / name) in told[0] and "redone" in told[0]
-    assert len(seen) == (1 if damage == "finished shard" else 6)
+    if damage in ("finished store", "spec", "empty spec"):
+        assert len(told) == 1 and str(path) in told[0] and "redone" in told[0]
+    assert len(seen) == num_redone
 
 
 @pytest.mark.parametrize("days", [-3, 4000])
@@ -482,7 +495,9 @@ EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
 folder = sys.argv[1]
 
 def train(step, last):
-    refresher = Refresher(folder, make_task(), options=RefreshOptions(index="exact"))
+    refresher = Refresher(
+        folder, make_task(rows_per_shard=20), options=RefreshOptions(index="exact")
+    )
     refresher.start(make_params(step), step=step)
     count = 0
 
@@ -533,9 +548,8 @@ def test_a_trainer_killed_at_random_points_of_a_refresh_loses_no_finished_shard(
     make, tmp_path, seen, embeddings_of, told
 ):
     folder = tmp_path / "refresh"
-    program = TRAINERS.replace("make_task()", "make_task(rows_per_shard=20)")
     trainers = subprocess.Popen(
-        [sys.executable, "-c", program, str(folder)], stdin=subprocess.PIPE,
+        [sys.executable, "-c", TRAINERS, str(folder)], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
 
@@ -547,10 +561,10 @@ def test_a_trainer_killed_at_random_points_of_a_refresh_loses_no_finished_shard(
     try:
         total = int(train(0, 0))
         assert total > 60
-        points = random.Random(0).sample(range(1, total - 12), 6)
+        chance, width = random.Random(0), total // 10
+        points = [chance.randrange(1 + part * width, 1 + (part + 1) * width) for part in range(10)]
         kept = []
-        # The newest operations publish the generation; they are few and matter most.
-        for step, last in enumerate(sorted({*points, *range(total - 12, total - 6, 2)}), start=1):
+        for step, last in enumerate(points, start=1):
             assert train(step, last) == "killed"
             numbers = GenerationStore(folder).numbers()
             check_published(folder, numbers)
@@ -565,7 +579,7 @@ def test_a_trainer_killed_at_random_points_of_a_refresh_loses_no_finished_shard(
             assert encoded == (0 if published else len(DOCUMENTS) - kept[-1])
             check_published(folder, refresher.generations.numbers())
             assert refresher.generations.numbers()[-3:] == [step - 1, step, step + 1]
-            assert len(refresher.generations.numbers()) <= 5
+            assert published or len(refresher.generations.numbers()) <= 3
             assert {path.name for path in folder.iterdir()} <= {
                 "building", "exports", "generations", "refresh.lock",
             }  # fmt: skip
@@ -575,4 +589,4 @@ def test_a_trainer_killed_at_random_points_of_a_refresh_loses_no_finished_shard(
     finally:
         trainers.kill()
         trainers.communicate()
-    assert told == [] and len({*kept}) >= 4
+    assert told == [] and len({*kept}) >= 3
