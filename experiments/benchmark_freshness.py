@@ -74,6 +74,7 @@ class Flags:
         epochs: Passes over them.
         batch_size: Questions a step.
         candidates: Documents for each question: relevant ones and hard negatives.
+        negative_depth: Best documents of the index that negatives are drawn from.
         learning_rate: Peak learning rate of both towers.
         max_tokens: Tokens kept of each document, indexed and trained on.
         points: Times that the quality is measured in a run, at equal distances.
@@ -89,6 +90,7 @@ class Flags:
     epochs: int = 2
     batch_size: int = 16
     candidates: int = 2
+    negative_depth: int = 10
     learning_rate: float = 2e-5
     max_tokens: int = 64
     points: int = 3
@@ -159,6 +161,7 @@ def arm_config(flags: Flags, arm: str, seed: int) -> AdaptConfig:
             objective="dpr",
             train=train,
             candidates=flags.candidates,
+            negative_depth=flags.negative_depth,
             doc_tokens=flags.max_tokens,
             epochs=flags.epochs,
             batch_size=flags.batch_size,

@@ -116,6 +116,8 @@ class RetrieverConfig:
       negatives: `batch` adds the other questions' candidates to the softmax with target 0; `none`
         compares the question's own candidates only, as the papers do.
       candidates: K, documents per question that the language model scores.
+      negative_depth: With `dpr`, hard negatives are drawn from this many of the index's best
+        documents (ANCE: 200). The very best are often relevant though nobody judged them.
       doc_tokens: Tokens kept of a document while training; the index always sees all of it.
       rounds: Times that candidates are retrieved, scored and learnt; the corpus is encoded again
         between rounds.
@@ -138,6 +140,7 @@ class RetrieverConfig:
     train: Literal["query", "both", "shared"] = "shared"
     negatives: Literal["batch", "none"] = "batch"
     candidates: int = 6
+    negative_depth: int = 20
     doc_tokens: int = 160
     rounds: int = 1
     epochs: int = 1
@@ -150,7 +153,7 @@ class RetrieverConfig:
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
-        _at_least(self, 1, "candidates", "rounds", "epochs", "batch_size")
+        _at_least(self, 1, "candidates", "negative_depth", "rounds", "epochs", "batch_size")
         _at_least(self, 8, "doc_tokens")
         _at_least(self, 0, "learning_rate", "weight_decay", "prior_weight")
         _positive(self, "temperature", "scale", "clip_norm")

@@ -99,13 +99,15 @@ def open_labelled(
     Returns:
         The host's side, whose refresher the caller closes, and the lessons.
     """
-    retrieval = _open(workspace, params, embeddings, None, 1.0)
+    config = workspace.config.retriever
+    retrieval = _open(workspace, params, embeddings, None, 1.0, k=config.negative_depth)
     gold = gold_sets(workspace)
-    count = workspace.config.retriever.candidates
 
     def batch_of(step: int) -> Lessons:
         _, rows, found = retrieval.retrieved(step)
-        return labelled_lessons(found, [gold[row] for row in rows], count)
+        chosen = [gold[row] for row in rows]
+        seed = (workspace.config.seed, step)
+        return labelled_lessons(found, chosen, config.candidates, seed=seed)
 
     return LiveHalf(retrieval, batch_of)
 
@@ -120,7 +122,14 @@ def open_taught(
 ) -> LiveHalf:
     """Opens live retrieval of candidates that the language model scores; see `train_live`."""
     questions = workspace.questions["train"]
-    retrieval = _open(workspace, params, before.embeddings, bm25, before.hybrid.dense_weight)
+    retrieval = _open(
+        workspace,
+        params,
+        before.embeddings,
+        bm25,
+        before.hybrid.dense_weight,
+        k=workspace.config.retriever.candidates,
+    )
 
     def batch_of(step: int) -> Lessons:
         _, rows, found = retrieval.retrieved(step)
@@ -138,6 +147,8 @@ def _open(
     embeddings: NDArray[np.float32],
     bm25: Bm25Index | None,
     dense_weight: float,
+    *,
+    k: int,
 ) -> LiveRetrieval:
     questions = workspace.questions["train"]
     config = workspace.config.retriever
@@ -152,7 +163,7 @@ def _open(
             params, [questions[row] for row in rows]
         ),
         rows_at=lambda step: question_rows(workspace, 0, len(questions), step),
-        k=config.candidates,
+        k=min(k, len(workspace.doc_ids)),
         search=live_search(
             workspace,
             task,

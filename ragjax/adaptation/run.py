@@ -188,14 +188,16 @@ def _taught_round(
 def _labelled_round(workspace: Workspace, retriever: Retriever, number: int) -> BatchOf:
     """Takes the relevance judgements, and what the dense index finds as hard negatives."""
     questions = workspace.questions["train"]
-    count = workspace.config.retriever.candidates
-    found = search(workspace, retriever, questions, count).dense
+    config = workspace.config.retriever
+    found = search(workspace, retriever, questions, config.negative_depth).dense
     gold = gold_sets(workspace)
 
     def batch_of(step: int) -> Lessons:
         rows = question_rows(workspace, number, len(questions), step)
         part = SearchResult(found.doc_ids[rows], found.scores[rows], found.mask[rows])
-        return labelled_lessons(part, [gold[row] for row in rows], count)
+        chosen = [gold[row] for row in rows]
+        seed = (workspace.config.seed + number, step)
+        return labelled_lessons(part, chosen, config.candidates, seed=seed)
 
     return batch_of
 

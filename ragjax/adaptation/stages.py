@@ -217,21 +217,32 @@ def fixed_lessons(
 
 
 def labelled_lessons(
-    found: SearchResult, gold: Sequence[frozenset[int]], num_documents: int
+    found: SearchResult,
+    gold: Sequence[frozenset[int]],
+    num_documents: int,
+    *,
+    seed: tuple[int, int],
 ) -> Lessons:
-    """Returns the lessons of relevance judgements: DPR with retrieved hard negatives.
+    """Returns the lessons of relevance judgements: DPR with hard negatives that were retrieved.
 
     Args:
-        found: `[B, K]` documents that the index returned.
+        found: `[B, D]` documents that the index returned, from which negatives are drawn.
         gold: Relevant documents of each question, at least one.
         num_documents: K, judged documents and negatives together.
+        seed: Of the draw: the run's and the step.
+
+    References:
+        Karpukhin et al., Dense Passage Retrieval, 2020, section 3.2; Xiong et al., Approximate
+        Nearest Neighbor Negative Contrastive Learning, 2021, section 4 (negatives from the top 200
+        of a refreshed index).
     """
     shape = (len(gold), num_documents)
     doc_ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    draw = np.random.default_rng(seed)
     for row, relevant in enumerate(gold):
         positives = sorted(relevant)[: max(1, num_documents - 1)]
         negatives = [int(d) for d in found.doc_ids[row][found.mask[row]] if int(d) not in relevant]
-        chosen = (positives + negatives)[:num_documents]
+        chosen = (positives + draw.permutation(negatives).tolist())[:num_documents]
         doc_ids[row, : len(chosen)], mask[row, : len(chosen)] = chosen, True
     return Lessons(doc_ids, mask, np.full(shape, -np.inf, np.float32), gold)
 

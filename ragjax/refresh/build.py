@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -172,7 +173,7 @@ class ScannBuild:
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:]
         lines = [line.strip() for line in lines if line.strip()]
-        for sign in ("error: ", "Check failed", "Fatal Python error"):
+        for sign in ("Check failed", "error: "):
             if found := [line for line in lines if sign in line]:
                 return found[-1]
         return lines[-1] if lines else ""
@@ -182,7 +183,7 @@ def _save_array(path: Path, array: np.ndarray) -> None:
     """Writes an array; a disk without room for it is an error that names the file."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
-    with whole_file(path, num_bytes=array.nbytes) as file:
+    with whole_file(path, num_bytes=content.tell()) as file:
         file.write(content.getbuffer())
 
 
@@ -219,7 +220,13 @@ def _run(job: dict[str, Any]) -> None:
         options = ScannOptions(**job["scann"]) if job["scann"] else scann_options(len(embeddings))
         options = dataclasses.replace(options, threads=job["threads"])
         index = ScannIndex.build(embeddings, options=options, probe_queries=queries)
-    index.save(building / "index")
+    try:
+        index.save(building / "index")
+    except RuntimeError as error:  # of ScaNN, which names no file
+        free = shutil.disk_usage(building).free
+        raise OSError(
+            f"{building / 'index'} could not be written ({error}); {free:,} bytes are free there"
+        ) from error
 
 
 def _end_with_parent(parent: int) -> None:

@@ -650,6 +650,8 @@ class Refresher:
             except Cancelled:
                 raise
             except BaseException as error:
+                if _is_ending(error):
+                    raise Cancelled("the program ends") from error
                 self._failures += 1
                 self._last_error = str(error)
                 # The same parameters give the same embeddings: NaN stays NaN.
@@ -695,6 +697,11 @@ class _StepClock:
 def _sentence(error: BaseException) -> str:
     """Returns the message of an error with one full stop at its end."""
     return f"{(str(error) or repr(error)).rstrip('.')}."
+
+
+def _is_ending(error: BaseException) -> bool:
+    """Tells whether threads were refused because the interpreter is on its way out."""
+    return isinstance(error, RuntimeError) and "cannot schedule new futures" in str(error)
 
 
 def _check_writable(folder: Path) -> None:

@@ -164,9 +164,17 @@ def test_hard_negatives_are_what_the_index_returns_and_no_judged_document():
         np.zeros((2, 4), np.float32),
         np.array([[True] * 4, [True, True, False, False]]),
     )
-    lessons = labelled_lessons(found, [frozenset({3}), frozenset({8, 4})], 3)
-    assert lessons.doc_ids[lessons.mask].tolist() == [3, 7, 5, 4, 8, 1]
-    assert lessons.positives == [frozenset({3}), frozenset({8, 4})]
+    gold = [frozenset({3}), frozenset({8, 4})]
+    drawn = set()
+    for step in range(40):
+        lessons = labelled_lessons(found, gold, 3, seed=(0, step))
+        first, second = lessons.doc_ids.tolist()
+        assert lessons.mask.all() and first[0] == 3 and second[:2] == [4, 8]
+        assert len(set(first)) == 3 and set(first[1:]) <= {7, 5, 9} and second[2] in (1, 2)
+        drawn |= set(first[1:])
+    assert drawn == {7, 5, 9}  # not only the best
+    again = labelled_lessons(found, gold, 3, seed=(0, 39))
+    np.testing.assert_array_equal(again.doc_ids, lessons.doc_ids)
 
 
 def test_the_judged_document_of_one_question_is_no_negative_of_another(make):
@@ -176,7 +184,7 @@ def test_the_judged_document_of_one_question_is_no_negative_of_another(make):
         np.array([[5, 6], [5, 6], [1, 6], [2, 1]], np.int32), np.zeros((4, 2), np.float32),
         np.ones((4, 2), bool),
     )  # fmt: skip
-    lessons = labelled_lessons(found, gold, 3)
+    lessons = labelled_lessons(found, gold, 3, seed=(0, 0))
     batch_at = stages._lsr_batches(workspace, 0, workspace.questions["train"], lambda step: lessons)
     batch = batch_at(0)
     target = np.exp(np.asarray(batch.target_log_probs))

@@ -422,12 +422,13 @@ def test_a_disk_that_is_full_while_the_index_is_built_publishes_nothing(make, fo
             assert refresher.wait(60)
             with pytest.raises(RefreshError, match=f"{disk}/refresh/building/.*") as error:
                 refresher.poll()
-            said.append(str(error.value)); print(said[-1])
+            said.append(str(error.value))
             check_whole(refresher, [0])
             check_serves(refresher.snapshot, 0, 0)
             executor.filler.unlink()
         assert "probe_queries.npy" in said[0] and "256 bytes are needed" in said[0]
         assert "build.json" in said[1]
+        assert all("bytes" in line for line in said)
         executor.pages = None
         refresher.submit(make_params(9), 9)
         assert refresher.wait(60)
