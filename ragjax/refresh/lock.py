@@ -71,6 +71,21 @@ class RunLock:
             self._file = None
 
 
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be written, before anything expensive."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)  # another process may try the same at this moment
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} cannot be written ({error.strerror}); give a folder on a disk with room "
+            "that this user may write",
+        ) from error
+
+
 def _describe(holder: str) -> str:
     try:
         note = json.loads(holder)

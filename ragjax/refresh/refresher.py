@@ -15,8 +15,6 @@ trainers that want to decide by themselves.
 """
 
 import atexit
-import dataclasses
-import enum
 import functools
 import logging
 import threading
@@ -26,18 +24,25 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ragjax.index import IndexSnapshot
-from ragjax.refresh.build import BuildOptions
-from ragjax.refresh.encode import Cancelled, EncodeProgress
+from ragjax.refresh.background import Background
+from ragjax.refresh.clock import StepClock
+from ragjax.refresh.encode import EncodeProgress
 from ragjax.refresh.export import read_export
 from ragjax.refresh.generations import GenerationStore
-from ragjax.refresh.lock import RunLock
-from ragjax.refresh.partial import PartialPolicy
+from ragjax.refresh.lock import RunLock, check_writable
+from ragjax.refresh.options import (
+    IndexTooStaleError,
+    RefreshError,
+    RefreshOptions,
+    RefreshState,
+    RefreshStatus,
+)
 from ragjax.refresh.pipeline import Export, Pipeline
 from ragjax.refresh.task import EncodeTask, Executor
 from ragjax.refresh.threads import ThreadExecutor
@@ -46,88 +51,7 @@ from ragjax.refresh.triggers import Never, Trigger, TriggerContext
 _LOG = logging.getLogger(__name__)
 # Generations that checkpoints name are kept; a trainer keeps a few checkpoints.
 _PINNED = 4
-_CLOCKED_STEPS = 200
-# Indexes that no longer serve are held a little longer, until the trainer has let them go too.
-_RETIRED_SECONDS = 1.0
-_REPORT_EVERY_SECONDS = 10.0
 _POLL_SECONDS = 0.01
-
-
-class RefreshState(enum.Enum):
-    """Where the refresh under way is."""
-
-    IDLE = "idle"
-    ENCODING = "encoding"
-    BUILDING = "building"
-    READY = "ready"
-    FAILED = "failed"
-
-
-class RefreshError(RuntimeError):
-    """A refresh failed for good; the cause is chained, the earlier generation still serves."""
-
-
-class IndexTooStaleError(RuntimeError):
-    """The index lags further behind the encoder than allowed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RefreshOptions:
-    """How an index is refreshed.
-
-    Attributes:
-        index: kind of index; "auto" decides by size and memory.
-        build: of a ScaNN index.
-        keep: generations kept on disk, at least 3.
-        max_retries: times that a failed refresh is tried again before it counts as failed.
-        backoff_seconds: wait before the first retry; it doubles each time.
-        on_failure: what a failed refresh does to training: "stop" raises at the next `update` or
-            `poll`, "warn" says so and goes on with the earlier generation.
-        max_index_lag_steps: most steps that the index may lag behind the encoder; 0: no limit.
-        on_lag: what happens beyond it: "wait" for a fresher index, "warn", or "stop".
-        adopt_after: steps from an export until its index serves. -1: as soon as it is ready,
-            which depends on the speed of the machine. 0: training waits for it (synchronous).
-            More: the index serves from exactly that step on, so that a repeated or resumed run is
-            the same; the next export waits until then.
-        partial: encode only a part of the documents in most refreshes; None encodes all.
-    """
-
-    index: Literal["auto", "exact", "scann"] = "auto"
-    build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
-    keep: int = 3
-    max_retries: int = 2
-    backoff_seconds: float = 1.0
-    on_failure: Literal["stop", "warn"] = "stop"
-    max_index_lag_steps: int = 0
-    on_lag: Literal["wait", "warn", "stop"] = "wait"
-    adopt_after: int = -1
-    partial: PartialPolicy | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses what is out of range, naming the field."""
-        for name, low in (("keep", 3), ("max_retries", 0), ("backoff_seconds", 0),
-                          ("max_index_lag_steps", 0), ("adopt_after", -1)):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
-        for name, known in (("index", ("auto", "exact", "scann")), ("on_failure", ("stop", "warn")),
-                            ("on_lag", ("wait", "warn", "stop"))):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}."
-                )
-
-
-class RefreshStatus(NamedTuple):
-    """What goes on, for a progress line."""
-
-    state: RefreshState
-    step: int  # of the parameters that are encoded or built; -1 where nothing is under way
-    fraction: float  # of the encoding that is done
-    remaining_seconds: float  # of the encoding, estimated
-    waiting_step: int  # of the parameters that are next; -1 where none wait
-    builder_pid: int  # process that builds the index; 0 where none does
-    failures: int  # failed attempts since the start
-    last_error: str  # of the newest failure, "" where there was none
 
 
 class Refresher:
@@ -169,40 +93,31 @@ class Refresher:
         self._executor = executor or ThreadExecutor()
         self.folder = Path(folder)
         self._lock = RunLock(self.folder, name="refresh.lock", remedy="use another folder")
-        _check_writable(self.folder)
+        check_writable(self.folder)
         self._lock.__enter__()
         self.generations = GenerationStore(self.folder, keep=self._options.keep, report=report)
-        self._condition = threading.Condition()
-        self._cancelled = threading.Event()
+        cancelled = threading.Event()
         self._pipeline = Pipeline(
             self.folder, task, self._executor, self.generations,
             index=self._options.index, build=self._options.build, partial=self._options.partial,
-            cancelled=self._cancelled, on_progress=self._note_progress, report=report,
+            cancelled=cancelled, on_progress=self._note_progress, report=report,
         )  # fmt: skip
         self._pipeline.clean()
-        self._thread: threading.Thread | None = None
+        self._background = Background(
+            self._pipeline.run, cancelled, max_retries=self._options.max_retries,
+            backoff_seconds=self._options.backoff_seconds, report=report,
+        )  # fmt: skip
         self._snapshot: IndexSnapshot | None = None
-        self._ready: IndexSnapshot | None = None
-        # Freeing a large index takes a while, which the refresher's thread has and a step has not.
-        self._retired: list[IndexSnapshot] = []
-        self._active: Export | None = None
-        self._waiting: Export | None = None
-        self._failure: BaseException | None = None
-        self._progress: EncodeProgress | None = None
-        self._failures = 0
-        self._last_error = ""
+        self._progress: tuple[int, EncodeProgress] | None = None  # with the step it is of
         self._last_export_step = 0
         self._scheduled: tuple[int, int] | None = None  # (step of the export, step of adoption)
         self._pinned: deque[int] = deque(maxlen=_PINNED)
         self._lag_told = False
-        self._clock = _StepClock()
+        self._clock = StepClock()
         self._overlap = float("nan")
         self._swap_seconds = 0.0
-        self._closed = False
         self._at_exit = functools.partial(_call_weakly, weakref.WeakMethod(self.close))
         atexit.register(self._at_exit)
-
-    # ------------------------------------------------------------------ the index that serves
 
     @property
     def snapshot(self) -> IndexSnapshot:
@@ -325,8 +240,6 @@ class Refresher:
         self._clock.begin_step(self.busy)
         return self.snapshot
 
-    # ------------------------------------------------------------------ its parts
-
     def submit(
         self, params: Any, step: int, *, embeddings: NDArray[np.float32] | None = None
     ) -> bool:
@@ -346,17 +259,8 @@ class Refresher:
         """
         probes = None if self._probe_queries is None else np.asarray(self._probe_queries())
         export = Export(self._executor.copy_params(params), step, probes, embeddings)
-        with self._condition:
-            if self._closed:
-                raise RuntimeError("The refresher is closed.")
-            idle = self._active is None and self._waiting is None
-            self._waiting = export
-            self._last_export_step = max(self._last_export_step, step)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="refresh", daemon=True)
-                self._thread.start()
-            self._condition.notify_all()
-        return idle
+        self._last_export_step = max(self._last_export_step, step)
+        return self._background.hand_over(export)
 
     def poll(self) -> IndexSnapshot | None:
         """Adopts and returns the index that became ready since the last call, or returns None.
@@ -366,11 +270,7 @@ class Refresher:
         Raises:
             RefreshError: a refresh failed for good and `on_failure` is "stop".
         """
-        if self._ready is None and self._failure is None:  # nothing to take a lock for
-            return None
-        with self._condition:
-            ready, self._ready = self._ready, None
-            failure, self._failure = self._failure, None
+        ready, failure = self._background.fetch()
         if ready is not None:
             self._adopt(ready)
         if failure is not None:
@@ -392,29 +292,14 @@ class Refresher:
         Returns:
             True if nothing is under way any more.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        told = time.monotonic()
-        with self._condition:
-            while self._active is not None or self._waiting is not None:
-                left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
-                if left <= 0 or self._closed:
-                    return False
-                self._condition.wait(left)
-                if time.monotonic() - told > _REPORT_EVERY_SECONDS:
-                    told = time.monotonic()
-                    self._report(f"waiting for the index: {self.line()}")
-        return True
+        return self._background.wait(
+            timeout, lambda: self._report(f"waiting for the index: {self.line()}")
+        )
 
     def close(self) -> None:
         """Gives up what is under way and lets the folder go; finished shards stay on disk."""
-        with self._condition:
-            if self._closed:
-                return
-            self._closed = True
-            self._cancelled.set()
-            self._condition.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if not self._background.close():
+            return
         self._executor.close()
         self._lock.__exit__(None, None, None)
         atexit.unregister(self._at_exit)
@@ -432,35 +317,37 @@ class Refresher:
         """Closes it."""
         self.close()
 
-    # ------------------------------------------------------------------ what is known of it
-
     @property
     def busy(self) -> bool:
         """True while parameters are encoded, built, or waiting for their turn."""
-        return self._active is not None or self._waiting is not None
+        return self._background.busy
 
     @property
     def state(self) -> RefreshState:
         """Where the refresh is."""
-        if self._active is not None:
+        work = self._background
+        if work.active is not None:
             building = self._pipeline.building
             return RefreshState.BUILDING if building else RefreshState.ENCODING
-        if self._ready is not None:
+        if work.ready is not None:
             return RefreshState.READY
-        return RefreshState.FAILED if self._failure is not None else RefreshState.IDLE
+        return RefreshState.FAILED if work.failure is not None else RefreshState.IDLE
 
     def status(self) -> RefreshStatus:
         """Returns what goes on."""
-        active, waiting, progress = self._active, self._waiting, self._progress
+        work, noted = self._background, self._progress
+        active, waiting = work.active, work.waiting
+        of_active = noted is not None and active is not None and noted[0] == active.step
+        progress = noted[1] if noted is not None and of_active else None
         return RefreshStatus(
             state=self.state,
             step=-1 if active is None else active.step,
-            fraction=0.0 if active is None or progress is None else progress.fraction,
+            fraction=0.0 if progress is None else progress.fraction,
             remaining_seconds=0.0 if progress is None else progress.remaining_seconds,
             waiting_step=-1 if waiting is None else waiting.step,
             builder_pid=self._pipeline.builder_pid,
-            failures=self._failures,
-            last_error=self._last_error,
+            failures=work.failures,
+            last_error=work.last_error,
         )
 
     def line(self, step: int | None = None) -> str:
@@ -498,7 +385,7 @@ class Refresher:
             "encode_seconds": snapshot.encode_seconds,
             "build_seconds": snapshot.build_seconds,
             "refreshing": float(self.busy),
-            "failures": self._failures,
+            "failures": self._background.failures,
             "swap_seconds": self._swap_seconds,
             "step_seconds_inside": self._clock.median(inside=True),
             "step_seconds_outside": self._clock.median(inside=False),
@@ -530,28 +417,25 @@ class Refresher:
             "pending": pending,
         }
 
-    # ------------------------------------------------------------------ private
-
     def _build_now(
         self, params: Any, step: int, embeddings: NDArray[np.float32] | None = None
     ) -> IndexSnapshot:
         """Builds (or opens) the index of these parameters and adopts it."""
         self.submit(params, step, embeddings=embeddings)
         self.wait()
-        failure, self._failure = self._failure, None
+        ready, failure = self._background.fetch()
         if failure is not None:
             raise RefreshError(f"The index could not be built: {_sentence(failure)}") from failure
-        self.poll()
+        if ready is not None:
+            self._adopt(ready)
         return self.snapshot
 
     def _adopt(self, snapshot: IndexSnapshot) -> None:
         """Lets an index serve; one assignment, at a step boundary."""
         started = time.perf_counter()
-        with self._condition:
-            if self._snapshot is not None:
-                self._retired.append(self._snapshot)
-            self._snapshot = snapshot
-            self._condition.notify_all()
+        old, self._snapshot = self._snapshot, snapshot
+        if old is not None:
+            self._background.retire(old)
         self._overlap = self._pipeline.overlap_of(snapshot.version)
         self._swap_seconds = time.perf_counter() - started
 
@@ -605,118 +489,13 @@ class Refresher:
         return export.params if export.digest == digest else None
 
     def _note_progress(self, progress: EncodeProgress) -> None:
-        self._progress = progress
-
-    def _work(self) -> None:
-        """Turns exports into snapshots, one after the other; the refresher's thread."""
-        while self._take_export():
-            try:
-                snapshot = self._attempts()
-            except Cancelled:
-                continue
-            except BaseException as error:  # nothing may end this thread unseen
-                with self._condition:
-                    self._failure = error
-            else:
-                with self._condition:
-                    self._ready, self._failure = snapshot, None
-
-    def _take_export(self) -> bool:
-        """Waits for the next export and makes it the active one; False when closed."""
-        with self._condition:
-            self._active, self._progress = None, None
-            self._condition.notify_all()
-        while True:
-            with self._condition:
-                if self._closed:
-                    return False
-                held = bool(self._retired)
-                if self._waiting is None:
-                    self._condition.wait(_RETIRED_SECONDS if held else None)
-                # Freed when the lock is given back, in this thread, while no step waits for it.
-                freed, self._retired = (self._retired, []) if held else ([], self._retired)
-                if self._waiting is not None and not self._closed:
-                    self._active, self._waiting = self._waiting, None
-                    return True
-            del freed
-
-    def _attempts(self) -> IndexSnapshot:
-        """Refreshes, trying again after failures, with newer parameters where there are any."""
-        attempt = 0
-        while True:
-            assert self._active is not None, "set by the caller"
-            try:
-                return self._pipeline.run(self._active)
-            except Cancelled:
-                raise
-            except BaseException as error:
-                if _is_ending(error):
-                    raise Cancelled("the program ends") from error
-                self._failures += 1
-                self._last_error = str(error)
-                # The same parameters give the same embeddings: NaN stays NaN.
-                hopeless = isinstance(error, ValueError) and self._waiting is None
-                if attempt == self._options.max_retries or hopeless:
-                    raise
-                seconds = self._options.backoff_seconds * 2**attempt
-                self._report(
-                    f"a refresh failed ({error}); trying again in {seconds:g} s, "
-                    f"{self._options.max_retries - attempt} attempts left."
-                )
-                attempt += 1
-            if self._cancelled.wait(seconds):
-                raise Cancelled("the refresher is closed")
-            with self._condition:
-                if self._waiting is not None:
-                    self._active, self._waiting = self._waiting, None
-
-
-class _StepClock:
-    """Typical time between two updates, apart for steps during a refresh and others."""
-
-    def __init__(self) -> None:
-        self._started: float | None = None
-        self._busy = False
-        # The newest ones: a compilation or a pause long ago must not colour the figure.
-        self._seconds = {busy: deque[float](maxlen=_CLOCKED_STEPS) for busy in (False, True)}
-
-    def end_step(self, busy: bool) -> None:
-        """Ends a step; one that a refresh began or ended in counts as neither."""
-        if self._started is not None and busy == self._busy:
-            self._seconds[busy].append(time.perf_counter() - self._started)
-
-    def begin_step(self, busy: bool) -> None:
-        """Begins a step: what the update itself took is not part of it."""
-        self._started, self._busy = time.perf_counter(), busy
-
-    def median(self, *, inside: bool) -> float:
-        """Returns seconds a step, NaN where there was none."""
-        return float(np.median(self._seconds[inside])) if self._seconds[inside] else float("nan")
+        active = self._background.active
+        self._progress = None if active is None else (active.step, progress)
 
 
 def _sentence(error: BaseException) -> str:
     """Returns the message of an error with one full stop at its end."""
     return f"{(str(error) or repr(error)).rstrip('.')}."
-
-
-def _is_ending(error: BaseException) -> bool:
-    """Tells whether threads were refused because the interpreter is on its way out."""
-    return isinstance(error, RuntimeError) and "cannot schedule new futures" in str(error)
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be written, before anything expensive."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)  # another process may try the same at this moment
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder} cannot be written ({error.strerror}); give a folder on a disk with room "
-            "that this user may write",
-        ) from error
 
 
 def _call_weakly(method: weakref.WeakMethod) -> None:

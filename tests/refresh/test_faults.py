@@ -56,8 +56,9 @@ def make(tmp_path, told, seen):
 
     def make_one(folder=tmp_path / "refresh", task=None, executor=None, **options):
         options = {"index": "exact", "max_retries": 0, "backoff_seconds": 0.01} | options
+        settings = {"tokenize": tokenize, "rows_per_shard": 20} | (task or {})
         refresher = Refresher(
-            folder, make_task(**{"tokenize": tokenize, "rows_per_shard": 20} | (task or {})), report=told.append, executor=executor,
+            folder, make_task(**settings), report=told.append, executor=executor,
             options=RefreshOptions(**options),
         )  # fmt: skip
         made.add(refresher)
@@ -148,6 +149,7 @@ def fill(disk, pages):
     return filler
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_page_publishes_nothing_and_names_the_file(
     make, mounted, embeddings_of
 ):
@@ -227,6 +229,8 @@ def test_an_export_that_a_checkpoint_counts_on_outlives_a_full_disk(make, mounte
     gate.set()
     first.close()
     assert state["pending"][:2] == [1, 5]
+    export = disk / "refresh" / "exports" / "00000001" / "params.safetensors"
+    inode = export.stat().st_ino
     filler = fill(disk, 0)
     resumed = make(disk / "refresh", adopt_after=4)
     resumed.start(make_params(3), step=3, state=state)
@@ -234,6 +238,7 @@ def test_an_export_that_a_checkpoint_counts_on_outlives_a_full_disk(make, mounte
     with pytest.raises(RefreshError, match="bytes are needed"):
         resumed.update(5, make_params(5))
     resumed.close()
+    assert export.stat().st_ino == inode  # not removed to be written again
     filler.unlink()
     again = make(disk / "refresh", adopt_after=4)
     check_serves(again.start(make_params(3), step=3, state=state), 0, embeddings_of(0))
