@@ -27,10 +27,11 @@ import tyro
 
 from ragjax.adaptation.config import AdaptConfig, load_config_file, to_dict
 from ragjax.adaptation.run import adapt, check_output, dry_run
+from ragjax.refresh import IndexTooStaleError, RefreshError
 from ragjax.refresh.lock import RunLock
 from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
 
-BAD_INPUT, DIVERGED = 2, 3
+BAD_INPUT, DIVERGED, NO_FRESH_INDEX = 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,12 @@ class Flags(AdaptConfig):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the script and returns its exit code: 0, 2 for bad input, 128 + signal if stopped."""
+    """Runs the script and returns its exit code.
+
+    Returns:
+        0; 2 for bad input; 3 where training diverged; 4 where the index could not be kept fresh;
+        128 + signal if stopped.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
@@ -62,10 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"{stopped}; the same command continues this run", file=sys.stderr)
         return 128 + stopped.signum
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RefreshError, IndexTooStaleError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, RefreshError | IndexTooStaleError):
+            print("the last step is saved; the same command continues this run", file=sys.stderr)
+            return NO_FRESH_INDEX
         return DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
 
 

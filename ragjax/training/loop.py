@@ -186,6 +186,11 @@ def run_steps(
     if host is not None and first < config.num_steps:
         host.resume(first, state, saved)
     log.rewind(config.stage, first)
+
+    def save(done: int, state: TrainState) -> None:
+        kept = {"host": dict(host.state_dict())} if host is not None else {}
+        checkpointer.save(done, state, {"stage": config.stage, **(info or {}), **kept})
+
     progress = tqdm(
         total=config.num_steps, initial=first, desc=config.stage, unit="step", file=sys.stderr,
         mininterval=1.0, dynamic_ncols=True, disable=None if sys.stderr.isatty() else False,
@@ -194,7 +199,7 @@ def run_steps(
     with progress:
         for step in range(first, config.num_steps):
             started = time.perf_counter()
-            prepared = dict(host.before_step(step, state)) if host is not None else {}
+            prepared = _prepare(host, step, state, save)
             state, metrics = step_fn(state, batch_at(step), frozen)
             metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | prepared
             log.write(config.stage, step, metrics | {"seconds": time.perf_counter() - started})
@@ -211,10 +216,25 @@ def run_steps(
                 )
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.num_steps or stop.signum:
-                kept = {"host": dict(host.state_dict())} if host is not None else {}
-                checkpointer.save(done, state, {"stage": config.stage, **(info or {}), **kept})
+                save(done, state)
             stop.check()
     return state
+
+
+def _prepare(
+    host: HostWork | None,
+    step: int,
+    state: TrainState,
+    save: Callable[[int, TrainState], None],
+) -> dict[str, float]:
+    """Runs the host's side of a step; where it fails, what was learnt so far is saved first."""
+    if host is None:
+        return {}
+    try:
+        return dict(host.before_step(step, state))
+    except Exception:
+        save(step, state)
+        raise
 
 
 def _resume(

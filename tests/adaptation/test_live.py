@@ -338,3 +338,20 @@ def test_killed_anywhere_a_run_with_live_retrieval_ends_with_the_same_bytes(tiny
         for run in (whole, cut)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 9
+
+
+@pytest.mark.slow
+def test_an_index_that_is_too_stale_ends_the_run_in_one_sentence_with_its_work_saved(
+    tiny_flags, tmp_path
+):
+    flags = [
+        *(flag for flag in tiny_flags if "rounds" not in flag and "checkpoint" not in flag),
+        "--stages", "retriever", "--retriever.objective=dpr", "--refresh.mode=frozen",
+        "--refresh.max_lag=1", "--refresh.on_lag=stop",
+    ]  # fmt: skip
+    process = start(flags, tmp_path / "run")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 4
+    assert "error: The index is 2 steps behind the encoder, more than 1" in err
+    assert "the same command continues this run" in err and "Traceback" not in err
+    assert (tmp_path / "run" / "checkpoints" / "retriever-0" / "2").is_dir()

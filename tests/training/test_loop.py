@@ -176,3 +176,52 @@ def test_the_second_signal_ends_the_process_at_once():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
     assert done.returncode == 128 + signal.SIGINT
+
+
+class Host:
+    """Host work that shifts the batch by the parameters it sees, and can fail at a step."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.resumed, self.shift = fails_at, None, 0.0
+
+    def resume(self, step, state, saved):
+        self.resumed = (step, None if saved is None else saved["seen"])
+        self.seen = 0 if saved is None else saved["seen"]
+
+    def before_step(self, step, state):
+        if step == self.fails_at:
+            raise RuntimeError("no index")
+        self.seen += 1
+        self.shift = float(state.params["w"][0])
+        return {"host/seen": self.seen}
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def line(self, step):
+        return f"seen {self.seen}"
+
+
+def train_with_host(folder, host):
+    return run_steps(
+        LoopConfig(stage="s", num_steps=7, checkpoint_every=100),
+        STEP,
+        init_state({"w": jnp.zeros(3)}, OPTIMIZER, 0),
+        lambda step: batch_at(step) + host.shift,
+        checkpointer=Checkpointer(folder / "checkpoints"),
+        log=MetricsLog(folder / "metrics.jsonl"),
+        stop=StopFlag(),
+        host=host,
+    )
+
+
+def test_the_host_prepares_each_step_and_its_state_comes_back_where_it_failed(tmp_path):
+    whole = train_with_host(tmp_path / "whole", host := Host())
+    assert host.resumed == (0, None)
+    assert [row["host/seen"] for row in lines(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(RuntimeError, match="no index"):
+        train_with_host(tmp_path / "cut", Host(fails_at=4))
+    continued = train_with_host(tmp_path / "cut", host := Host())
+    assert host.resumed == (4, 4)  # saved though no checkpoint was due
+    np.testing.assert_array_equal(continued.params["w"], whole.params["w"])
+    assert [row["host/seen"] for row in lines(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6, 7]
