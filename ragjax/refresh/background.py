@@ -85,6 +85,12 @@ class Background:
             self._retired.append(snapshot)
             self._condition.notify_all()
 
+    def free_retired(self) -> None:
+        """Frees what was retired; called in this thread, while it works."""
+        with self._condition:
+            freed, self._retired = self._retired, []
+        del freed  # where no lock is held
+
     def wait(self, timeout: float | None, tell: Callable[[], None]) -> bool:
         """Waits until nothing is worked on or waits, calling `tell` now and then.
 

@@ -5,6 +5,7 @@ threads and without the accelerator. It reads finished embeddings and leaves a f
 nothing.
 """
 
+import ctypes
 import dataclasses
 import faulthandler
 import io
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from ragjax.index.writing import whole_file
 from ragjax.refresh.encode import Cancelled
 
 _POLL_SECONDS = 0.02
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE_SECONDS = 2.0
 _LOG_LINES = 400
 _PROGRAM = "import sys; from ragjax.refresh.build import main; sys.exit(main(sys.argv[1]))"
@@ -231,6 +234,8 @@ def _run(job: dict[str, Any]) -> None:
 
 def _end_with_parent(parent: int) -> None:
     """Ends this process when the trainer is gone, however it went."""
+    if sys.platform == "linux":  # also where this process is stopped and no thread of it runs
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent:

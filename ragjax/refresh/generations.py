@@ -113,11 +113,13 @@ class Expected:
         corpus_fingerprint: of the documents.
         model_fingerprint: of the encoder without its weights.
         params_digest: of the weights.
+        kind: of the index, "exact" or "scann".
     """
 
     corpus_fingerprint: str = ""
     model_fingerprint: str = ""
     params_digest: str = ""
+    kind: str = ""
 
     def problem(self, description: Description) -> str | None:
         """Says in one sentence what does not fit; None if everything does."""
@@ -125,6 +127,7 @@ class Expected:
             ("corpus_fingerprint", "another corpus", "the documents changed since: encode again"),
             ("model_fingerprint", "another encoder or tokenizer", "encode again with this one"),
             ("params_digest", "other encoder parameters", "encode again with these"),
+            ("kind", "embeddings for another kind of index", "build it again"),
         ):
             wanted, found = getattr(self, field), getattr(description, field)
             if wanted and wanted != found:

@@ -159,6 +159,7 @@ class Pipeline:
         """
         digest = params_digest(export.params)
         self._write_export(export, digest)
+        self._collect_exports(export.step)
         existing = self.open_existing(digest)
         if existing is not None:
             return existing
@@ -176,7 +177,7 @@ class Pipeline:
             self._process = None
         self._note_encoded(export.step, plan, snapshot)
         self._latest = snapshot
-        self._collect(export.step)
+        self._generations.collect(pinned=self._pinned)
         return snapshot
 
     # ------------------------------------------------------------------ the parts of a run
@@ -350,11 +351,9 @@ class Pipeline:
         self.counts.reset(rows)
         self._since_full = 0 if plan.rows is None else self._since_full + 1
 
-    def _collect(self, step: int) -> None:
-        """Removes generations and exports that nothing needs any more."""
-        self._generations.collect(pinned=self._pinned)
-        described = self._generations.descriptions().values()
-        needed = {step, *(description.encoder_step for description in described)}
+    def _collect_exports(self, step: int) -> None:
+        """Removes exports before this step that no generation was made from."""
+        needed = {what.encoder_step for what in self._generations.descriptions().values()}
         for exported, path in list_exports(self._folder / "exports"):
             if exported not in needed and exported < step:
                 shutil.rmtree(path, ignore_errors=True)
@@ -373,6 +372,7 @@ class Pipeline:
             corpus_fingerprint=self._task.corpus_digest,
             model_fingerprint=self._task.model_fingerprint,
             params_digest=digest,
+            kind="" if self._index == "auto" else self._index,
         )
 
 

@@ -491,6 +491,7 @@ class Refresher:
     def _note_progress(self, progress: EncodeProgress) -> None:
         active = self._background.active
         self._progress = None if active is None else (active.step, progress)
+        self._background.free_retired()
 
 
 def _sentence(error: BaseException) -> str:
