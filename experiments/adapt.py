@@ -27,7 +27,7 @@ import tyro
 
 from ragjax.adaptation.config import AdaptConfig, load_config_file, to_dict
 from ragjax.adaptation.run import adapt, check_output, dry_run
-from ragjax.refresh import IndexTooStaleError, RefreshError
+from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
 from ragjax.refresh.lock import RunLock
 from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
 
@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, RefreshError | IndexTooStaleError):
-            print("the last step is saved; the same command continues this run", file=sys.stderr)
+            if not isinstance(error, ResumeError):
+                print("the same command continues this run", file=sys.stderr)
             return NO_FRESH_INDEX
         return DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
 

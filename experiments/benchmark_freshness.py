@@ -50,7 +50,7 @@ from ragjax.evaluation import bootstrap_interval, paired_difference, retrieval_m
 from ragjax.index import ExactIndex
 from ragjax.models import DEFAULT_ENCODER
 from ragjax.models.testing import write_tiny_language_model
-from ragjax.refresh import encode_corpus
+from ragjax.refresh import RefreshError, encode_corpus
 from ragjax.training.live import LiveRetrieval
 from ragjax.training.loop import MetricsLog, StopFlag
 from ragjax.training.lsr import towers
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = tyro.cli(Flags, args=arguments, description=__doc__)
     try:
         run(flags)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RefreshError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -169,7 +169,7 @@ def arm_config(flags: Flags, arm: str, seed: int) -> AdaptConfig:
         ),
         refresh=RefreshConfig(
             mode=mode,  # pyrefly: ignore[bad-argument-type]  (checked above)
-            every=rest[0] if rest else "8",
+            every=rest[0] if rest else RefreshConfig().every,
             partial=float(rest[1]) if len(rest) > 1 else 1.0,
         ),
     )

@@ -182,7 +182,8 @@ class RefreshConfig:
         same in every run; -1: as soon as it is ready (`async`).
       max_lag: Most steps that the index may lag behind the encoder; 0: no limit.
       on_lag: What happens beyond that: training waits, a warning, or the run stops.
-      overfetch: Documents considered for each one that `rerank` returns.
+      overfetch: Documents considered for each one that is returned, where they are ranked again:
+        by `rerank`, or with BM25 (not with the objective `dpr`).
       partial: Share of the documents encoded in a refresh, those first that training retrieves
         most and that changed most; 1 encodes all.
       full_every: With `partial` below 1, every so many refreshes encode all documents.
@@ -221,6 +222,11 @@ class RefreshConfig:
             parse_trigger(self.every, measure=lambda params, snapshot: 0.0)
         except ValueError as error:
             raise ValueError(f"every: {error}") from error
+        if self.partial < 1 and self.adopt_after > 0:
+            raise ValueError(
+                f"partial={self.partial:g} depends on what was retrieved, so a resumed run is"
+                f" another, which adopt_after={self.adopt_after} rules out; leave one of them out"
+            )
         if self.workers and self.devices:
             raise ValueError("workers encode on their own devices; give devices or workers")
 
@@ -299,7 +305,7 @@ class AdaptConfig:
             raise ValueError("output must name a folder")
         if len(set(self.stages)) != len(self.stages):
             raise ValueError(f"stages names a stage twice: {' '.join(self.stages)}")
-        _check_refresh(self.refresh, self.retriever)
+        _check_refresh(self)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -308,8 +314,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(config: AdaptConfig) -> str:
-    """Returns a digest of everything that decides the run's result (not where it is written)."""
+    """Returns a digest of everything that decides the run's result (not where it is made)."""
     values = {k: v for k, v in to_dict(config).items() if k != "output"}
+    values["refresh"] = {k: v for k, v in values["refresh"].items() if k not in _NO_RESULT}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -405,27 +412,57 @@ def _type_name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
 
 
-def _check_refresh(refresh: RefreshConfig, retriever: RetrieverConfig) -> None:
-    """Refuses a way of refreshing that the training of the retriever leaves no use for."""
-    if refresh.mode == "off":
+# Modes in which a field does something; elsewhere it would do nothing without a word.
+_ACTS_IN = {
+    "every": ("sync", "async"),
+    "adopt_after": ("async",),
+    "max_lag": ("sync", "async"),
+    "partial": ("sync", "async"),
+    "devices": ("sync", "async"),
+    "workers": ("sync", "async"),
+}
+_LIVE = ("frozen", "query_only", "rerank", "sync", "async")
+# How and where an index is built, or what happens when that fails, but not what it holds: a run may
+# be continued with other values.
+_NO_RESULT = ("devices", "workers", "keep", "deadline_seconds", "on_failure", "on_lag")
+
+
+def _check_refresh(config: "AdaptConfig") -> None:
+    """Refuses a way of refreshing that the rest of the options leaves no use for."""
+    refresh, retriever, mode = config.refresh, config.retriever, config.refresh.mode
+    for option in dataclasses.fields(refresh):
+        modes = _ACTS_IN.get(option.name, _LIVE)
+        value = getattr(refresh, option.name)
+        if option.name != "mode" and value != option.default and mode not in modes:
+            raise ValueError(
+                f"refresh.{option.name}={value!r} does nothing with refresh.mode {mode}; add"
+                f" --refresh.mode {modes[-1]}, or leave it out"
+            )
+    if mode == "off":
         return
+    if "retriever" not in config.stages:
+        raise ValueError(
+            f"refresh.mode {mode} is for training the retriever, which stages"
+            f" {' '.join(config.stages)} leaves out; add --stages retriever"
+        )
     if retriever.rounds != 1:
         raise ValueError(
-            f"rounds={retriever.rounds}: with refresh.mode {refresh.mode} candidates are retrieved"
+            f"rounds={retriever.rounds}: with refresh.mode {mode} candidates are retrieved"
             " at every step, so there is one round; add --retriever.rounds 1"
         )
-    if refresh.mode == "query_only" and retriever.train != "query":
-        raise ValueError("refresh.mode query_only trains the query encoder alone; add"
-                         " --retriever.train query")  # fmt: skip
-    if refresh.mode in ("sync", "async") and retriever.train == "query":
+    if mode == "query_only" and retriever.train != "query":
         raise ValueError(
-            f"refresh.mode {refresh.mode} builds the index again for a document encoder that"
-            " retriever.train query leaves as it is; use --refresh.mode query_only"
+            "refresh.mode query_only trains the query encoder alone; add --retriever.train query"
         )
-    if refresh.mode == "sync" and refresh.adopt_after > 0:
+    still = retriever.train == "query" or (
+        retriever.train == "both" and retriever.doc_learning_rate == 0
+    )
+    if mode in ("sync", "async", "rerank") and still:
         raise ValueError(
-            f"adopt_after={refresh.adopt_after}: refresh.mode sync lets a new index serve at once;"
-            " use --refresh.mode async"
+            f"refresh.mode {mode} is for a document encoder that changes, and"
+            f" retriever.train {retriever.train} with doc_learning_rate"
+            f" {retriever.doc_learning_rate:g} leaves it as it is; use --refresh.mode query_only"
+            " --retriever.train query"
         )
 
 

@@ -218,6 +218,7 @@ def open_refresher(
         options=refresh_options(config),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
         report=workspace.report,
+        check=workspace.stop.check,
     )
 
 

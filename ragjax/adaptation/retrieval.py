@@ -127,8 +127,10 @@ def live_search(
         doc_params: Returns the live parameters of the document encoder.
     """
     config = workspace.config.refresh
+    # With BM25 the hybrid looks that deep already.
+    factor = config.overfetch if bm25 is None else 1
     dense = (
-        search_reranked(task, doc_params, factor=config.overfetch)
+        search_reranked(task, doc_params, factor=factor)
         if config.mode == "rerank"
         else search_dense
     )
@@ -139,7 +141,7 @@ def live_search(
         snapshot: IndexSnapshot, rows: np.ndarray, embeddings: np.ndarray, k: int
     ) -> SearchResult:
         found = _Found(dense, snapshot, rows)
-        # As deep as `rerank` looks, so that the modes differ in freshness only.
+        # Equally deep in every mode, so that they differ in freshness only.
         hybrid = HybridIndex(found, bm25, dense_weight=dense_weight, depth=config.overfetch * k)
         return hybrid.search(HybridQueries(embeddings, [questions[row].text for row in rows]), k)
 

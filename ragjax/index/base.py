@@ -59,6 +59,8 @@ class IndexSnapshot:
         recall: fraction of the exact best documents that the index finds, measured at the build.
         encode_seconds: what encoding the documents took.
         build_seconds: what building the index from the embeddings took.
+        fresh_fraction: share of the documents that this encoder step encoded; the others are as an
+            earlier one left them.
         doc_embeddings: `rows [R] -> [R, D]`, the embeddings as they were indexed, to measure how
             far an encoder has moved and to encode only some documents again; None if not kept.
     """
@@ -71,6 +73,7 @@ class IndexSnapshot:
     recall: float = 1.0
     encode_seconds: float = 0.0
     build_seconds: float = 0.0
+    fresh_fraction: float = 1.0
     doc_embeddings: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None
 
     def staleness_steps(self, step: int) -> int:

@@ -31,6 +31,7 @@ from ragjax.refresh.options import RefreshError as RefreshError
 from ragjax.refresh.options import RefreshOptions as RefreshOptions
 from ragjax.refresh.options import RefreshState as RefreshState
 from ragjax.refresh.options import RefreshStatus as RefreshStatus
+from ragjax.refresh.options import ResumeError as ResumeError
 from ragjax.refresh.partial import PartialPolicy as PartialPolicy
 from ragjax.refresh.partial import RetrievalCounts as RetrievalCounts
 from ragjax.refresh.partial import select_rows as select_rows

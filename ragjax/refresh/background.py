@@ -1,5 +1,6 @@
 """The refresher's thread: one export after the other becomes an index that is ready to serve."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -91,8 +92,22 @@ class Background:
             freed, self._retired = self._retired, []
         del freed  # where no lock is held
 
-    def wait(self, timeout: float | None, tell: Callable[[], None]) -> bool:
-        """Waits until nothing is worked on or waits, calling `tell` now and then.
+    def newest_step(self) -> int | None:
+        """Returns the step of what is ready or worked on, None where there is neither."""
+        with self._condition:
+            if self.active is not None:
+                return self.active.step
+            return None if self.ready is None else self.ready.encoder_step
+
+    def wait(
+        self, timeout: float | None, check: Callable[[], None], tell: Callable[[], None]
+    ) -> bool:
+        """Waits until nothing is worked on or waits.
+
+        Args:
+            timeout: in seconds; None: as long as it takes.
+            check: called about once a second; what it raises ends the waiting.
+            tell: called now and then.
 
         Returns:
             False after `timeout` seconds, or where it was closed.
@@ -105,22 +120,22 @@ class Background:
                 if left <= 0 or self._closed:
                     return False
                 self._condition.wait(left)
+                check()
                 if time.monotonic() - told > _TELL_EVERY_SECONDS:
                     told = time.monotonic()
                     tell()
         return True
 
-    def close(self) -> bool:
-        """Gives up what is worked on and ends the thread; False where it was closed before."""
+    def close(self) -> None:
+        """Gives up what is worked on and ends the thread."""
         with self._condition:
-            if self._closed:
-                return False
             self._closed = True
             self._cancelled.set()
             self._condition.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        return True
+        self.ready = self.waiting = None
+        self._retired.clear()
 
     def _work(self) -> None:
         """Turns exports into snapshots, one after the other; this thread."""
@@ -134,7 +149,10 @@ class Background:
                     self.failure = error
             else:
                 with self._condition:
-                    self.ready, self.failure = snapshot, None
+                    self.ready, failure = snapshot, self.failure
+                    self.failure = None
+                if failure is not None:  # newer parameters made up for it before it was fetched
+                    self._report(f"an earlier refresh failed for good: {failure}.")
 
     def _take_export(self) -> bool:
         """Waits for the next export and makes it the active one; False when closed."""
@@ -188,4 +206,5 @@ class Background:
 
 def _is_ending(error: BaseException) -> bool:
     """Tells whether threads were refused because the interpreter is on its way out."""
-    return isinstance(error, RuntimeError) and "cannot schedule new futures" in str(error)
+    ending = sys.is_finalizing() or not threading.main_thread().is_alive()
+    return ending and isinstance(error, RuntimeError)

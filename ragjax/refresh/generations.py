@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -114,12 +114,14 @@ class Expected:
         model_fingerprint: of the encoder without its weights.
         params_digest: of the weights.
         kind: of the index, "exact" or "scann".
+        whole: True = every document was encoded for it, none kept from an earlier one.
     """
 
     corpus_fingerprint: str = ""
     model_fingerprint: str = ""
     params_digest: str = ""
     kind: str = ""
+    whole: bool = False
 
     def problem(self, description: Description) -> str | None:
         """Says in one sentence what does not fit; None if everything does."""
@@ -132,6 +134,11 @@ class Expected:
             wanted, found = getattr(self, field), getattr(description, field)
             if wanted and wanted != found:
                 return f"it was made from {what} (fingerprint {found}, expected {wanted}); {remedy}"
+        if self.whole and description.base >= 0:
+            return (
+                f"only {description.encoded} of its {description.size} documents were encoded for "
+                f"it, the others are those of generation {description.base}; encode all again"
+            )
         return None
 
 
@@ -206,7 +213,11 @@ class GenerationStore:
         return Generation(number, folder, description, lock)
 
     def newest(
-        self, *, expected: Expected | None = None, report_mismatch: bool = True
+        self,
+        *,
+        expected: Expected | None = None,
+        report_mismatch: bool = True,
+        numbers: Sequence[int] | None = None,
     ) -> Generation | None:
         """Opens the newest generation that is whole and fits, saying why newer ones do not.
 
@@ -214,11 +225,12 @@ class GenerationStore:
             expected: what it must have been made from.
             report_mismatch: False passes over what does not fit without a word, for callers that
                 look for one among several; damage is reported all the same.
+            numbers: of the generations looked at, oldest first; None: all.
 
         Returns:
             The generation, or None if there is none.
         """
-        for number in reversed(self.numbers()):
+        for number in reversed(self.numbers() if numbers is None else numbers):
             try:
                 return self.open(number, expected=expected)
             except FileNotFoundError as error:

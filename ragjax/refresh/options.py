@@ -22,6 +22,10 @@ class RefreshError(RuntimeError):
     """A refresh failed for good; the cause is chained, the earlier generation still serves."""
 
 
+class ResumeError(RefreshError):
+    """A checkpoint cannot be continued identically, because what it names is gone."""
+
+
 class IndexTooStaleError(RuntimeError):
     """The index lags further behind the encoder than allowed."""
 
@@ -44,7 +48,9 @@ class RefreshOptions:
             which depends on the speed of the machine. 0: training waits for it (synchronous).
             More: the index serves from exactly that step on, so that a repeated or resumed run is
             the same; the next export waits until then.
-        partial: encode only a part of the documents in most refreshes; None encodes all.
+        partial: encode only a part of the documents in most refreshes; None encodes all. What is
+            encoded depends on what was retrieved since the start of this process, so a resumed run
+            is another one: not with `adopt_after` above 0.
     """
 
     index: Literal["auto", "exact", "scann"] = "auto"
@@ -70,6 +76,11 @@ class RefreshOptions:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}."
                 )
+        if self.partial is not None and self.adopt_after > 0:
+            raise ValueError(
+                "partial refreshes are not the same in a resumed run, which adopt_after="
+                f"{self.adopt_after} promises; use adopt_after=-1 or 0, or encode all documents."
+            )
 
 
 class RefreshStatus(NamedTuple):

@@ -3,25 +3,27 @@
     counts = RetrievalCounts(len(documents))
     counts.add(result.doc_ids, result.mask)  # every step
     rows = select_rows(counts=counts.counts, drift=drift, age=age, budget=policy.budget(size))
-    counts.reset(rows)                       # once they are encoded again
+    counts.forget(rows, exported_counts)     # once they are encoded again
 
 N = documents, B = queries, K = results per query.
 """
 
 import dataclasses
+import threading
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
 class RetrievalCounts:
-    """How often each document was retrieved since it was encoded last."""
+    """How often each document was retrieved since it was encoded last; safe between threads."""
 
     def __init__(self, size: int) -> None:
         """Starts at zero for `size` documents."""
         if size < 1:
             raise ValueError(f"Counts need at least 1 document, got {size}.")
         self.counts: NDArray[np.int64] = np.zeros(size, np.int64)
+        self._lock = threading.Lock()
 
     def add(self, doc_ids: ArrayLike, mask: ArrayLike) -> None:
         """Counts the documents of a search result.
@@ -37,35 +39,27 @@ class RetrievalCounts:
         if ids.shape != real.shape:
             raise ValueError(f"doc_ids {ids.shape} and mask {real.shape} must have one shape.")
         found = _check_rows(ids[real], len(self.counts))
-        np.add.at(self.counts, found, 1)
+        with self._lock:
+            np.add.at(self.counts, found, 1)
 
-    def reset(self, rows: ArrayLike) -> None:
-        """Starts at zero again for documents that were encoded.
+    def forget(self, rows: ArrayLike, counts: ArrayLike) -> None:
+        """Takes off what was counted of documents up to the moment they were encoded from.
+
+        Args:
+            rows: `[R]` documents.
+            counts: `[N]` what `state` returned at that moment.
 
         Raises:
             ValueError: a document is not of this corpus.
         """
-        self.counts[_check_rows(np.asarray(rows), len(self.counts))] = 0
+        chosen = _check_rows(np.asarray(rows), len(self.counts))
+        with self._lock:
+            self.counts[chosen] -= np.asarray(counts)[chosen]
 
     def state(self) -> NDArray[np.int64]:
-        """Returns a copy of the counts `[N]` for a checkpoint."""
-        return self.counts.copy()
-
-    def restore(self, state: ArrayLike) -> None:
-        """Takes what `state` returned.
-
-        Raises:
-            ValueError: it is of a corpus of another size, or holds no counts.
-        """
-        counts = np.asarray(state)
-        if counts.shape != self.counts.shape:
-            raise ValueError(
-                f"Got counts of shape {counts.shape} for {len(self.counts)} documents; a "
-                "checkpoint belongs to one corpus."
-            )
-        if counts.dtype.kind not in "iu" or (counts < 0).any():
-            raise ValueError(f"Counts are whole and not negative, got {counts.dtype} numbers.")
-        self.counts = counts.astype(np.int64)
+        """Returns a copy of the counts `[N]`."""
+        with self._lock:
+            return self.counts.copy()
 
 
 @dataclasses.dataclass(frozen=True)

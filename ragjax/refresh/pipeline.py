@@ -5,6 +5,7 @@ N documents, D embedding size, P probe queries, R documents encoded again.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -51,6 +52,7 @@ class Export(NamedTuple):
 
     params: Any  # a copy
     step: int
+    counts: NDArray[np.int64]  # [N] retrievals since a document was encoded, when it was exported
     probe_queries: NDArray[np.floating] | None  # [P, D]
     embeddings: NDArray[np.float32] | None = None  # [N, D], where they need no encoding
 
@@ -82,6 +84,8 @@ class Pipeline:
         """Takes its parts; see `Refresher`."""
         self._folder, self._task, self._executor = folder, task, executor
         self._generations = generations
+        # The numbers' formats decide what is stored as much as the weights do.
+        self._model = f"{task.model_fingerprint} {task.options.compute_dtype} {task.dtype}".strip()
         self._index, self._build, self._partial = index, build, partial
         self._cancelled, self._on_progress, self._report = cancelled, on_progress, report
         self.counts = RetrievalCounts(len(task.documents))
@@ -89,8 +93,9 @@ class Pipeline:
         self._drift = np.full(len(task.documents), np.nan, np.float32)
         self._encoded_at = np.zeros(len(task.documents), np.int64)
         self._latest: IndexSnapshot | None = None
-        self._since_full = 0
+        self._refreshes = 0  # since the start; the first index is number 0
         self._pinned: frozenset[int] = frozenset()
+        self._pinned_exports: frozenset[int] = frozenset()
         self._digests: dict[int, str] = {}  # of the parameters, by number of the generation
         self._overlaps: dict[int, float] = {}
         self._process: ScannBuild | None = None
@@ -119,19 +124,32 @@ class Pipeline:
             if path not in finished:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def pin(self, numbers: frozenset[int]) -> None:
-        """Keeps generations that checkpoints name."""
-        self._pinned = numbers
+    def pin(self, numbers: frozenset[int], export_steps: frozenset[int]) -> None:
+        """Keeps generations, and exported parameters by their steps, that checkpoints name."""
+        self._pinned, self._pinned_exports = numbers, export_steps
 
     def export_folder(self, step: int) -> Path:
         """Returns where the parameters of a step are kept."""
         return self._folder / "exports" / f"{step:08d}"
 
-    def open_existing(self, digest: str) -> IndexSnapshot | None:
-        """Opens the newest generation that was made from these parameters, if there is one."""
-        generation = self._generations.newest(
-            expected=self._expected(digest), report_mismatch=False
-        )
+    def open_existing(self, digest: str, *, number: int | None = None) -> IndexSnapshot | None:
+        """Opens the newest generation that was made from these parameters, if there is one.
+
+        Args:
+            digest: of the parameters.
+            number: a generation that may also hold documents encoded earlier, because a
+                checkpoint names it; any other must have been encoded as a whole.
+        """
+        expected = self._expected(digest)
+        generation = None
+        if number is not None and number in self._generations.numbers():
+            generation = self._generations.newest(
+                expected=expected, report_mismatch=False, numbers=[number]
+            )
+        if generation is None:
+            generation = self._generations.newest(
+                expected=dataclasses.replace(expected, whole=True), report_mismatch=False
+            )
         if generation is None:
             return None
         snapshot = load_snapshot(generation)
@@ -162,9 +180,11 @@ class Pipeline:
         self._collect_exports(export.step)
         existing = self.open_existing(digest)
         if existing is not None:
-            return existing
+            # The same parameters, so the index is as fresh as if it were built again.
+            step = max(existing.encoder_step, export.step)
+            return dataclasses.replace(existing, encoder_step=step)
         spec = self._task.spec(export.params, params_digest=digest, step=export.step)
-        plan = _Plan(None, self._latest) if export.embeddings is not None else self._plan()
+        plan = _Plan(None, self._latest) if export.embeddings is not None else self._plan(export)
         folder = self._building_folder(spec, plan)
         started = time.monotonic()
         store = self._encode(export, spec, plan, folder)
@@ -175,7 +195,7 @@ class Pipeline:
         finally:
             self.building = False
             self._process = None
-        self._note_encoded(export.step, plan, snapshot)
+        self._note_encoded(export, plan, snapshot)
         self._latest = snapshot
         self._generations.collect(pinned=self._pinned)
         return snapshot
@@ -193,17 +213,17 @@ class Pipeline:
                 write_export(folder, export.params, step=export.step, info={})
         self.exported[export.step] = digest
 
-    def _plan(self) -> _Plan:
+    def _plan(self, export: Export) -> _Plan:
         """Decides whether all documents are encoded or those that matter most."""
         base = self._latest
         policy = self._partial
         if policy is None or base is None or base.doc_embeddings is None:
             return _Plan(None, None)
-        if self._since_full + 1 >= policy.full_every:
+        if policy.is_full(self._refreshes):
             return _Plan(None, base)
         budget = policy.budget(len(self._task.documents))
         age = int(self._encoded_at.max()) - self._encoded_at
-        rows = select_rows(counts=self.counts.counts, drift=self._drift, age=age, budget=budget)
+        rows = select_rows(counts=export.counts, drift=self._drift, age=age, budget=budget)
         return _Plan(rows, base)
 
     def _building_folder(self, spec: StoreSpec, plan: _Plan) -> Path:
@@ -296,7 +316,7 @@ class Pipeline:
             encoder_step=export.step,
             params_digest=digest,
             corpus_fingerprint=self._task.corpus_digest,
-            model_fingerprint=self._task.model_fingerprint,
+            model_fingerprint=self._model,
             size=store.spec.size,
             dim=store.spec.dim,
             kind=kind,
@@ -338,7 +358,7 @@ class Pipeline:
         k = min(_OVERLAP_K, len(self._task.documents))
         return top_k_overlap(self._latest.index.search(probes, k), snapshot.index.search(probes, k))
 
-    def _note_encoded(self, step: int, plan: _Plan, snapshot: IndexSnapshot) -> None:
+    def _note_encoded(self, export: Export, plan: _Plan, snapshot: IndexSnapshot) -> None:
         """Remembers what was encoded and how much it had changed, for the next partial refresh."""
         if self._partial is None or snapshot.doc_embeddings is None:
             return
@@ -347,13 +367,15 @@ class Pipeline:
             old, new = plan.base.doc_embeddings(rows), snapshot.doc_embeddings(rows)
             norms = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
             self._drift[rows] = 1 - (old * new).sum(axis=1) / np.maximum(norms, 1e-12)
-        self._encoded_at[rows] = step
-        self.counts.reset(rows)
-        self._since_full = 0 if plan.rows is None else self._since_full + 1
+        self._encoded_at[rows] = export.step
+        # What was retrieved meanwhile still counts.
+        self.counts.forget(rows, export.counts)
+        self._refreshes += 1
 
     def _collect_exports(self, step: int) -> None:
         """Removes exports before this step that no generation was made from."""
-        needed = {what.encoder_step for what in self._generations.descriptions().values()}
+        described = self._generations.descriptions().values()
+        needed = {what.encoder_step for what in described} | self._pinned_exports
         for exported, path in list_exports(self._folder / "exports"):
             if exported not in needed and exported < step:
                 shutil.rmtree(path, ignore_errors=True)
@@ -370,7 +392,7 @@ class Pipeline:
     def _expected(self, digest: str) -> Expected:
         return Expected(
             corpus_fingerprint=self._task.corpus_digest,
-            model_fingerprint=self._task.model_fingerprint,
+            model_fingerprint=self._model,
             params_digest=digest,
             kind="" if self._index == "auto" else self._index,
         )

@@ -15,6 +15,7 @@ trainers that want to decide by themselves.
 """
 
 import atexit
+import dataclasses
 import functools
 import logging
 import threading
@@ -42,6 +43,7 @@ from ragjax.refresh.options import (
     RefreshOptions,
     RefreshState,
     RefreshStatus,
+    ResumeError,
 )
 from ragjax.refresh.pipeline import Export, Pipeline
 from ragjax.refresh.task import EncodeTask, Executor
@@ -67,6 +69,7 @@ class Refresher:
         options: RefreshOptions | None = None,
         probe_queries: Callable[[], ArrayLike] | None = None,
         report: Callable[[str], None] = _LOG.warning,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Takes the folder; nothing is encoded before `start`.
 
@@ -80,6 +83,8 @@ class Refresher:
                 trainer's thread at each `submit`. They measure the recall of the index and how
                 much its results have changed.
             report: called with one sentence when something needs attention.
+            check: called about once a second while training waits for an index; may raise, for
+                instance because the run was asked to stop.
 
         Raises:
             ValueError: another process refreshes in this folder (the message says which).
@@ -89,7 +94,7 @@ class Refresher:
         self._task = task
         self._trigger = trigger or Never()
         self._probe_queries = probe_queries
-        self._report = report
+        self._report, self._check = report, check
         self._executor = executor or ThreadExecutor()
         self.folder = Path(folder)
         self._lock = RunLock(self.folder, name="refresh.lock", remedy="use another folder")
@@ -111,7 +116,8 @@ class Refresher:
         self._progress: tuple[int, EncodeProgress] | None = None  # with the step it is of
         self._last_export_step = 0
         self._scheduled: tuple[int, int] | None = None  # (step of the export, step of adoption)
-        self._pinned: deque[int] = deque(maxlen=_PINNED)
+        # (generation, steps of exported parameters) that the newest checkpoints name.
+        self._pinned: deque[tuple[int, frozenset[int]]] = deque(maxlen=_PINNED)
         self._lag_told = False
         self._clock = StepClock()
         self._overlap = float("nan")
@@ -147,9 +153,9 @@ class Refresher:
         Args:
             params: document-encoder parameters at `step`.
             step: training step about to be taken.
-            state: what `state()` returned for the checkpoint of that step: the generation that
-                served then is opened, or built again from its exported parameters, and in the
-                deterministic mode the refresh that was under way is taken up.
+            state: what `state_dict()` returned for the checkpoint of that step: the generation that
+                served then is opened, or built again from its exported parameters, and the
+                refresh that was under way is taken up.
             embeddings: `[N, D]` of the documents with these parameters, where they are at hand:
                 they are indexed and nothing is encoded.
 
@@ -158,52 +164,28 @@ class Refresher:
 
         Raises:
             RefreshError: it cannot be built; the cause is chained.
+            ResumeError: the index of the checkpoint is lost, and `adopt_after` promises a run
+                that continues identically.
         """
         mismatch = self._pipeline.mismatch()
         if mismatch:
             self._report(f"the index is built anew: {mismatch}.")
         if state is None:
             return self._build_now(params, step, embeddings)
-        wanted = int(state["encoder_step"])
-        digest = str(state["params_digest"])
-        found = self._pipeline.open_existing(digest)
-        if found is None and mismatch:
-            if self._options.adopt_after >= 0:
-                raise RefreshError(
-                    f"The run cannot be continued identically: {mismatch}, or continue with "
-                    "adopt_after=-1."
-                )
-            return self._build_now(params, step)
-        if found is None and (exported := self._exported(params, wanted, digest)) is not None:
-            self._report(
-                f"the index of step {wanted} that the checkpoint names is gone; it is built again "
-                "from the exported parameters."
-            )
-            found = self._build_now(exported, wanted)
-        elif found is None:
-            message = (
-                f"The checkpoint names the index of step {wanted}, but neither that generation nor "
-                f"its exported parameters are left in {self.folder}"
-            )
-            if self._options.adopt_after >= 0:
-                raise RefreshError(
-                    f"{message}, so the run cannot be continued identically; start it again, or "
-                    "continue with adopt_after=-1."
-                )
-            self._report(f"{message}; the index is built from the parameters of step {step}.")
-            return self._build_now(params, step)
-        self._adopt(found)
-        self._last_export_step = max(wanted, int(state["last_export_step"]))
+        wanted, digest = int(state["encoder_step"]), str(state["params_digest"])
+        # Kept from here on: another checkpoint may be long in coming.
+        self._pin(int(state["generation"]), wanted, state.get("pending"))
+        found = self._pipeline.open_existing(digest, number=int(state["generation"]))
+        if found is not None:
+            # Parameters that a step left alone make no new generation, but the index is as fresh.
+            self._adopt(dataclasses.replace(found, encoder_step=wanted))
+        else:
+            lost = mismatch or self._rebuild(params, wanted, digest)
+            if lost:
+                return self._start_over(lost, params, step)
+        self._last_export_step = wanted
         if pending := state.get("pending"):
-            export_step, adopt_step, pending_digest = pending
-            exported = self._exported(params, int(export_step), str(pending_digest))
-            if exported is None:
-                raise RefreshError(
-                    f"The parameters of step {export_step}, whose index is due at step "
-                    f"{adopt_step}, are gone from {self.folder}; start the run again."
-                )
-            self._scheduled = (int(export_step), int(adopt_step))
-            self.submit(exported, int(export_step))
+            self._take_up(params, *pending)
         return self.snapshot
 
     def update(self, step: int, params: Any) -> IndexSnapshot:
@@ -231,9 +213,9 @@ class Refresher:
             busy = self._options.adopt_after < 0 and self.busy
             context = TriggerContext(step, self._last_export_step, busy, params, self.snapshot)
             if self._trigger(context):
+                self.submit(params, step)
                 if self._options.adopt_after >= 0:
                     self._scheduled = (step, step + self._options.adopt_after)
-                self.submit(params, step)
                 if self._options.adopt_after == 0:
                     self._adopt_scheduled()
         self._bound_lag(step, params)
@@ -258,7 +240,8 @@ class Refresher:
             RuntimeError: the refresher is closed.
         """
         probes = None if self._probe_queries is None else np.asarray(self._probe_queries())
-        export = Export(self._executor.copy_params(params), step, probes, embeddings)
+        counts = self._pipeline.counts.state()
+        export = Export(self._executor.copy_params(params), step, counts, probes, embeddings)
         self._last_export_step = max(self._last_export_step, step)
         return self._background.hand_over(export)
 
@@ -291,18 +274,23 @@ class Refresher:
 
         Returns:
             True if nothing is under way any more.
+
+        Raises:
+            Exception: whatever the `check` of this refresher raised.
         """
         return self._background.wait(
-            timeout, lambda: self._report(f"waiting for the index: {self.line()}")
+            timeout, self._check, lambda: self._report(f"waiting for the index: {self.line()}")
         )
 
     def close(self) -> None:
         """Gives up what is under way and lets the folder go; finished shards stay on disk."""
-        if not self._background.close():
-            return
-        self._executor.close()
-        self._lock.__exit__(None, None, None)
-        atexit.unregister(self._at_exit)
+        try:
+            self._background.close()
+        finally:
+            # Closing again does no harm; the folder must not stay locked for want of a thread.
+            atexit.unregister(self._at_exit)
+            self._executor.close()
+            self._lock.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
         """Returns the refresher."""
@@ -326,7 +314,7 @@ class Refresher:
     def state(self) -> RefreshState:
         """Where the refresh is."""
         work = self._background
-        if work.active is not None:
+        if work.busy:
             building = self._pipeline.building
             return RefreshState.BUILDING if building else RefreshState.ENCODING
         if work.ready is not None:
@@ -369,9 +357,10 @@ class Refresher:
         Returns:
             `index/version`, `index/staleness_steps`, `index/staleness_seconds` (since the build),
             `index/overlap` (share of the probe queries' top 10 that the newest swap left alone),
-            `index/recall` (against exact), `index/encode_seconds`, `index/build_seconds` (of the
-            index that serves), `index/refreshing` (1 while a refresh is under way),
-            `index/failures`, `index/swap_seconds` (of the newest swap),
+            `index/recall` (against exact), `index/fresh_fraction` (share of the documents encoded
+            for this index; below 1 after a partial refresh), `index/encode_seconds` and
+            `index/build_seconds` (of the index that serves), `index/refreshing` (1 while a refresh
+            is under way), `index/failures`, `index/swap_seconds` (of the newest swap),
             `index/step_seconds_inside` and `_outside` (median step during a refresh and otherwise).
             What is not known is left out.
         """
@@ -382,6 +371,7 @@ class Refresher:
             "staleness_seconds": max(0.0, time.time() - snapshot.built_at),
             "overlap": self._overlap,
             "recall": snapshot.recall,
+            "fresh_fraction": snapshot.fresh_fraction,
             "encode_seconds": snapshot.encode_seconds,
             "build_seconds": snapshot.build_seconds,
             "refreshing": float(self.busy),
@@ -399,23 +389,73 @@ class Refresher:
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps to continue with the same index; JSON values.
 
-        The generation that serves is kept on disk for as long as checkpoints may name it. In the
-        deterministic mode this waits until the parameters under way are on disk.
+        What the newest checkpoints name is kept on disk: the generation that serves, and the
+        parameters of the refresh that is under way. This waits until those are written.
         """
         snapshot = self.snapshot
-        self._pinned.append(snapshot.version)
-        self._pipeline.pin(frozenset(self._pinned))
         pending = None
         if self._scheduled is not None:
             export_step, adopt_step = self._scheduled
             pending = [export_step, adopt_step, self._wait_for_export(export_step)]
+        elif (under_way := self._background.newest_step()) is not None:
+            if (digest := self._pipeline.exported.get(under_way)) is not None:
+                pending = [under_way, -1, digest]
+        self._pin(snapshot.version, snapshot.encoder_step, pending)
         return {
             "generation": snapshot.version,
             "encoder_step": snapshot.encoder_step,
             "params_digest": self._pipeline.digest_of(snapshot.version),
-            "last_export_step": self._last_export_step,
             "pending": pending,
         }
+
+    def _pin(self, number: int, encoder_step: int, pending: Any) -> None:
+        """Keeps what a checkpoint names, for as long as it may be the one that is read."""
+        steps = frozenset([encoder_step] if pending is None else [encoder_step, int(pending[0])])
+        if (number, steps) not in self._pinned:
+            self._pinned.append((number, steps))
+        self._pipeline.pin(
+            frozenset(number for number, _ in self._pinned),
+            frozenset(step for _, steps in self._pinned for step in steps),
+        )
+
+    def _rebuild(self, template: Any, step: int, digest: str) -> str:
+        """Builds a lost index from its exported parameters; says what is lost where they are."""
+        exported = self._exported(template, step, digest)
+        if exported is None:
+            return (
+                f"the checkpoint names the index of step {step}, but neither that generation nor "
+                f"its exported parameters are left in {self.folder}"
+            )
+        self._report(
+            f"the index of step {step} that the checkpoint names is gone; it is built again from "
+            "the exported parameters."
+        )
+        self._build_now(exported, step)
+        return ""
+
+    def _start_over(self, lost: str, params: Any, step: int) -> IndexSnapshot:
+        """Goes on without the index of the checkpoint, where that was not promised."""
+        if self._options.adopt_after >= 0:
+            raise ResumeError(
+                f"The run cannot be continued identically: {lost}. Start it again, or continue "
+                "with adopt_after=-1."
+            )
+        self._report(f"{lost}; the index is built from the parameters of step {step}.")
+        return self._build_now(params, step)
+
+    def _take_up(self, template: Any, export_step: int, adopt_step: int, digest: str) -> None:
+        """Goes on with the refresh that was under way at the checkpoint."""
+        exported = self._exported(template, export_step, digest)
+        if exported is None:
+            if self._options.adopt_after < 0:
+                return  # the trigger fires again
+            raise ResumeError(
+                f"The parameters of step {export_step}, whose index is due at step {adopt_step}, "
+                f"are gone from {self.folder}; start the run again."
+            )
+        self.submit(exported, export_step)
+        if self._options.adopt_after >= 0:
+            self._scheduled = (export_step, adopt_step)
 
     def _build_now(
         self, params: Any, step: int, embeddings: NDArray[np.float32] | None = None
@@ -441,9 +481,10 @@ class Refresher:
 
     def _adopt_scheduled(self) -> None:
         """Waits for the scheduled index and adopts it."""
-        self._scheduled = None
         self.wait()
         self.poll()
+        # Not before: where it failed, a resumed run must try it again.
+        self._scheduled = None
 
     def _bound_lag(self, step: int, params: Any) -> None:
         """Does what `on_lag` says where the index lags too far behind."""
@@ -455,27 +496,29 @@ class Refresher:
         message = f"The index is {lag} steps behind the encoder, more than {bound}"
         if self._options.on_lag == "stop":
             raise IndexTooStaleError(
-                f"{message}; refresh less of it, on more devices, or raise max_index_lag_steps."
+                f"{message}; refresh less of it or on more devices, or let on_lag be wait or warn."
             )
         if self._options.on_lag == "warn":
             if not self._lag_told:
                 self._report(f"{message}; refreshing is slower than training.")
             self._lag_told = True
             return
-        while self.snapshot.staleness_steps(step) > bound:
-            if not self.busy:
+        # The refresh under way may itself be too old; one of these parameters is not.
+        for _ in range(2):
+            if self._scheduled is None and not self.busy:
                 self.submit(params, step)
-            before = self.snapshot
             self._adopt_scheduled()
-            if self.snapshot is before and not self.busy:
-                return  # it failed, and `on_failure` says to go on: not to try for ever
+            if self.snapshot.staleness_steps(step) <= bound:
+                return
 
     def _wait_for_export(self, step: int) -> str:
         """Waits until the parameters of a step are on disk and returns their digest."""
         while (digest := self._pipeline.exported.get(step)) is None:
-            if not self.busy:
-                self.poll()
-                raise RefreshError(f"The parameters of step {step} could not be exported.")
+            if not self.busy and step not in self._pipeline.exported:
+                raise RefreshError(
+                    f"The parameters of step {step} could not be exported: "
+                    f"{self._background.last_error or 'the refresher is closed'}."
+                )
             time.sleep(_POLL_SECONDS)
         return digest
 

@@ -31,6 +31,7 @@ def load_snapshot(generation: Generation) -> IndexSnapshot:
         corpus_hash=what.corpus_fingerprint,
         built_at=what.built_at,
         recall=what.recall,
+        fresh_fraction=what.encoded / what.size,
         encode_seconds=what.encode_seconds,
         build_seconds=what.build_seconds,
         doc_embeddings=reader,

@@ -232,8 +232,11 @@ def _prepare(
         return {}
     try:
         return dict(host.before_step(step, state))
-    except Exception:
-        save(step, state)
+    except Exception as error:
+        try:
+            save(step, state)
+        except Exception as second:  # the first error is the one to mend
+            error.add_note(f"Step {step} could not be saved: {second}")
         raise
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ragjax.adaptation import stages
-from ragjax.adaptation.config import AdaptConfig, RefreshConfig, RetrieverConfig
+from ragjax.adaptation.config import AdaptConfig, RefreshConfig, RetrieverConfig, fingerprint
 from ragjax.adaptation.estimate import estimate_cost
 from ragjax.adaptation.live import open_labelled, open_refresher, refresh_options, workspace_task
 from ragjax.adaptation.stages import labelled_lessons, tower_params, train_retriever
@@ -221,7 +221,6 @@ def test_the_options_reach_the_refresher():
     options = refresh_options(
         RefreshConfig(
             mode="async",
-            adopt_after=4,
             max_lag=9,
             on_lag="warn",
             partial=0.25,
@@ -232,11 +231,12 @@ def test_the_options_reach_the_refresher():
             keep=5,
         )  # fmt: skip
     )
-    assert (options.adopt_after, options.max_index_lag_steps, options.on_lag) == (4, 9, "warn")
+    assert (options.adopt_after, options.max_index_lag_steps, options.on_lag) == (-1, 9, "warn")
     assert options.partial == PartialPolicy(0.25, 7)
     assert (options.index, options.build.deadline_seconds) == ("scann", 3.0)
     assert (options.on_failure, options.keep) == ("warn", 5)
     assert refresh_options(RefreshConfig(mode="sync")).adopt_after == 0
+    assert refresh_options(RefreshConfig(mode="async", adopt_after=4)).adopt_after == 4
     assert refresh_options(RefreshConfig(mode="async")).partial is None
 
 
@@ -267,9 +267,15 @@ def test_more_devices_than_there_are_is_refused(make):
         ({"rounds": 2}, {"mode": "async"}, "add --retriever.rounds 1"),
         ({}, {"mode": "query_only"}, "add --retriever.train query"),
         ({"train": "query"}, {"mode": "sync"}, "use --refresh.mode query_only"),
-        ({}, {"mode": "sync", "adopt_after": 2}, "use --refresh.mode async"),
+        ({"train": "both", "doc_learning_rate": 0.0}, {"mode": "async"}, "leaves it as it is"),
+        ({}, {"mode": "sync", "adopt_after": 2}, "nothing with refresh.mode sync; .* async"),
+        ({}, {"every": "5"}, "refresh.every='5' does nothing with refresh.mode off"),
+        ({}, {"keep": 4}, "refresh.keep=4 does nothing with refresh.mode off"),
+        ({}, {"mode": "frozen", "max_lag": 3}, "refresh.max_lag=3 does nothing"),
+        ({}, {"mode": "rerank", "workers": True}, "refresh.workers=True does nothing"),
         ({}, {"partial": 0.0}, "partial must be greater than 0"),
         ({}, {"partial": 1.5}, "partial must be between 0 and 1"),
+        ({}, {"partial": 0.5, "adopt_after": 3, "mode": "async"}, "leave one of them out"),
         ({}, {"keep": 2}, "keep must be at least 3"),
         ({}, {"devices": 1, "workers": True}, "give devices or workers"),
         ({}, {"every": "often", "mode": "async"}, "often"),
@@ -278,6 +284,19 @@ def test_more_devices_than_there_are_is_refused(make):
 def test_options_that_do_not_fit_are_refused_at_once(retriever, refresh, said):
     with pytest.raises(ValueError, match=said):
         AdaptConfig(retriever=RetrieverConfig(**retriever), refresh=RefreshConfig(**refresh))
+
+
+def test_live_retrieval_without_training_the_retriever_is_refused():
+    with pytest.raises(ValueError, match="add --stages retriever"):
+        AdaptConfig(stages=("lm",), refresh=RefreshConfig(mode="async"))
+
+
+def test_where_and_how_an_index_is_built_may_change_when_a_run_is_continued():
+    here = AdaptConfig(refresh=RefreshConfig(mode="async", every="5"))
+    there = RefreshConfig(mode="async", every="5", workers=True, deadline_seconds=9.0, keep=4)
+    assert fingerprint(here) == fingerprint(AdaptConfig(refresh=there))
+    other = AdaptConfig(refresh=RefreshConfig(mode="async", every="6"))
+    assert fingerprint(here) != fingerprint(other)
 
 
 def test_the_forecast_says_what_refreshing_costs_before_the_start(make):
@@ -346,8 +365,8 @@ def test_an_index_that_is_too_stale_ends_the_run_in_one_sentence_with_its_work_s
 ):
     flags = [
         *(flag for flag in tiny_flags if "rounds" not in flag and "checkpoint" not in flag),
-        "--stages", "retriever", "--retriever.objective=dpr", "--refresh.mode=frozen",
-        "--refresh.max_lag=1", "--refresh.on_lag=stop",
+        "--stages", "retriever", "--retriever.objective=dpr", "--refresh.mode=async",
+        "--refresh.every=never", "--refresh.max_lag=1", "--refresh.on_lag=stop",
     ]  # fmt: skip
     process = start(flags, tmp_path / "run")
     _, err = process.communicate(timeout=300)

@@ -20,6 +20,7 @@ from ragjax.refresh import (
     RefreshError,
     RefreshOptions,
     RefreshState,
+    ResumeError,
     ThreadExecutor,
     encode_token_ids,
 )
@@ -256,7 +257,7 @@ def test_a_run_whose_index_cannot_be_had_again_is_refused_or_goes_on_with_a_word
     shutil.rmtree(tmp_path / "refresh" / "generations")
     shutil.rmtree(tmp_path / "refresh" / "exports")
     deterministic = make(adopt_after=2)
-    with pytest.raises(RefreshError, match="index of step 0.*cannot be continued identically"):
+    with pytest.raises(ResumeError, match="cannot be continued identically: .*index of step 0"):
         deterministic.start(params_at(5), step=5, state=state)
     deterministic.close()
     assert serves(make().start(params_at(5), step=5, state=state), 5)
@@ -436,3 +437,155 @@ def test_options_out_of_range_are_refused(options, said):
 def test_a_corpus_without_documents_is_refused():
     with pytest.raises(ValueError, match="no documents"):
         EncodeTask(encode=toy_encode, documents=[], pad_id=0)
+
+
+@pytest.mark.parametrize("adopt_after", [-1, 0, 2])
+def test_an_index_of_unchanged_parameters_is_as_fresh_as_they_are(make, adopt_after):
+    refresher = make(max_index_lag_steps=3, adopt_after=adopt_after)
+    refresher.start(params_at(0))
+    served = [refresher.update(step, params_at(0)).encoder_step for step in range(10)]
+    assert served == [0] * 4 + [4] * 4 + [8] * 2
+    assert refresher.generations.numbers() == [0]
+    state = refresher.state_dict()
+    refresher.close()
+    again = make(max_index_lag_steps=3, adopt_after=adopt_after)
+    assert again.start(params_at(0), step=10, state=state).encoder_step == 8
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_refresh_under_way_at_the_checkpoint_goes_on_after_it(make, gate, finished):
+    first = make(trigger=EveryNSteps(50))
+    first.start(params_at(0))
+    gate.open.clear()
+    first.update(50, params_at(50))
+    while not first._pipeline.exported.get(50):
+        time.sleep(0.001)
+    if finished:
+        gate.open.set()
+        first.wait()
+    state = first.state_dict()
+    assert state["encoder_step"] == 0 and state["pending"][:2] == [50, -1]
+    threading.Timer(0.1, gate.open.set).start()
+    first.close()
+    second = make(trigger=EveryNSteps(50))
+    second.start(params_at(51), step=51, state=state)
+    assert second.snapshot.encoder_step == 0
+    second.update(51, params_at(51))
+    second.wait()
+    assert serves(second.update(52, params_at(52)), 50)
+
+
+def test_a_scheduled_refresh_that_failed_is_tried_again_by_the_resumed_run(make, monkeypatch):
+    broken = [True]
+    encode = ThreadExecutor.encode
+
+    def flaky(self, task, request):
+        if broken and request.step:
+            raise OSError("no disk")
+        return encode(self, task, request)
+
+    monkeypatch.setattr(ThreadExecutor, "encode", flaky)
+    first = make(trigger=EveryNSteps(4), adopt_after=2, max_retries=0)
+    first.start(params_at(0))
+    with pytest.raises(RefreshError, match="no disk"):
+        versions(first, 9)
+    state = first.state_dict()
+    assert state["pending"][:2] == [4, 6]
+    first.close()
+    broken.clear()
+    second = make(trigger=EveryNSteps(4), adopt_after=2, max_retries=0)
+    second.start(params_at(6), step=6, state=state)
+    rest = [second.update(step, params_at(step)).encoder_step for step in range(6, 12)]
+    assert rest == [4] * 4 + [8] * 2
+
+
+def test_what_a_checkpoint_names_outlives_many_refreshes_and_two_lives(make):
+    options = {"trigger": EveryNSteps(2), "adopt_after": 1}
+    first = make(**options)
+    first.start(params_at(0))
+    seen = versions(first, 11)
+    state = first.state_dict()  # at step 11: the index of 10 is due now
+    assert state["pending"][:2] == [10, 11]
+    for life in range(2):
+        last = first if life == 0 else make(**options)
+        if life:
+            last.start(params_at(11), step=11, state=state)
+        ahead = [last.update(step, params_at(step)).encoder_step for step in range(11, 31)]
+        last.close()
+        if life == 0:
+            expected = ahead
+        assert ahead == expected and seen[-1] == 8
+
+
+def test_a_partly_encoded_index_is_not_taken_for_a_whole_one(make):
+    first = make(partial=PartialPolicy(0.2, 100))
+    first.start(params_at(0))
+    first.submit(params_at(1), 1)
+    first.wait()
+    snapshot = first.poll()
+    assert snapshot.fresh_fraction == 0.2
+    assert first.metrics(1)["index/fresh_fraction"] == 0.2
+    partly = snapshot.doc_embeddings(np.arange(len(DOCS)))
+    state = first.state_dict()
+    first.close()
+    named = make(partial=PartialPolicy(0.2, 100))
+    again = named.start(params_at(1), step=1, state=state)
+    np.testing.assert_array_equal(again.doc_embeddings(np.arange(len(DOCS))), partly)
+    named.close()
+    assert serves(make().start(params_at(1), step=1), 1)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_a_bounded_lag_keeps_the_deterministic_mode_deterministic(make, monkeypatch, delay):
+    def slow(self, documents):
+        time.sleep(delay)
+        return list(documents)
+
+    monkeypatch.setattr(Gate, "__call__", slow)
+    refresher = make(trigger=EveryNSteps(10), adopt_after=5, max_index_lag_steps=12)
+    refresher.start(params_at(0))
+    assert versions(refresher, 26) == [0] * 13 + [10] * 10 + [20] * 3
+
+
+def test_waiting_for_an_index_can_be_ended(tmp_path, gate):
+    class Stopped(Exception):
+        pass
+
+    stop = []
+
+    def check():
+        if stop:
+            raise Stopped
+
+    task = EncodeTask(encode=toy_encode, documents=DOCS, pad_id=0, tokenize=gate, options=OPTIONS)
+    refresher = Refresher(
+        tmp_path / "r", task, trigger=EveryNSteps(1), options=RefreshOptions(adopt_after=0),
+        check=check,
+    )  # fmt: skip
+    refresher.start(params_at(0))
+    gate.open.clear()
+    threading.Timer(0.1, lambda: stop.append(1)).start()
+    with pytest.raises(Stopped):
+        refresher.update(1, params_at(1))
+    assert refresher.state_dict()["pending"][0] == 1  # a resumed run goes on with it
+    gate.open.set()
+    refresher.close()
+
+
+def test_a_failure_that_newer_parameters_made_up_for_is_still_told(make, told, gate, monkeypatch):
+    encode = ThreadExecutor.encode
+
+    def flaky(self, task, request):
+        if request.step == 1:
+            raise ValueError("step 1 is bad")
+        return encode(self, task, request)
+
+    monkeypatch.setattr(ThreadExecutor, "encode", flaky)
+    refresher = make(max_retries=0)
+    refresher.start(params_at(0))
+    refresher.submit(params_at(1), 1)
+    refresher.wait()
+    refresher.submit(params_at(2), 2)
+    refresher.wait()
+    assert serves(refresher.poll(), 2)
+    assert any("step 1 is bad" in line for line in told)
