@@ -18,6 +18,7 @@ References:
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -78,6 +79,8 @@ class Flags:
         learning_rate: Peak learning rate of both towers.
         max_tokens: Tokens kept of each document, indexed and trained on.
         points: Times that the quality is measured in a run, at equal distances.
+        plot: File of a picture, such as freshness.png, with the quality of all arms against time
+            and against refreshes; needs matplotlib (the [notebooks] extra).
     """
 
     data: str
@@ -94,6 +97,7 @@ class Flags:
     learning_rate: float = 2e-5
     max_tokens: int = 64
     points: int = 3
+    plot: str = ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(flags: Flags) -> None:
     """Trains what is missing and prints the table of all arms."""
+    if flags.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'ragjax[notebooks]'")
     configs = [arm_config(flags, arm, seed) for seed in range(flags.seeds) for arm in flags.arms]
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -131,6 +137,9 @@ def run(flags: Flags) -> None:
         print(f"\n== {arm}, seed {seed} ({number} of {len(missing)} runs)", flush=True)
         bench.train(arm, seed, config)
     print(bench.table())
+    if flags.plot:
+        plot_quality(bench.results(), flags.arms, Path(flags.plot))
+        print(f"\nplot: {flags.plot}")
 
 
 def arm_config(flags: Flags, arm: str, seed: int) -> AdaptConfig:
@@ -375,6 +384,42 @@ class _Observed:
             {"step": step, "seconds": seconds, "refreshes": refreshes, "query": query, "doc": doc}
         )
         self._paused += time.perf_counter() - started
+
+
+def plot_quality(
+    results: Sequence[Mapping[str, Any]], arms: Sequence[str], path: Path, metric: str = "mrr@10"
+) -> None:
+    """Draws the quality of each run against its training time and against its refreshes.
+
+    Args:
+        results: Lines of results.jsonl.
+        arms: Those that are drawn, in this order.
+        path: Of the picture.
+        metric: What is drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (by_time, by_refreshes) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    start = [r["questions"][metric] for r in results if r["arm"] == "un-adapted"]
+    for color, arm in enumerate(arms):
+        for result in (r for r in results if r["arm"] == arm):
+            points = [(0.0, 0, float(np.mean(start[-1])))] if start else []
+            points += [(p["seconds"], p["refreshes"], p[metric]) for p in result["points"]]
+            seconds, refreshes, values = np.array(points, float).T
+            style = {"color": f"C{color}", "marker": "o", "markersize": 4}
+            label = arm if result["seed"] == 0 else None
+            by_time.plot(seconds, values, label=label, **style)
+            by_refreshes.plot(refreshes, values, linestyle="-" if refreshes[-1] else "", **style)
+    by_time.set_xlabel("training time, evaluation excluded (s)")
+    by_refreshes.set_xlabel("refreshes of the index so far")
+    by_time.set_ylabel(f"{metric} on test questions")
+    by_time.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def _cut(ids: list[int], length: int) -> list[int]:

@@ -38,6 +38,21 @@ def test_an_arm_that_cannot_be_read_is_bad_input(script, arm, tmp_path, capsys):
     assert "error:" in capsys.readouterr().err
 
 
+def test_the_plot_has_a_line_for_each_arm_and_a_missing_library_is_said(
+    script, tmp_path, monkeypatch
+):
+    points = [{"seconds": 2.0, "refreshes": 1, "mrr@10": 0.5}]
+    results = [
+        {"arm": "un-adapted", "seed": 0, "points": [], "questions": {"mrr@10": [0.0, 0.4]}},
+        {"arm": "sync:1", "seed": 0, "points": points, "questions": {"mrr@10": [0.5]}},
+    ]  # fmt: skip
+    pytest.importorskip("matplotlib")
+    script.plot_quality(results, ["sync:1"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    assert script.main(["--data", "d", "--plot", "x.png"]) == 2
+
+
 @pytest.mark.slow
 def test_arms_are_trained_once_and_compared(script, tiny_inputs, tmp_path, capsys):
     flags = [
