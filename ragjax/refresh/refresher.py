@@ -168,9 +168,9 @@ class Refresher:
                 that continues identically.
         """
         mismatch = self._pipeline.mismatch()
-        if mismatch:
-            self._report(f"the index is built anew: {mismatch}.")
         if state is None:
+            if mismatch:
+                self._report(f"the index is built anew: {mismatch}.")
             return self._build_now(params, step, embeddings)
         wanted, digest = int(state["encoder_step"]), str(state["params_digest"])
         # Kept from here on: another checkpoint may be long in coming.

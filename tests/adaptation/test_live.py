@@ -118,7 +118,8 @@ def test_the_modes_differ_in_how_old_the_index_is_and_in_which_towers_train(make
     assert not equal(towers["frozen"], towers["rerank"])
     assert not equal(towers["async"], towers["sync"])
     for _, rows in results.values():
-        assert rows[-1]["loss"] < rows[0]["loss"]
+        losses = [row["loss"] for row in rows]
+        assert np.mean(losses[-3:]) < np.mean(losses[:3])
         assert all(0 <= row["index/callback_seconds"] for row in rows)
 
 

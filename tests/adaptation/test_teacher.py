@@ -13,7 +13,7 @@ from ragjax.adaptation.config import (
     LMConfig,
     RetrieverConfig,
 )
-from ragjax.adaptation.stages import _batch_docs
+from ragjax.adaptation.stages import Lessons, _batch_docs
 from ragjax.adaptation.teacher import Teacher, TeacherScores, score_candidates, target_log_probs
 from ragjax.adaptation.workspace import open_workspace
 from ragjax.index import SearchResult
@@ -144,12 +144,14 @@ def test_the_target_is_the_softmax_of_score_plus_weighted_z():
 def test_a_batch_holds_its_candidates_once_and_random_documents_beside(rng):
     found = some_candidates(rng, 6, documents=8)
     rows = np.array([0, 3, 5])
-    docs = _batch_docs(found, rows, 12, 50, (0, 1))
+    empty = [frozenset()] * len(rows)
+    lessons = Lessons(found.doc_ids[rows], found.mask[rows], found.scores[rows], empty)
+    docs = _batch_docs(lessons, 12, 50, (0, 1))
     wanted = {int(d) for d in found.doc_ids[rows][found.mask[rows]]}
     assert wanted == set(docs[: len(wanted)])
     assert len(set(docs)) == len(docs) == 12
-    assert docs == _batch_docs(found, rows, 12, 50, (0, 1))
-    assert docs != _batch_docs(found, rows, 12, 50, (0, 2))
+    assert docs == _batch_docs(lessons, 12, 50, (0, 1))
+    assert docs != _batch_docs(lessons, 12, 50, (0, 2))
 
 
 def request(workspace, row, docs):
