@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -304,9 +305,10 @@ def _join(root: Path) -> Beacon:
         for path in folder.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
                 holder = read_holder(path.read_bytes())
-                if holder and (holder.is_gone() or holder == me):
+                if holder and holder.is_gone():
                     path.unlink()
-        return Beacon(folder / f"{me.host}-{me.pid}.json")
+        # Host and process are for people: containers may share both, threads of a process do.
+        return Beacon(folder / f"{me.host}-{me.pid}-{secrets.token_hex(4)}.json")
     except OSError as error:
         raise OSError(
             error.errno,
