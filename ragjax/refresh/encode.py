@@ -291,11 +291,11 @@ class _Job:
             )
 
         with concurrent.futures.ThreadPoolExecutor(1, "tokenize") as pool:
-            pending = collections.deque(pool.submit(prepare, rows) for rows in windows[:1])
+            pending = collections.deque(_submit(pool, prepare, rows) for rows in windows[:1])
             for number in range(len(windows)):
                 window = pending.popleft().result()
                 if number + 1 < len(windows):
-                    pending.append(pool.submit(prepare, windows[number + 1]))
+                    pending.append(_submit(pool, prepare, windows[number + 1]))
                 yield self._encode_window(window, cancelled)
 
     def _encode_window(
@@ -360,6 +360,17 @@ class _Job:
                 num_shapes=len(self._shapes),
             )
         )
+
+
+def _submit(
+    pool: concurrent.futures.ThreadPoolExecutor, prepare: Callable[[range], Window], rows: range
+) -> concurrent.futures.Future[Window]:
+    """Hands a window to the pool; a pool that takes no more was closed by the ending program."""
+    try:
+        return pool.submit(prepare, rows)
+    except RuntimeError as error:
+        # The interpreter closes pools while its main thread still lives: nothing else tells.
+        raise Cancelled("The program ends.") from error
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,5 +1,6 @@
 """Encoding a corpus: order, padding, static shapes, compilation and resuming."""
 
+import concurrent.futures
 import threading
 
 import jax
@@ -391,3 +392,20 @@ def test_a_complete_but_unpublished_store_is_published_without_encoding(
 
     store = to_store(tmp_path / "other", None, token_ids)
     np.testing.assert_array_equal(store.read(), whole.read())
+
+
+def test_a_program_that_ends_cancels_the_encoding_instead_of_failing_it(params, monkeypatch):
+    # The interpreter closes every pool before its main thread counts as ended.
+    submitted = []
+
+    def submit(pool, function, *arguments):
+        if submitted:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        submitted.append(function)
+        return original(pool, function, *arguments)
+
+    original = concurrent.futures.ThreadPoolExecutor.submit
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(Cancelled, match="program ends"):
+        encode_token_ids(tiny_encode, params, [[1, 2]] * 100, pad_id=PAD, options=OPTIONS)
+    assert submitted
