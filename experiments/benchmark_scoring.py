@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from ragjax.models import DEFAULT_LM, LanguageModel, LMBatch, load_language_model
-from ragjax.models.llama_checkpoint import params_to_huggingface
+from ragjax.models.decoder_checkpoint import params_to_huggingface
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ def test_every_exception_is_in_use():
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("losses/a.py", "from ragjax.models import llama"),
+        ("losses/a.py", "from ragjax.models import decoder"),
         ("losses/a.py", "import numpy as np"),
         ("models/a.py", "import ragjax.data"),
         ("data/a.py", "from ragjax import index"),
@@ -139,7 +139,7 @@ def test_every_exception_is_in_use():
         ("data/a.py", "import threading"),
         ("index/a.py", "from concurrent.futures import ThreadPoolExecutor"),
         ("training/a.py", "import multiprocessing.pool"),
-        ("models/llama.py", "import subprocess"),
+        ("models/bert.py", "import subprocess"),
         ("models/pip_packages.py", "import threading"),
         ("training/a.py", "import os\nos.fork()"),
     ],

@@ -16,7 +16,6 @@ from ragjax.data import Question, batch_rows, num_steps, pad_right
 from ragjax.index import SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.models.inputs import LMBatch, Tokens
-from ragjax.models.llama_training import merge_trainable, split_trainable
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.lm import make_lm_loss
 from ragjax.training.loop import HostWork, LoopConfig, run_steps
@@ -46,13 +45,16 @@ def train_lm(
     config = workspace.config.language_model
     rows = lm_rows(config, candidates)
     steps = num_steps(num_examples=len(rows), batch_size=config.batch_size, epochs=config.epochs)
-    trainable, frozen = split_trainable(
+    family = workspace.lm.family
+    trainable, frozen = family.split_trainable(
         workspace.lm.params,
         config.train_layers or None,
         embeddings=config.train_layers == 0,
     )
     optimizer = make_optimizer(_optimizer_config(config, steps), total_steps=steps)
-    step = make_train_step(make_lm_loss(workspace.lm.token_log_probs, merge_trainable), optimizer)
+    step = make_train_step(
+        make_lm_loss(workspace.lm.token_log_probs, family.merge_trainable), optimizer
+    )
     state = _run(
         workspace,
         "lm",
@@ -63,7 +65,7 @@ def train_lm(
         frozen=frozen,
         index_version=0,
     )
-    return merge_trainable(state.params, frozen)
+    return family.merge_trainable(state.params, frozen)
 
 
 def lm_rows(config: LMConfig, candidates: SearchResult) -> list[tuple[int, int]]:

@@ -13,8 +13,8 @@ from ragjax.adaptation.workspace import Workspace
 from ragjax.data import LengthBatch, Question, length_buckets, passage_text
 from ragjax.index import SearchResult
 from ragjax.losses import log_prob, log_prob_per_token, lsr_target, prob, prob_per_token
+from ragjax.models.decoder import packed_token_log_probs
 from ragjax.models.inputs import LMBatch
-from ragjax.models.llama import packed_token_log_probs
 from ragjax.models.packing import PackedBatch, Suffix, pack_row
 from ragjax.training.score_cache import ResultCache, Score, result_key
 

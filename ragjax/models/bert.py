@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ragjax.models.attention import attend
+from ragjax.models.families import EncoderFamily
 from ragjax.models.inputs import Tokens
+from ragjax.models.linear import Linear
 from ragjax.models.nnx_trees import scan_layers, stacked
 from ragjax.models.safetensors import KeyRule, transpose
-
-MODEL_TYPES = ("bert",)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # erf, not jax.nn.gelu's erfc: the same to 1e-7 and less than half the time on CPU.
@@ -53,32 +53,49 @@ class BertConfig:
                 f"{self.num_heads}"
             )
 
-    @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any]) -> "BertConfig":
-        """Read the fields of a Hugging Face `config.json` of model type `bert`.
 
-        Args:
-          config: the parsed file.
+def parse_config(config: Mapping[str, Any]) -> BertConfig:
+    """Read the fields of a Hugging Face `config.json` of model type `bert`.
 
-        Raises:
-          ValueError: a field is missing, is not of its type, or asks for what is not supported.
-        """
-        positions = config.get("position_embedding_type", "absolute")
-        if positions != "absolute":
-            raise ValueError(f"position_embedding_type {positions!r} is not supported, absolute is")
-        if config.get("is_decoder"):
-            raise ValueError("is_decoder is true: a decoder is not a text encoder")
-        return cls(
-            vocab_size=_integer(config, "vocab_size"),
-            hidden_size=_integer(config, "hidden_size"),
-            num_layers=_integer(config, "num_hidden_layers"),
-            num_heads=_integer(config, "num_attention_heads"),
-            intermediate_size=_integer(config, "intermediate_size"),
-            max_positions=_integer(config, "max_position_embeddings"),
-            type_vocab_size=_integer(config, "type_vocab_size"),
-            layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
-            activation=str(config.get("hidden_act", "gelu")),
-        )
+    Args:
+      config: the parsed file.
+
+    Raises:
+      ValueError: a field is missing, is not of its type, or asks for what is not supported.
+    """
+    positions = config.get("position_embedding_type", "absolute")
+    if positions != "absolute":
+        raise ValueError(f"position_embedding_type {positions!r} is not supported, absolute is")
+    if config.get("is_decoder"):
+        raise ValueError("is_decoder is true: a decoder is not a text encoder")
+    return BertConfig(
+        vocab_size=_integer(config, "vocab_size"),
+        hidden_size=_integer(config, "hidden_size"),
+        num_layers=_integer(config, "num_hidden_layers"),
+        num_heads=_integer(config, "num_attention_heads"),
+        intermediate_size=_integer(config, "intermediate_size"),
+        max_positions=_integer(config, "max_position_embeddings"),
+        type_vocab_size=_integer(config, "type_vocab_size"),
+        layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
+        activation=str(config.get("hidden_act", "gelu")),
+    )
+
+
+def format_config(config: BertConfig) -> dict[str, Any]:
+    """Return the contents of a Hugging Face `config.json` that `parse_config` reads as `config`."""
+    return {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_act": config.activation,
+    }
 
 
 class Bert(nnx.Module):
@@ -112,10 +129,9 @@ class Bert(nnx.Module):
           `[B, L, D]`, in the dtype of the parameters; positions outside the mask are finite and
           without meaning.
         """
-        # Finite, so that a row without tokens gives finite numbers.
-        bias = jnp.where(tokens.mask, 0.0, -1e30)[:, None, None, :]  # [B, 1, 1, L]
+        mask = tokens.mask[:, None, None, :]  # [B, 1, 1, L]
         hidden = self.embeddings(tokens.ids)
-        return scan_layers(self.layers, lambda layer, hidden: layer(hidden, bias), hidden)
+        return scan_layers(self.layers, lambda layer, hidden: layer(hidden, mask), hidden)
 
 
 class BertEmbeddings(nnx.Module):
@@ -150,9 +166,9 @@ class BertLayer(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         """Make randomly initialised weights."""
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
+        def linear(inputs: int, outputs: int) -> Linear:
             init = nnx.initializers.normal(0.02)
-            return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs)
+            return Linear(inputs, outputs, kernel_init=init, rngs=rngs)
 
         size = config.hidden_size
         self.num_heads = config.num_heads
@@ -166,39 +182,27 @@ class BertLayer(nnx.Module):
         self.output = linear(config.intermediate_size, size)
         self.output_norm = _layer_norm(config, rngs)
 
-    def __call__(self, hidden: Array, bias: Array) -> Array:
+    def __call__(self, hidden: Array, mask: Array) -> Array:
         """Transform hidden states.
 
         Args:
           hidden: `[B, L, D]`.
-          bias: `[B, 1, 1, L]` float32, added to the attention logits: 0 or very negative.
+          mask: `[B, 1, 1, L]` bool, True = token that is attended to.
 
         Returns:
           `[B, L, D]`.
         """
-        attended = self.attention_output(self._attend(hidden, bias))
+        attended = self.attention_output(self._attend(hidden, mask))
         hidden = self.attention_norm(hidden + attended)
         inner = ACTIVATIONS[self.activation](self.intermediate(hidden))
         return self.output_norm(hidden + self.output(inner))
 
-    def _attend(self, hidden: Array, bias: Array) -> Array:
-        query = self._split_heads(self.query(hidden))
-        key = self._split_heads(self.key(hidden))
-        value = self._split_heads(self.value(hidden))
-        logits = (query @ key.swapaxes(-1, -2)).astype(jnp.float32)  # [B, H, L, L]
-        scale = query.shape[-1] ** -0.5
-        weights = jax.nn.softmax(logits * scale + bias, axis=-1).astype(hidden.dtype)
-        return (weights @ value).swapaxes(1, 2).reshape(hidden.shape)
-
-    def _split_heads(self, projected: Array) -> Array:
-        """Turn `[B, L, D]` into `[B, H, L, D / H]`.
-
-        Heads go before tokens: one transposed copy here, and XLA's CPU code then multiplies
-        matrices; an einsum over `[B, L, H, D / H]` took 2.7 times as long.
-        """
-        batch, length, size = projected.shape
-        heads = (batch, length, self.num_heads, size // self.num_heads)
-        return projected.reshape(heads).swapaxes(1, 2)
+    def _attend(self, hidden: Array, mask: Array) -> Array:
+        heads = (*hidden.shape[:2], self.num_heads, -1)
+        query, key, value = (
+            linear(hidden).reshape(heads) for linear in (self.query, self.key, self.value)
+        )
+        return attend(query, key, value, mask=mask).reshape(hidden.shape)
 
 
 # Hugging Face's tensor names, without the "bert." that some checkpoints put before each.
@@ -257,3 +261,14 @@ def _integer(config: Mapping[str, Any], field: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field} must be a positive whole number, got {value!r}")
     return value
+
+
+FAMILY = EncoderFamily(
+    model_types=("bert",),
+    parse_config=parse_config,
+    format_config=format_config,
+    make_module=lambda config, rngs: Bert(config, rngs=rngs),
+    key_table=lambda config: KEY_TABLE,
+    canonical_key=canonical_key,
+    ignored_keys=IGNORED_KEYS,
+)

@@ -15,15 +15,9 @@ from flax import nnx
 from jax import Array
 from tokenizers import Tokenizer
 
-from ragjax.models.bert import (
-    IGNORED_KEYS,
-    KEY_TABLE,
-    MODEL_TYPES,
-    Bert,
-    BertConfig,
-    canonical_key,
-)
+from ragjax.models import bert
 from ragjax.models.config import fingerprint, read_config, read_json
+from ragjax.models.families import EncoderFamily
 from ragjax.models.hub import resolve_source
 from ragjax.models.inputs import Tokens
 from ragjax.models.nnx_trees import Params, abstract, merge
@@ -35,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 POOLINGS: dict[str, Callable[[Array, Array], Array]] = {"mean": mean_pool, "cls": cls_pool}
 Encode = Callable[[Params, Tokens], Array]
+FAMILIES: tuple[EncoderFamily, ...] = (bert.FAMILY,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +44,8 @@ class TextEncoder:
     embedding_size: int  # D
     query_prefix: str  # text put before each query, often ""
     doc_prefix: str  # text put before each document, often ""
-    config: BertConfig
+    family: EncoderFamily
+    config: Any  # sizes, as `family.parse_config` returns them
     pooling: str  # a key of POOLINGS
     normalized: bool  # True = embeddings have length 1
     source: str  # as the user gave it
@@ -99,9 +95,10 @@ def load_encoder(
     if folder.is_file():
         raise ValueError(f"{folder}: text encoders load from folders, not from GGUF files")
     recipe = _read_recipe(folder)
-    raw = read_config(recipe.folder, MODEL_TYPES)
+    raw = read_config(recipe.folder, [name for family in FAMILIES for name in family.model_types])
+    family = next(family for family in FAMILIES if raw["model_type"] in family.model_types)
     try:
-        config = BertConfig.from_huggingface(raw)
+        config = family.parse_config(raw)
     except ValueError as error:
         raise ValueError(f"{recipe.folder / 'config.json'}: {error}") from error
     tokenizer = load_tokenizer(recipe.folder, vocab_size=config.vocab_size)
@@ -109,8 +106,9 @@ def load_encoder(
     if not pad.declared:
         logger.warning("%s: no pad token declared; rows are filled with %r", source, pad.token)
     return build_encoder(
+        family,
         config,
-        _read_params(recipe.folder, config),
+        _read_params(recipe.folder, family, config),
         lowercased(tokenizer) if recipe.lowercase else tokenizer,
         pad_id=pad.id,
         pooling=recipe.pooling if pooling is None else pooling,
@@ -123,7 +121,8 @@ def load_encoder(
 
 
 def build_encoder(
-    config: BertConfig,
+    family: EncoderFamily,
+    config: Any,
     params: Params,
     tokenizer: Tokenizer,
     *,
@@ -145,13 +144,16 @@ def build_encoder(
     identity = (config, pooling, normalized, max_length, query_prefix, doc_prefix)
     return TextEncoder(
         params=params,
-        encode=make_encode(config, POOLINGS[pooling], *([l2_normalize] if normalized else [])),
+        encode=make_encode(
+            family, config, POOLINGS[pooling], *([l2_normalize] if normalized else [])
+        ),
         tokenizer=tokenizer,
         pad_id=pad_id,
         max_length=max_length,
         embedding_size=config.hidden_size,
         query_prefix=query_prefix,
         doc_prefix=doc_prefix,
+        family=family,
         config=config,
         pooling=pooling,
         normalized=normalized,
@@ -161,14 +163,16 @@ def build_encoder(
 
 
 def make_encode(
-    config: BertConfig,
+    family: EncoderFamily,
+    config: Any,
     pool: Callable[[Array, Array], Array],
     finish: Callable[[Array], Array] = lambda embeddings: embeddings,
 ) -> Encode:
     """Make the pure function from parameters and tokens to embeddings.
 
     Args:
-      config: sizes of the BERT.
+      family: architecture.
+      config: its sizes.
       pool: `(hidden [B, L, D], mask [B, L]) -> [B, D]`, for instance `pooling.mean_pool`.
       finish: applied to the pooled `[B, D]` float32, for instance `pooling.l2_normalize`.
 
@@ -176,7 +180,7 @@ def make_encode(
       `encode(params, tokens) -> [B, D]` float32. A text without tokens gives a finite embedding
       (zeros), with finite gradients.
     """
-    graphdef, _ = abstract(lambda: Bert(config, rngs=nnx.Rngs(0)))
+    graphdef, _ = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
 
     def encode(params: Params, tokens: Tokens) -> Array:
         hidden = merge(graphdef, params)(tokens)
@@ -185,11 +189,13 @@ def make_encode(
     return encode
 
 
-def _read_params(folder: Path, config: BertConfig) -> Params:
-    _, target = abstract(lambda: Bert(config, rngs=nnx.Rngs(0)))
+def _read_params(folder: Path, family: EncoderFamily, config: Any) -> Params:
+    _, target = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
     tensors = read_safetensors(folder)
-    renamed = _Renamed({canonical_key(name): name for name in tensors}, tensors)
-    return apply_key_table(renamed, KEY_TABLE, target, ignored=IGNORED_KEYS, source=folder)
+    renamed = _Renamed({family.canonical_key(name): name for name in tensors}, tensors)
+    return apply_key_table(
+        renamed, family.key_table(config), target, ignored=family.ignored_keys, source=folder
+    )
 
 
 class _Renamed(Mapping[str, Any]):
@@ -262,7 +268,7 @@ def _read_pooling(path: Path) -> str:
     return modes[0]
 
 
-def _max_length(asked: int | None, recipe: _Recipe, config: BertConfig) -> int:
+def _max_length(asked: int | None, recipe: _Recipe, config: Any) -> int:
     """Return the tokens per text: as asked, else the folder's, at most the model's positions."""
     if asked is None:
         return min(recipe.max_length or config.max_positions, config.max_positions)

@@ -10,18 +10,19 @@ from typing import Any
 from jax import Array
 from tokenizers import Tokenizer
 
-from ragjax.models import llama
+from ragjax.models import decoder_family
 from ragjax.models.config import fingerprint, read_config, read_json
+from ragjax.models.decoder_checkpoint import params_from_gguf
+from ragjax.models.families import LMFamily
 from ragjax.models.gguf import read_gguf
 from ragjax.models.hub import resolve_source
 from ragjax.models.inputs import LMBatch
-from ragjax.models.llama_checkpoint import params_from_gguf, params_from_huggingface
-from ragjax.models.llama_config import MODEL_TYPES, LlamaConfig, parse_huggingface_config
-from ragjax.models.llama_decoding import LlamaDecoder
 from ragjax.models.safetensors import read_safetensors
 from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+FAMILIES: tuple[LMFamily, ...] = (decoder_family.FAMILY,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,9 @@ class LanguageModel:
     """Parameters, sizes and tokenizer of a decoder, and its scoring function.
 
     Attributes:
-        params: Nested dict of float32 arrays, see `ragjax.models.llama`.
-        config: Sizes; hashable.
+        params: Nested dict of float32 arrays, see `ragjax.models.decoder`.
+        family: Architecture.
+        config: Sizes, as `family.parse_config` returns them; hashable.
         tokenizer: Neither truncates nor pads; encode with `add_special_tokens=False`.
         bos_id: Token that the tokenizer would put in front of every text, or None.
         eos_ids: Tokens that end a text.
@@ -44,7 +46,8 @@ class LanguageModel:
     """
 
     params: dict[str, Any]
-    config: LlamaConfig
+    family: LMFamily
+    config: Any
     tokenizer: Tokenizer
     bos_id: int | None
     eos_ids: tuple[int, ...]
@@ -53,7 +56,7 @@ class LanguageModel:
     source: str
     fingerprint: str
     token_log_probs: Callable[[dict[str, Any], LMBatch], Array]
-    decoder: LlamaDecoder
+    decoder: Any
 
 
 def load_language_model(source: str) -> LanguageModel:
@@ -76,7 +79,8 @@ def load_language_model(source: str) -> LanguageModel:
 
 
 def build_language_model(
-    config: LlamaConfig,
+    family: LMFamily,
+    config: Any,
     params: dict[str, Any],
     tokenizer: Tokenizer,
     *,
@@ -88,6 +92,7 @@ def build_language_model(
     """Puts a `LanguageModel` together from its parts; the arguments are its fields."""
     return LanguageModel(
         params=params,
+        family=family,
         config=config,
         tokenizer=tokenizer,
         bos_id=bos_id,
@@ -96,8 +101,8 @@ def build_language_model(
         max_length=config.max_positions,
         source=source,
         fingerprint=fingerprint(config, params, tokenizer),
-        token_log_probs=functools.partial(llama.token_log_probs, config),
-        decoder=LlamaDecoder(config),
+        token_log_probs=functools.partial(family.token_log_probs, config),
+        decoder=family.make_decoder(config),
     )
 
 
@@ -109,6 +114,7 @@ def _load_gguf(path: Path, source: str) -> LanguageModel:
         pad_id = model.eos_ids[0] if model.eos_ids else 0
         _warn_of_chosen_pad(source, model.tokenizer.id_to_token(pad_id))
     return build_language_model(
+        decoder_family.FAMILY,
         model.config,
         params,
         model.tokenizer,
@@ -120,17 +126,19 @@ def _load_gguf(path: Path, source: str) -> LanguageModel:
 
 
 def _load_folder(folder: Path, source: str) -> LanguageModel:
-    settings = read_config(folder, MODEL_TYPES)
+    settings = read_config(folder, [name for family in FAMILIES for name in family.model_types])
+    family = next(family for family in FAMILIES if settings["model_type"] in family.model_types)
     try:
-        config = parse_huggingface_config(settings)
+        config = family.parse_config(settings)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
     pad = choose_pad_token(tokenizer, folder, settings)
     if not pad.declared:
         _warn_of_chosen_pad(source, pad.token)
-    params = params_from_huggingface(config, read_safetensors(folder), source=folder)
+    params = family.load_params(config, read_safetensors(folder), source=folder)
     return build_language_model(
+        family,
         config,
         params,
         tokenizer,

@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from ragjax.models.bert import KEY_TABLE, Bert, BertConfig
+from ragjax.models.bert import FAMILY, KEY_TABLE, Bert, BertConfig
 from ragjax.models.encoder import TextEncoder, build_encoder
 from ragjax.models.nnx_trees import abstract
 
@@ -41,6 +41,7 @@ def tiny_encoder(seed: int = 0) -> TextEncoder:
         max_positions=_MAX_POSITIONS,
     )
     return build_encoder(
+        FAMILY,
         config,
         _random_params(config, seed),
         tokenizer,
@@ -66,31 +67,15 @@ def write_tiny_encoder(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(huggingface_tensors(encoder.params), folder / "model.safetensors")
     encoder.tokenizer.save(str(folder / "tokenizer.json"))
-    config = encoder.config
-    _write_json(
-        folder / "config.json",
-        {
-            "model_type": "bert",
-            "architectures": ["BertModel"],
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "intermediate_size": config.intermediate_size,
-            "max_position_embeddings": config.max_positions,
-            "type_vocab_size": config.type_vocab_size,
-            "layer_norm_eps": config.layer_norm_eps,
-            "hidden_act": config.activation,
-            "pad_token_id": encoder.pad_id,
-        },
-    )
+    settings = encoder.family.format_config(encoder.config) | {"pad_token_id": encoder.pad_id}
+    _write_json(folder / "config.json", settings)
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(kinds)
     ]
     _write_json(folder / "modules.json", modules)
-    pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+    pooling = {"word_embedding_dimension": encoder.embedding_size, "pooling_mode_mean_tokens": True}
     _write_json(folder / "1_Pooling" / "config.json", pooling)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
     _write_json(folder / "tokenizer_config.json", {"pad_token": "[PAD]"})

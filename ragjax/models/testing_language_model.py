@@ -7,10 +7,10 @@ import jax
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ragjax.models import llama
+from ragjax.models import decoder
+from ragjax.models.decoder_config import DecoderConfig
+from ragjax.models.decoder_family import FAMILY
 from ragjax.models.language_model import LanguageModel, build_language_model
-from ragjax.models.llama_checkpoint import params_to_huggingface
-from ragjax.models.llama_config import LlamaConfig
 
 # The tokenizer has the 256 bytes first, then these two.
 _END, _PAD = "<|end|>", "<|pad|>"
@@ -32,11 +32,11 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_llama_config(**changes: object) -> LlamaConfig:
+def tiny_decoder_config(**changes: object) -> DecoderConfig:
     """Returns sizes that run in milliseconds and still exercise grouped-query attention.
 
     Args:
-        **changes: Fields of `LlamaConfig` to replace.
+        **changes: Fields of `DecoderConfig` to replace.
 
     Returns:
         The sizes: 3 layers, 4 query heads on 2 key heads, width 32, 258 tokens.
@@ -51,7 +51,7 @@ def tiny_llama_config(**changes: object) -> LlamaConfig:
         "head_dim": 8,
         "max_positions": 512,
     }
-    return LlamaConfig(**{**sizes, **changes})  # type: ignore[bad-argument-type]  (tests)
+    return DecoderConfig(**{**sizes, **changes})  # type: ignore[bad-argument-type]  (tests)
 
 
 def tiny_language_model(seed: int = 0) -> LanguageModel:
@@ -63,8 +63,9 @@ def tiny_language_model(seed: int = 0) -> LanguageModel:
     Returns:
         A language model in float32 that no file or network is needed for.
     """
-    config, tokenizer = tiny_llama_config(), tiny_tokenizer()
+    config, tokenizer = tiny_decoder_config(), tiny_tokenizer()
     return build_language_model(
+        FAMILY,
         config,
         _random_params(config, seed),
         tokenizer,
@@ -84,34 +85,18 @@ def write_tiny_language_model(folder: Path, seed: int = 0) -> None:
     """
     model, folder = tiny_language_model(seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(params_to_huggingface(model.config, model.params), folder / "model.safetensors")
+    tensors = model.family.save_params(model.config, model.params)
+    save_file(tensors, folder / "model.safetensors")
     model.tokenizer.save(str(folder / "tokenizer.json"))
-    config = model.config
-    settings = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "eos_token_id": model.eos_ids[0],
-        "pad_token_id": model.pad_id,
-    }
+    settings = model.family.format_config(model.config)
+    settings |= {"eos_token_id": model.eos_ids[0], "pad_token_id": model.pad_id}
     (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def _random_params(config: LlamaConfig, seed: int) -> dict:
+def _random_params(config: DecoderConfig, seed: int) -> dict:
     # A fresh model's logits are almost flat, and tied embeddings make it repeat its last token:
     # larger embeddings and residual branches give tests distributions with clear winners.
-    params = llama.init_params(config, jax.random.key(seed))
+    params = decoder.init_params(config, jax.random.key(seed))
     embed, layers = params["embed"], params["layers"]
     branches = {name: {"kernel": 4 * layers[name]["kernel"]} for name in ("output", "down")}
     return {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ragjax.models import bert
 from ragjax.models.bert import (
     ACTIVATIONS,
     IGNORED_KEYS,
@@ -193,7 +194,7 @@ def test_published_key_variants_load(params):
 
 
 def test_config_is_read_from_huggingface_fields():
-    assert BertConfig.from_huggingface(HUGGINGFACE) == CONFIG
+    assert bert.parse_config(HUGGINGFACE) == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -210,4 +211,4 @@ def test_config_is_read_from_huggingface_fields():
 )
 def test_unsupported_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        BertConfig.from_huggingface(HUGGINGFACE | change)
+        bert.parse_config(HUGGINGFACE | change)

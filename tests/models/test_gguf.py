@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ragjax.models import DEFAULT_LM, LMBatch, llama, load_language_model
+from ragjax.models import DEFAULT_LM, LMBatch, decoder, load_language_model
+from ragjax.models.decoder_checkpoint import params_from_huggingface, params_to_huggingface
 from ragjax.models.gguf import read_gguf
-from ragjax.models.llama_checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.testing_language_model import tiny_llama_config
+from ragjax.models.testing_language_model import tiny_decoder_config
 
 REFERENCE = Path(__file__).parent / "data" / "smollm2_reference.json"
 END, USER = "<|im_end|>", "<keep me>"
@@ -76,10 +76,10 @@ def gguf_name(name):
 def write_gguf(path, *, quantization="F32", skip=(), extra=(), tied=True, **metadata):
     """Writes a tiny decoder; returns its configuration and float parameters."""
     tokens, merges = small_bpe()
-    config = tiny_llama_config(
+    config = tiny_decoder_config(
         vocab_size=len(tokens), intermediate_size=64, tie_embeddings=tied, num_kv_heads=2
     )
-    params = llama.init_params(config, jax.random.key(1))
+    params = decoder.init_params(config, jax.random.key(1))
     writer = gguf.GGUFWriter(path, metadata.get("architecture", "llama"))
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
@@ -354,6 +354,6 @@ def test_smollm2_equals_pytorch(smollm2):
 def test_a_checkpoint_for_another_width_is_refused(tmp_path):
     config, params = write_gguf(tmp_path / "tiny.gguf")
     tensors = params_to_huggingface(config, params)
-    wider = tiny_llama_config(vocab_size=config.vocab_size, intermediate_size=65)
+    wider = tiny_decoder_config(vocab_size=config.vocab_size, intermediate_size=65)
     with pytest.raises(ValueError, match=r"mlp\.down_proj\.weight has shape \(32, 64\)"):
         params_from_huggingface(wider, tensors, source="memory")

@@ -9,10 +9,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from ragjax.models import load_language_model
-from ragjax.models.llama_config import LlamaConfig, parse_huggingface_config
+from ragjax.models.decoder_config import DecoderConfig, parse_huggingface_config
 from ragjax.models.testing_language_model import (
+    tiny_decoder_config,
     tiny_language_model,
-    tiny_llama_config,
     write_tiny_language_model,
 )
 
@@ -137,7 +137,7 @@ def test_only_pytorch_files_are_refused_with_a_way_out(folder):
         load_language_model(str(folder))
 
 
-def parsed(**fields) -> LlamaConfig:
+def parsed(**fields) -> DecoderConfig:
     sizes = {
         "model_type": "mistral",
         "vocab_size": 258,
@@ -156,7 +156,7 @@ def test_a_sliding_window_caps_the_length():
     assert parsed(sliding_window=100).max_positions == 100
     assert parsed(sliding_window=None).max_positions == 512
     unused = parsed(model_type="qwen2", sliding_window=100, use_sliding_window=False)
-    assert unused == tiny_llama_config(num_kv_heads=4, qkv_bias=True)
+    assert unused == tiny_decoder_config(num_kv_heads=4, qkv_bias=True)
 
 
 def test_both_spellings_of_the_rotary_base():

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 
 from ragjax.models import LMBatch
-from ragjax.models.llama_training import merge_trainable, split_trainable
+from ragjax.models.decoder_training import merge_trainable, split_trainable
 from ragjax.models.testing import tiny_language_model
 from ragjax.training.lm import make_lm_loss
 from ragjax.training.steps import init_state, make_train_step

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ragjax.models.llama import init_params
-from ragjax.models.llama_config import LlamaConfig
-from ragjax.models.llama_training import join_layers
+from ragjax.models.decoder import init_params
+from ragjax.models.decoder_config import DecoderConfig
+from ragjax.models.decoder_training import join_layers
 from ragjax.models.safetensors import KeyRule, apply_key_table, transpose
 
 # Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
@@ -36,7 +36,7 @@ _OUTER = {
 
 
 def params_from_huggingface(
-    config: LlamaConfig, tensors: Mapping[str, np.ndarray], *, source: str | Path
+    config: DecoderConfig, tensors: Mapping[str, np.ndarray], *, source: str | Path
 ) -> dict[str, Any]:
     """Fills the parameters from tensors named as in a Hugging Face folder.
 
@@ -46,7 +46,7 @@ def params_from_huggingface(
         source: Folder they came from, for the messages.
 
     Returns:
-        Parameters as `ragjax.models.llama` describes them, float32.
+        Parameters as `ragjax.models.decoder` describes them, float32.
 
     Raises:
         ValueError: A tensor is missing, left over or of another shape.
@@ -59,7 +59,7 @@ def params_from_huggingface(
 
 
 def params_from_gguf(
-    config: LlamaConfig,
+    config: DecoderConfig,
     tensors: Mapping[str, np.ndarray],
     *,
     permuted: bool,
@@ -75,7 +75,7 @@ def params_from_gguf(
         source: File they came from, for the messages.
 
     Returns:
-        Parameters as `ragjax.models.llama` describes them, float32.
+        Parameters as `ragjax.models.decoder` describes them, float32.
 
     Raises:
         ValueError: A tensor is missing, left over or of another shape.
@@ -84,7 +84,7 @@ def params_from_gguf(
     return apply_key_table(tensors, table, _shapes(config), source=source)
 
 
-def params_to_huggingface(config: LlamaConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+def params_to_huggingface(config: DecoderConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Names the parameters as a Hugging Face folder does: the inverse of the loader.
 
     Args:
@@ -118,12 +118,12 @@ def _leaves(
             yield (*path, name), value
 
 
-def _shapes(config: LlamaConfig) -> dict[str, Any]:
+def _shapes(config: DecoderConfig) -> dict[str, Any]:
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
 def _key_table(
-    config: LlamaConfig, column: int, prefix: str, *, permuted: bool
+    config: DecoderConfig, column: int, prefix: str, *, permuted: bool
 ) -> dict[str, KeyRule]:
     heads = {"query": config.num_heads, "key": config.num_kv_heads}
     table = {}

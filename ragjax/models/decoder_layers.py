@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from ragjax.models.llama_config import LlamaConfig, RotaryScaling
+from ragjax.models.decoder_config import DecoderConfig, RotaryScaling
+from ragjax.models.linear import Linear
 
 # Finite, so that a slot that may attend to nothing yields numbers (which a mask then drops)
 # instead of NaN, whose gradient no mask can drop.
@@ -48,14 +49,14 @@ class RMSNorm(nnx.Module):
         return normalised * _expand(self.scale[...], normalised.ndim)
 
 
-class LlamaLayer(nnx.Module):
+class DecoderLayer(nnx.Module):
     """One decoder layer: grouped-query attention and a gated feed-forward, both residual."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         """Creates random weights of the configuration's sizes."""
         queries = config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
-        linear = functools.partial(nnx.Linear, rngs=rngs)
+        linear = functools.partial(Linear, rngs=rngs)
         self.config = config
         self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
         self.query = linear(config.hidden_size, queries, use_bias=config.qkv_bias)
@@ -98,7 +99,7 @@ class LlamaLayer(nnx.Module):
         return projected.reshape(rows, slots, -1, self.config.head_dim).swapaxes(1, 2)
 
 
-def rotary_angles(config: LlamaConfig, positions: Array) -> Rotary:
+def rotary_angles(config: DecoderConfig, positions: Array) -> Rotary:
     """Computes the rotary angles of each slot, `position / theta^(2 i / D)` for i < D/2.
 
     Args:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ragjax.models.llama import causal, logits, mask_positions, run_layers
-from ragjax.models.llama_config import LlamaConfig
-from ragjax.models.llama_layers import KeyValues
+from ragjax.models.decoder import causal, logits, mask_positions, run_layers
+from ragjax.models.decoder_config import DecoderConfig
+from ragjax.models.decoder_layers import KeyValues
 
 
 class KVCache(NamedTuple):
@@ -33,14 +33,14 @@ class Prefilled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LlamaDecoder:
+class CachedDecoder:
     """The functions that generation needs, bound to one configuration; hashable.
 
     Attributes:
         config: Sizes of the model whose parameters the methods take.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     def prefill(
         self, params: dict[str, Any], ids: Array, mask: Array, *, cache_length: int
@@ -61,7 +61,7 @@ class LlamaDecoder:
 
 
 def prefill(
-    config: LlamaConfig, params: dict[str, Any], ids: Array, mask: Array, *, cache_length: int
+    config: DecoderConfig, params: dict[str, Any], ids: Array, mask: Array, *, cache_length: int
 ) -> Prefilled:
     """Reads the prompts and returns the logits of the token that follows each.
 
@@ -98,7 +98,7 @@ def prefill(
 
 
 def decode_step(
-    config: LlamaConfig, params: dict[str, Any], cache: KVCache, token_ids: Array
+    config: DecoderConfig, params: dict[str, Any], cache: KVCache, token_ids: Array
 ) -> Prefilled:
     """Appends one token to every row.
 
@@ -131,7 +131,7 @@ def decode_step(
 
 
 def score_with_cache(
-    config: LlamaConfig,
+    config: DecoderConfig,
     params: dict[str, Any],
     cache: KVCache,
     first_logits: Array,
@@ -161,7 +161,7 @@ def score_with_cache(
 
 
 def _extend(
-    config: LlamaConfig, params: dict[str, Any], cache: KVCache, ids: Array, mask: Array
+    config: DecoderConfig, params: dict[str, Any], cache: KVCache, ids: Array, mask: Array
 ) -> tuple[Array, KeyValues]:
     """Runs the layers over new tokens `[R, T]` that follow those of the cache."""
     rows, slots = ids.shape

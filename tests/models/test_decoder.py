@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models import llama, llama_decoding, llama_training, packing
+from ragjax.models import decoder, decoder_cache, decoder_training, packing
+from ragjax.models.decoder_checkpoint import params_from_huggingface, params_to_huggingface
+from ragjax.models.decoder_config import parse_huggingface_config
 from ragjax.models.inputs import LMBatch
-from ragjax.models.llama_checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.llama_config import parse_huggingface_config
 from ragjax.models.packing import Suffix
-from ragjax.models.testing_language_model import tiny_language_model, tiny_llama_config
+from ragjax.models.testing_language_model import tiny_decoder_config, tiny_language_model
 
 CONTEXT_LENGTHS, TARGET_LENGTHS = (9, 4, 1), (3, 5, 1)
 
@@ -107,7 +107,7 @@ def test_chunked_unembedding_equals_whole(model, rng, monkeypatch):
     batch = make_batch(rng)
 
     def mean(params):
-        return llama.token_log_probs(model.config, params, batch).mean()
+        return decoder.token_log_probs(model.config, params, batch).mean()
 
     whole, whole_gradient = jax.jit(jax.value_and_grad(mean))(model.params)
     # 15 target slots in chunks of 4 tokens, the last one partly padding.
@@ -128,7 +128,7 @@ def test_remat_changes_no_value_and_no_gradient(model, rng):
     @functools.partial(jax.jit, static_argnames="remat")
     def mean_and_gradient(params, remat):
         def mean(params):
-            return llama.token_log_probs(model.config, params, batch, remat=remat).mean()
+            return decoder.token_log_probs(model.config, params, batch, remat=remat).mean()
 
         return jax.value_and_grad(mean)(params)
 
@@ -148,24 +148,24 @@ def test_rows_without_context_have_finite_values_and_gradients(model, rng):
 
 
 def test_layers_are_traced_once(model, rng):
-    jaxpr = jax.make_jaxpr(functools.partial(llama.token_log_probs, model.config))
-    deep = tiny_llama_config(num_layers=12)
-    deep_params = jax.eval_shape(functools.partial(llama.init_params, deep), jax.random.key(0))
+    jaxpr = jax.make_jaxpr(functools.partial(decoder.token_log_probs, model.config))
+    deep = tiny_decoder_config(num_layers=12)
+    deep_params = jax.eval_shape(functools.partial(decoder.init_params, deep), jax.random.key(0))
     batch = make_batch(rng)
     shallow_size = len(str(jaxpr(model.params, batch)))
-    deep_jaxpr = jax.make_jaxpr(functools.partial(llama.token_log_probs, deep))
+    deep_jaxpr = jax.make_jaxpr(functools.partial(decoder.token_log_probs, deep))
     assert len(str(deep_jaxpr(deep_params, batch))) < 1.05 * shallow_size
 
 
 def test_bad_shapes_are_refused(model, rng):
     batch = make_batch(rng)
     with pytest.raises(ValueError, match=r"context_ids and context_mask.*\(3, 8\)"):
-        llama.token_log_probs(
+        decoder.token_log_probs(
             model.config, model.params, batch._replace(context_mask=batch.context_mask[:, 1:])
         )
     with pytest.raises(ValueError, match="as many contexts as targets.*3 and 2 rows"):
         short = batch._replace(target_ids=batch.target_ids[:2], target_mask=batch.target_mask[:2])
-        llama.token_log_probs(model.config, model.params, short)
+        decoder.token_log_probs(model.config, model.params, short)
 
 
 # --- decoding -----------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_scores_from_the_cache_equal_token_log_probs(model, rng, target_slots):
 def test_a_cache_shorter_than_the_prompt_is_refused(model, rng):
     batch = make_batch(rng)
     with pytest.raises(ValueError, match="cache_length=8 is shorter than the prompts"):
-        llama_decoding.prefill(
+        decoder_cache.prefill(
             model.config, model.params, batch.context_ids, batch.context_mask, cache_length=8
         )
 
@@ -239,7 +239,7 @@ def make_packed(rng):
 
 def test_packed_scores_equal_separate_rows(model, rng):
     batch, documents, suffixes = make_packed(rng)
-    found = jax.jit(functools.partial(llama.packed_token_log_probs, model.config))(
+    found = jax.jit(functools.partial(decoder.packed_token_log_probs, model.config))(
         model.params, batch
     )
     for row, (document, parts) in enumerate(zip(documents, suffixes, strict=True)):
@@ -264,20 +264,20 @@ def test_a_row_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize(("num_layers", "embeddings"), [(None, True), (1, False), (0, False)])
 def test_split_parts_compute_the_same_and_cover_everything(model, rng, num_layers, embeddings):
-    trainable, frozen = llama_training.split_trainable(
+    trainable, frozen = decoder_training.split_trainable(
         model.params, num_layers, embeddings=embeddings
     )
-    merged = llama_training.merge_trainable(trainable, frozen)
+    merged = decoder_training.merge_trainable(trainable, frozen)
     batch = make_batch(rng)
     np.testing.assert_allclose(score(model, batch, merged), score(model, batch), atol=2e-5)
-    joined = llama_training.join_layers(merged)
+    joined = decoder_training.join_layers(merged)
     jax.tree.map(np.testing.assert_array_equal, joined, model.params)
     assert ("embed" in trainable) == embeddings
 
 
 def test_prefill_accepts_split_layers(model, rng):
     batch = make_batch(rng)
-    merged = llama_training.merge_trainable(*llama_training.split_trainable(model.params, 1))
+    merged = decoder_training.merge_trainable(*decoder_training.split_trainable(model.params, 1))
     prefill, step = jitted(model)
 
     def second_logits(params):
@@ -289,16 +289,16 @@ def test_prefill_accepts_split_layers(model, rng):
 
 
 def test_frozen_lower_layers_cost_no_backward_work(rng):
-    config = tiny_llama_config(num_layers=8)
-    params = llama.init_params(config, jax.random.key(0))
+    config = tiny_decoder_config(num_layers=8)
+    params = decoder.init_params(config, jax.random.key(0))
     batch = make_batch(rng)
 
     def scans(num_layers):
-        trainable, frozen = llama_training.split_trainable(params, num_layers)
+        trainable, frozen = decoder_training.split_trainable(params, num_layers)
 
         def loss(trainable):
-            merged = llama_training.merge_trainable(trainable, frozen)
-            return llama.token_log_probs(config, merged, batch).sum()
+            merged = decoder_training.merge_trainable(trainable, frozen)
+            return decoder.token_log_probs(config, merged, batch).sum()
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable)
         return [
@@ -313,14 +313,14 @@ def test_frozen_lower_layers_cost_no_backward_work(rng):
 
 def test_the_number_of_learning_layers_is_checked(model):
     with pytest.raises(ValueError, match="num_layers must be between 0 and 3 .*got 4"):
-        llama_training.split_trainable(model.params, 4)
+        decoder_training.split_trainable(model.params, 4)
 
 
 # --- checkpoints and PyTorch --------------------------------------------------------------------
 
 
 def test_names_of_a_checkpoint_round_trip(model):
-    merged = llama_training.merge_trainable(*llama_training.split_trainable(model.params, 2))
+    merged = decoder_training.merge_trainable(*decoder_training.split_trainable(model.params, 2))
     tensors = params_to_huggingface(model.config, merged)
     assert tensors["model.layers.2.mlp.down_proj.weight"].shape == (32, 48)
     again = params_from_huggingface(model.config, tensors, source="memory")
@@ -371,7 +371,7 @@ def test_log_probs_equal_pytorch(case, rng):
     params = params_from_huggingface(config, tensors, source=case)
 
     batch = make_batch(rng, context_slots=12, vocab_size=61)
-    found = jax.jit(functools.partial(llama.token_log_probs, config))(params, batch)
+    found = jax.jit(functools.partial(decoder.token_log_probs, config))(params, batch)
     ids = np.concatenate([batch.context_ids, batch.target_ids], axis=1)
     mask = np.concatenate([batch.context_mask, batch.target_mask], axis=1)
     with torch.no_grad():
@@ -396,5 +396,5 @@ def test_stored_pytorch_log_probs():
     fields = {name: arrays.pop(name) for name in LMBatch._fields}
     expected = arrays.pop("token_log_probs")
     params = params_from_huggingface(config, arrays, source=path)
-    found = jax.jit(functools.partial(llama.token_log_probs, config))(params, LMBatch(**fields))
+    found = jax.jit(functools.partial(decoder.token_log_probs, config))(params, LMBatch(**fields))
     np.testing.assert_allclose(found, expected, atol=1e-4)

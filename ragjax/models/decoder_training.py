@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ragjax.models.llama import layer_stacks
+from ragjax.models.decoder import layer_stacks
 
 _EMBEDDINGS = ("embed", "unembed")
 

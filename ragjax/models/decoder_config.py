@@ -22,7 +22,7 @@ class RotaryScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class DecoderConfig:
     """Sizes of one decoder; hashable, so jitted functions can take it as a static argument.
 
     Attributes:
@@ -73,7 +73,7 @@ class LlamaConfig:
             raise ValueError(f"head_dim must be even and positive, got {self.head_dim}")
 
 
-def parse_huggingface_config(config: Mapping[str, Any]) -> LlamaConfig:
+def parse_huggingface_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads the contents of a Hugging Face `config.json`.
 
     A sliding attention window (Mistral 7B v0.1) caps `max_positions` instead: within the window
@@ -96,7 +96,7 @@ def parse_huggingface_config(config: Mapping[str, Any]) -> LlamaConfig:
         theta, scaling = _parse_rotary(config)
         window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
         max_positions = int(config.get("max_position_embeddings", 2048))
-        return LlamaConfig(
+        return DecoderConfig(
             vocab_size=int(config["vocab_size"]),
             hidden_size=hidden_size,
             intermediate_size=int(config["intermediate_size"]),
@@ -115,6 +115,36 @@ def parse_huggingface_config(config: Mapping[str, Any]) -> LlamaConfig:
         raise ValueError(f"no field {error}, which a {model_type} decoder needs") from error
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"a size is not a positive number ({error})") from error
+
+
+def format_huggingface_config(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the contents of a `config.json` that `parse_huggingface_config` reads as `config`."""
+    kind = ("qwen2", "Qwen2ForCausalLM") if config.qkv_bias else ("llama", "LlamaForCausalLM")
+    scaling = config.rope_scaling
+    return {
+        "model_type": kind[0],
+        "architectures": [kind[1]],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling
+        and {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_positions,
+        },
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+    }
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

@@ -26,13 +26,13 @@ from jax import Array, lax
 
 from ragjax.losses import chunked_token_log_probs
 from ragjax.models import nnx_trees
+from ragjax.models.decoder_config import DecoderConfig
+from ragjax.models.decoder_layers import DecoderLayer, KeyValues, RMSNorm, rotary_angles
 from ragjax.models.inputs import LMBatch
-from ragjax.models.llama_config import LlamaConfig
-from ragjax.models.llama_layers import KeyValues, LlamaLayer, RMSNorm, rotary_angles
 from ragjax.models.packing import PackedBatch
 
 
-def init_params(config: LlamaConfig, key: Array) -> dict[str, Any]:
+def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     """Draws random float32 parameters, in the layout of the module docstring.
 
     Args:
@@ -45,7 +45,7 @@ def init_params(config: LlamaConfig, key: Array) -> dict[str, Any]:
     embed_key, unembed_key, layers_key = jax.random.split(key, 3)
 
     def init_layer(layer_key: Array) -> dict[str, Any]:
-        return nnx_trees.split(LlamaLayer(config, rngs=nnx.Rngs(layer_key)))[1]
+        return nnx_trees.split(DecoderLayer(config, rngs=nnx.Rngs(layer_key)))[1]
 
     shape = (config.vocab_size, config.hidden_size)
     params: dict[str, Any] = {
@@ -59,7 +59,7 @@ def init_params(config: LlamaConfig, key: Array) -> dict[str, Any]:
 
 
 def token_log_probs(
-    config: LlamaConfig, params: dict[str, Any], batch: LMBatch, *, remat: bool = False
+    config: DecoderConfig, params: dict[str, Any], batch: LMBatch, *, remat: bool = False
 ) -> Array:
     """Scores the target tokens given their context: log p(y_t | c, y_<t).
 
@@ -93,7 +93,7 @@ def token_log_probs(
 
 
 def packed_token_log_probs(
-    config: LlamaConfig, params: dict[str, Any], batch: PackedBatch, *, remat: bool = False
+    config: DecoderConfig, params: dict[str, Any], batch: PackedBatch, *, remat: bool = False
 ) -> Array:
     """Scores several (question, answer) suffixes per document, reading each document once.
 
@@ -120,7 +120,7 @@ def packed_token_log_probs(
 
 
 def run_layers(
-    config: LlamaConfig,
+    config: DecoderConfig,
     params: dict[str, Any],
     ids: Array,
     *,
@@ -226,7 +226,7 @@ def _target_log_probs(
     return chunked_token_log_probs(hidden, table, target_ids, mask=mask)
 
 
-def _rms_norm(config: LlamaConfig, norm_params: dict[str, Any], hidden: Array) -> Array:
+def _rms_norm(config: DecoderConfig, norm_params: dict[str, Any], hidden: Array) -> Array:
     graphdef, _ = nnx_trees.abstract(
         lambda: RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
     )
@@ -234,8 +234,8 @@ def _rms_norm(config: LlamaConfig, norm_params: dict[str, Any], hidden: Array) -
 
 
 @functools.lru_cache
-def _layer_structure(config: LlamaConfig) -> Any:
-    return nnx_trees.abstract(lambda: LlamaLayer(config, rngs=nnx.Rngs(0)))[0]
+def _layer_structure(config: DecoderConfig) -> Any:
+    return nnx_trees.abstract(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))[0]
 
 
 def _check_batch(batch: LMBatch) -> None:

@@ -1,0 +1,83 @@
+"""What an architecture brings, so that loading, training, generation and export know no other.
+
+A family is a file of this package that ends in one `FAMILY`; `encoder.py` and `language_model.py`
+list them. B texts, R rows, L and T tokens, D embedding size.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from ragjax.models.inputs import LMBatch, Tokens
+from ragjax.models.nnx_trees import Params
+from ragjax.models.safetensors import KeyRule
+
+
+class EncoderModule(Protocol):
+    """A text encoder without its pooling."""
+
+    def __call__(self, tokens: Tokens) -> Array:
+        """Compute the hidden states `[B, L, D]` of right-padded tokens."""
+        ...
+
+
+class EncoderFamily(NamedTuple):
+    """A family of text encoders."""
+
+    model_types: tuple[str, ...]  # values of `model_type` in config.json
+    parse_config: Callable[[Mapping[str, Any]], Any]  # config.json -> frozen dataclass, ValueError
+    format_config: Callable[[Any], dict[str, Any]]  # its inverse: the contents of a config.json
+    make_module: Callable[[Any, nnx.Rngs], Any]  # config, rngs -> EncoderModule
+    key_table: Callable[[Any], dict[str, KeyRule]]  # config -> where each tensor goes
+    canonical_key: Callable[[str], str]  # tensor name in any published file -> name in the table
+    ignored_keys: tuple[str, ...]  # tensors that may be there and are no part of the encoder
+
+
+class LMFamily(NamedTuple):
+    """A family of language models."""
+
+    model_types: tuple[str, ...]  # values of `model_type` in config.json
+    parse_config: Callable[[Mapping[str, Any]], Any]  # config.json -> frozen dataclass, ValueError
+    format_config: Callable[[Any], dict[str, Any]]  # its inverse: the contents of a config.json
+    load_params: "LoadParams"
+    save_params: Callable[[Any, Params], dict[str, np.ndarray]]  # config, params -> named tensors
+    token_log_probs: "TokenLogProbs"
+    make_decoder: Callable[[Any], Any]  # config -> what `ragjax.generation` calls a Decoder
+    split_trainable: "SplitTrainable"
+    merge_trainable: Callable[[Params, Params], Params]  # (trainable, frozen) -> params
+    # Scores several answers behind one reading of a document; None where the family cannot.
+    packed_token_log_probs: Callable[..., Array] | None = None
+
+
+class LoadParams(Protocol):
+    """Fills the parameters from the tensors of a Hugging Face folder."""
+
+    def __call__(
+        self, config: Any, tensors: Mapping[str, np.ndarray], *, source: str | Path
+    ) -> Params:
+        """Return nested dicts of float32 arrays; ValueError where the tensors do not fit."""
+        ...
+
+
+class TokenLogProbs(Protocol):
+    """Scores the target tokens given their context."""
+
+    def __call__(
+        self, config: Any, params: Params, batch: LMBatch, *, remat: bool = False
+    ) -> Array:
+        """Return `[R, T]` float32 in nats, exactly 0 where `target_mask` is False."""
+        ...
+
+
+class SplitTrainable(Protocol):
+    """Separates what learns from what stays."""
+
+    def __call__(
+        self, params: Params, num_layers: int | None, *, embeddings: bool = False
+    ) -> tuple[Params, Params]:
+        """Return (trainable, frozen): the top layers, all with None; and the embeddings."""
+        ...
