@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTEXT_LENGTHS, TARGET_LENGTHS = np.array([7, 3, 1]), np.array([2, 4, 1])
 

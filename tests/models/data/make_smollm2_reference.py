@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 CASES = [
     ("The capital of France is", " Paris."),
