@@ -74,9 +74,16 @@ class LMConfig:
       documents: Documents per question, each a training row of its own.
       epochs: Passes over the rows.
       batch_size: Rows per step.
+      accumulate: Parts in which the rows of a step are taken, one after the other; the step is the
+        same, its memory that of one part. Must divide `batch_size`.
       learning_rate: Peak learning rate.
       warmup_fraction: Share of the steps spent warming up, 0 to 1.
       train_layers: Layers trained, from the top; 0 means all, with the embeddings.
+      lora_rank: Rank of the adapters that learn in place of the weights of those layers (LoRA), and
+        of nothing else; 0: the weights themselves learn.
+      lora_alpha: The adapters' output is scaled by this over their rank.
+      remat: Compute each layer again in the backward pass instead of keeping its intermediate
+        values: less memory, about a third more work.
       weight_decay: Decoupled weight decay.
       clip_norm: Largest gradient norm.
     """
@@ -85,18 +92,27 @@ class LMConfig:
     documents: int = 1
     epochs: int = 1
     batch_size: int = 8
+    accumulate: int = 1
     learning_rate: float = 3e-4
     warmup_fraction: float = 0.1
     train_layers: int = 10
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    remat: bool = False
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""
-        _at_least(self, 1, "questions", "documents", "epochs", "batch_size")
-        _at_least(self, 0, "learning_rate", "train_layers", "weight_decay")
+        _at_least(self, 1, "questions", "documents", "epochs", "batch_size", "accumulate")
+        _at_least(self, 0, "learning_rate", "train_layers", "lora_rank", "weight_decay")
         _fraction(self, "warmup_fraction")
-        _positive(self, "clip_norm")
+        _positive(self, "lora_alpha", "clip_norm")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; a step"
+                " is taken in equal parts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +142,13 @@ class RetrieverConfig:
       learning_rate: Peak learning rate of the query encoder (or the shared one).
       doc_learning_rate: Peak learning rate of the document encoder; negative: the same.
       warmup_fraction: Share of the steps spent warming up, 0 to 1.
+      train_layers: Layers trained of each encoder, from the top, with what follows them; 0 means
+        all, with the embeddings.
+      lora_rank: Rank of the adapters that learn in place of the weights of those layers (LoRA), and
+        of nothing else; 0: the weights themselves learn.
+      lora_alpha: The adapters' output is scaled by this over their rank.
+      remat: Compute each layer again in the backward pass instead of keeping its intermediate
+        values: less memory, about a third more work.
       weight_decay: Decoupled weight decay.
       clip_norm: Largest gradient norm.
     """
@@ -148,6 +171,10 @@ class RetrieverConfig:
     learning_rate: float = 5e-5
     doc_learning_rate: float = -1.0
     warmup_fraction: float = 0.1
+    train_layers: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    remat: bool = False
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
@@ -156,7 +183,8 @@ class RetrieverConfig:
         _at_least(self, 1, "candidates", "negative_depth", "rounds", "epochs", "batch_size")
         _at_least(self, 8, "doc_tokens")
         _at_least(self, 0, "learning_rate", "weight_decay", "prior_weight")
-        _positive(self, "temperature", "scale", "clip_norm")
+        _at_least(self, 0, "train_layers", "lora_rank")
+        _positive(self, "temperature", "scale", "lora_alpha", "clip_norm")
         _fraction(self, "warmup_fraction")
         if self.objective == "lsr" and self.negatives == "batch":
             raise ValueError(
@@ -265,6 +293,9 @@ class AdaptConfig:
       output: Folder of this run; the same command continues a run that was cut.
       stages: What is adapted, in this order; give one or both.
       seed: Seed of every random choice.
+      compute_dtype: What both models compute in. With `bfloat16` what learns, its gradients and the
+        optimiser's state stay in float32, and so do norms, softmax and losses; made for
+        accelerators, on CPU it is slower than `float32`.
       dev_fraction: Share of the training questions held out where the data has no dev split.
       score_cache: File of teacher scores of an earlier run (its `scores/0.jsonl`), to use again
         with another retriever setting; scores of another language model or prompt do not match.
@@ -285,6 +316,7 @@ class AdaptConfig:
     output: str = "runs/adapt"
     stages: tuple[Stage, ...] = ("lm", "retriever")
     seed: int = 0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     dev_fraction: float = 0.2
     score_cache: str = ""
     checkpoint_every: int = 10
@@ -306,6 +338,11 @@ class AdaptConfig:
         if len(set(self.stages)) != len(self.stages):
             raise ValueError(f"stages names a stage twice: {' '.join(self.stages)}")
         _check_refresh(self)
+        if self.refresh.workers and self.compute_dtype != "float32":
+            raise ValueError(
+                f"compute_dtype={self.compute_dtype}: the workers of refresh.workers load the"
+                " encoder by themselves and compute in float32; leave one of them out"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -348,6 +385,11 @@ def load_config_file(path: str | Path, base: Config) -> Config:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     return _updated(base, values, path, "")
+
+
+def from_dict(values: Mapping[str, Any], path: Path) -> AdaptConfig:
+    """Returns the options that `to_dict` gave; ValueError names `path`, their file, and the key."""
+    return _updated(AdaptConfig(), values, path, "")
 
 
 def _updated(base: Config, values: Any, path: Path, prefix: str) -> Config:

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ragjax.adaptation.stages import retriever_steps
+from ragjax.adaptation.config import LMConfig, RetrieverConfig
+from ragjax.adaptation.parts import lm_parts, retriever_parts
+from ragjax.adaptation.stages import retriever_steps, tower_params
 from ragjax.adaptation.teacher import context_batches
 from ragjax.adaptation.workspace import Workspace
 from ragjax.index import choose_index
@@ -25,8 +27,10 @@ from ragjax.refresh import (
 # Work of a training step in forward passes. The encoder: one forward, one again for its chunks and
 # a backward that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the
 # backward of the layers that are trained.
-_ENCODER_STEP = 5.4
+_ENCODER_FORWARDS, _ENCODER_BACKWARD = 2.0, 3.4
 _BACKWARD = 2.0
+# Of a backward pass, the half that goes to the weights' own gradients, which adapters do without.
+_ADAPTER_SHARE = 0.5
 # Generated tokens are read one at a time, which keeps the processor less busy than a prompt does.
 _DECODE_TOKEN = 3.0
 # Distinct prompts with documents that a question brings to the evaluation, for each of the two
@@ -91,7 +95,11 @@ def estimate_cost(workspace: Workspace) -> Cost:
     taught = retriever.objective != "dpr"  # by the language model
     pairs = train * retriever.candidates * rounds if taught else 0
     lm_rows = min(lm.questions, train) * lm.documents * lm.epochs if adapts_lm else 0
-    depth = lm.train_layers / workspace.lm.config.num_layers if lm.train_layers else 1.0
+    teacher_tokens = pairs * prompt
+    if workspace.lm.family.packed_token_log_probs is not None:
+        teacher_tokens = _packed_tokens(pairs, len(workspace.doc_ids), prompt - question, question)
+    lm_backward = _backward(lm, workspace.lm.config, _BACKWARD)
+    encoder_backward = _backward(retriever, workspace.encoder.config, _ENCODER_BACKWARD)
     answers = answered * _PROMPTS * (1 + adapts_lm)
     decoded = _DECODE_TOKEN * evaluation.max_new_tokens
     per_answer = prompt + (evaluation.documents - 1) * config.prompt.document_tokens + decoded
@@ -101,10 +109,9 @@ def estimate_cost(workspace: Workspace) -> Cost:
     lsr_tokens = train * (retriever.candidates * lsr_length + 32) * retriever.epochs * rounds
     seconds = {
         "encoding": doc_tokens * (1 + rounds) / encode_rate,
-        "language model": lm_rows * prompt * (1 + _BACKWARD * depth) / score_rate,
-        "teacher": _packed_tokens(pairs, len(workspace.doc_ids), prompt - question, question)
-        / score_rate,
-        "retriever": lsr_tokens * _ENCODER_STEP / encode_rate,
+        "language model": lm_rows * prompt * (1 + lm_backward) / score_rate,
+        "teacher": teacher_tokens / score_rate,
+        "retriever": lsr_tokens * (_ENCODER_FORWARDS + encoder_backward) / encode_rate,
         "evaluation": (answers * per_answer + closed_book) / score_rate,
         "compiling": _COMPILE_SECONDS * _COMPILED_SHAPES,
     }
@@ -118,8 +125,9 @@ def estimate_cost(workspace: Workspace) -> Cost:
         refresh = _forecast(workspace, steps, step_seconds, rate, free_bytes)
         seconds["refreshes"] = _refreshes(refresh, steps) * refresh.refresh_seconds
     index_bytes = len(workspace.doc_ids) * workspace.encoder.embedding_size * 4 * (1 + rounds)
-    trained_lm = _tree_bytes(workspace.lm.params) * depth * 3 * 2 if adapts_lm else 0
-    trained_towers = _tree_bytes(workspace.encoder.params) * 3 * 2 * rounds
+    # What learns and the optimiser's two moments of it, in each of two checkpoints.
+    trained_lm = _trained_lm_bytes(workspace) * 3 * 2 if adapts_lm else 0
+    trained_towers = _trained_tower_bytes(workspace) * 3 * 2 * rounds
     refreshed = refresh.bytes_on_disk if refresh else 0
     return Cost(
         documents=len(workspace.doc_ids) * (1 + rounds),
@@ -129,6 +137,28 @@ def estimate_cost(workspace: Workspace) -> Cost:
         free_bytes=free_bytes,
         refresh=refresh,
     )
+
+
+def _backward(config: LMConfig | RetrieverConfig, sizes: Any, whole: float) -> float:
+    """Returns the work of a backward pass in forward passes, given that of one through it all."""
+    depth = config.train_layers / sizes.num_layers if config.train_layers else 1.0
+    return depth * (whole * (_ADAPTER_SHARE if config.lora_rank else 1.0) + config.remat)
+
+
+def _trained_lm_bytes(workspace: Workspace) -> int:
+    lm, options = workspace.lm, workspace.config.language_model
+
+    def trained(params: Any) -> Any:
+        return lm_parts(options, lm.family, params, seed=0).trainable
+
+    return _tree_bytes(jax.eval_shape(trained, lm.params))
+
+
+def _trained_tower_bytes(workspace: Workspace) -> int:
+    def trained(towers: Any) -> Any:
+        return retriever_parts(workspace.config.retriever, towers, seed=0).trainable
+
+    return _tree_bytes(jax.eval_shape(trained, tower_params(workspace)))
 
 
 def _forecast(
@@ -205,7 +235,8 @@ def _lm_rate(workspace: Workspace) -> float:
         jnp.ones((rows, targets), bool),
     )
     score = jax.jit(workspace.lm.token_log_probs)
-    seconds = _best_seconds(lambda: score(workspace.lm.params, filler))
+    params = workspace.in_compute_dtype(workspace.lm.params)
+    seconds = _best_seconds(lambda: score(params, filler))
     return rows * (batch.length + targets) / seconds
 
 
@@ -220,7 +251,7 @@ def _best_seconds(run: Callable[[], Any]) -> float:
 
 
 def _tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragjax.adaptation.config import RefreshConfig
+from ragjax.adaptation.parts import retriever_parts, whole_towers
 from ragjax.adaptation.refresh import corpus_task
 from ragjax.adaptation.retrieval import Retriever, live_search
 from ragjax.adaptation.stages import (
@@ -20,7 +21,6 @@ from ragjax.adaptation.stages import (
     Lessons,
     labelled_lessons,
     question_rows,
-    split_towers,
     train_retriever,
 )
 from ragjax.adaptation.teacher import Teacher, score_step, target_log_probs
@@ -153,12 +153,12 @@ def _open(
     questions = workspace.questions["train"]
     config = workspace.config.retriever
     task = workspace_task(workspace)
-    _, frozen = split_towers(config, params)
+    parts = retriever_parts(config, params, seed=workspace.config.seed)
     live: list[LiveRetrieval] = []  # filled below: its parts look at its parameters
     refresher = open_refresher(workspace, task, lambda: live[0].query_params)
     retrieval = LiveRetrieval(
         refresher,
-        towers=lambda trainable: towers(trainable, frozen),
+        towers=lambda trainable: towers(whole_towers(parts, trainable), None),
         encode_queries=lambda params, rows: workspace.encode_queries(
             params, [questions[row] for row in rows]
         ),

@@ -96,12 +96,12 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
         bm25 = build_bm25(workspace)
         params = tower_params(workspace)
         before = _build(workspace, bm25, params, 0)
-    lm = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    lm = _teacher(workspace, workspace.lm.params, workspace.lm.fingerprint)
     if "lm" in config.stages:
         with workspace.timed("language model"):
             candidates = _candidates(workspace, before, config.language_model.documents)
             adapted = train_lm(workspace, workspace.questions["train"], candidates)
-            lm = Teacher(adapted, tree_fingerprint(adapted))
+            lm = _teacher(workspace, adapted, tree_fingerprint(adapted))
     after = before
     if "retriever" in config.stages:
         after = _adapt_retriever(workspace, bm25, params, before, lm)
@@ -116,6 +116,13 @@ def dry_run(config: AdaptConfig, *, folder: Path, stop: StopFlag, report: Report
     """Reads the data, loads the models, measures their speed and prints what a run would cost."""
     workspace = open_workspace(config, folder, stop=stop, report=report)
     report(estimate_cost(workspace).describe())
+
+
+def _teacher(workspace: Workspace, params: Any, fingerprint: str) -> Teacher:
+    """Returns a language model that scores and answers in the dtype of the run."""
+    dtype = workspace.config.compute_dtype
+    name = fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
+    return Teacher(workspace.in_compute_dtype(params), name)
 
 
 def _build(
@@ -224,7 +231,7 @@ def _evaluate(
     lm: Teacher,
 ) -> dict[str, Any]:
     questions = workspace.questions["test"]
-    base = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    base = _teacher(workspace, workspace.lm.params, workspace.lm.fingerprint)
     found_before = search(workspace, before, questions, _SEARCH_DEPTH)
     found_after = search(workspace, after, questions, _SEARCH_DEPTH)
     lexical = bm25.search([question.text for question in questions], _SEARCH_DEPTH)

@@ -3,7 +3,8 @@
 Q questions, K candidates, B questions a step, M documents a step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragjax.adaptation.config import LMConfig, RetrieverConfig
+from ragjax.adaptation.parts import lm_parts, retriever_parts, whole_towers
 from ragjax.adaptation.workspace import Workspace, make_prompts
 from ragjax.data import Question, batch_rows, num_steps, pad_right
 from ragjax.index import SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.training.checkpoint import Checkpointer
-from ragjax.training.lm import make_lm_loss
+from ragjax.training.lm import answer_tokens, make_lm_loss
 from ragjax.training.loop import HostWork, LoopConfig, run_steps
 from ragjax.training.lsr import LsrBatch, make_lsr_loss
 from ragjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -40,32 +42,35 @@ def train_lm(
         candidates: `[Q, K]` documents, of which the best `documents` are used.
 
     Returns:
-        The adapted parameters, sharing the frozen ones with `workspace.lm`.
+        The adapted parameters, sharing the frozen ones with `workspace.lm`; with LoRA the adapters
+        lie beside the weights (`ragjax.models.lora.merge` folds them in).
     """
     config = workspace.config.language_model
     rows = lm_rows(config, candidates)
     steps = num_steps(num_examples=len(rows), batch_size=config.batch_size, epochs=config.epochs)
-    family = workspace.lm.family
-    trainable, frozen = family.split_trainable(
-        workspace.lm.params,
-        config.train_layers or None,
-        embeddings=config.train_layers == 0,
-    )
+    lm = workspace.lm
+    parts = lm_parts(config, lm.family, lm.params, seed=workspace.config.seed)
+    log_probs = functools.partial(lm.family.token_log_probs, lm.config, remat=config.remat)
     optimizer = make_optimizer(_optimizer_config(config, steps), total_steps=steps)
     step = make_train_step(
-        make_lm_loss(workspace.lm.token_log_probs, family.merge_trainable), optimizer
+        make_lm_loss(
+            lambda params, batch: log_probs(workspace.in_compute_dtype(params), batch), parts.merge
+        ),
+        optimizer,
+        accumulate=config.accumulate,
+        weight=answer_tokens,
     )
     state = _run(
         workspace,
         "lm",
         steps,
         step,
-        init_state(trainable, optimizer, workspace.config.seed),
+        init_state(parts.trainable, optimizer, workspace.config.seed),
         _lm_batches(workspace, questions, rows),
-        frozen=frozen,
+        frozen=parts.frozen,
         index_version=0,
     )
-    return family.merge_trainable(state.params, frozen)
+    return parts.merge(state.params, parts.frozen)
 
 
 def lm_rows(config: LMConfig, candidates: SearchResult) -> list[tuple[int, int]]:
@@ -81,8 +86,8 @@ def lm_rows(config: LMConfig, candidates: SearchResult) -> list[tuple[int, int]]
 def _lm_batches(
     workspace: Workspace, questions: Sequence[Question], rows: Sequence[tuple[int, int]]
 ) -> Callable[[int], LMBatch]:
-    # A newline ends the answer: the model learns to stop where generation stops.
-    prompts = make_prompts(workspace.config, workspace.lm, end_id=newline_id(workspace))
+    # Something ends the answer: the model learns to stop where generation stops.
+    prompts = make_prompts(workspace.config, workspace.lm, end_id=answer_end_id(workspace))
     contexts = [
         prompts.context(questions[q].text, workspace.documents.get([doc])) for q, doc in rows
     ]
@@ -104,8 +109,10 @@ def _lm_batches(
     return batch_at
 
 
-def newline_id(workspace: Workspace) -> int | None:
-    """Returns the token that is one newline, if the language model has it."""
+def answer_end_id(workspace: Workspace) -> int | None:
+    """Returns what the model is used to end a target with, or else a newline, if it is one token."""
+    if (end_id := workspace.lm.text_format.target_end_id) is not None:
+        return end_id
     ids = workspace.lm.tokenizer.encode("\n", add_special_tokens=False).ids
     return ids[0] if len(ids) == 1 else None
 
@@ -141,44 +148,37 @@ def train_retriever(
     """
     config = workspace.config.retriever
     steps = retriever_steps(config, len(questions))
-    trainable, frozen = split_towers(config, params)
-    rates = {k: config.learning_rate for k in trainable}
+    parts = retriever_parts(config, params, seed=workspace.config.seed + round_number)
+    rates = {k: config.learning_rate for k in parts.trainable}
     if "doc" in rates and config.doc_learning_rate >= 0:
         rates["doc"] = config.doc_learning_rate
     optimizer = make_optimizer(
         _optimizer_config(config, steps), total_steps=steps, learning_rates=rates
     )
     loss = make_lsr_loss(
-        workspace.encoder.encode,
+        workspace.training_encode(),
         _OBJECTIVES[config.objective],
         scale=config.scale,
         in_batch=config.negatives == "batch",
+        merge=parts.merge,
     )
     state = _run(
         workspace,
         f"retriever-{round_number}",
         steps,
         make_train_step(loss, optimizer),
-        init_state(trainable, optimizer, workspace.config.seed + round_number),
+        init_state(parts.trainable, optimizer, workspace.config.seed + round_number),
         _lsr_batches(workspace, round_number, questions, batch_of),
-        frozen=frozen,
+        frozen=parts.frozen,
         index_version=round_number,
         host=host,
     )
-    return {**frozen, **state.params}
+    return whole_towers(parts, state.params)
 
 
 def retriever_steps(config: RetrieverConfig, num_questions: int) -> int:
     """Returns the training steps of a round."""
     return num_steps(num_examples=num_questions, batch_size=config.batch_size, epochs=config.epochs)
-
-
-def split_towers(
-    config: RetrieverConfig, params: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the towers that are trained and those that are not."""
-    trainable = {k: v for k, v in params.items() if config.train != "query" or k == "query"}
-    return trainable, {k: v for k, v in params.items() if k not in trainable}
 
 
 def question_rows(workspace: Workspace, round_number: int, num_questions: int, step: int) -> Rows:

@@ -1,7 +1,8 @@
 """The language model as teacher: scores of (question, document) pairs, and the LSR target."""
 
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ from ragjax.adaptation.workspace import Workspace
 from ragjax.data import LengthBatch, Question, length_buckets, passage_text
 from ragjax.index import SearchResult
 from ragjax.losses import log_prob, log_prob_per_token, lsr_target, prob, prob_per_token
-from ragjax.models.decoder import packed_token_log_probs
 from ragjax.models.inputs import LMBatch
 from ragjax.models.packing import PackedBatch, Suffix, pack_row
 from ragjax.training.score_cache import ResultCache, Score, result_key
@@ -54,9 +54,10 @@ def score_candidates(
 ) -> TeacherScores:
     """Scores every candidate by the log-probability of the question's first answer after it.
 
-    Questions that share a document are packed behind it, so it is read once. What is packed with
-    what depends on what earlier rounds knew, never on how far a killed run came: continuing it
-    gives the same numbers.
+    Questions that share a document are packed behind it, so it is read once, where the language
+    model's family can do that (a causal decoder); elsewhere each pair is a row. What is packed
+    with what depends on what earlier rounds knew, never on how far a killed run came: continuing
+    it gives the same numbers.
 
     Args:
         workspace: Data, prompts, and the size of a batch (`score_tokens`).
@@ -162,7 +163,11 @@ def _z_scores(candidates: SearchResult) -> np.ndarray:
     return np.nan_to_num(z).astype(np.float32)
 
 
-_score = jax.jit(packed_token_log_probs, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(
+    token_log_probs: Callable[..., jax.Array], config: Any, params: Any, batch: Any
+) -> jax.Array:
+    return token_log_probs(config, params, batch)
 
 
 class _Work:
@@ -185,7 +190,11 @@ class _Work:
             for (q, _), doc in zip(self._pairs, docs, strict=True)
         ]
         targets = [self._targets[q] for q, _ in self._pairs]
-        self.packer = _Packer(workspace, docs, contexts, targets)
+        family = workspace.lm.family
+        packed = family.packed_token_log_probs
+        self._token_log_probs = packed or family.token_log_probs
+        make_packer = _Packer if packed else _Rows
+        self.packer = make_packer(workspace, docs, contexts, targets)
 
     def keys_of(self, batch: "_PackedGroups") -> list[str]:
         """Returns the keys of the pairs of a batch, in the order of their scores."""
@@ -193,7 +202,8 @@ class _Work:
 
     def compute(self, batch: "_PackedGroups") -> list[Score]:
         """Runs the language model over a batch."""
-        log_probs = _score(self._workspace.lm.config, self._teacher.params, batch.packed)
+        config = self._workspace.lm.config
+        log_probs = _score(self._token_log_probs, config, self._teacher.params, batch.packed)
         return list(self.packer.scores(batch, np.asarray(log_probs)))
 
     def collect(self, cache: ResultCache[Score]) -> TeacherScores:
@@ -207,7 +217,7 @@ class _Work:
 
 class _PackedGroups(NamedTuple):
     groups: list[list[int]]  # pairs behind one document, by row of the batch
-    packed: PackedBatch
+    packed: PackedBatch | LMBatch
 
 
 class _Packer:
@@ -291,6 +301,19 @@ class _Packer:
             num_targets=num_targets,
             pad_id=self._workspace.lm.pad_id,
         )
+
+
+class _Rows(_Packer):
+    """Lays each pair out in a row of its own."""
+
+    def batches(self, pairs: Sequence[int]) -> Iterator[_PackedGroups]:
+        """Yields batches of few static shapes that hold every pair once."""
+        contexts = [self._contexts[pair] for pair in pairs]
+        for batch in context_batches(self._workspace, [len(context) for context in contexts]):
+            chosen = [pairs[row] for row in batch.rows]
+            targets = [self._targets[pair] for pair in chosen]
+            packed = pack_batch(self._workspace, batch, contexts, targets)
+            yield _PackedGroups([[pair] for pair in chosen], packed)
 
 
 def _found(cache: ResultCache[Score], key: str) -> Score:

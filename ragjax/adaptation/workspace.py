@@ -3,6 +3,7 @@
 Q questions, N documents, D embedding size.
 """
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +29,10 @@ from ragjax.data import (
     truncation_note,
     write_python_docs,
 )
-from ragjax.models.encoder import TextEncoder, load_encoder
+from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_options
 from ragjax.models.inputs import Tokens
 from ragjax.models.language_model import LanguageModel, load_language_model
+from ragjax.models.nnx_trees import cast_floats
 from ragjax.refresh import EncodeOptions, encode_token_ids
 from ragjax.training.loop import MetricsLog, StopFlag
 
@@ -110,6 +112,19 @@ class Workspace:
         """Returns how texts are grouped for the encoder."""
         return EncodeOptions(batch_tokens=self.config.encode_tokens, buckets=self.buckets())
 
+    def in_compute_dtype(self, params: Any) -> Any:
+        """Returns the language model's parameters in the dtype that it computes in."""
+        if self.config.compute_dtype == "float32":
+            return params
+        return cast_floats(params, self.config.compute_dtype)
+
+    def training_encode(self) -> Encode:
+        """Returns `encode` as training runs it: recomputing its layers if the options say so."""
+        if not self.config.retriever.remat:
+            return self.encoder.encode
+        dtype = _cast_dtype(self.config)
+        return with_options(self.encoder, remat=True, compute_dtype=dtype).encode
+
     def buckets(self) -> tuple[int, ...]:
         """Returns the lengths, in tokens, that encoder inputs are padded to."""
         longest = self.encoder.max_length
@@ -145,13 +160,10 @@ def open_workspace(
         raise ValueError(f"--score_cache {config.score_cache}: no such file")
     dataset = _read_data(config, folder, report)
     questions = _choose_questions(config, dataset)
-    encoder = load_encoder(config.encoder)
+    encoder = _in_compute_dtype(load_encoder(config.encoder), config)
     lm = load_language_model(config.lm)
-    if config.language_model.train_layers > lm.config.num_layers:
-        raise ValueError(
-            f"--language_model.train_layers {config.language_model.train_layers}: {config.lm} has"
-            f" {lm.config.num_layers} layers; 0 trains all"
-        )
+    _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
+    _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)
     report(
         f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions"
     )
@@ -178,6 +190,26 @@ def open_workspace(
         stop=stop,
         report=report,
     )
+
+
+def _cast_dtype(config: AdaptConfig) -> str | None:
+    return None if config.compute_dtype == "float32" else config.compute_dtype
+
+
+def _in_compute_dtype(encoder: TextEncoder, config: AdaptConfig) -> TextEncoder:
+    """Returns the encoder as the run uses it; embeddings of another dtype are another encoder's."""
+    if (dtype := _cast_dtype(config)) is None:
+        return encoder
+    identity = hashlib.sha256(f"{encoder.fingerprint} {dtype}".encode()).hexdigest()
+    encoder = with_options(encoder, compute_dtype=dtype)
+    return dataclasses.replace(encoder, fingerprint=identity)
+
+
+def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
+    if asked > sizes.num_layers:
+        raise ValueError(
+            f"--{flag}.train_layers {asked}: {source} has {sizes.num_layers} layers; 0 trains all"
+        )
 
 
 def _read_data(config: AdaptConfig, folder: Path, report: Report) -> Dataset:
@@ -241,6 +273,8 @@ def make_prompts(
         pad_id=lm.pad_id,
         bos_id=lm.bos_id,
         end_id=end_id,
+        context_end_ids=lm.text_format.context_end_ids,
+        target_start_ids=lm.text_format.target_start_ids,
     )
 
 

@@ -99,6 +99,8 @@ class PromptBuilder:
         bos_id: Put before each context, if given.
         end_id: Put after each target that was not cut, if given, so that a model trained on it
             learns to stop: an end-of-text token, or a newline.
+        context_end_ids: Put after each context: what an encoder expects there (</s> of T5).
+        target_start_ids: Put before each target: what the model begins with (<s> of BART).
 
     Raises:
         DataError: `max_length` leaves no context beside the target.
@@ -113,6 +115,8 @@ class PromptBuilder:
         pad_id: int,
         bos_id: int | None = None,
         end_id: int | None = None,
+        context_end_ids: Sequence[int] = (),
+        target_start_ids: Sequence[int] = (),
     ):
         """Tokenises the fixed parts of the template."""
         self.template = template or PromptTemplate()
@@ -120,6 +124,7 @@ class PromptBuilder:
         self.max_length = max_length
         self._bos = [] if bos_id is None else [bos_id]
         self._end = [] if end_id is None else [end_id]
+        self._context_end, self._target_start = list(context_end_ids), list(target_start_ids)
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
         self._separator = self._encode(self.template.separator)
@@ -132,8 +137,8 @@ class PromptBuilder:
 
     @property
     def max_target_length(self) -> int:
-        """Most tokens of a target, its end included: T of `pack` unless given."""
-        return self.template.max_answer_tokens + len(self._end)
+        """Most tokens of a target, its start and end included: T of `pack` unless given."""
+        return len(self._target_start) + self.template.max_answer_tokens + len(self._end)
 
     @property
     def max_context_length(self) -> int:
@@ -167,6 +172,7 @@ class PromptBuilder:
         """
         head, tail = self._around(question) if documents else self._closed_book(question)
         num_separators = max(len(documents) - 1, 0)
+        tail = [*tail, *self._context_end]
         fixed = len(self._bos) + len(head) + len(tail) + num_separators * len(self._separator)
         room = self.max_context_length - fixed
         if room < len(documents):
@@ -194,8 +200,8 @@ class PromptBuilder:
             raise DataError("the answer is empty; a target needs at least one token")
         ids = self._encode(_fill(self.template.answer, answer=answer))
         if len(ids) > self.template.max_answer_tokens:
-            return ids[: self.template.max_answer_tokens]
-        return ids + self._end
+            return self._target_start + ids[: self.template.max_answer_tokens]
+        return self._target_start + ids + self._end
 
     def pack(
         self,

@@ -27,6 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+MAX_LAYERS = 1000  # a larger number is a damaged file, and would be looped over
+
+
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
     """Sizes of a BERT encoder."""
@@ -36,7 +39,7 @@ class BertConfig:
     num_layers: int
     num_heads: int
     intermediate_size: int  # floats per token inside the feed-forward block
-    max_positions: int  # tokens
+    max_positions: int  # tokens per text
     type_vocab_size: int = 2  # token types; ragjax feeds type 0 only
     layer_norm_eps: float = 1e-12
     activation: str = "gelu"  # a key of ACTIVATIONS
@@ -69,14 +72,14 @@ def parse_config(config: Mapping[str, Any]) -> BertConfig:
     if config.get("is_decoder"):
         raise ValueError("is_decoder is true: a decoder is not a text encoder")
     return BertConfig(
-        vocab_size=_integer(config, "vocab_size"),
-        hidden_size=_integer(config, "hidden_size"),
-        num_layers=_integer(config, "num_hidden_layers"),
-        num_heads=_integer(config, "num_attention_heads"),
-        intermediate_size=_integer(config, "intermediate_size"),
-        max_positions=_integer(config, "max_position_embeddings"),
-        type_vocab_size=_integer(config, "type_vocab_size"),
-        layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
+        vocab_size=integer_field(config, "vocab_size"),
+        hidden_size=integer_field(config, "hidden_size"),
+        num_layers=integer_field(config, "num_hidden_layers", most=MAX_LAYERS),
+        num_heads=integer_field(config, "num_attention_heads"),
+        intermediate_size=integer_field(config, "intermediate_size"),
+        max_positions=integer_field(config, "max_position_embeddings"),
+        type_vocab_size=integer_field(config, "type_vocab_size"),
+        layer_norm_eps=number_field(config, "layer_norm_eps", 1e-12),
         activation=str(config.get("hidden_act", "gelu")),
     )
 
@@ -118,46 +121,61 @@ class Bert(nnx.Module):
             lambda key: BertLayer(config, rngs=nnx.Rngs(key)), rngs.params(), config.num_layers
         )
 
-    def __call__(self, tokens: Tokens) -> Array:
+    def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
         """Compute the hidden states.
 
         Args:
           tokens: ids `[B, L]` int32 below `vocab_size`, mask `[B, L]` bool; L at most
             `max_positions`.
+          remat: True = recompute each layer in the backward pass.
 
         Returns:
           `[B, L, D]`, in the dtype of the parameters; positions outside the mask are finite and
           without meaning.
         """
         mask = tokens.mask[:, None, None, :]  # [B, 1, 1, L]
-        hidden = self.embeddings(tokens.ids)
-        return scan_layers(self.layers, lambda layer, hidden: layer(hidden, mask), hidden)
+        hidden = self.embeddings(tokens)
+        return scan_layers(
+            self.layers, lambda layer, hidden: layer(hidden, mask), hidden, remat=remat
+        )
 
 
 class BertEmbeddings(nnx.Module):
     """Sum of token, position and type embeddings, normalised."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised tables."""
+    def __init__(self, config: BertConfig, *, unused_positions: int = 0, rngs: nnx.Rngs):
+        """Make randomly initialised tables.
+
+        Args:
+          config: sizes.
+          unused_positions: rows of the position table before the one of the first token.
+          rngs: source of the random keys.
+        """
 
         def table(size: int) -> nnx.Embed:
             init = nnx.initializers.normal(0.02)
             return nnx.Embed(size, config.hidden_size, embedding_init=init, rngs=rngs)
 
         self.words = table(config.vocab_size)
-        self.positions = table(config.max_positions)
+        self.positions = table(config.max_positions + unused_positions)
+        self.max_positions = config.max_positions
         self.types = table(config.type_vocab_size)
         self.norm = _layer_norm(config, rngs)
 
-    def __call__(self, ids: Array) -> Array:
-        """Embed `[B, L]` int32 ids as `[B, L, D]`; every token is of type 0."""
-        length = ids.shape[1]
-        limit = self.positions.embedding.shape[0]
-        if length > limit:
-            raise ValueError(f"{length} tokens per text, but the model has {limit} positions")
-        added = self.positions.embedding[:length] + self.types.embedding[0][None]  # [L, D]
+    def __call__(self, tokens: Tokens) -> Array:
+        """Embed `[B, L]` tokens as `[B, L, D]`; every token is of type 0."""
+        length = tokens.ids.shape[1]
+        if length > self.max_positions:
+            raise ValueError(
+                f"{length} tokens per text, but the model has {self.max_positions} positions"
+            )
+        added = self._embed_positions(tokens) + self.types.embedding[0][None, None]
         # Rows by index: calling nnx.Embed would cast to the dtype it was initialised with.
-        return self.norm(self.words.embedding[ids] + added[None])
+        return self.norm(self.words.embedding[tokens.ids] + added)
+
+    def _embed_positions(self, tokens: Tokens) -> Array:
+        """Return what stands for the places of the tokens, `[B or 1, L, D]`."""
+        return self.positions.embedding[: tokens.ids.shape[1]][None]
 
 
 class BertLayer(nnx.Module):
@@ -256,11 +274,21 @@ def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.hidden_size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
-def _integer(config: Mapping[str, Any], field: str) -> int:
+def integer_field(config: Mapping[str, Any], field: str, *, most: int = 2**31 - 1) -> int:
+    """Return a size from a `config.json`; ValueError where it is none."""
     value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} must be a positive whole number, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        limit = "" if most == 2**31 - 1 else f" up to {most}"
+        raise ValueError(f"{field} must be a positive whole number{limit}, got {value!r}")
     return value
+
+
+def number_field(config: Mapping[str, Any], field: str, default: float) -> float:
+    """Return a positive number from a `config.json`; ValueError where it is none."""
+    value = config.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise ValueError(f"{field} must be a positive number, got {value!r}")
+    return float(value)
 
 
 FAMILY = EncoderFamily(

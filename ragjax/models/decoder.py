@@ -1,4 +1,4 @@
-"""A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, gated feed-forward.
+"""A causal decoder: RMSNorm, rotary positions, grouped-query attention, gated feed-forward.
 
 Shapes: R rows, L context slots, T target slots, S slots that are attended to, N layers, H hidden,
 D head width, V vocabulary. Parameters are a nested dict of arrays:
@@ -6,18 +6,22 @@ D head width, V vocabulary. Parameters are a nested dict of arrays:
     {"embed": {"embedding": [V, H]}, "layers": {...}, "final_norm": {"scale": [H]},
      "unembed": {"kernel": [H, V]}}                     (no "unembed" where embeddings are tied)
 
-The leaves of `params["layers"]` are the identical layers stacked on axis 0, and `lax.scan` runs
-over them: one layer is compiled, whatever N is. `params["layers"]` may also be a tuple of such
-stacks, scanned in turn: differentiating with respect to the last of them does no backward work for
-the earlier ones (`split_trainable`).
+Llama, Mistral, Qwen2, Qwen3 and Gemma 3 are this decoder under different configurations
+(`ragjax.models.decoder_config.FAMILIES`). The leaves of `params["layers"]` are the layers stacked
+on axis 0, and `lax.scan` runs over them: one layer is compiled, whatever N is, and where some
+layers see a sliding window, a scanned flag selects the mask and the angles. `params["layers"]` may
+also be a tuple of such stacks, scanned in turn: differentiating with respect to the last of them
+does no backward work for the earlier ones (`split_trainable`).
 
 References:
     Touvron et al., 2023, "LLaMA: Open and Efficient Foundation Language Models", section 2.2.
     Ainslie et al., 2023, "GQA: Training Generalized Multi-Query Transformer Models".
+    Jiang et al., 2023, "Mistral 7B", section 2 (sliding window).
+    Gemma Team, 2025, "Gemma 3 Technical Report", section 2.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +31,8 @@ from jax import Array, lax
 from ragjax.losses import chunked_token_log_probs
 from ragjax.models import nnx_trees
 from ragjax.models.decoder_config import DecoderConfig
-from ragjax.models.decoder_layers import DecoderLayer, KeyValues, RMSNorm, rotary_angles
+from ragjax.models.decoder_layers import DecoderLayer, KeyValues, RMSNorm
+from ragjax.models.decoder_rotary import Rotary, rotary_angles
 from ragjax.models.inputs import LMBatch
 from ragjax.models.packing import PackedBatch
 
@@ -51,7 +56,7 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     params: dict[str, Any] = {
         "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape)},
         "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers)),
-        "final_norm": {"scale": jnp.ones(config.hidden_size)},
+        "final_norm": {"scale": jnp.full(config.hidden_size, 1.0 - config.family.norm_offset)},
     }
     if not config.tie_embeddings:
         params["unembed"] = {"kernel": 0.02 * jax.random.normal(unembed_key, shape[::-1])}
@@ -127,6 +132,7 @@ def run_layers(
     positions: Array,
     allowed: Array,
     past: KeyValues | None = None,
+    past_positions: Array | None = None,
     remat: bool = False,
 ) -> tuple[Array, KeyValues]:
     """Runs the embedding, all layers and the final norm.
@@ -137,8 +143,9 @@ def run_layers(
         ids: `[R, T]` int32.
         positions: `[R, T]` int32, the rotary position of each slot.
         allowed: `[R, T, S]` bool, True where slot t may attend to slot s; the S slots are those of
-            `past` followed by the T new ones.
+            `past` followed by the T new ones. Sliding layers see the nearest of them.
         past: Keys and values of earlier slots, leaves `[N, R, kv_heads, S - T, D]`, or None.
+        past_positions: `[R, S - T]` int32, rotary positions of those slots; None without `past`.
         remat: True: recompute each layer in the backward pass.
 
     Returns:
@@ -146,19 +153,22 @@ def run_layers(
         with leaves `[N, R, kv_heads, T, D]`.
     """
     graphdef = _layer_structure(config)
-    rotary = rotary_angles(config, positions)
+    full, local = _layer_views(config, positions, allowed, past_positions)
+    flags = jnp.asarray(config.sliding_layers) if local is not full else None
 
-    def apply_layer(hidden: Array, inputs: tuple[Any, KeyValues | None]) -> Any:
-        layer_params, layer_past = inputs
-        return nnx_trees.merge(graphdef, layer_params)(hidden, rotary, allowed, layer_past)
+    def apply_layer(hidden: Array, inputs: tuple[Any, KeyValues | None, Array | None]) -> Any:
+        layer_params, layer_past, slides = inputs
+        view = full if slides is None else _select(slides, local, full)
+        layer = nnx_trees.merge(graphdef, layer_params)
+        return layer(hidden, view.rotary, view.allowed, layer_past)
 
     body = jax.checkpoint(apply_layer) if remat else apply_layer
-    hidden = params["embed"]["embedding"][ids]
+    hidden = _embed(config, params, ids)
     news, start = [], 0
     for stack in layer_stacks(params):
         size = jax.tree.leaves(stack)[0].shape[0]
-        part = jax.tree.map(lambda leaf: leaf[start : start + size], past)  # noqa: B023  (called at once)
-        hidden, new = lax.scan(body, hidden, (stack, part))
+        part = jax.tree.map(lambda leaf: leaf[start : start + size], (past, flags))  # noqa: B023  (called at once)
+        hidden, new = lax.scan(body, hidden, (stack, *part))
         news.append(new)
         start += size
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *news)
@@ -213,6 +223,49 @@ def layer_stacks(params: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(layers) if isinstance(layers, tuple | list) else (layers,)
 
 
+class _View(NamedTuple):
+    """What the layers of one kind see."""
+
+    rotary: Rotary
+    allowed: Array  # [R, T, S] bool
+
+
+def _layer_views(
+    config: DecoderConfig, positions: Array, allowed: Array, past_positions: Array | None
+) -> tuple[_View, _View]:
+    """Returns what layers with full attention and sliding layers see; one object if the same."""
+    angles = functools.partial(rotary_angles, positions, config.head_dim)
+    rotary = angles(theta=config.rope_theta, scaling=config.rope_scaling)
+    full = _View(rotary, allowed)
+    local_rotary, near = rotary, allowed
+    if config.local_rope_theta is not None:
+        local_rotary = angles(theta=config.local_rope_theta)
+    # Positions count real tokens, so the window is right beside padding, in packed rows and in the
+    # cache; among S slots no two positions lie S apart, and a wider window excludes nothing.
+    if config.sliding_window is not None and config.sliding_window < allowed.shape[-1]:
+        keys = positions
+        if past_positions is not None:
+            keys = jnp.concatenate([past_positions, positions], axis=1)
+        near = allowed & (positions[:, :, None] - keys[:, None, :] < config.sliding_window)
+    local = _View(local_rotary, near)
+    if all(config.sliding_layers) and config.sliding_layers:
+        return local, local
+    unchanged = local_rotary is rotary and near is allowed
+    return full, full if unchanged or not config.sliding_layers else local
+
+
+def _select(slides: Array, local: _View, full: _View) -> _View:
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(slides, a, b), local, full)
+
+
+def _embed(config: DecoderConfig, params: dict[str, Any], ids: Array) -> Array:
+    table = params["embed"]["embedding"]
+    if config.embedding_scale == 1.0:
+        return table[ids]
+    # The factor is rounded to the dtype of the table, as in the model's training.
+    return table[ids] * jnp.asarray(config.embedding_scale, table.dtype)
+
+
 def _packed_attention(segments: Array) -> Array:
     key, query = segments[:, None, :], segments[:, :, None]
     return causal(segments > 0) & ((key == query) | (key == 1))
@@ -228,7 +281,9 @@ def _target_log_probs(
 
 def _rms_norm(config: DecoderConfig, norm_params: dict[str, Any], hidden: Array) -> Array:
     graphdef, _ = nnx_trees.abstract(
-        lambda: RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+        lambda: RMSNorm(
+            config.hidden_size, epsilon=config.rms_norm_eps, offset=config.family.norm_offset
+        )
     )
     return nnx_trees.merge(graphdef, norm_params)(hidden)
 

@@ -1,4 +1,4 @@
-"""Token-by-token use of a Llama-family decoder with a cache of keys and values of fixed size.
+"""Token-by-token use of a causal decoder with a cache of keys and values of fixed size.
 
 Shapes: R rows, L prompt slots, C cache slots, T target slots, N layers, V vocabulary. Prompts are
 left-padded, so the next free slot of the cache is the same in every row.
@@ -173,4 +173,5 @@ def _extend(
         positions=cache.positions[:, None] + mask_positions(mask),
         allowed=jnp.concatenate([before, causal(mask)], axis=2),
         past=cache.keys_values,
+        past_positions=mask_positions(cache.mask),
     )

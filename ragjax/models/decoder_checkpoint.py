@@ -1,9 +1,9 @@
-"""Which checkpoint tensor fills which parameter of a Llama-family decoder."""
+"""Which checkpoint tensor fills which parameter of a causal decoder."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from ragjax.models.decoder import init_params
 from ragjax.models.decoder_config import DecoderConfig
 from ragjax.models.decoder_training import join_layers
-from ragjax.models.safetensors import KeyRule, apply_key_table, transpose
+from ragjax.models.safetensors import KeyRule, apply_key_table, named_tensors, transpose
 
 # Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
 _LINEAR = {
@@ -27,12 +27,37 @@ _NORMS = {
     "attention_norm": ("input_layernorm", "attn_norm"),
     "feed_forward_norm": ("post_attention_layernorm", "ffn_norm"),
 }
-_BIASED = ("query", "key", "value")
-_OUTER = {
-    "embed/embedding": ("model.embed_tokens.weight", "token_embd.weight"),
-    "final_norm/scale": ("model.norm.weight", "output_norm.weight"),
-    "unembed/kernel": ("lm_head.weight", "output.weight"),
+_HEAD_NORMS = {
+    "query_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "key_norm": ("self_attn.k_norm", "attn_k_norm"),
 }
+_SANDWICH_NORMS = {
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "attention_output_norm": ("post_attention_layernorm", "post_attention_norm"),
+    "feed_forward_norm": ("pre_feedforward_layernorm", "ffn_norm"),
+    "feed_forward_output_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+}
+# Where a Hugging Face folder keeps the text model, and its unembedding: alone, or beside a vision
+# tower as the hub's Gemma 3 files have it and as transformers 5 names it in memory.
+_PREFIXES = {
+    "model.": "lm_head.weight",
+    "language_model.model.": "language_model.lm_head.weight",
+    "model.language_model.": "lm_head.weight",
+}
+_VISION = ("vision_tower.*", "multi_modal_projector.*")
+
+
+class _Names(NamedTuple):
+    """What the tensors of one kind of file are called."""
+
+    column: int  # of the tables above
+    layer: str  # prefix of the layers, {} in the place of the number
+    embedding: str
+    final_norm: str
+    unembedding: str
+
+
+_GGUF = _Names(1, "blk.{}.", "token_embd.weight", "output_norm.weight", "output.weight")
 
 
 def params_from_huggingface(
@@ -51,10 +76,16 @@ def params_from_huggingface(
     Raises:
         ValueError: A tensor is missing, left over or of another shape.
     """
+    prefix = next(
+        (prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in tensors), "model."
+    )
+    names = _huggingface_names(prefix)
     # transformers before 4.31 stored the rotary frequencies; a tied head may be stored twice.
-    ignored = ["model.layers.{}.self_attn.rotary_emb.inv_freq"]
-    ignored += ["lm_head.weight"] if config.tie_embeddings else []
-    table = _key_table(config, 0, "model.layers.{}.", permuted=False)
+    ignored = [f"{names.layer}self_attn.rotary_emb.inv_freq"]
+    ignored += [names.unembedding] if config.tie_embeddings else []
+    if prefix != "model.":
+        ignored += [*_VISION, *(f"model.{pattern}" for pattern in _VISION)]
+    table = _key_table(config, names, permuted=False)
     return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
 
 
@@ -80,8 +111,10 @@ def params_from_gguf(
     Raises:
         ValueError: A tensor is missing, left over or of another shape.
     """
-    table = _key_table(config, 1, "blk.{}.", permuted=permuted)
-    return apply_key_table(tensors, table, _shapes(config), source=source)
+    table = _key_table(config, _GGUF, permuted=permuted)
+    # The factors of the rotary frequencies are part of the configuration.
+    ignored = ["rope_freqs.weight"]
+    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
 
 
 def params_to_huggingface(config: DecoderConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -94,53 +127,57 @@ def params_to_huggingface(config: DecoderConfig, params: dict[str, Any]) -> dict
     Returns:
         Tensor name to contiguous float array, ready for `safetensors.numpy.save_file`.
     """
-    flat = {"/".join(path): leaf for path, leaf in _leaves(join_layers(params))}
-    tensors: dict[str, np.ndarray] = {}
-    for pattern, rule in _key_table(config, 0, "model.layers.{}.", permuted=False).items():
-        leaf = np.asarray(flat[rule.path])
-        turned = rule.path.endswith("kernel")
-        if "{}" not in pattern:
-            tensors[pattern] = np.ascontiguousarray(leaf.T if turned else leaf)
-            continue
-        for layer, part in enumerate(leaf):
-            name = pattern.replace("{}", str(layer))
-            tensors[name] = np.ascontiguousarray(part.T if turned else part)
-    return tensors
+    return named_tensors(join_layers(params), huggingface_key_table(config))
 
 
-def _leaves(
-    tree: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
+def huggingface_key_table(config: DecoderConfig) -> dict[str, KeyRule]:
+    """Returns where each tensor of a Hugging Face folder goes."""
+    return _key_table(config, _huggingface_names("model."), permuted=False)
+
+
+def _huggingface_names(prefix: str) -> _Names:
+    return _Names(
+        0,
+        f"{prefix}layers.{{}}.",
+        f"{prefix}embed_tokens.weight",
+        f"{prefix}norm.weight",
+        _PREFIXES[prefix],
+    )
 
 
 def _shapes(config: DecoderConfig) -> dict[str, Any]:
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
-def _key_table(
-    config: DecoderConfig, column: int, prefix: str, *, permuted: bool
-) -> dict[str, KeyRule]:
+def _key_table(config: DecoderConfig, names: _Names, *, permuted: bool) -> dict[str, KeyRule]:
     heads = {"query": config.num_heads, "key": config.num_kv_heads}
-    table = {}
-    for name, names in _LINEAR.items():
+    biased = dict.fromkeys(("query", "key", "value"), config.qkv_bias)
+    biased |= dict.fromkeys(("gate", "up", "down"), config.feed_forward_bias)
+    biased["output"] = config.output_bias
+    # GGUF files store the finished scales.
+    offset = config.family.norm_offset if names is _GGUF else 0.0
+    norm = _subtract(offset) if offset else _unchanged
+    table = {
+        names.embedding: KeyRule("embed/embedding"),
+        names.final_norm: KeyRule("final_norm/scale", norm),
+    }
+    for name, columns in _LINEAR.items():
         restore = _unpermute(heads[name]) if permuted and name in heads else _unchanged
-        stem = prefix + names[column]
+        stem = names.layer + columns[names.column]
         table[f"{stem}.weight"] = KeyRule(f"layers/{name}/kernel", _then(restore, transpose))
-        if config.qkv_bias and name in _BIASED:
+        if biased[name]:
             table[f"{stem}.bias"] = KeyRule(f"layers/{name}/bias", restore)
-    for name, names in _NORMS.items():
-        table[f"{prefix}{names[column]}.weight"] = KeyRule(f"layers/{name}/scale")
-    for path, names in _OUTER.items():
-        if path != "unembed/kernel":
-            table[names[column]] = KeyRule(path)
-        elif not config.tie_embeddings:
-            table[names[column]] = KeyRule(path, transpose)
+    norms = _SANDWICH_NORMS if config.family.sandwich_norms else _NORMS
+    for name, columns in (norms | (_HEAD_NORMS if config.family.query_key_norm else {})).items():
+        stem = names.layer + columns[names.column]
+        table[f"{stem}.weight"] = KeyRule(f"layers/{name}/scale", norm)
+    if not config.tie_embeddings:
+        table[names.unembedding] = KeyRule("unembed/kernel", transpose)
     return table
+
+
+def _subtract(offset: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda tensor: tensor - np.float32(offset)
 
 
 def _unchanged(tensor: np.ndarray) -> np.ndarray:

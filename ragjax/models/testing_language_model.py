@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from safetensors.numpy import save_file
@@ -10,11 +11,34 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ragjax.models import decoder
 from ragjax.models.decoder_config import DecoderConfig
 from ragjax.models.decoder_family import FAMILY
+from ragjax.models.decoder_rotary import LinearScaling
 from ragjax.models.language_model import LanguageModel, build_language_model
 
 # The tokenizer has the 256 bytes first, then these two.
 _END, _PAD = "<|end|>", "<|pad|>"
 _END_ID, _PAD_ID = 256, 257
+# Where each family differs from the tiny Llama. Windows are shorter than what tests feed in.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {
+        "model_type": "mistral",
+        "sliding_window": 6,
+        "sliding_layers": (True, True, True),
+    },
+    "qwen2": {"model_type": "qwen2", "qkv_bias": True},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "activation": "gelu_pytorch_tanh",
+        "query_scalar": 16.0,
+        "rope_theta": 1e6,
+        "rope_scaling": LinearScaling(factor=8.0),
+        "local_rope_theta": 10000.0,
+        "sliding_window": 6,
+        "sliding_layers": (True, False, True),
+    },
+}
+_SEQ2SEQ = ("t5", "flan-t5", "bart")
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -54,16 +78,29 @@ def tiny_decoder_config(**changes: object) -> DecoderConfig:
     return DecoderConfig(**{**sizes, **changes})  # type: ignore[bad-argument-type]  (tests)
 
 
-def tiny_language_model(seed: int = 0) -> LanguageModel:
-    """Builds a random decoder of the tiny sizes.
+def tiny_language_model(seed: int = 0, family: str = "llama") -> LanguageModel:
+    """Builds a random language model of the tiny sizes.
 
     Args:
         seed: Of the parameters.
+        family: "llama", "mistral" (a window of 6 tokens), "qwen2", "qwen3", "gemma3" (a window of
+            6 tokens in two of three layers), "t5", "flan-t5" or "bart".
 
     Returns:
         A language model in float32 that no file or network is needed for.
+
+    Raises:
+        ValueError: There is no such family.
     """
-    config, tokenizer = tiny_decoder_config(), tiny_tokenizer()
+    if family in _SEQ2SEQ:
+        # Only here: the module needs this one's tokenizer.
+        from ragjax.models.testing_seq2seq import tiny_seq2seq
+
+        return tiny_seq2seq(seed, family)
+    if family not in _FAMILIES:
+        known = ", ".join([*_FAMILIES, *_SEQ2SEQ])
+        raise ValueError(f"no tiny language model of family {family!r}; there are {known}")
+    config, tokenizer = tiny_decoder_config(**_FAMILIES[family]), tiny_tokenizer()
     return build_language_model(
         FAMILY,
         config,
@@ -72,18 +109,19 @@ def tiny_language_model(seed: int = 0) -> LanguageModel:
         bos_id=None,
         eos_ids=(_END_ID,),
         pad_id=_PAD_ID,
-        source=f"tiny language model, seed {seed}",
+        source=f"tiny {family} language model, seed {seed}",
     )
 
 
-def write_tiny_language_model(folder: Path, seed: int = 0) -> None:
-    """Writes `tiny_language_model(seed)` as a Hugging Face folder.
+def write_tiny_language_model(folder: Path, seed: int = 0, family: str = "llama") -> None:
+    """Writes `tiny_language_model(seed, family)` as a Hugging Face folder.
 
     Args:
         folder: Created if needed; gets config.json, model.safetensors and tokenizer.json.
         seed: Of the parameters.
+        family: As `tiny_language_model` takes it.
     """
-    model, folder = tiny_language_model(seed), Path(folder)
+    model, folder = tiny_language_model(seed, family), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.family.save_params(model.config, model.params)
     save_file(tensors, folder / "model.safetensors")
@@ -93,14 +131,28 @@ def write_tiny_language_model(folder: Path, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def _random_params(config: DecoderConfig, seed: int) -> dict:
+def _random_params(config: DecoderConfig, seed: int) -> dict[str, Any]:
     # A fresh model's logits are almost flat, and tied embeddings make it repeat its last token:
     # larger embeddings and residual branches give tests distributions with clear winners.
     params = decoder.init_params(config, jax.random.key(seed))
     embed, layers = params["embed"], params["layers"]
-    branches = {name: {"kernel": 4 * layers[name]["kernel"]} for name in ("output", "down")}
-    return {
-        **params,
-        "embed": {"embedding": 20 * embed["embedding"]},
-        "layers": {**layers, **branches},
+    factor = 20 / config.embedding_scale
+    branches = {
+        name: {**layers[name], "kernel": 4 * layers[name]["kernel"]} for name in ("output", "down")
     }
+    layers = {**layers, **branches}
+    params = {**params, "embed": {"embedding": factor * embed["embedding"]}, "layers": layers}
+    if config.model_type == "llama" and not config.qkv_bias:
+        return params
+    return {**params, "layers": _randomised(layers, jax.random.key(seed + 1))}
+
+
+def _randomised(layers: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+    # Biases of zero and norms of one would hide that they are left out.
+    def draw(path: Any, leaf: jax.Array) -> jax.Array:
+        if path[-1].key == "kernel":
+            return leaf
+        number = sum(map(ord, jax.tree_util.keystr(path)))
+        return leaf + 0.2 * jax.random.normal(jax.random.fold_in(key, number), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(draw, layers)

@@ -91,10 +91,17 @@ def _convert_tokenizer(folder: Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{folder}: no tokenizer.json, and none of {', '.join(_OLD_VOCABULARIES)} to make it of"
         )
+    if read_json(folder / "tokenizer_config.json").get("auto_map"):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: the tokenizer brings its own Python code "
+            "(auto_map), which ragjax does not run; a tokenizer.json is read"
+        )
     from transformers import AutoTokenizer  # lazily: it takes seconds to import
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{folder}: transformers cannot read the tokenizer ({error})") from error
     backend = getattr(loaded, "backend_tokenizer", None)

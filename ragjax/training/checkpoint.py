@@ -120,6 +120,34 @@ class Checkpointer:
             return Restored(step, state, manifest["info"])
         return None
 
+    def latest_good_params(self, template: Any) -> Restored | None:
+        """Returns as `latest_good` does, but reads the field `params` of the saved state alone.
+
+        Args:
+          template: Tree of arrays (or `jax.ShapeDtypeStruct`) as that field is expected to be.
+
+        Raises:
+          ValueError: If a whole checkpoint has other parameters than `template`.
+        """
+        for step in reversed(self.steps()):
+            folder = self._folder / str(step)
+            problem = _verify(folder)
+            if problem:
+                self._report(f"checkpoint {folder} is passed over: {problem}")
+                continue
+            manifest = json.loads((folder / _DIGESTS).read_text())
+            saved = {
+                "['params']" + name.removeprefix(".params"): entry
+                for name, entry in manifest["arrays"].items()
+                if name.startswith(".params")
+            }
+            context = _orbax().Context()
+            context.pytree.loading.partial_load = True
+            with context:
+                state = self._load(folder, saved, {"params": template})
+            return Restored(step, state["params"], manifest["info"])
+        return None
+
     def _load(self, folder: Path, arrays: dict, template: Any) -> Any:
         # orbax casts and pads to whatever is asked for without a word: compare first.
         expected = _array_table(template)

@@ -46,3 +46,15 @@ def make_lm_loss(
         return nll, {"answer_tokens": tokens}
 
     return loss
+
+
+def answer_tokens(batch: LMBatch) -> jax.Array:
+    """Returns how many tokens the loss of `make_lm_loss` is a mean over, for `make_train_step`.
+
+    Args:
+      batch: Rows.
+
+    Returns:
+      `[]` int32.
+    """
+    return batch.target_mask.sum()

@@ -23,14 +23,23 @@ class LsrBatch(NamedTuple):
     doc_mask: jax.Array  # [M] bool, False for padding rows
 
 
-def towers(trainable: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> tuple[Any, Any]:
+def towers(
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any] | None,
+    merge: Callable[[Any, Any], Any] | None = None,
+) -> tuple[Any, Any]:
     """Returns the parameters of the query and of the document encoder.
 
     Args:
       trainable: Either `{"shared": ...}` or any of `{"query": ..., "doc": ...}`.
-      frozen: The towers that are not trained, by the same names.
+      frozen: The towers that are not trained, by the same names; with `merge` also, under the
+        names of those that are, what of them is not trained.
+      merge: `(trainable, frozen)` of one tower to its parameters; None: towers train as a whole.
     """
     known = {**(frozen or {}), **trainable}
+    if merge is not None:
+        parts = {name: merge(tower, (frozen or {})[name]) for name, tower in trainable.items()}
+        known |= parts
     if "shared" in known:
         return known["shared"], known["shared"]
     return known["query"], known["doc"]
@@ -43,6 +52,7 @@ def make_lsr_loss(
     scale: float,
     in_batch: bool,
     chunk_tokens: int = 2048,
+    merge: Callable[[Any, Any], Any] | None = None,
 ) -> LossFn:
     """Builds the LSR loss over live scores s = scale · q·d, averaged over the questions.
 
@@ -57,6 +67,8 @@ def make_lsr_loss(
         target of probability zero is infinite.
       chunk_tokens: Documents are encoded in chunks of about this many tokens, and again in the
         backward pass, so memory does not grow with the batch. Changes nothing else.
+      merge: `(trainable, frozen)` of one tower to its parameters, where part of a tower is frozen
+        (see `towers`); None: towers train as a whole.
 
     Returns:
       `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
@@ -72,7 +84,7 @@ def make_lsr_loss(
 
     def loss(params: Any, frozen: Any, batch: LsrBatch, key: jax.Array) -> tuple[Any, Metrics]:
         del key  # no dropout: see rule 8 of the objectives (targets are scored without it)
-        query_params, doc_params = towers(params, frozen)
+        query_params, doc_params = towers(params, frozen, merge)
         queries = encode(query_params, batch.queries)  # [B, D]
         chunk = max(1, chunk_tokens // batch.docs.ids.shape[1])
         docs = encode_in_chunks(encode, doc_params, batch.docs, chunk_size=chunk)  # [M, D]

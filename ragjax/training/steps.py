@@ -41,7 +41,11 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) 
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    weight: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `step(state, batch, frozen=None) -> (state, metrics)`, jitted, with the state donated.
 
@@ -52,21 +56,37 @@ def make_train_step(
     Args:
       loss_fn: `(params, frozen, batch, key) -> (loss [], metrics)`; differentiated in `params`.
       optimizer: Transformation over `params`.
+      accumulate: N: the batch's rows (the first axis of all its arrays) are taken in N equal parts,
+        one after the other, so that the activations of one part only are in memory. Only for
+        losses in which the rows do not meet: a contrastive loss needs `losses.encode_in_chunks`.
+      weight: With N > 1: batch -> the number [] that `loss_fn` divides by, such as the answer
+        tokens or the rows. With it, the N parts together give the loss and the gradient of the
+        whole batch, however unevenly that number is spread. Metrics of an integer type are counts
+        and are added up; the others are averaged with it.
 
     Returns:
       The step. Its metrics are those of `loss_fn` plus `loss`, `grad_norm` (before clipping) and
       `skipped`, all float32 scalars. `frozen` is an argument and not a closure, so new values
       (another index, another language model of the same shapes) do not recompile it.
 
+    Raises:
+      ValueError: `accumulate` is below 1 or comes without `weight`; the step, when first called,
+        if the rows of a batch cannot be divided by it.
+
     Gradients:
       Taken here, and only here; none through `frozen` or `batch`.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    if accumulate > 1 and weight is None:
+        raise ValueError(f"accumulate={accumulate} needs weight=, what the loss is a mean over")
+    differentiated = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate > 1 and weight is not None:
+        differentiated = _accumulated(differentiated, accumulate, weight)
 
     def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, frozen, batch, key
-        )
+        (loss, metrics), grads = differentiated(state.params, frozen, batch, key)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -84,3 +104,46 @@ def make_train_step(
         return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in report.items()}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _accumulated(
+    differentiated: Callable[..., Any], parts: int, weight: Callable[[Any], jax.Array]
+) -> Callable[..., Any]:
+    """Returns a function like `differentiated` that takes the batch part by part."""
+
+    def whole(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        split = _split_rows(batch, parts)
+        total = jnp.maximum(jax.vmap(weight)(split).astype(jnp.float32).sum(), 1e-30)
+
+        def add(sums: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
+            number, rows = part
+            (loss, metrics), grads = differentiated(
+                params, frozen, rows, jax.random.fold_in(key, number)
+            )
+            share = weight(rows).astype(jnp.float32) / total
+            new = jax.tree.map(lambda value: _weighted(value, share), ((loss, metrics), grads))
+            return jax.tree.map(jnp.add, sums, new), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], split)
+        shapes = jax.eval_shape(differentiated, params, frozen, first, key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(parts), split))[0]
+
+    return whole
+
+
+def _weighted(value: jax.Array, share: jax.Array) -> jax.Array:
+    return value if jnp.issubdtype(value.dtype, jnp.integer) else value * share.astype(value.dtype)
+
+
+def _split_rows(batch: Any, parts: int) -> Any:
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise ValueError(f"batch: expected arrays with one common first axis, got shapes {shapes}")
+    rows = shapes[0][0]
+    if rows % parts:
+        raise ValueError(
+            f"a batch of {rows} rows cannot be taken in {parts} equal parts; choose a batch size "
+            "that is a multiple of accumulate"
+        )
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, rows // parts, *leaf.shape[1:]), batch)

@@ -23,6 +23,8 @@ from ragjax.models.nnx_trees import abstract, merge, split
 from ragjax.models.safetensors import apply_key_table
 from ragjax.models.testing_encoder import huggingface_tensors
 
+# The models are tiny: compiling them takes far longer than running them.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 CONFIG = BertConfig(
     vocab_size=50,
     hidden_size=24,
@@ -58,7 +60,8 @@ def params(rng):
 
 def run(config, params, tokens):
     graphdef, _ = abstract(lambda: Bert(config, rngs=nnx.Rngs(0)))
-    return jax.jit(lambda params, tokens: merge(graphdef, params)(tokens))(params, tokens)
+    encode = lambda params, tokens: merge(graphdef, params)(tokens)  # noqa: E731
+    return jax.jit(encode, compiler_options=QUICK)(params, tokens)
 
 
 def numpy_bert(tensors, ids):
@@ -149,7 +152,8 @@ def test_the_layer_is_compiled_once_whatever_their_number(params, tokens):
 
 def test_gradients_are_finite_with_a_text_without_tokens(params, tokens):
     graphdef, _ = abstract(lambda: Bert(CONFIG, rngs=nnx.Rngs(0)))
-    gradient = jax.grad(lambda params: (merge(graphdef, params)(tokens) ** 2).mean())(params)
+    compute = jax.grad(lambda params: (merge(graphdef, params)(tokens) ** 2).mean())
+    gradient = jax.jit(compute, compiler_options=QUICK)(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["layers"]["query"]))
 
@@ -169,6 +173,7 @@ def test_too_many_tokens_are_refused(params):
         run(CONFIG, params, tokens)
 
 
+@pytest.mark.slow
 def test_layers_start_different_and_depend_on_the_seed_only():
     _, first = split(Bert(CONFIG, rngs=nnx.Rngs(0)))
     _, again = split(Bert(CONFIG, rngs=nnx.Rngs(0)))
@@ -205,8 +210,14 @@ def test_config_is_read_from_huggingface_fields():
         ({"hidden_act": "silu"}, "hidden_act 'silu'"),
         ({"num_attention_heads": 5}, "hidden_size 24 is not a multiple of num_attention_heads 5"),
         ({"vocab_size": "50"}, "vocab_size must be a positive whole number, got '50'"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, got 0"),
+        (
+            {"num_hidden_layers": 0},
+            "num_hidden_layers must be a positive whole number up to 1000, got 0",
+        ),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be .* up to 1000"),
         ({"type_vocab_size": None}, "type_vocab_size must be .* got None"),
+        ({"layer_norm_eps": None}, "layer_norm_eps must be a positive number, got None"),
+        ({"layer_norm_eps": "1e-5"}, "layer_norm_eps must be a positive number"),
     ],
 )
 def test_unsupported_configs_are_refused(change, message):

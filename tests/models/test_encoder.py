@@ -16,6 +16,8 @@ from ragjax.models import DEFAULT_ENCODER, Tokens, load_encoder
 from ragjax.models.testing import tiny_encoder, write_tiny_encoder
 
 TEXTS = ["a first text", "a second, longer text", "three"]
+# The models are tiny: compiling them takes far longer than running them.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 REFERENCE = Path(__file__).parent / "data" / "minilm_reference.json"
 
 
@@ -33,7 +35,8 @@ def tokenize(encoder, texts):
 
 
 def embed(encoder, texts):
-    return np.asarray(jax.jit(encoder.encode)(encoder.params, tokenize(encoder, texts)))
+    run = jax.jit(encoder.encode, compiler_options=QUICK)
+    return np.asarray(run(encoder.params, tokenize(encoder, texts)))
 
 
 def edit_json(path, **fields):
@@ -101,16 +104,43 @@ def test_arguments_override_the_folder(tiny_folder):
     for bad in (2, 65):
         with pytest.raises(ValueError, match=f"max_length {bad} is not between 3 .* and 64"):
             load_encoder(str(tiny_folder), max_length=bad)
-    with pytest.raises(ValueError, match="pooling 'max' is not one of mean, cls"):
-        load_encoder(str(tiny_folder), pooling="max")
+    with pytest.raises(ValueError, match="pooling 'cls.median': 'median' is not one of cls, max"):
+        load_encoder(str(tiny_folder), pooling="cls+median")
 
 
-def test_a_plain_folder_is_mean_pooled_and_not_normalised(folder):
+def test_a_plain_folder_is_mean_pooled_and_not_normalised(folder, caplog):
     for name in ("modules.json", "sentence_bert_config.json"):
         (folder / name).unlink()
-    encoder = load_encoder(str(folder))
+    with caplog.at_level(logging.INFO):
+        encoder = load_encoder(str(folder))
     assert (encoder.pooling, encoder.normalized, encoder.max_length) == ("mean", False, 64)
     assert (encoder.query_prefix, encoder.doc_prefix) == ("", "")
+    assert "no pooling declared; mean is used" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["dpr", "roberta", "modernbert", "qwen3"])
+def test_every_family_is_written_and_read_bit_equal(family, tmp_path):
+    made = tiny_encoder(2, family)
+    loaded = load_encoder(str(write_tiny_encoder(tmp_path, 2, family)))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, made.params)
+    assert loaded.fingerprint == made.fingerprint
+    tokens = tokenize(made, TEXTS)
+    shape = jax.eval_shape(made.encode, made.params, tokens)
+    assert (shape.shape, shape.dtype) == ((3, made.embedding_size), np.float32)
+
+
+def test_an_unknown_tiny_family_is_refused():
+    with pytest.raises(ValueError, match="family 'elmo' is not one of bert, dpr"):
+        tiny_encoder(family="elmo")
+
+
+def test_two_tensors_for_one_parameter_are_refused(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "embeddings.LayerNorm.weight"
+    save_file({**tensors, f"bert.{name}": tensors[name]}, path)
+    with pytest.raises(ValueError, match="tensors .* are the same parameter twice"):
+        load_encoder(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -120,34 +150,40 @@ def test_a_plain_folder_is_mean_pooled_and_not_normalised(folder):
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode": "cls"}, "cls"),
         ({"pooling_mode": ["mean"]}, "mean"),
+        ({"pooling_mode": ["mean", "cls"]}, "mean+cls"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "cls+mean"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "lasttoken"),
+        ({"pooling_mode": "weightedmean", "include_prompt": True}, "weightedmean"),
         ({}, "mean"),
     ],
 )
 def test_pooling_is_read_from_old_and_new_folders(folder, config, pooling):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    assert load_encoder(str(folder)).pooling == pooling
+    encoder = load_encoder(str(folder))
+    assert encoder.pooling == pooling
+    assert encoder.embedding_size == 16 * (1 + pooling.count("+"))
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "message"),
     [
-        {"pooling_mode_max_tokens": True},
-        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-        {"pooling_mode": "lasttoken"},
-        {"pooling_mode": "mean", "include_prompt": False},
+        ({"pooling_mode_median_tokens": True}, "pooling .'pooling_mode_median_tokens'. is not"),
+        ({"pooling_mode": "median"}, "pooling .'median'. is not supported; modes of cls, max"),
+        ({"pooling_mode": [3]}, "pooling .3. is not supported"),
+        ({"pooling_mode": "mean", "include_prompt": False}, "include_prompt is false"),
     ],
 )
-def test_unsupported_pooling_is_refused(folder, config):
+def test_unsupported_pooling_is_refused(folder, config, message):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="1_Pooling/config.json: pooling .* is not supported"):
+    with pytest.raises(ValueError, match=f"1_Pooling/config.json: {message}"):
         load_encoder(str(folder))
 
 
 def test_an_unknown_module_is_refused(folder):
     modules = json.loads((folder / "modules.json").read_text())
-    modules.append({"idx": 3, "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    modules.append({"idx": 3, "path": "3_LSTM", "type": "sentence_transformers.models.LSTM"})
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="modules.json: module '.*Dense' is not supported"):
+    with pytest.raises(ValueError, match="modules.json: module '.*LSTM' is not supported"):
         load_encoder(str(folder))
 
 
@@ -231,7 +267,7 @@ def test_a_declared_pad_token_wins(folder, caplog, name):
     ("fields", "message"),
     [
         ({"auto_map": {"AutoModel": "x.Y"}}, "its own Python code .auto_map."),
-        ({"model_type": "roberta"}, "model_type 'roberta' is not supported here; bert is"),
+        ({"model_type": "t5"}, "model_type 't5' is not supported here; bert, dpr, roberta"),
         ({"model_type": None}, "model_type None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised .*gptq"),
         ({"hidden_size": "16"}, "config.json: hidden_size must be"),

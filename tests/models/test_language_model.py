@@ -109,9 +109,15 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder):
         ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported here; llama, mistral"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised .*gptq"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; only 'silu' is"),
-        ({"attention_bias": True}, "attention_bias = True is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "positions scaled by 'yarn'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; silu and gelu"),
+        ({"attention_bias": True}, r"missing tensor model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "positions scaled by 'dynam"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "no field 'factor', which a llama decoder"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of the rotary scaling must be"),
+        ({"rope_scaling": [4.0]}, "a size is not a positive number"),
+        ({"rope_theta": float("inf")}, "Infinity is not a JSON number"),
+        ({"num_hidden_layers": 10**9}, "num_layers must be at most 4096, got 1000000000"),
         ({"num_hidden_layers": "absent"}, "no field 'num_hidden_layers', which a llama decoder"),
         ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"head_dim": 7}, "head_dim must be even and positive, got 7"),
@@ -152,11 +158,24 @@ def parsed(**fields) -> DecoderConfig:
     return parse_huggingface_config(sizes | fields)
 
 
-def test_a_sliding_window_caps_the_length():
-    assert parsed(sliding_window=100).max_positions == 100
-    assert parsed(sliding_window=None).max_positions == 512
+def test_which_layers_slide():
+    assert parsed(sliding_window=100).sliding_window == 100
+    assert parsed(sliding_window=100).sliding_layers == (True, True, True)
+    assert parsed(sliding_window=100).max_positions == 512
+    assert parsed(sliding_window=None).sliding_layers == ()
+    # transformers' default, which Mistral's first files leave out.
+    assert parsed().sliding_window == 4096
+    assert parsed(model_type="llama", sliding_window=100).sliding_window is None
     unused = parsed(model_type="qwen2", sliding_window=100, use_sliding_window=False)
-    assert unused == tiny_decoder_config(num_kv_heads=4, qkv_bias=True)
+    assert unused == tiny_decoder_config(num_kv_heads=4, qkv_bias=True, model_type="qwen2")
+    used = {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True}
+    assert parsed(**used, max_window_layers=2).sliding_layers == (False, False, True)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert parsed(**used, layer_types=kinds).sliding_layers == (True, False, True)
+    with pytest.raises(ValueError, match="layer_types must name .* 3 layers, got 2 entries"):
+        parsed(**used, layer_types=kinds[:2])
+    with pytest.raises(ValueError, match="got 3 entries, among them 'chunked_attention'"):
+        parsed(**used, layer_types=[*kinds[:2], "chunked_attention"])
 
 
 def test_both_spellings_of_the_rotary_base():

@@ -129,3 +129,73 @@ def test_warm_up_longer_than_the_run_is_refused():
 def test_options_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         OptimizerConfig(**{"learning_rate": 1.0, field: value})
+
+
+def mean_of_squares(params, frozen, batch, key):
+    """A mean over the marked rows only, which may be spread unevenly."""
+    del frozen, key
+    marked = batch["marked"]
+    errors = (batch["x"] @ params["w"] - batch["y"]) ** 2
+    count = jnp.maximum(1, marked.sum())
+    return jnp.where(marked, errors, 0).sum() / count, {
+        "count": marked.sum(),
+        "mean_x": jnp.where(marked, batch["x"][:, 0], 0).sum() / count,
+    }
+
+
+def uneven_batch(rng):
+    return {
+        "x": jnp.float32(rng.normal(size=(12, 2))),
+        "y": jnp.float32(rng.normal(size=12)),
+        # The first of four parts has no marked row at all.
+        "marked": jnp.asarray([0, 0, 0, 1, 0, 0, 1, 1, 1, 1, 1, 0], bool),
+    }
+
+
+@pytest.mark.parametrize("parts", [2, 4, 12])
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(rng, parts):
+    batch, optimizer = uneven_batch(rng), optax.sgd(0.1)
+    whole = make_train_step(mean_of_squares, optimizer)
+    in_parts = make_train_step(
+        mean_of_squares, optimizer, accumulate=parts, weight=lambda rows: rows["marked"].sum()
+    )
+    (one, expected), (other, found) = (step(start(optimizer), batch) for step in (whole, in_parts))
+    np.testing.assert_allclose(one.params["w"], other.params["w"], atol=1e-6)
+    assert found.keys() == expected.keys() and found["count"] == 6
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-6, err_msg=name)
+
+
+def test_a_batch_without_anything_to_learn_changes_nothing_in_parts_too(rng):
+    batch, optimizer = uneven_batch(rng), optax.sgd(0.1)
+    batch["marked"] = jnp.zeros(12, bool)
+    step = make_train_step(
+        mean_of_squares, optimizer, accumulate=3, weight=lambda rows: rows["marked"].sum()
+    )
+    state, metrics = step(start(optimizer), batch)
+    np.testing.assert_array_equal(state.params["w"], [1.0, -2.0])
+    assert metrics["loss"] == 0 and metrics["skipped"] == 0
+
+
+def test_a_part_that_is_not_finite_skips_the_whole_step(rng):
+    batch, optimizer = uneven_batch(rng), optax.sgd(0.1)
+    batch["y"] = batch["y"].at[10].set(jnp.nan)
+    step = make_train_step(
+        mean_of_squares, optimizer, accumulate=4, weight=lambda rows: rows["marked"].sum()
+    )
+    state, metrics = step(start(optimizer), batch)
+    np.testing.assert_array_equal(state.params["w"], [1.0, -2.0])
+    assert metrics["skipped"] == 1
+
+
+def test_parts_that_cannot_be_equal_are_refused(rng):
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        make_train_step(mean_of_squares, optimizer, accumulate=0)
+    with pytest.raises(ValueError, match="accumulate=2 needs weight="):
+        make_train_step(mean_of_squares, optimizer, accumulate=2)
+    step = make_train_step(
+        mean_of_squares, optimizer, accumulate=5, weight=lambda rows: rows["marked"].sum()
+    )
+    with pytest.raises(ValueError, match="12 rows cannot be taken in 5 equal parts"):
+        step(start(optimizer), uneven_batch(rng))

@@ -1,0 +1,242 @@
+"""Imports a published RAG checkpoint: a DPR question encoder and a generator in one file.
+
+    rag = load_rag("path/to/rag-sequence-nq")
+    query_embeddings = rag.query_encoder.encode(rag.query_encoder.params, tokens)  # [B, D]
+    text = rag.config.context(title, passage, question)  # what the generator was trained to read
+
+References:
+    Lewis et al., 2020, "Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks",
+    section 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from ragjax.models import bart, dpr, t5
+from ragjax.models.config import parse_sizes, read_config
+from ragjax.models.encoder import TextEncoder, build_encoder
+from ragjax.models.hub import resolve_source
+from ragjax.models.language_model import LanguageModel, added_ids, build_encoder_decoder
+from ragjax.models.nnx_trees import abstract
+from ragjax.models.safetensors import apply_key_table, read_safetensors
+from ragjax.models.seq2seq_checkpoint import Renamed
+from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
+
+_QUESTION_ENCODER, _GENERATOR = "question_encoder.", "generator."
+# A context encoder is there only in a file saved in the middle of training one.
+_CONTEXT_ENCODER = "ctx_encoder."
+_FAMILIES = (bart.FAMILY, t5.FAMILY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RagConfig:
+    """How the two models were trained together.
+
+    Attributes:
+        num_documents: Documents a question, K.
+        title_separator: Between a document's title and its text.
+        document_separator: Between the document and the question.
+        prefix: Before every context, for a generator that expects one (T5).
+        max_context_length: Tokens that contexts were cut to.
+        architecture: Class of the file, such as "RagSequenceForGeneration" (train it with
+            `ragjax.losses.rag_sequence_loss`) or "RagTokenForGeneration" (`rag_token_loss`).
+    """
+
+    num_documents: int = 5
+    title_separator: str = " / "
+    document_separator: str = " // "
+    prefix: str = ""
+    max_context_length: int = 300
+    architecture: str = ""
+
+    def context(self, title: str, text: str, question: str) -> str:
+        """Joins a document and a question as the generator was trained to read them."""
+        title = title.removeprefix('"').removesuffix('"')
+        joined = f"{self.prefix}{title}{self.title_separator}{text}{self.document_separator}"
+        return (joined + question).replace("  ", " ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RagModel:
+    """The two models of a RAG checkpoint.
+
+    Attributes:
+        query_encoder: Embeds questions; documents are embedded by the DPR context encoder that it
+            was trained with, which is published apart.
+        language_model: BART or T5.
+        config: How they were trained together.
+    """
+
+    query_encoder: TextEncoder
+    language_model: LanguageModel
+    config: RagConfig
+
+
+def load_rag(source: str) -> RagModel:
+    """Loads a RAG checkpoint as Hugging Face writes it.
+
+    Args:
+        source: Any source of `ragjax.models.hub.resolve_source`: a folder with `config.json` of
+            model type `rag`, safetensors, and the tokenizers in `question_encoder_tokenizer` and
+            `generator_tokenizer`.
+
+    Returns:
+        Both models, in float32.
+
+    Raises:
+        FileNotFoundError: The source or a file in it is missing.
+        ValueError: One of the two models is not supported, or a tensor is missing, left over or
+            of another shape.
+    """
+    folder = resolve_source(source)
+    if folder.is_file():
+        raise ValueError(f"{folder}: RAG checkpoints load from folders, not from GGUF files")
+    settings = read_config(folder, ["rag"])
+    path = folder / "config.json"
+    names, tensors = _split_names(read_safetensors(folder), folder)
+    # Read here, as transformers does, where a sub-configuration leaves it out.
+    encoder = {"model_type": "dpr", "architectures": ["DPRQuestionEncoder"]}
+    encoder |= _part(settings, "question_encoder", path)
+    generator = {"model_type": "bart"} | _part(settings, "generator", path)
+    return RagModel(
+        query_encoder=_load_query_encoder(
+            encoder, Renamed(names[_QUESTION_ENCODER], tensors), folder, source
+        ),
+        language_model=_load_generator(
+            generator, Renamed(names[_GENERATOR], tensors), folder, source
+        ),
+        config=_read_rag_config(settings, path),
+    )
+
+
+def _split_names(
+    tensors: Mapping[str, np.ndarray], folder: Path
+) -> tuple[dict[str, dict[str, str]], Mapping[str, np.ndarray]]:
+    """Returns, for each part, its own names of its tensors and the names in the file."""
+    names: dict[str, dict[str, str]] = {_QUESTION_ENCODER: {}, _GENERATOR: {}, _CONTEXT_ENCODER: {}}
+    for name in tensors:
+        plain = name.removeprefix("rag.")
+        part = next((part for part in names if plain.startswith(part)), None)
+        if part is None:
+            raise ValueError(
+                f"{folder}: unexpected tensor {name}; the names of a RAG checkpoint begin with "
+                "rag.question_encoder. or rag.generator."
+            )
+        names[part][plain.removeprefix(part)] = name
+    return names, tensors
+
+
+def _part(settings: Mapping[str, Any], field: str, path: Path) -> dict[str, Any]:
+    part = settings.get(field)
+    if not isinstance(part, dict):
+        raise ValueError(
+            f"{path}: {field} must be the configuration of a model (an object), got {part!r}"
+        )
+    return part
+
+
+def _load_query_encoder(
+    settings: dict[str, Any], tensors: Mapping[str, np.ndarray], folder: Path, source: str
+) -> TextEncoder:
+    family, place = dpr.FAMILY, folder / "question_encoder_tokenizer"
+    _check_kind(settings, "question_encoder", family.model_types, folder)
+    # Some files name the class that they were made from.
+    settings = settings | {"architectures": ["DPRQuestionEncoder"]}
+    config = parse_sizes(family.parse_config, settings, folder / "config.json")
+    _, target = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
+    names = {family.canonical_key(name): name for name in tensors}
+    tokenizer = _load_tokenizer(place, "DPRQuestionEncoderTokenizer", config.vocab_size)
+    return build_encoder(
+        family,
+        config,
+        apply_key_table(
+            Renamed(names, tensors),
+            family.key_table(config),
+            target,
+            ignored=family.ignored_keys,
+            source=folder,
+        ),
+        tokenizer,
+        pad_id=choose_pad_token(tokenizer, place, settings).id,
+        pooling=family.default_pooling,
+        normalized=False,
+        max_length=config.max_positions,
+        source=source,
+    )
+
+
+def _load_generator(
+    settings: dict[str, Any], tensors: Mapping[str, np.ndarray], folder: Path, source: str
+) -> LanguageModel:
+    kinds = [kind for family in _FAMILIES for kind in family.model_types]
+    _check_kind(settings, "generator", kinds, folder)
+    family = next(family for family in _FAMILIES if settings["model_type"] in family.model_types)
+    config = parse_sizes(family.parse_config, settings, folder / "config.json")
+    place = folder / "generator_tokenizer"
+    converter = {"bart": "BartTokenizer", "t5": "T5Tokenizer"}[settings["model_type"]]
+    tokenizer = _load_tokenizer(place, converter, config.vocab_size)
+    end = settings.get("eos_token_id")
+    return build_encoder_decoder(
+        family,
+        config,
+        family.load_params(config, tensors, source=folder),
+        tokenizer,
+        eos_ids=added_ids(tokenizer)[1] if end is None else (int(end),),
+        pad_id=choose_pad_token(tokenizer, place, settings).id,
+        source=source,
+    )
+
+
+def _check_kind(settings: Mapping[str, Any], field: str, kinds: Any, folder: Path) -> None:
+    if settings["model_type"] not in kinds:
+        raise ValueError(
+            f"{folder / 'config.json'}: {field} is of model_type {settings['model_type']!r}, which "
+            f"is not supported there; {', '.join(kinds)} is"
+        )
+
+
+def _load_tokenizer(folder: Path, converter: str, vocab_size: int) -> Tokenizer:
+    """Loads a tokenizer; one in an old format through the class of transformers that reads it."""
+    if (folder / "tokenizer.json").is_file() or not folder.is_dir():
+        return load_tokenizer(folder, vocab_size=vocab_size)
+    import transformers  # lazily: it takes seconds to import
+
+    # The sub-folder has no config.json from which AutoTokenizer could tell the class.
+    try:
+        loaded = getattr(transformers, converter).from_pretrained(
+            str(folder), local_files_only=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{folder}: transformers cannot read the tokenizer ({error})") from error
+    tokenizer = loaded.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_rag_config(settings: Mapping[str, Any], path: Path) -> RagConfig:
+    kinds: dict[str, type] = {
+        "n_docs": int, "title_sep": str, "doc_sep": str, "prefix": str, "max_combined_length": int,
+    }  # fmt: skip
+    given = {name: settings[name] for name in kinds if settings.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise ValueError(
+                f"{path}: {name} must be of type {kinds[name].__name__}, got {value!r}"
+            )
+    default = RagConfig()
+    architectures = settings.get("architectures") or [""]
+    return RagConfig(
+        num_documents=given.get("n_docs", default.num_documents),
+        title_separator=given.get("title_sep", default.title_separator),
+        document_separator=given.get("doc_sep", default.document_separator),
+        prefix=given.get("prefix", default.prefix),
+        max_context_length=given.get("max_combined_length", default.max_context_length),
+        architecture=str(architectures[0]),
+    )

@@ -1,0 +1,175 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.models import attention
+from ragjax.models.attention import attend, choose_implementation
+
+IMPLEMENTATIONS = ("matmul", "xla")
+# rows, query slots, key slots, query heads, key heads, width
+SIZES = ((2, 5, 5, 4, 4, 8), (3, 4, 7, 6, 2, 16))
+
+
+def draw(rng, size):
+    rows, slots, keys, heads, groups, width = size
+    return (
+        rng.normal(size=(rows, slots, heads, width)),
+        rng.normal(size=(rows, keys, groups, width)),
+        rng.normal(size=(rows, keys, groups, width)),
+    )
+
+
+def reference(queries, keys, values, *, mask=None, bias=None, scale=None):
+    """The formula, one head at a time, in float64; a row without any allowed slot is skipped."""
+    rows, slots, heads, width = queries.shape
+    shape = (rows, heads, slots, keys.shape[1])
+    mask = np.broadcast_to(True if mask is None else mask, shape)
+    bias = np.broadcast_to(0.0 if bias is None else bias, shape)
+    shared = heads // keys.shape[2]
+    attended = np.zeros(queries.shape)
+    for row, head in np.ndindex(rows, heads):
+        scores = queries[row, :, head] @ keys[row, :, head // shared].T
+        scores = scores * (width**-0.5 if scale is None else scale) + bias[row, head]
+        weights = np.where(mask[row, head], np.exp(scores - scores.max()), 0.0)
+        total = weights.sum(axis=1, keepdims=True)
+        attended[row, :, head] = (
+            weights / np.where(total > 0, total, 1) @ values[row, :, head // shared]
+        )
+    return attended
+
+
+def options(rng, size, kind):
+    rows, slots, keys, heads, _, _ = size
+    padding = np.arange(keys)[None, :] < rng.integers(1, keys + 1, rows)[:, None]
+    return {
+        "plain": {},
+        "scale": {"scale": 0.3},
+        "padding": {"mask": padding[:, None, None, :]},
+        "causal": {"mask": np.tril(np.ones((slots, keys), bool), keys - slots)[None, None]},
+        "bias": {"bias": rng.normal(size=(1, heads, slots, keys))},
+        "both": {
+            "mask": padding[:, None, None, :],
+            "bias": rng.normal(size=(rows, 1, slots, keys)),
+        },
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["plain", "scale", "padding", "causal", "bias", "both"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_is_the_formula(rng, implementation, size, kind):
+    arrays = draw(rng, size)
+    given = options(rng, size, kind)
+    as_jax = {name: jnp.asarray(v) if name != "scale" else v for name, v in given.items()}
+    found = attend(*map(jnp.float32, arrays), **as_jax, implementation=implementation)
+    np.testing.assert_allclose(found, reference(*arrays, **given), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_stays_within_its_rounding(rng, implementation):
+    size = SIZES[1]
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in draw(rng, size)]
+    mask = options(rng, size, "padding")["mask"]
+    found = attend(*arrays, mask=jnp.asarray(mask), implementation=implementation)
+    assert found.dtype == jnp.bfloat16
+    expected = reference(*(np.asarray(array, np.float64) for array in arrays), mask=mask)
+    # Weights and values are rounded to 8 bits; the values are of order 1.
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_without_any_allowed_slot_is_finite_and_so_is_its_gradient(
+    rng, implementation, dtype
+):
+    arrays = [jnp.asarray(array, dtype) for array in draw(rng, SIZES[0])]
+    mask = jnp.ones((2, 1, 5, 5), bool).at[0].set(False).at[1, :, 2].set(False)
+
+    def loss(arrays):
+        found = attend(*arrays, mask=mask, implementation=implementation)
+        return found.astype(jnp.float32).sum()
+
+    value, grads = jax.value_and_grad(loss)(arrays)
+    assert jnp.isfinite(value)
+    assert all(jnp.isfinite(grad).all() for grad in grads)
+
+
+def test_both_have_the_same_gradients_under_jit_and_vmap(rng):
+    arrays = [jnp.stack([x, 2 * x]) for x in map(jnp.float32, draw(rng, SIZES[1]))]
+    mask = jnp.asarray(options(rng, SIZES[1], "padding")["mask"])
+
+    def gradients(implementation):
+        def loss(*arrays):
+            return (attend(*arrays, mask=mask, implementation=implementation) ** 2).sum()
+
+        return jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*arrays)
+
+    for one, other in zip(gradients("matmul"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def shaped(slots, width, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((2, slots, 4, width), dtype)
+
+
+@pytest.mark.parametrize(
+    "platform,slots,width,dtype,masked,expected",
+    [
+        ("cpu", 8, 64, jnp.bfloat16, True, "matmul"),
+        ("tpu", 8, 64, jnp.bfloat16, True, "xla"),
+        ("gpu", 8, 64, jnp.bfloat16, True, "xla"),  # not driven by CUDA
+        ("cuda:8.0", 8, 64, jnp.bfloat16, True, "cudnn"),
+        ("cuda:8.0", 8, 64, jnp.float16, False, "cudnn"),
+        ("cuda:8.0", 8, 64, jnp.float32, True, "xla"),
+        ("cuda:8.0", 8, 256, jnp.bfloat16, True, "xla"),
+        ("cuda:9.0", 8, 256, jnp.bfloat16, True, "cudnn"),
+        ("cuda:10.0", 8, 256, jnp.bfloat16, True, "cudnn"),
+        ("cuda:9.0", 8, 264, jnp.bfloat16, True, "xla"),
+        ("cuda:9.0", 8, 60, jnp.bfloat16, True, "xla"),
+        ("cuda:9.0", 7, 64, jnp.bfloat16, True, "xla"),
+        ("cuda:9.0", 7, 64, jnp.bfloat16, False, "cudnn"),
+    ],
+)
+def test_the_fastest_implementation_that_the_rules_allow(
+    platform, slots, width, dtype, masked, expected
+):
+    arrays = shaped(slots, width, dtype), shaped(8, width, dtype)
+    assert choose_implementation(*arrays, masked=masked, platform=platform) == expected
+    odd_keys = shaped(8, width, dtype), shaped(slots, width, dtype)
+    assert choose_implementation(*odd_keys, masked=masked, platform=platform) == expected
+
+
+def fake_device(capability, others=()):
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 12090")
+    device = SimpleNamespace(platform="gpu", client=client, compute_capability=capability)
+    each = [SimpleNamespace(compute_capability=other) for other in (capability, *others)]
+    client.local_devices = lambda: each
+    return device
+
+
+def test_the_platform_is_that_of_the_default_device(monkeypatch):
+    assert attention._platform() == "cpu"
+    with jax.default_device(jax.devices()[3]):
+        assert attention._platform() == "cpu"
+    monkeypatch.setattr(jax, "local_devices", lambda: [fake_device("9.0", ("8.6", "10.0"))])
+    assert attention._platform() == "cuda:8.6"
+
+
+def test_cudnn_gets_masks_and_biases_with_all_slots(rng, monkeypatch):
+    """A GPU is not needed to see what it would be asked."""
+    asked = {}
+
+    def fake(queries, keys, values, bias, mask, **others):
+        asked.update(others, bias=bias, mask=mask)
+        return queries
+
+    monkeypatch.setattr(attention, "_platform", lambda: "cuda:9.0")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in draw(rng, (2, 4, 6, 4, 2, 8))]
+    attend(*arrays, mask=jnp.ones((2, 1, 1, 6), bool), bias=jnp.zeros((4, 1, 6)))
+    assert asked["implementation"] == "cudnn" and asked["scale"] == 8**-0.5
+    assert asked["mask"].shape == (2, 1, 4, 6)
+    assert asked["bias"].shape == (1, 4, 4, 6) and asked["bias"].dtype == jnp.bfloat16
