@@ -222,7 +222,9 @@ def write_checkpoint(folder: Path, gigabytes: float, dtype: str) -> Path:
     kind = _KINDS[dtype]
     one = sum(math.prod(shape) for _, shape in layer_shapes(0)) * kind.itemsize
     outer = _VOCABULARY * _WIDTH * kind.itemsize
-    tensors = [("model.embed_tokens.weight", (_VOCABULARY, _WIDTH))]
+    tensors: list[tuple[str, tuple[int, ...]]] = [
+        ("model.embed_tokens.weight", (_VOCABULARY, _WIDTH))
+    ]
     for number in range(max(1, round((gigabytes * 1e9 - outer) / one))):
         tensors += layer_shapes(number)
     tensors += [("model.norm.weight", (_WIDTH,))]

@@ -110,7 +110,7 @@ def _lm_batches(
 
 
 def answer_end_id(workspace: Workspace) -> int | None:
-    """Returns what the model is used to end a target with, or else a newline, if it is one token."""
+    """Returns what the model is trained to end targets with, else a newline, if it is one token."""
     if (end_id := workspace.lm.text_format.target_end_id) is not None:
         return end_id
     ids = workspace.lm.tokenizer.encode("\n", add_special_tokens=False).ids

@@ -236,7 +236,7 @@ def _parse(settings: Mapping[str, Any], model_type: str, family: DecoderFamily) 
     biases = {name: bool(settings.get(name, False)) for name in ("attention_bias", "mlp_bias")}
     read = {name: biases[name] and name in family.bias_fields for name in biases}
     is_gemma = model_type == "gemma3_text"
-    query_scalar = settings.get("query_pre_attn_scalar") if is_gemma else None
+    query_scalar = float(settings["query_pre_attn_scalar"] if is_gemma else head_dim)
     theta, local_theta, scaling = _parse_rotary(settings)
     window, sliding_layers = _parse_windows(settings, model_type, num_layers)
     return DecoderConfig(
@@ -258,7 +258,7 @@ def _parse(settings: Mapping[str, Any], model_type: str, family: DecoderFamily) 
         output_bias=read["attention_bias"],
         feed_forward_bias=read["mlp_bias"],
         activation=_parse_activation(settings, family),
-        query_scalar=None if query_scalar in (None, head_dim) else float(query_scalar),
+        query_scalar=None if query_scalar == head_dim else query_scalar,
         sliding_window=window,
         sliding_layers=sliding_layers,
     )

@@ -1,9 +1,9 @@
 """Fusion-in-Decoder: contexts encoded one by one, a decoder that attends to all of them at once.
 
-    log_probs = fusion_token_log_probs(lm.config, lm.params, batch)       # [B, T], trains the reader
-    mass = fusion_attention_mass(lm.config, lm.params, batch)             # [B, K]
-    target = ragjax.losses.lsr_target(mass, temperature=0.1)              # ADist, for the retriever
-    decoder = fusion_decoder(lm.config)                                   # for ragjax.generation
+    log_probs = fusion_token_log_probs(lm.config, lm.params, batch)  # [B, T], trains the reader
+    mass = fusion_attention_mass(lm.config, lm.params, batch)        # [B, K]
+    target = ragjax.losses.lsr_target(mass, temperature=0.1)         # ADist, for the retriever
+    decoder = fusion_decoder(lm.config)                              # for ragjax.generation
 
 For T5 and BART. Shapes: B questions, K contexts each, L context slots, T target slots, A all heads
 of all layers, E hidden. A context without tokens is as if it were not there.

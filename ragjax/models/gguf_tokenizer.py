@@ -47,7 +47,8 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     """
     kind = fields.get("tokenizer.ggml.model")
     pre = fields.get("tokenizer.ggml.pre")
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in _BYTE_LEVEL):
+    known = isinstance(pre, str) and pre in _BYTE_LEVEL
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and not known):
         raise ValueError(
             f"{path}: tokenizer {kind!r:.100} with pre-tokenizer {pre!r:.100}; supported: 'llama', "
             f"and 'gpt2' with {', '.join(sorted(_BYTE_LEVEL))}. Use a Hugging Face folder "

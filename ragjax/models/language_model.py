@@ -40,6 +40,9 @@ class TextFormat(NamedTuple):
     target_end_id: int | None = None  # after each whole target: </s>; None: no such convention
 
 
+PLAIN_TEXT = TextFormat()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
     """Parameters, sizes and tokenizer of a language model, and its scoring function.
@@ -75,7 +78,7 @@ class LanguageModel:
     fingerprint: str
     token_log_probs: Callable[[dict[str, Any], LMBatch], Array]
     decoder: Any
-    text_format: TextFormat = TextFormat()
+    text_format: TextFormat = PLAIN_TEXT
 
 
 def load_language_model(
@@ -113,7 +116,7 @@ def build_language_model(
     eos_ids: tuple[int, ...],
     pad_id: int,
     source: str,
-    text_format: TextFormat = TextFormat(),
+    text_format: TextFormat = PLAIN_TEXT,
 ) -> LanguageModel:
     """Puts a `LanguageModel` together from its parts; the arguments are its fields."""
     return LanguageModel(

@@ -25,7 +25,7 @@ from ragjax.models.hub import resolve_source
 from ragjax.models.language_model import LanguageModel, added_ids, build_encoder_decoder
 from ragjax.models.nnx_trees import abstract
 from ragjax.models.safetensors import apply_key_table, read_safetensors
-from ragjax.models.seq2seq_checkpoint import Renamed
+from ragjax.models.seq2seq_checkpoint import renamed
 from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
 
 _QUESTION_ENCODER, _GENERATOR = "question_encoder.", "generator."
@@ -106,10 +106,10 @@ def load_rag(source: str) -> RagModel:
     generator = {"model_type": "bart"} | _part(settings, "generator", path)
     return RagModel(
         query_encoder=_load_query_encoder(
-            encoder, Renamed(names[_QUESTION_ENCODER], tensors), folder, source
+            encoder, renamed(names[_QUESTION_ENCODER], tensors), folder, source
         ),
         language_model=_load_generator(
-            generator, Renamed(names[_GENERATOR], tensors), folder, source
+            generator, renamed(names[_GENERATOR], tensors), folder, source
         ),
         config=_read_rag_config(settings, path),
     )
@@ -156,7 +156,7 @@ def _load_query_encoder(
         family,
         config,
         apply_key_table(
-            Renamed(names, tensors),
+            renamed(names, tensors),
             family.key_table(config),
             target,
             ignored=family.ignored_keys,

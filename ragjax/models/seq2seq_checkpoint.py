@@ -56,7 +56,7 @@ def load_params(
         shapes = {**shapes, "final_bias": {"bias": bias}}
     else:
         names.pop(_FINAL_BIAS, None)
-    return apply_key_table(Renamed(names, tensors), table, shapes, ignored=ignored, source=source)
+    return apply_key_table(renamed(names, tensors), table, shapes, ignored=ignored, source=source)
 
 
 def save_params(
@@ -111,7 +111,17 @@ def _choose_embedding(
             names.setdefault(_UNEMBEDDING, found[0])
 
 
-class Renamed(Mapping[str, Any]):
+def renamed(names: Mapping[str, str], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns tensors under other names, still read one at a time.
+
+    Args:
+        names: New name to the name in `tensors`.
+        tensors: Those of a file; what `names` leaves out is not in the result.
+    """
+    return _Renamed(names, tensors)
+
+
+class _Renamed(Mapping[str, Any]):
     """Tensors under other names, still read one at a time."""
 
     def __init__(self, names: Mapping[str, str], tensors: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def tiny_seq2seq_config(family: str = "t5", **changes: Any) -> Seq2SeqConfig:
         ValueError: The family is not known.
     """
     if family == "bart":
-        own = {
+        own: dict[str, Any] = {
             "decoder_start_id": _END_ID,
             "forced_first_id": _START_ID,
             "num_encoder_heads": 2,

@@ -52,5 +52,6 @@ def test_a_whole_run_with_a_t5_ends_with_metrics(t5_inputs, tiny_flags, tmp_path
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"before", "after"} <= set(metrics)
     assert np.isfinite(metrics["after"]["answer_nll"]["value"])
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
     assert {"lm", "retriever-0"} <= {step["stage"] for step in steps}

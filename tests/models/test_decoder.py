@@ -327,66 +327,6 @@ def test_names_of_a_checkpoint_round_trip(model):
     jax.tree.map(np.testing.assert_array_equal, again, model.params)
 
 
-HUGGINGFACE_SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 50.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-CASES = {
-    "llama tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama untied": ("Llama", {"tie_word_embeddings": False, "rms_norm_eps": 1e-3}),
-    "llama own head width": ("Llama", {"head_dim": 10, "num_key_value_heads": 6}),
-    "llama stretched positions": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
-    "mistral window": ("Mistral", {"sliding_window": 32, "head_dim": 8}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_log_probs_equal_pytorch(case, rng):
-    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
-    transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
-    family, changes = CASES[case]
-    torch.manual_seed(0)
-    settings = getattr(transformers, f"{family}Config")(**(HUGGINGFACE_SIZES | changes))
-    reference = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
-    for parameter in reference.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    config = parse_huggingface_config(settings.to_dict())
-    tensors = {name: value.numpy() for name, value in reference.state_dict().items()}
-    params = params_from_huggingface(config, tensors, source=case)
-
-    batch = make_batch(rng, context_slots=12, vocab_size=61)
-    found = jax.jit(functools.partial(decoder.token_log_probs, config))(params, batch)
-    ids = np.concatenate([batch.context_ids, batch.target_ids], axis=1)
-    mask = np.concatenate([batch.context_mask, batch.target_mask], axis=1)
-    with torch.no_grad():
-        scores = reference(
-            input_ids=torch.tensor(ids).long(),
-            attention_mask=torch.tensor(mask).long(),
-            position_ids=torch.tensor(np.maximum(mask.cumsum(axis=1) - 1, 0)),
-        ).logits[:, 11:-1]
-        targets = torch.tensor(batch.target_ids).long()[..., None]
-        expected = scores.log_softmax(-1).gather(-1, targets)[..., 0].numpy()
-    np.testing.assert_allclose(
-        found, np.where(batch.target_mask, expected, 0.0), rtol=1e-4, atol=1e-4
-    )
-
-
 def test_stored_pytorch_log_probs():
     """The file, weights included, was made by data/make_llama_reference.py."""
     path = Path(__file__).parent / "data" / "llama_reference.npz"

@@ -97,6 +97,7 @@ def read(folder, name):
 # --- encoders ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ENCODERS)
 def test_sentence_transformers_computes_the_same_embeddings(tmp_path, family):
     encoder = encoder_of(family)
@@ -117,6 +118,7 @@ def test_sentence_transformers_computes_the_same_embeddings(tmp_path, family):
     assert_same_embeddings(encoder, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pooling", "steps", "folders"),
     [
@@ -176,6 +178,7 @@ def test_the_layout_is_the_one_that_old_readers_know(tmp_path):
     assert tokenizer["pad_token"] == "[PAD]" and tokenizer["model_max_length"] == 64
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_encoder_alone(tmp_path):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     import transformers

@@ -102,6 +102,7 @@ def torch_log_probs(folder, rows=ROWS):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*DECODERS, *SEQ2SEQ])
 def test_transformers_computes_the_same_log_probs(tmp_path, family):
     lm = language_model_of(family)
@@ -141,6 +142,7 @@ def test_a_first_token_that_the_tokenizer_does_not_add_is_added(tmp_path):
     assert lm.tokenizer.encode("a").ids[0] != 256
 
 
+@pytest.mark.slow
 def test_shards_are_filled_in_order_and_load_everywhere(tmp_path):
     lm = language_model_of("llama")
     whole = export_language_model(lm, tmp_path / "whole")
@@ -163,6 +165,7 @@ def test_shards_are_filled_in_order_and_load_everywhere(tmp_path):
         np.testing.assert_allclose(found[0], log_probs_of(lm)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_and_split_layers_are_merged(tmp_path):
     lm = language_model_of("llama, untied")
     learning, frozen = lm.family.split_trainable(lm.params, 2)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from seq2seq_reference import VOCAB, our_model, right_padded, torch_model
@@ -138,8 +137,9 @@ def test_one_context_is_the_ordinary_score(model, batch):
         context_ids=batch.context_ids[:, :1], context_mask=batch.context_mask[:, :1]
     )
     plain = LMBatch(one.context_ids[:, 0], one.context_mask[:, 0], *batch[2:])
-    found = fusion_token_log_probs(model.config, model.params, one, remat=True)
-    np.testing.assert_allclose(found, model.token_log_probs(model.params, plain), atol=2e-5)
+    found = jax.jit(functools.partial(fusion_token_log_probs, model.config))(model.params, one)
+    expected = jax.jit(model.token_log_probs)(model.params, plain)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -159,41 +159,29 @@ def test_contexts_without_tokens_and_their_order_do_not_matter(model, batch):
     )
     np.testing.assert_allclose(score(model.params, fewer)[0], expected[1], atol=2e-5)
     none = batch._replace(context_mask=np.zeros_like(batch.context_mask))
-    gradient = jax.grad(lambda params: score(params, none).sum())(model.params)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert np.isfinite(score(model.params, none)).all()
 
 
 @pytest.mark.slow
-def test_greedy_answers_are_those_of_full_forwards(model, batch):
+def test_greedy_answers_and_the_cache_are_those_of_full_forwards(model, batch):
     decoder, new = fusion_decoder(model.config), 5
     result = generate_greedy(
         decoder, model.params, batch.context_ids, batch.context_mask,
         max_new_tokens=new, stop_ids=model.eos_ids,
     )  # fmt: skip
-    vocabulary = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
-
-    @jax.jit
-    def next_log_probs(question, answer):
-        """log p of every next token, by scoring each as the target's last."""
-        size = model.config.vocab_size
-        contexts, mask = batch.context_ids[question], batch.context_mask[question]
-        targets = jnp.concatenate(
-            [jnp.broadcast_to(answer[None], (size, len(answer))), vocabulary[:, None]], axis=1
-        )
-        many = FusionBatch(
-            jnp.broadcast_to(contexts[None], (size, *contexts.shape)),
-            jnp.broadcast_to(mask[None], (size, *mask.shape)),
-            targets,
-            jnp.ones(targets.shape, bool),
-        )
-        return fusion_token_log_probs(model.config, model.params, many)[:, -1]
-
-    for question in range(QUESTIONS):
-        answer = np.asarray(result.ids[question, : result.lengths[question]])
-        assert len(answer) == new
-        for length in (0, new - 1):
-            scores = next_log_probs(question, answer[:length])
-            assert scores[answer[length]] >= scores.max() - 1e-4
+    assert result.lengths.tolist() == [new, new]
+    answered = batch._replace(target_ids=result.ids, target_mask=np.ones((QUESTIONS, new), bool))
+    score = jax.jit(functools.partial(fusion_token_log_probs, model.config))
+    expected = score(model.params, answered)
+    prefill = jax.jit(functools.partial(decoder.prefill, cache_length=CONTEXTS + new - 1))
+    step = jax.jit(decoder.decode_step)
+    state = prefill(model.params, batch.context_ids, batch.context_mask)
+    for t in range(new):
+        best = jax.nn.log_softmax(state.logits).max(axis=1)
+        np.testing.assert_allclose(expected[:, t], best, atol=2e-5)
+        state = step(model.params, state.cache, result.ids[:, t])
+    given = decoder.score(model.params, state, *batch[2:])
+    np.testing.assert_allclose(given, score(model.params, batch), atol=2e-5)
 
 
 @pytest.mark.parametrize(

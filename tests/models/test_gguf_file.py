@@ -64,6 +64,7 @@ def plain_q5(data, *, with_minimum):
     return np.array(values, np.float32)
 
 
+@pytest.mark.slow  # imports torch and transformers
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantised_blocks_equal_another_implementation(tmp_path, rng, name):
     kind = KINDS[name]
@@ -230,7 +231,7 @@ LIES = {
     "version 9": (build(version=9), "version 9; 2 and 3"),
     "tensors": (build(counts=(HUGE, 0)), "18446744073709551615 tensors in a file of"),
     "fields": (build(counts=(0, 2**40)), "1099511627776 metadata fields in a file of"),
-    "a field too few": (build([field()], counts=(0, 3)), "bytes wanted|fields in|unknown type"),
+    "a field too few": (build([field()], counts=(0, 3)), "the field '' is there twice"),
     "name": (build([struct.pack("<Q", HUGE) + b"a"]), "bytes wanted, .* left in the file"),
     "string": (build([field(kind=8, value=struct.pack("<Q", 2**62))]), "bytes wanted"),
     "utf-8": (build([field(kind=8, value=text(b"\xff"))]), "a string is not UTF-8"),

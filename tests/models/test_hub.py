@@ -347,6 +347,20 @@ def test_one_gguf_file_of_a_repository(monkeypatch, tmp_path):
     assert str(resolve_source("org/name/sub/small.gguf@v2")) == "/org/name/sub/small.gguf/v2"
 
 
+def test_all_parts_of_a_split_gguf_file_are_fetched(monkeypatch):
+    asked = []
+
+    def hf_hub_download(repo, file, *, revision):
+        asked.append((repo, file, revision))
+        return f"/cache/{file}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    found = resolve_source("org/name/q4/small-00002-of-00003.gguf@v2")
+    assert str(found) == "/cache/q4/small-00002-of-00003.gguf"
+    parts = [f"q4/small-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+    assert asked == [("org/name", part, "v2") for part in parts]
+
+
 def raising(error_type):
     error = error_type.__new__(error_type)  # their constructors want an HTTP response
     Exception.__init__(error, "long text of the hub")

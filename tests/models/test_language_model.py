@@ -30,8 +30,13 @@ def change(path, **fields):
     path.write_text(json.dumps(kept))
 
 
-def test_a_folder_gives_the_model_that_was_written(folder):
-    model, expected = load_language_model(str(folder)), tiny_language_model()
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "t5", "flan-t5", "bart"]
+)
+def test_a_folder_gives_the_model_that_was_written(tmp_path, family):
+    folder = tmp_path / "tiny"
+    write_tiny_language_model(folder, family=family)
+    model, expected = load_language_model(str(folder)), tiny_language_model(family=family)
     jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
     for name in ("config", "bos_id", "eos_ids", "pad_id", "max_length", "fingerprint"):
         assert getattr(model, name) == getattr(expected, name)
@@ -59,6 +64,11 @@ def test_a_tied_head_that_is_stored_twice_is_ignored(folder):
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 0}, path)
     assert load_language_model(str(folder)).fingerprint == tiny_language_model().fingerprint
+
+
+def test_an_unknown_tiny_family_is_named():
+    with pytest.raises(ValueError, match="family 'gpt2'; there are llama, mistral, .*, bart"):
+        tiny_language_model(family="gpt2")
 
 
 def test_fingerprints_tell_parameters_apart():

@@ -87,6 +87,7 @@ def test_an_adapted_layer_is_the_formula(rng, encoder):
     assert np.abs(np.asarray(found - encoder.encode(params, tokens))).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_layers", [None, 2])
 def test_merged_equals_attached_for_a_decoder(rng, lm, num_layers):
     trainable, frozen = split_trainable(lm.params, num_layers)
@@ -100,6 +101,7 @@ def test_merged_equals_attached_for_a_decoder(rng, lm, num_layers):
     assert np.abs(np.asarray(found - lm.token_log_probs(lm.params, batch))).max() > 0.01
 
 
+@pytest.mark.slow
 def test_adapters_of_a_tuple_of_stacks_lie_in_a_tuple(rng, lm):
     trainable, frozen = split_trainable(lm.params, 1)
     params = merge_trainable(trainable, frozen)
@@ -117,12 +119,18 @@ def test_adapters_of_a_tuple_of_stacks_lie_in_a_tuple(rng, lm):
     lm.token_log_probs(lora.attach(params, first), batch)
 
 
+@pytest.mark.slow
 def test_generation_takes_adapters(rng, lm):
     attached = lora.attach(lm.params, trained(init(lm.params)))
     batch = rows(rng)
     decoder = lm.decoder
-    prefilled = decoder.prefill(attached, batch.context_ids, batch.context_mask, cache_length=12)
-    found = decoder.score(attached, prefilled, batch.target_ids, batch.target_mask)
+
+    @jax.jit
+    def score(params):
+        prefilled = decoder.prefill(params, batch.context_ids, batch.context_mask, cache_length=12)
+        return decoder.score(params, prefilled, batch.target_ids, batch.target_mask)
+
+    found = score(attached)
     np.testing.assert_allclose(found, lm.token_log_probs(attached, batch), atol=1e-4)
 
 
@@ -159,6 +167,7 @@ def test_no_gradient_of_a_full_kernel_is_ever_computed(rng, encoder):
     assert kernel[1:] in shapes(lambda params: encoder.encode(params, tokens), params) - forward
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_formula(rng, encoder):
     params, tokens = encoder.params, texts(rng, encoder)
     adapters = trained(init(params))
