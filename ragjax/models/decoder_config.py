@@ -12,7 +12,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # No published decoder comes near; a damaged file must not ask for a billion layers.
-_MAX_LAYERS, _MAX_SIZE = 4096, 2**31 - 1
+_MAX_LAYERS, _MAX_SIZE, _MAX_FLOAT = 4096, 2**31 - 1, 3e38
 
 
 class DecoderFamily(NamedTuple):
@@ -250,7 +250,7 @@ def _parse(settings: Mapping[str, Any], model_type: str, family: DecoderFamily) 
         model_type=model_type,
         rope_theta=theta,
         rope_scaling=scaling,
-        local_rope_theta=local_theta if is_gemma else None,
+        local_rope_theta=(local_theta or theta) if is_gemma else None,
         rms_norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
         max_positions=int(settings.get("max_position_embeddings", 2048)),
         tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
@@ -384,8 +384,8 @@ def _check_sizes(config: DecoderConfig) -> None:
 def _check_constants(config: DecoderConfig) -> None:
     for name in ("rope_theta", "local_rope_theta", "query_scalar"):
         value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if value is not None and not 0 < value < _MAX_FLOAT:
+            raise ValueError(f"{name} must be positive and a float32, got {value}")
     if isinstance(config.rope_scaling, YarnScaling) and config.rope_theta <= 1:
         raise ValueError(f"rope_theta must exceed 1 under YaRN, got {config.rope_theta}")
     if not 0 <= config.rms_norm_eps < math.inf:

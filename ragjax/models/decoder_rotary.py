@@ -9,7 +9,7 @@ References:
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,7 +25,26 @@ class Rotary(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearScaling:
+class _Scaling:
+    """Constants that must all be positive."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be computed with.
+
+        Raises:
+            ValueError: A constant is not positive and finite.
+        """
+        for constant in fields(self):
+            value = getattr(self, constant.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, bool) and not 0 < number < math.inf:
+                    raise ValueError(
+                        f"{constant.name} of the rotary scaling must be positive, got {number}"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling(_Scaling):
     """All frequencies are divided by `factor` (Gemma 3's layers of full attention)."""
 
     factor: float
@@ -41,7 +60,7 @@ class LinearScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
+class Llama3Scaling(_Scaling):
     """Low frequencies are divided, high ones stay (Llama 3.1 and later).
 
     Frequencies whose wavelength exceeds `original_positions / low_frequency_factor` are divided by
@@ -73,7 +92,7 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class YarnScaling:
+class YarnScaling(_Scaling):
     """Frequencies that turn rarely are divided, and the scores sharpened (Qwen2.5, Qwen3).
 
     Frequencies that turn more than `beta_fast` times within `original_positions` stay, those that
@@ -120,7 +139,7 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorScaling:
+class FactorScaling(_Scaling):
     """Each frequency is divided by a factor of its own, as GGUF files store it."""
 
     factors: tuple[float, ...]  # D / 2 of them
@@ -231,14 +250,14 @@ def _parse_default(parameters: Mapping[str, Any], max_positions: int) -> None:
 
 def _parse_linear(parameters: Mapping[str, Any], max_positions: int) -> RotaryScaling:
     del max_positions
-    return LinearScaling(factor=_positive(parameters, "factor"))
+    return LinearScaling(factor=float(parameters["factor"]))
 
 
 def _parse_llama3(parameters: Mapping[str, Any], max_positions: int) -> RotaryScaling:
     scaling = Llama3Scaling(
-        factor=_positive(parameters, "factor"),
-        low_frequency_factor=_positive(parameters, "low_freq_factor"),
-        high_frequency_factor=_positive(parameters, "high_freq_factor"),
+        factor=float(parameters["factor"]),
+        low_frequency_factor=float(parameters["low_freq_factor"]),
+        high_frequency_factor=float(parameters["high_freq_factor"]),
         original_positions=_original_positions(parameters, max_positions),
     )
     if scaling.high_frequency_factor <= scaling.low_frequency_factor:
@@ -254,7 +273,7 @@ def _parse_yarn(parameters: Mapping[str, Any], max_positions: int) -> RotaryScal
     if parameters.get("factor") is None:
         factor = max_positions / original
     else:
-        factor = _positive(parameters, "factor")
+        factor = float(parameters["factor"])
     attention_factor = parameters.get("attention_factor")
     if attention_factor is None:
         scales = (parameters.get("mscale"), parameters.get("mscale_all_dim"))
@@ -292,13 +311,6 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], int], RotaryScaling | None]] = 
     "yarn": _parse_yarn,
     "longrope": _parse_factors,
 }
-
-
-def _positive(parameters: Mapping[str, Any], name: str) -> float:
-    value = float(parameters[name])
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} of the rotary scaling must be positive, got {value}")
-    return value
 
 
 def _original_positions(parameters: Mapping[str, Any], max_positions: int) -> int:

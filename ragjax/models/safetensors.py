@@ -20,7 +20,7 @@ from ragjax.models.streaming import (
     Part,
     Placement,
     current_placement,
-    loader,
+    fill,
     sharding_of,
     transformed_shape,
 )
@@ -102,10 +102,8 @@ def apply_key_table(
     dtype, shardings = current_placement() if placement is None else placement
     sharded = {path: sharding_of(shardings, path, shapes[path]) for path in parts}
     filled = {}
-    with loader() as loading:
-        for path, pieces in parts.items():
-            kind = _dtype(dtype, pieces)
-            filled[path] = loading.fill(shapes[path], kind, pieces, sharded[path])
+    for path, pieces in parts.items():
+        filled[path] = fill(shapes[path], _dtype(dtype, pieces), pieces, sharded[path])
     return _nest(filled)
 
 

@@ -5,6 +5,7 @@ for, through the file instead of a memory map, whose pages would count as this p
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _QUANTIZED_NAMES = re.compile(
     r".*\.(qweight|qzeros|g_idx|weight_scale|weight_scale_inv|SCB|absmax|quant_map|quant_state.*)"
 )
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+_AHEAD = 2**22  # bytes that the disk reads while those before are copied
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -65,15 +67,46 @@ class StoredTensor:
           ValueError: the file has become shorter since it was opened.
         """
         wanted = buffer[: self.nbytes]
-        view, done = wanted.data, 0
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            while done < self.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ValueError(f"{self.path}: ends inside tensor {self.name!r}")
-                done += count
+            for start in range(0, self.nbytes, _AHEAD):
+                self._read_into(file, start, wanted[start : start + _AHEAD])
         return wanted.view(self.dtype).reshape(self.shape)
+
+    def rows(self, nbytes: int, multiple: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Read some indices of axis 0 at a time.
+
+        Args:
+          nbytes: about as much is read at a time.
+          multiple: so many indices, or a multiple of it, are.
+
+        Yields:
+          The first index, and the values from there on, in a buffer that the next ones overwrite.
+
+        Raises:
+          ValueError: the file has become shorter since it was opened.
+        """
+        size = self.nbytes // max(1, self.shape[0])
+        count = max(1, nbytes // max(1, size * multiple)) * multiple
+        buffer = np.empty(min(count, self.shape[0]) * size, np.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            for start in range(0, self.shape[0], count):
+                found = min(count, self.shape[0] - start)
+                part = buffer[: found * size]
+                self._read_into(file, start * size, part)
+                yield start, part.view(self.dtype).reshape(found, *self.shape[1:])
+
+    def _read_into(self, file: Any, start: int, part: np.ndarray) -> None:
+        """Read `part` from byte `start` of the tensor on; the disk goes on with what follows."""
+        view, done = part.data, 0
+        file.seek(self.offset + start)
+        while done < len(part):
+            count = file.readinto(view[done:])
+            if not count:
+                raise ValueError(f"{self.path}: ends inside tensor {self.name!r}")
+            done += count
+        if hasattr(os, "posix_fadvise"):
+            following = self.offset + start + len(part)
+            os.posix_fadvise(file.fileno(), following, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the values as a new array."""

@@ -1,13 +1,11 @@
 """Fills a model's parameters one at a time from stored tensors and places them on their devices.
 
-The host holds the parameters that live in its memory, the parameter being filled and one tensor
-per reading thread, never a second copy of the checkpoint.
+The host holds the parameters that live in its memory, the parameter being filled and, where its
+tensors need more than a transposition, one tensor; never a second copy of the checkpoint.
 """
 
 import contextvars
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,9 +17,9 @@ from ragjax.models.safetensors_files import StoredTensor
 # A sharding or device for all parameters, a nested dict of them like the parameters, or
 # (path, shape) -> sharding.
 Shardings = Any
-_THREADS = 2  # one reads while the other transposes
 _ALIGNMENT = 64  # bytes; jax takes over a numpy array so aligned without copying it
-_TILE = 16  # rows
+_TILE = 16  # rows of a matrix that are turned at once
+_CHUNK = 2**20  # bytes read at once of a matrix to turn: they stay in the processor's cache
 
 
 class Placement(NamedTuple):
@@ -84,73 +82,32 @@ def transformed_shape(part: Part) -> tuple[int, ...] | None:
         return None
 
 
-class Loader:
-    """Fills parameters; keeps its threads and their buffers from one to the next."""
+def fill(
+    shape: tuple[int, ...], dtype: Any, parts: Sequence[Part], sharding: Any = None
+) -> jax.Array:
+    """Fill one parameter.
 
-    def __init__(self, pool: ThreadPoolExecutor):
-        """Use `loader()` instead, which ends the threads."""
-        self._pool, self._scratch = pool, threading.local()
+    Args:
+      shape: of the parameter.
+      dtype: of the parameter; values are cast.
+      parts: one for each index of axis 0, or a single one for the whole.
+      sharding: a `jax.sharding.Sharding` or device; None leaves the parameter uncommitted on the
+        default device. Only what this process's devices hold is kept.
 
-    def fill(
-        self, shape: tuple[int, ...], dtype: Any, parts: Sequence[Part], sharding: Any = None
-    ) -> jax.Array:
-        """Fill one parameter.
-
-        Args:
-          shape: of the parameter.
-          dtype: of the parameter; values are cast.
-          parts: one for each index of axis 0, or a single one for the whole.
-          sharding: a `jax.sharding.Sharding` or device; None leaves the parameter uncommitted on
-            the default device. Only what this process's devices hold is read.
-
-        Returns:
-          The parameter, on its devices.
-        """
-        pieces = list(_pieces(shape, np.dtype(dtype), sharding))
-        list(self._pool.map(lambda part: self._copy(part, pieces), parts))
-        if sharding is None or isinstance(sharding, jax.Device):
-            array = jax.device_put(pieces[0].values, sharding)
-        else:
-            shards = [
-                jax.device_put(piece.values, device) for piece in pieces for device in piece.devices
-            ]
-            array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
-        return array.block_until_ready()  # so that the host's copy is free before the next one
-
-    def _copy(self, part: Part, pieces: Sequence[_Piece]) -> None:
-        """Read one tensor and copy it into every piece that holds some of it."""
-        targets = [
-            (target, rest)
-            for piece in pieces
-            for target, rest in [_target(piece, part.layer)]
-            if target is not None
+    Returns:
+      The parameter, on its devices.
+    """
+    pieces = list(_pieces(shape, np.dtype(dtype), sharding))
+    for part in parts:
+        _copy(part, pieces)
+    if sharding is None or isinstance(sharding, jax.Device):
+        array = jax.device_put(pieces[0].values, sharding)
+    else:
+        shards = [
+            jax.device_put(piece.values, device) for piece in pieces for device in piece.devices
         ]
-        if not targets:
-            return
-        tensor = part.tensor
-        if isinstance(tensor, StoredTensor) and _is_whole(part, targets):
-            tensor.read(targets[0][0].reshape(-1).view(np.uint8))
-            return
-        if isinstance(tensor, StoredTensor):
-            tensor = tensor.read(self._buffer(tensor.nbytes))
-        values = part.transform(np.asarray(tensor))
-        for target, rest in targets:
-            _copy_into(target, values[rest])
-
-    def _buffer(self, nbytes: int) -> np.ndarray:
-        buffer = getattr(self._scratch, "buffer", None)
-        if buffer is None or buffer.nbytes < nbytes:
-            # The old one goes first: two of them would be a tensor too many.
-            self._scratch.buffer = buffer = None
-            self._scratch.buffer = buffer = np.empty(nbytes, np.uint8)
-        return buffer
-
-
-@contextmanager
-def loader() -> Iterator[Loader]:
-    """Give a `Loader` whose threads and buffers end with the block."""
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ragjax-loading") as pool:
-        yield Loader(pool)
+        array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    return array.block_until_ready()  # so that the host's copy is free before the next one
 
 
 def sharding_of(shardings: Shardings, path: str, shape: tuple[int, ...]) -> Any:
@@ -201,35 +158,85 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _target(piece: _Piece, layer: int | None) -> tuple[np.ndarray | None, tuple[slice, ...]]:
+def _target(piece: _Piece, layer: int | None) -> tuple[np.ndarray, tuple[slice, ...]] | None:
     """Return where a tensor goes in a piece, and which part of the tensor does."""
     if layer is None:
         return piece.values, piece.index
     first, *rest = piece.index
     if not first.start <= layer < first.stop:
-        return None, ()
+        return None
     return piece.values[layer - first.start, ...], tuple(rest)  # a view also where it is a number
 
 
-def _is_whole(part: Part, targets: Sequence[tuple[np.ndarray, Any]]) -> bool:
-    """Say whether the file's bytes are the target's: same order, same dtype, all of it."""
-    target = targets[0][0]
-    if len(targets) > 1 or target.dtype != part.tensor.dtype or target.ndim == 0:
-        return False
+def _copy(part: Part, pieces: Sequence[_Piece]) -> None:
+    """Read one tensor and copy it into every piece that holds some of it."""
+    found = [_target(piece, part.layer) for piece in pieces]
+    targets = [target for target in found if target is not None]
+    if not targets:
+        return
+    tensor, turned = part.tensor, None
+    if isinstance(tensor, StoredTensor) and tensor.shape:
+        turned = _is_turned(part)
+    if turned is None:
+        values = part.transform(np.asarray(tensor))
+        for target, rest in targets:
+            target[...] = values[rest]
+    elif not turned and _is_all(targets, tensor):
+        tensor.read(targets[0][0].reshape(-1).view(np.uint8))
+    else:
+        for start, rows in tensor.rows(_CHUNK, _TILE):
+            for target, rest in targets:
+                _copy_rows(target, rest, start, rows, turned=turned)
+
+
+def _is_turned(part: Part) -> bool | None:
+    """Say whether a transform transposes a matrix (True), does nothing (False), or else (None)."""
     zeros = np.zeros(part.tensor.shape, part.tensor.dtype)
     probe = part.transform(zeros)
-    same = probe.ctypes.data == zeros.ctypes.data and probe.strides == zeros.strides
-    return same and target.shape == probe.shape and target.flags.c_contiguous
+    if probe.ctypes.data != zeros.ctypes.data or probe.dtype != zeros.dtype:
+        return None
+    if (probe.shape, probe.strides) == (zeros.shape, zeros.strides):
+        return False
+    transposed = (zeros.T.shape, zeros.T.strides)
+    return True if zeros.ndim == 2 and (probe.shape, probe.strides) == transposed else None
 
 
-def _copy_into(target: np.ndarray, values: np.ndarray) -> None:
-    """Copy; several times faster than assignment where `values` is a transposed matrix."""
-    if values.ndim != 2 or values.strides[0] != values.itemsize or values.flags.c_contiguous:
-        target[...] = values
+def _is_all(targets: Sequence[tuple[np.ndarray, Any]], tensor: StoredTensor) -> bool:
+    """Say whether the file's bytes are those of the only target."""
+    target = targets[0][0]
+    same = target.dtype == tensor.dtype and target.shape == tensor.shape
+    return len(targets) == 1 and same and target.flags.c_contiguous
+
+
+def _copy_rows(
+    target: np.ndarray, rest: tuple[slice, ...], start: int, rows: np.ndarray, *, turned: bool
+) -> None:
+    """Copy what a target holds of some rows of the file.
+
+    Args:
+      target: to fill.
+      rest: the part of the transformed tensor that `target` is.
+      start: number of the first row.
+      rows: from there on.
+      turned: True: rows of the file are columns of the parameter.
+    """
+    held = rest[1] if turned else rest[0]
+    first, last = max(start, held.start), min(start + len(rows), held.stop)
+    if first >= last:
         return
+    values = rows[first - start : last - start]
+    if turned:
+        columns = target[:, first - held.start : last - held.start]
+        _transpose_into(columns, values[:, rest[0]])
+    else:
+        target[first - held.start : last - held.start] = values[(slice(None), *rest[1:])]
+
+
+def _transpose_into(target: np.ndarray, values: np.ndarray) -> None:
+    """Assign `values.T`, several times faster: a few rows at a time, cast before they turn."""
     if target.dtype == values.dtype and target.itemsize in (2, 4):
         whole = np.dtype(f"u{target.itemsize}")  # numpy moves bfloat16 slower than integers
-        target, values = target.view(whole), values.T.view(whole).T
-    for start in range(0, values.shape[1], _TILE):
-        rows = values.T[start : start + _TILE].astype(target.dtype, copy=False)
-        target[:, start : start + _TILE] = rows.T
+        target, values = target.view(whole), values.view(whole)
+    for start in range(0, len(values), _TILE):
+        tile = values[start : start + _TILE].astype(target.dtype, copy=False)
+        target[:, start : start + _TILE] = tile.T

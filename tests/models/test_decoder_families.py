@@ -259,8 +259,12 @@ def test_gemma3_files_leave_out_what_transformers_assumes():
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "sliding layers scaled by 'linear' are not supported; default is",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1}},
+            "beta_fast of the rotary scaling must be positive, got -1.0",
+        ),
         ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
-        ({"query_pre_attn_scalar": -1}, "query_scalar must be positive, got -1.0"),
+        ({"query_pre_attn_scalar": -1}, "query_scalar must be positive and a float32, got -1.0"),
     ],
 )
 def test_what_gemma3_does_not_compute_is_refused(changes, message):
