@@ -1,6 +1,5 @@
 """Splits an encoder's parameters into those that learn and those that stay, and joins them."""
 
-
 import jax
 import jax.numpy as jnp
 

@@ -150,7 +150,10 @@ def test_quantised_tensors_come_back_nearly(tmp_path, quantization, error):
         ({"extra": {"blk.0.odd": np.ones(3, np.float32)}}, r"unexpected tensor blk\.0\.odd"),
         ({"architecture": "rwkv6"}, "architecture 'rwkv6'; supported GGUF architectures: llama"),
         ({"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "must hold 4 positive numbers"),
-        ({"scaling": gguf.RopeScalingType.YARN}, r"the metadata has no llama\.rope\.scaling\.factor"),
+        (
+            {"scaling": gguf.RopeScalingType.YARN},
+            r"the metadata has no llama\.rope\.scaling\.factor",
+        ),
         ({"pre": "poro-chat"}, "tokenizer 'gpt2' with pre-tokenizer 'poro-chat'; supported"),
     ],
 )
