@@ -44,6 +44,7 @@ class Flags:
         data: Folder with the trainer's `corpus.jsonl`.
         cache: Folder for the prepared corpus of this host; "" takes `cache` beside the data.
         encoder: The trainer's un-adapted encoder.
+        encoder_max_length: As the trainer's `--encoder_max_length`.
         fields: As the trainer's `--data_options.fields`.
         on_bad_row: As the trainer's `--data_options.on_bad_row`.
         encode_tokens: Tokens in a batch on this host's devices; 0: as the trainer.
@@ -57,6 +58,7 @@ class Flags:
     data: str
     cache: str = ""
     encoder: str = AdaptConfig().encoder
+    encoder_max_length: int = 0
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] = "stop"
     encode_tokens: int = 0
@@ -93,7 +95,7 @@ def _run(flags: Flags) -> int:
             fields={name.strip(): value.strip() for name, value in pairs},
             on_bad_row=flags.on_bad_row,
         )
-        encoder = load_encoder(flags.encoder)
+        encoder = load_encoder(flags.encoder, max_length=flags.encoder_max_length or None)
         # Sizes of batches and shards come with each job.
         task = corpus_task(encoder, corpus, encode_tokens=1024, rows_per_shard=512)
         devices = jax.local_devices()

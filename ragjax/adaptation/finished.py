@@ -88,7 +88,7 @@ def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
             f"{run.folder}: this run has two encoders (--retriever.train"
             f" {config.retriever.train}); export --what query_encoder and --what doc_encoder"
         )
-    encoder = load_encoder(config.encoder)
+    encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     names = ("shared",) if shared else ("query", "doc")
     towers: dict[str, Any] = dict.fromkeys(names, encoder.params)
     # Adapters, and layers that learn on top of frozen ones, are relative to the round before.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ragjax.data import Corpus, encode_texts, passage_text
+from ragjax.data import Corpus, buckets_up_to, encode_texts, passage_text
 from ragjax.data.corpus_cache import Passage
 from ragjax.models.encoder import TextEncoder
 from ragjax.models.inputs import Tokens
@@ -29,7 +29,7 @@ def corpus_task(
         corpus_fingerprint: of the corpus that token ids come from; "" takes that of `corpus`.
     """
     longest = encoder.max_length
-    buckets = tuple(length for length in DEFAULT_BUCKETS if length < longest) + (longest,)
+    buckets = buckets_up_to(longest, DEFAULT_BUCKETS)
     settings: dict[str, Any] = {
         "encode": encoder.encode,
         "documents": cast(Sequence[Any], corpus),  # read by index only

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ragjax.adaptation.config import RetrieverConfig
 from ragjax.adaptation.workspace import Workspace
-from ragjax.data import LengthBatch, Question, length_buckets, passage_text
+from ragjax.data import LengthBatch, Question, buckets_up_to, length_buckets, passage_text
 from ragjax.index import SearchResult
 from ragjax.losses import log_prob, log_prob_per_token, lsr_target, prob, prob_per_token
 from ragjax.models.inputs import LMBatch
@@ -127,8 +127,9 @@ def target_log_probs(
 
 def context_batches(workspace: Workspace, lengths: Sequence[int]) -> list[LengthBatch]:
     """Groups prompts of similar length into batches of about `score_tokens`, few static shapes."""
-    longest = workspace.prompts.max_context_length
-    buckets = [length for length in _CONTEXT_BUCKETS if length < longest] + [longest]
+    # A packed row holds targets too, and so may be longer than any context.
+    longest = max([workspace.prompts.max_context_length, *lengths])
+    buckets = buckets_up_to(longest, _CONTEXT_BUCKETS)
     return length_buckets(lengths, batch_tokens=workspace.config.score_tokens, buckets=buckets)
 
 

@@ -23,6 +23,7 @@ from ragjax.data import (
     PromptTemplate,
     Question,
     batch_rows,
+    buckets_up_to,
     encode_texts,
     passage_text,
     read_beir,
@@ -127,8 +128,7 @@ class Workspace:
 
     def buckets(self) -> tuple[int, ...]:
         """Returns the lengths, in tokens, that encoder inputs are padded to."""
-        longest = self.encoder.max_length
-        return tuple(length for length in EncodeOptions().buckets if length < longest) + (longest,)
+        return buckets_up_to(self.encoder.max_length, EncodeOptions().buckets)
 
 
 def tree_fingerprint(tree: Any) -> str:
@@ -160,7 +160,9 @@ def open_workspace(
         raise ValueError(f"--score_cache {config.score_cache}: no such file")
     dataset = _read_data(config, folder, report)
     questions = _choose_questions(config, dataset)
-    encoder = _in_compute_dtype(load_encoder(config.encoder), config)
+    encoder = _in_compute_dtype(
+        load_encoder(config.encoder, max_length=config.encoder_max_length or None), config
+    )
     lm = load_language_model(config.lm)
     _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
     _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)

@@ -101,6 +101,22 @@ def length_buckets(
     return batches
 
 
+def buckets_up_to(longest: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> tuple[int, ...]:
+    """Returns lengths to pad to, the largest of them `longest`.
+
+    Above the given ones they grow by half, so that a text slightly longer than those is not padded
+    to the whole length of a long-context model.
+
+    Args:
+        longest: Tokens of the longest text that may come.
+        buckets: Lengths that suit the most texts, in rising order.
+    """
+    lengths = [length for length in buckets if length < longest]
+    while lengths and lengths[-1] * 3 // 2 < longest:
+        lengths.append(-(-lengths[-1] * 3 // 2 // 64) * 64)
+    return tuple(length for length in lengths if length < longest) + (longest,)
+
+
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_examples: int, batch_size: int) -> np.ndarray:
     """Returns the permutation of one epoch, int64 [N].

@@ -91,6 +91,11 @@ class BartConfig(Seq2SeqConfig):
             )
         )
 
+    @property
+    def position_limit(self) -> int | None:
+        """See `Seq2SeqConfig`."""
+        return self.max_positions
+
     def init_outer(self, side: str, key: Array) -> Params:
         """See `Seq2SeqConfig`."""
         shape = (self.max_positions + POSITION_OFFSET, self.hidden_size)
@@ -106,10 +111,11 @@ class BartConfig(Seq2SeqConfig):
         Raises:
             ValueError: There are more slots than positions.
         """
-        if side == ENCODER and embedded.shape[1] > self.max_positions:
+        if embedded.shape[1] > self.max_positions:  # the table would be read at its end, silently
+            what = "context" if side == ENCODER else "target"
             raise ValueError(
-                f"{embedded.shape[1]} tokens per context, but the model has {self.max_positions} "
-                "positions; use shorter contexts"
+                f"{embedded.shape[1]} tokens per {what}, but the model has {self.max_positions} "
+                f"positions; use shorter {what}s"
             )
         if self.scale_embedding:
             embedded = embedded * jnp.asarray(self.hidden_size**0.5, embedded.dtype)

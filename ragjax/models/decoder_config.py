@@ -282,6 +282,10 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
     ):
         if settings.get(name):
             raise ValueError(f"{name} = {settings[name]!r} is not supported; only null is")
+    if not settings.get("is_causal", True):
+        raise ValueError(
+            f"is_causal = {settings['is_causal']!r} is not supported; only causal attention is"
+        )
 
 
 def _parse_rotary(

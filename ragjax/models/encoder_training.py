@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from ragjax.models.nnx_trees import Params
 
 # What comes after the layers; everything else comes before them, or is not known to come after.
+# ModernBERT's norms before the attention are one stack of all layers: training those at the top
+# only would take the backward pass through all of them.
 _ABOVE = ("final_norm", "output", "projection")
 
 
@@ -13,6 +15,7 @@ def split_trainable(params: Params, num_layers: int | None) -> tuple[Params, Par
     """Separate the top layers and what follows them, which learn, from the rest.
 
     A gradient with respect to the first result costs no backward work below the layers in it.
+    ModernBERT's norms before the attention stay as they are.
 
     Args:
       params: parameters of a text encoder; the layers in one stack or several.

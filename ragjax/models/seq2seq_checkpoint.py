@@ -106,8 +106,7 @@ def _choose_embedding(
             )
     if found:
         names[_EMBEDDING] = found[0]
-        if not config.tie_embeddings:
-            # transformers 5 ties what was trained from scratch, and stores one of the two.
+        if getattr(config, "unembedding_may_be_shared", False):
             names.setdefault(_UNEMBEDDING, found[0])
 
 

@@ -24,8 +24,10 @@ def parse_config(config: Mapping[str, Any]) -> T5Config:
         ValueError: A field is missing, is not of its type, or asks for what is not supported.
     """
     gated, activation = _feed_forward(str(config.get("feed_forward_proj", "relu")))
-    # transformers 5 stores the scaling apart, and says that every model is tied.
-    tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
+    # transformers 5 stores the scaling apart, and says that every model is tied: then the file of
+    # one that is not scaled has an unembedding only where it differs from the embedding table.
+    tied_table = config.get("tie_word_embeddings") is not False
+    tied = bool(config.get("scale_decoder_outputs", tied_table))
     layers = integer_field(config, "num_layers", most=MAX_LAYERS)
     pad = token_id(config, "pad_token_id", 0)
     return T5Config(
@@ -46,7 +48,8 @@ def parse_config(config: Mapping[str, Any]) -> T5Config:
         decoder_start_id=token_id(config, "decoder_start_token_id", pad) or 0,
         gated=gated,
         activation=activation,
-        tie_embeddings=bool(tied),
+        tie_embeddings=tied,
+        unembedding_may_be_shared=tied_table and not tied,
     )
 
 

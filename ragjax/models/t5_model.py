@@ -11,7 +11,7 @@ References:
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class T5Config(Seq2SeqConfig):
         layer_norm_eps: Added to the mean square before the root.
         tie_embeddings: True: the unembedding is the embedding table, and the decoder's output is
             scaled by 1/√hidden_size (T5 1.0). False: neither (T5 1.1, Flan-T5).
+        unembedding_may_be_shared: With `tie_embeddings=False`: where the file has no unembedding,
+            it is equal to the embedding table. Matters for reading files alone.
     """
 
     head_dim: int
@@ -55,6 +57,8 @@ class T5Config(Seq2SeqConfig):
     num_buckets: int = 32
     max_distance: int = 128
     layer_norm_eps: float = 1e-6
+    # Says nothing about the model that was read: equal models are equal, whatever wrote them.
+    unembedding_may_be_shared: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuses sizes that no T5 can have.

@@ -1,11 +1,15 @@
 """Loads tokenizers as plain `tokenizers.Tokenizer`, with truncation and padding switched off."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, normalizers
 
 from ragjax.models.config import read_json
+
+logger = logging.getLogger(__name__)
 
 _OLD_VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -26,22 +30,52 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
       vocab_size: rows of the model's embedding table.
 
     Returns:
-      The tokenizer; it neither truncates nor pads.
+      The tokenizer; it neither truncates nor pads. Tokens that were added to its vocabulary and
+      that the model has no embedding for are left out; a log line names them.
 
     Raises:
       FileNotFoundError: no tokenizer in the folder.
-      ValueError: it cannot be read, or has ids that the model has no embedding for.
+      ValueError: it cannot be read, its vocabulary has ids that the model has no embedding for, or
+        it puts a token without an embedding around each text.
     """
     path = folder / "tokenizer.json"
     tokenizer = _read_tokenizer(path) if path.is_file() else _convert_tokenizer(folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if largest >= vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has ids up to {largest}, but the model has embeddings for "
             f"{vocab_size} tokens (ids below {vocab_size}); the two do not belong together"
         )
+    return _without_added_tokens(tokenizer, vocab_size, folder)
+
+
+def _without_added_tokens(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> Tokenizer:
+    """Leave out the added tokens with ids from `vocab_size` on, so that no text produces one."""
+    added = tokenizer.get_added_tokens_decoder()
+    dropped = {index: str(token) for index, token in added.items() if index >= vocab_size}
+    if not dropped:
+        return tokenizer
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < vocab_size]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    # What is put around a text names its tokens by id, which need not exist.
+    for texts in (("a",), ("a", "a")):
+        for index in tokenizer.encode(*texts).ids:
+            if index >= vocab_size:
+                raise ValueError(
+                    f"{folder}: the tokenizer puts {dropped.get(index, '')!r} (id {index}) around "
+                    f"each text, but the model has embeddings for {vocab_size} tokens (ids below "
+                    f"{vocab_size}); the two do not belong together"
+                )
+    listed = ", ".join(f"{token!r} ({index})" for index, token in sorted(dropped.items())[:5])
+    logger.warning(
+        "%s: added tokens without an embedding in the model are left out of the tokenizer: %s%s",
+        folder,
+        listed,
+        f" and {len(dropped) - 5} more" if len(dropped) > 5 else "",
+    )
     return tokenizer
 
 
@@ -72,7 +106,9 @@ def choose_pad_token(tokenizer: Tokenizer, folder: Path, config: dict[str, Any])
             return PadToken(pad_id, name, declared=True)
     for field in ("pad_token_id", "eos_token_id"):
         pad_id = config.get(field)
-        if isinstance(pad_id, int) and (name := tokenizer.id_to_token(pad_id)) is not None:
+        if not isinstance(pad_id, int) or pad_id < 0:  # some Llama models say -1 for none
+            continue
+        if (name := tokenizer.id_to_token(pad_id)) is not None:
             return PadToken(pad_id, name, declared=field == "pad_token_id")
     return PadToken(0, tokenizer.id_to_token(0) or "", declared=False)
 

@@ -200,3 +200,10 @@ def test_the_ensemble_nll_is_the_marginal_over_documents(workspace, teacher, tmp
     probabilities = np.exp([plain_score(workspace, question, doc) / 1.0 for doc in (7, 9)])
     expected = -np.log(weights @ probabilities) / length
     assert answer.nll == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_packed_row_may_be_longer_than_any_context(workspace):
+    # It holds the targets too: a prompt that fills the model still finds a bucket.
+    longest = workspace.prompts.max_context_length + workspace.config.prompt.answer_tokens
+    batches = teacher_module.context_batches(workspace, [longest, 40])
+    assert [(batch.rows.tolist(), batch.length) for batch in batches] == [([0], longest), ([1], 64)]

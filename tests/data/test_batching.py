@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.data import batch_rows, length_buckets, num_steps
+from ragjax.data import batch_rows, buckets_up_to, length_buckets, num_steps
 from ragjax.data.batching import _permutation
 
 SIZES = {"num_examples": st.integers(1, 60), "batch_size": st.integers(1, 40)}
@@ -96,6 +96,20 @@ def test_length_buckets_cover_exactly_with_few_shapes(lengths, batch_tokens, buc
     assert [batch.length for batch in batches] == sorted(
         (batch.length for batch in batches), reverse=True
     )
+
+
+@given(st.integers(1, 40_000), st.sampled_from([(16, 64, 512), (8,), (100, 300)]))
+def test_buckets_above_the_given_ones_grow_by_half(longest, given_buckets):
+    buckets = buckets_up_to(longest, given_buckets)
+    assert buckets[-1] == longest and list(buckets) == sorted(set(buckets))
+    below = [bucket for bucket in given_buckets if bucket < longest]
+    assert list(buckets[: len(below)]) == below
+    above = [b for b in buckets if b >= given_buckets[-1]]
+    # A text is padded to at most half of its length more, and to whole blocks of 64.
+    assert all(
+        after <= before * 3 // 2 + 64 for before, after in zip(above, above[1:], strict=False)
+    )
+    assert len(buckets) <= len(given_buckets) + 22
 
 
 def test_length_buckets_refusals():

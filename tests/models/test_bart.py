@@ -1,6 +1,7 @@
 """BART against PyTorch with the same weights."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from seq2seq_reference import (
@@ -15,6 +16,7 @@ from seq2seq_reference import (
     torch_parameter_count,
 )
 
+from ragjax.models import LMBatch
 from ragjax.models.bart import FAMILY, format_config, parse_config
 from ragjax.models.testing_seq2seq import tiny_seq2seq, tiny_seq2seq_config
 
@@ -110,3 +112,18 @@ def test_a_context_longer_than_the_positions_is_refused(rng):
     batch = make_batch(rng, vocab_size=256)
     with pytest.raises(ValueError, match="11 tokens per context, but the model has 8 positions"):
         jax.eval_shape(lambda: FAMILY.token_log_probs(config, lm.params, batch))
+
+
+def test_a_target_longer_than_the_positions_is_refused(rng):
+    lm = tiny_seq2seq(family="bart")
+    config = tiny_seq2seq_config("bart", max_positions=4)
+    ids = jnp.asarray(rng.integers(0, 256, (2, 4)), jnp.int32)
+    mask = jnp.ones((2, 4), bool)
+    long = jnp.asarray(rng.integers(0, 256, (2, 5)), jnp.int32)
+    batch = LMBatch(ids, mask, long, jnp.ones((2, 5), bool))
+    with pytest.raises(ValueError, match="5 tokens per target, but the model has 4 positions"):
+        jax.eval_shape(lambda: FAMILY.token_log_probs(config, lm.params, batch))
+    decoder = FAMILY.make_decoder(config)
+    with pytest.raises(ValueError, match=r"room for 5 tokens .* the model has 4 positions"):
+        jax.eval_shape(lambda: decoder.prefill(lm.params, ids, mask, cache_length=8))
+    assert jax.eval_shape(lambda: decoder.prefill(lm.params, ids, mask, cache_length=7))

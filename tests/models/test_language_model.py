@@ -105,12 +105,54 @@ def test_a_missing_pad_token_is_chosen_and_said(folder, caplog):
     assert "no pad token declared; rows are filled with '<|end|>' (masked)" in caplog.text
 
 
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder):
+@pytest.mark.parametrize("declared_by", ["tokenizer_config.json", "config.json"])
+def test_added_tokens_without_an_embedding_are_left_out(folder, caplog, declared_by):
+    """As in Gemma 3 1B (`<image_soft_token>`) and copies of Llama 2 (`<pad>`)."""
+    expected = load_language_model(str(folder)).tokenizer
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens(["one more"])
+    tokenizer.add_special_tokens(["<image>", "<padding>"])
+    tokenizer.add_tokens(["word"])
+    assert tokenizer.encode("<image>word").ids == [258, 260]
     tokenizer.save(str(folder / "tokenizer.json"))
+    if declared_by == "config.json":
+        change(folder / "config.json", pad_token_id=259)
+    else:
+        change(folder / "config.json", pad_token_id="absent")
+        change(folder / "tokenizer_config.json", pad_token="<padding>")
+    model = load_language_model(str(folder))
+    text = "an <image> of a word<padding><|end|>"
+    assert model.tokenizer.encode(text).ids == expected.encode(text).ids
+    assert model.tokenizer.get_vocab() == expected.get_vocab()
+    assert model.pad_id == 256  # the end: what was left out fills no rows
+    notes = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(notes) == 1
+    assert notes[0].endswith(": '<image>' (258), '<padding>' (259), 'word' (260)")
+    assert "\n" not in notes[0]
+
+
+def test_a_vocabulary_larger_than_the_embeddings_is_refused(folder):
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["more"] = 258
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="ids up to 258, but the model has embeddings for 258"):
         load_language_model(str(folder))
+
+
+@pytest.mark.parametrize("pair", ["$A $B", "$A <first> $B"])
+def test_a_token_without_an_embedding_around_each_text_is_refused(folder, pair):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<first>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A" if "<" in pair else "<first> $A", pair=pair, special_tokens=[("<first>", 258)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"puts '<first>' \(id 258\) .* embeddings for 258"):
+        load_language_model(str(folder))
+
+
+def test_a_negative_pad_token_is_none(folder):
+    change(folder / "config.json", pad_token_id=-1)
+    assert load_language_model(str(folder)).pad_id == 256
 
 
 @pytest.mark.parametrize(

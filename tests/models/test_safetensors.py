@@ -1,6 +1,11 @@
 """Reading safetensors folders, and the strict key table."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -142,6 +147,35 @@ def test_pytorch_files_alone_get_a_conversion_hint(tmp_path, name):
     (tmp_path / name).write_bytes(b"pickle")
     with pytest.raises(FileNotFoundError, match=f"only PyTorch weights .{name}.*convert with"):
         read_safetensors(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_conversion_hint_works_when_pasted(tmp_path):
+    """On shards, tensors that share memory, and a folder name that a shell would split."""
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    folder = tmp_path / "a model's folder"
+    folder.mkdir()
+    table = torch.arange(6.0).reshape(2, 3)
+    first = {"shared.weight": table, "lm_head.weight": table, "turned.weight": table.T}
+    second = {"half": table.bfloat16()[1:], "positions": torch.arange(4)}
+    torch.save(first, folder / "pytorch_model-00001-of-00002.bin")
+    torch.save(second, folder / "pytorch_model-00002-of-00002.bin")
+    torch.save({"a": 1}, folder / "optimizer.bin")
+    with pytest.raises(FileNotFoundError, match="only PyTorch weights .pytorch_model-") as raised:
+        read_safetensors(folder)
+    command = re.search("convert with `(.*)`$", str(raised.value))[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(command, shell=True, check=True, env=os.environ | {"PATH": path})
+    found = read_safetensors(folder)
+    expected = first | second
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert str(tensor.dtype) == f"torch.{found[name].dtype}"
+        np.testing.assert_array_equal(
+            np.asarray(found[name]).astype(np.float32), tensor.float().numpy()
+        )
+    # transformers asks for it.
+    assert b'"format":"pt"' in (folder / "model.safetensors").read_bytes()[:300]
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

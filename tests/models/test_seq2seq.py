@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from seq2seq_reference import make_batch, right_padded, torch_log_probs
 from tokenizers import Tokenizer
 
@@ -271,12 +272,26 @@ def test_copies_of_the_embedding_must_agree(two):
         two.family.load_params(two.config, other, source="memory")
 
 
-def test_an_untied_model_stored_once_is_filled_twice():
+def test_an_unscaled_model_that_transformers_5_tied_is_filled_twice():
     model = tiny_seq2seq(family="flan-t5")
+    settings = model.family.format_config(model.config)
+    settings |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+    config = model.family.parse_config(settings)
+    assert config == model.config
     tensors = saved(model)
-    table = tensors.pop("lm_head.weight") * 0 + tensors["shared.weight"]
-    params = model.family.load_params(model.config, tensors, source="memory")
-    np.testing.assert_array_equal(params["unembed"]["kernel"], table.T)
+    params = model.family.load_params(config, tensors, source="memory")  # has its own: kept
+    np.testing.assert_array_equal(params["unembed"]["kernel"], tensors.pop("lm_head.weight").T)
+    params = model.family.load_params(config, tensors, source="memory")
+    np.testing.assert_array_equal(params["unembed"]["kernel"], tensors["shared.weight"].T)
+
+
+def test_a_lost_unembedding_is_not_replaced_by_the_embedding(tmp_path):
+    write_tiny_seq2seq(tmp_path, family="flan-t5")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing tensor lm_head\.weight"):
+        load_language_model(str(tmp_path))
 
 
 def test_a_missing_tensor_is_named(two):
