@@ -51,6 +51,12 @@ def tokenizer_files(
         "clean_up_tokenization_spaces": False,
     }
     config |= {name: base.tokenizer_config[name] for name in _KEPT if name in base.tokenizer_config}
+    if more := config.get("additional_special_tokens"):
+        # transformers would add those that the tokenizer lacks, without an embedding for them.
+        known = [
+            token for token in more if tokenizer.token_to_id(_content(token) or "") is not None
+        ]
+        config["additional_special_tokens"] = known
     config |= special
     files = {}
     if base.chat_template:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ragjax.models.safetensors_files import conversion_command
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
@@ -23,3 +25,8 @@ def test_models_of_ones_own_plug_in_without_subclassing():
     losses, hits = zip(*[(float(loss), float(hit)) for loss, hit in steps], strict=True)
     assert losses[0] > 5 and losses[-1] < 0.5
     assert hits[0] < 0.3 and hits[-1] > 0.9
+
+
+def test_the_conversion_on_the_page_is_the_one_that_messages_name():
+    page = (DOCS / "models.rst").read_text("utf-8")
+    assert f"   $ {conversion_command('FOLDER')}\n" in page

@@ -336,7 +336,7 @@ def test_hf_prefix_forces_the_hub(monkeypatch, tmp_path, models):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["config.json", "pytorch_model.bin"], "no safetensors in the repository .*convert"),
+        (["config.json", "pytorch_model.bin"], "no safetensors in the repository; .*convert"),
         (["README.md", "small.Q4.gguf"], "only GGUF files; give one .* org/name/small.Q4.gguf"),
     ],
 )

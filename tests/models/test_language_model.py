@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, processors
 
 from ragjax.models import load_language_model
 from ragjax.models.decoder_config import DecoderConfig, parse_huggingface_config
+from ragjax.models.export_base import read_base
+from ragjax.models.export_tokenizer import tokenizer_files
 from ragjax.models.testing_language_model import (
     tiny_decoder_config,
     tiny_language_model,
@@ -128,6 +130,24 @@ def test_added_tokens_without_an_embedding_are_left_out(folder, caplog, declared
     assert len(notes) == 1
     assert notes[0].endswith(": '<image>' (258), '<padding>' (259), 'word' (260)")
     assert "\n" not in notes[0]
+
+
+def test_tokens_left_out_are_not_exported():
+    base = read_base("no such folder")._replace(
+        tokenizer_config={
+            "pad_token": "<image>",
+            "additional_special_tokens": [
+                "<|end|>",
+                {"content": "<image>"},
+                {"content": "<|end|>"},
+            ],
+        }
+    )
+    tokenizer = tiny_language_model().tokenizer
+    files = tokenizer_files(tokenizer, base, tokens={}, max_length=8)
+    assert "<image>" not in "".join(files.values())
+    kept = json.loads(files["tokenizer_config.json"])["additional_special_tokens"]
+    assert kept == ["<|end|>", {"content": "<|end|>"}]
 
 
 def test_a_vocabulary_larger_than_the_embeddings_is_refused(folder):
