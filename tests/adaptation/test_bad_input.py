@@ -158,7 +158,8 @@ def test_b17_pytorch_files_only_says_how_to_convert(refuse, tiny_inputs, tmp_pat
     folder = copy(tiny_inputs["lm"], tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     message = refuse(lm=str(folder))
-    assert "pytorch_model.bin" in message and "save_pretrained" in message
+    assert "pytorch_model.bin" in message
+    assert "weights_only=True" in message and "save_file" in message
 
 
 def test_b18_tensors_that_are_missing_are_named(refuse, tiny_inputs, tmp_path):

@@ -243,8 +243,13 @@ def test_a_folder_hands_on_its_settings_and_licence(tmp_path, source):
     assert not (tmp_path / "out" / "modeling_x.py").exists()
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
+
+
+def test_transformers_renders_the_chat_template(tmp_path, source):
+    pytest.importorskip("jinja2", reason="transformers renders templates with it")
     import transformers
 
+    export_language_model(load_language_model(str(source)), tmp_path / "out")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     talk = [{"role": "user", "content": "hello"}]
     assert loaded.apply_chat_template(talk, tokenize=False) == "hello"
