@@ -4,10 +4,9 @@
     python experiments/export.py --run runs/adapt --what language_model --output export/lm
     python experiments/export.py --source model.gguf --what language_model --output export/lm
 
-An encoder becomes a sentence-transformers folder (sentence-transformers, transformers, TEI, vLLM),
-a language model a transformers folder (transformers, vLLM). Nothing is overwritten; the folder
-appears when every tensor has been read back and found equal, bit for bit. MiniLM-L6-v2 takes about
-10 seconds, SmolLM2-135M about 30.
+An encoder becomes a sentence-transformers folder in the layout that its old versions read
+too, a language model a transformers folder. Nothing is overwritten; the folder
+appears when every tensor has been read back and found equal, bit for bit.
 """
 
 import logging

@@ -340,7 +340,7 @@ def _parse_windows(
     else:
         first = int(settings.get("max_window_layers", 28))
         layers = tuple(layer >= first for layer in range(num_layers))
-    return (int(window), layers) if any(layers) else (None, ())  # pyrefly: ignore[bad-argument-type]
+    return (int(window), layers) if any(layers) else (None, ())  # pyrefly: ignore[bad-argument-type]  (set)
 
 
 def _format_windows(config: DecoderConfig) -> dict[str, Any]:

@@ -279,7 +279,7 @@ def _parse_yarn(parameters: Mapping[str, Any], max_positions: int) -> RotaryScal
         scales = (parameters.get("mscale"), parameters.get("mscale_all_dim"))
         attention_factor = yarn_attention_factor(factor)
         if all(scales):
-            above, below = (yarn_attention_factor(factor, float(scale)) for scale in scales)  # pyrefly: ignore[bad-argument-type]
+            above, below = (yarn_attention_factor(factor, float(scale)) for scale in scales)  # pyrefly: ignore[bad-argument-type]  (both set)
             attention_factor = above / below
     return YarnScaling(
         factor=factor,

@@ -6,7 +6,7 @@ embeddings = jax.jit(encoder.encode)(encoder.params, tokens)  # [B, D] float32
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ragjax.models.inputs import Tokens
 from ragjax.models.nnx_trees import Params, abstract, cast_floats, merge
 from ragjax.models.pooling import POOLINGS as POOLINGS
 from ragjax.models.pooling import Pool, concatenated, pooling_modes
-from ragjax.models.safetensors import apply_key_table, read_safetensors
+from ragjax.models.safetensors import apply_key_table, read_safetensors, renamed
 from ragjax.models.sentence_transformers import Recipe, known_prompts, read_recipe
 from ragjax.models.streaming import loading_as
 from ragjax.models.tokenizers import choose_pad_token, load_tokenizer, lowercased
@@ -305,28 +305,12 @@ def _read_params(folder: Path, family: EncoderFamily, config: Any) -> Params:
         if (other := names.setdefault(family.canonical_key(name), name)) != name:
             raise ValueError(f"{folder}: tensors {other} and {name} are the same parameter twice")
     return apply_key_table(
-        _Renamed(names, tensors),
+        renamed(names, tensors),
         family.key_table(config),
         target,
         ignored=family.ignored_keys,
         source=folder,
     )
-
-
-class _Renamed(Mapping[str, Any]):
-    """Tensors under other names, still read one at a time."""
-
-    def __init__(self, names: Mapping[str, str], tensors: Mapping[str, Any]):
-        self._names, self._tensors = names, tensors
-
-    def __getitem__(self, name: str) -> Any:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Any:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _pooling(asked: str | None, recipe: Recipe, family: EncoderFamily, source: str) -> str:

@@ -1,7 +1,7 @@
 """Exports models to folders that other programs serve from.
 
-export_encoder(encoder, "out/encoder", params=trained)          # sentence-transformers, TEI, vLLM
-export_language_model(lm, "out/lm", params=trained, dtype="bfloat16")   # transformers, vLLM
+export_encoder(encoder, "out/encoder", params=trained)          # sentence-transformers
+export_language_model(lm, "out/lm", params=trained, dtype="bfloat16")   # transformers
 
 A folder appears whole, by one rename, after every tensor was read back and found equal, bit for
 bit, to what was to be written.
@@ -39,8 +39,7 @@ def export_encoder(
 ) -> Exported:
     """Write a text encoder as a sentence-transformers folder.
 
-    The layout is the one that all versions of sentence-transformers read, and transformers, TEI
-    and vLLM.
+    The layout is the old one, which sentence-transformers still reads, and transformers.
 
     Args:
       encoder: architecture, tokenizer, pooling and prompts.

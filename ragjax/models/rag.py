@@ -24,8 +24,7 @@ from ragjax.models.encoder import TextEncoder, build_encoder
 from ragjax.models.hub import resolve_source
 from ragjax.models.language_model import LanguageModel, added_ids, build_encoder_decoder
 from ragjax.models.nnx_trees import abstract
-from ragjax.models.safetensors import apply_key_table, read_safetensors
-from ragjax.models.seq2seq_checkpoint import renamed
+from ragjax.models.safetensors import apply_key_table, read_safetensors, renamed
 from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
 
 _QUESTION_ENCODER, _GENERATOR = "question_encoder.", "generator."

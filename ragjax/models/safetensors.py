@@ -231,3 +231,29 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
+
+
+def renamed(names: Mapping[str, str], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return tensors under other names, still read one at a time.
+
+    Args:
+      names: New name to the name in `tensors`.
+      tensors: Those of a file; what `names` leaves out is not in the result.
+    """
+    return _Renamed(names, tensors)
+
+
+class _Renamed(Mapping[str, Any]):
+    """Tensors under other names, still read one at a time."""
+
+    def __init__(self, names: Mapping[str, str], tensors: Mapping[str, Any]) -> None:
+        self._names, self._tensors = names, tensors
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,14 +1,13 @@
 """Fills the parameters of an encoder-decoder model from a Hugging Face folder, and names them."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from ragjax.models.safetensors import KeyRule, apply_key_table, named_tensors, transpose
+from ragjax.models.safetensors import KeyRule, apply_key_table, named_tensors, renamed, transpose
 from ragjax.models.seq2seq import Params, Seq2SeqConfig, init_params
 from ragjax.models.seq2seq_training import join_layers
 
@@ -108,29 +107,3 @@ def _choose_embedding(
         names[_EMBEDDING] = found[0]
         if getattr(config, "unembedding_may_be_shared", False):
             names.setdefault(_UNEMBEDDING, found[0])
-
-
-def renamed(names: Mapping[str, str], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns tensors under other names, still read one at a time.
-
-    Args:
-        names: New name to the name in `tensors`.
-        tensors: Those of a file; what `names` leaves out is not in the result.
-    """
-    return _Renamed(names, tensors)
-
-
-class _Renamed(Mapping[str, Any]):
-    """Tensors under other names, still read one at a time."""
-
-    def __init__(self, names: Mapping[str, str], tensors: Mapping[str, Any]) -> None:
-        self._names, self._tensors = names, tensors
-
-    def __getitem__(self, name: str) -> Any:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

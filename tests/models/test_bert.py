@@ -60,7 +60,7 @@ def params(rng):
 
 def run(config, params, tokens):
     graphdef, _ = abstract(lambda: Bert(config, rngs=nnx.Rngs(0)))
-    encode = lambda params, tokens: merge(graphdef, params)(tokens)  # noqa: E731
+    encode = lambda params, tokens: merge(graphdef, params)(tokens)  # noqa: E731  (closes over the structure)
     return jax.jit(encode, compiler_options=QUICK)(params, tokens)
 
 

@@ -358,7 +358,7 @@ def test_a_window_hides_what_lies_before_it(family, rng):
     model = tiny_language_model(family=family)
     window = model.config.sliding_window
     one_layer = DecoderConfig(
-        **{**vars(model.config), "num_layers": 1, "sliding_layers": (True,)}  # pyrefly: ignore
+        **{**vars(model.config), "num_layers": 1, "sliding_layers": (True,)}  # pyrefly: ignore  (untyped)
     )
     params = decoder.init_params(one_layer, jax.random.key(0))
     ids = rng.integers(0, 258, (1, 12)).astype(np.int32)

@@ -1,60 +1,22 @@
 """How an encoder computes and what is put around it: options, truncation, prefixes, DPR as BERT."""
 
 import dataclasses
-import json
 import logging
-import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoder_folders import QUICK, edit_json, embed, tokenize
 
-from ragjax.models import Tokens, load_encoder
+from ragjax.models import load_encoder
 from ragjax.models.encoder import build_encoder, with_options
 from ragjax.models.encoder_as_bert import as_bert
-from ragjax.models.testing import tiny_encoder, write_tiny_encoder
+from ragjax.models.testing import tiny_encoder
 from ragjax.models.testing_encoder import random_params
 
 TEXTS = ["a first text", "a second, longer text", "three"]
 BGE = "Represent this sentence for searching relevant passages: "
-# The models are tiny: compiling them takes far longer than running them.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def tokenize(encoder, texts):
-    rows = [encoder.tokenizer.encode(text).ids for text in texts]
-    # Truncate as BERT does: keep the last token, the separator.
-    limit = encoder.max_length
-    rows = [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
-    length = max(len(row) for row in rows)
-    ids = np.full((len(rows), length), encoder.pad_id, np.int32)
-    mask = np.zeros(ids.shape, bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, True
-    return Tokens(jnp.asarray(ids), jnp.asarray(mask))
-
-
-def embed(encoder, texts):
-    run = jax.jit(encoder.encode, compiler_options=QUICK)
-    return np.asarray(run(encoder.params, tokenize(encoder, texts)))
-
-
-def edit_json(path, **fields):
-    value = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(value | fields))
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    return write_tiny_encoder(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture
-def folder(tiny_folder, tmp_path):
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
 
 
 @pytest.mark.slow

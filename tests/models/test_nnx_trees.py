@@ -80,7 +80,7 @@ def saved_bytes(remat, length=64):
 @pytest.mark.slow
 def test_rematerialisation_keeps_less_and_has_the_same_gradient():
     def gradient(remat):
-        loss = lambda p: (merge(GRAPHDEF, p)(HIDDEN, remat=remat) ** 2).sum()  # noqa: E731
+        loss = lambda p: (merge(GRAPHDEF, p)(HIDDEN, remat=remat) ** 2).sum()  # noqa: E731  (closes over the case)
         return jax.jit(jax.grad(loss))(PARAMS)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
