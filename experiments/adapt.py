@@ -25,7 +25,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import tyro
 
-from ragjax.adaptation.config import AdaptConfig, load_config_file, to_dict
+from ragjax.adaptation.config import AdaptConfig
+from ragjax.adaptation.config_files import load_config_file, to_dict
 from ragjax.adaptation.run import adapt, check_output, dry_run
 from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
 from ragjax.refresh.lock import RunLock

@@ -41,9 +41,9 @@ from ragjax.adaptation.config import (
     AdaptConfig,
     DataConfig,
     LMConfig,
-    RefreshConfig,
     RetrieverConfig,
 )
+from ragjax.adaptation.config_refresh import RefreshConfig
 from ragjax.adaptation.live import open_labelled, workspace_task
 from ragjax.adaptation.stages import tower_params, train_retriever
 from ragjax.adaptation.workspace import Workspace, open_workspace

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ragjax.adaptation.config import AdaptConfig, from_dict, to_dict
+from ragjax.adaptation.config import AdaptConfig
+from ragjax.adaptation.config_files import from_dict, to_dict
 from ragjax.adaptation.parts import lm_parts, retriever_parts, whole_towers
 from ragjax.models.encoder import TextEncoder, load_encoder
 from ragjax.models.language_model import LanguageModel, load_language_model
@@ -61,7 +62,7 @@ def open_run(folder: Path) -> FinishedRun:
         values = json.loads(path.read_text("utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of a run ({error})") from error
-    return FinishedRun(folder, from_dict(values, path), _read_metrics(folder))
+    return FinishedRun(folder, from_dict(AdaptConfig(), values, path), _read_metrics(folder))
 
 
 def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from ragjax.adaptation.config import RefreshConfig
+from ragjax.adaptation.config_refresh import RefreshConfig
 from ragjax.adaptation.parts import retriever_parts, whole_towers
 from ragjax.adaptation.refresh import corpus_task
 from ragjax.adaptation.retrieval import Retriever, live_search

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ragjax.adaptation.config import AdaptConfig, fingerprint, to_dict
+from ragjax.adaptation.config import AdaptConfig, fingerprint
+from ragjax.adaptation.config_files import to_dict
 from ragjax.adaptation.estimate import duration, estimate_cost
 from ragjax.adaptation.evaluate import System, evaluate_systems, write_results
 from ragjax.adaptation.live import gold_sets, train_live

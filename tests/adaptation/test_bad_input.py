@@ -237,7 +237,8 @@ def test_b29_a_folder_with_something_else_is_left_alone(refuse, tmp_path):
 
 
 def test_b29_a_run_with_other_options_is_not_overwritten(refuse, script, tiny_inputs, tmp_path):
-    from ragjax.adaptation.config import AdaptConfig, fingerprint, to_dict
+    from ragjax.adaptation.config import AdaptConfig, fingerprint
+    from ragjax.adaptation.config_files import to_dict
 
     config = AdaptConfig(**tiny_inputs, seed=1)
     output = tmp_path / "run"

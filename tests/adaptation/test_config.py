@@ -7,8 +7,8 @@ from ragjax.adaptation.config import (
     LMConfig,
     RetrieverConfig,
     fingerprint,
-    load_config_file,
 )
+from ragjax.adaptation.config_files import load_config_file
 
 
 def write(tmp_path, name, text):

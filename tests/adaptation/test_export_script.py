@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from ragjax.adaptation.answers import Answer, Request, answer_requests
-from ragjax.adaptation.config import AdaptConfig, from_dict, to_dict
+from ragjax.adaptation.config import AdaptConfig
+from ragjax.adaptation.config_files import from_dict, to_dict
 from ragjax.adaptation.finished import adapted_encoder, adapted_language_model, open_run
 from ragjax.adaptation.teacher import Teacher
 from ragjax.adaptation.workspace import open_workspace
@@ -232,7 +233,7 @@ def test_any_model_is_exported_without_a_run(export, tiny_inputs, tmp_path, caps
 
 def test_options_come_back_from_a_run_as_they_were(tmp_path):
     config = AdaptConfig(stages=("lm",), seed=3, score_cache="x")
-    assert from_dict(to_dict(config), tmp_path / "config.json") == config
+    assert from_dict(AdaptConfig(), to_dict(config), tmp_path / "config.json") == config
 
 
 def test_open_run_reads_what_adapt_writes(tmp_path):

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from ragjax.adaptation import stages
-from ragjax.adaptation.config import AdaptConfig, RefreshConfig, RetrieverConfig, fingerprint
+from ragjax.adaptation.config import AdaptConfig, RetrieverConfig, fingerprint
+from ragjax.adaptation.config_refresh import RefreshConfig
 from ragjax.adaptation.estimate import estimate_cost
 from ragjax.adaptation.live import open_labelled, open_refresher, refresh_options, workspace_task
 from ragjax.adaptation.stages import labelled_lessons, tower_params, train_retriever
