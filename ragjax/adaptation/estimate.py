@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ragjax.adaptation.config import LMConfig, RetrieverConfig
+from ragjax.adaptation.config import LearningConfig
 from ragjax.adaptation.parts import lm_parts, retriever_parts
 from ragjax.adaptation.stages import retriever_steps, tower_params
 from ragjax.adaptation.teacher import context_batches
@@ -27,20 +27,20 @@ from ragjax.refresh import (
 # Work of a training step in forward passes. The encoder: one forward, one again for its chunks and
 # a backward that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the
 # backward of the layers that are trained.
-_ENCODER_FORWARDS, _ENCODER_BACKWARD = 2.0, 3.4
-_BACKWARD = 2.0
+ENCODER_FORWARDS, ENCODER_BACKWARD = 2.0, 3.4
+BACKWARD = 2.0
 # Of a backward pass, the half that goes to the weights' own gradients, which adapters do without.
 _ADAPTER_SHARE = 0.5
 # Generated tokens are read one at a time, which keeps the processor less busy than a prompt does.
-_DECODE_TOKEN = 3.0
+DECODE_TOKEN = 3.0
 # Distinct prompts with documents that a question brings to the evaluation, for each of the two
 # language models: systems often retrieve the same document first.
-_PROMPTS = 2.0
+PROMPTS = 2.0
 # Template and question; and a language model's tokens for one of the encoder's.
-_QUESTION_TOKENS = 28
-_LM_TOKENS = 1.15
-_COMPILE_SECONDS = 6.0
-_COMPILED_SHAPES = 12
+QUESTION_TOKENS = 28
+LM_TOKENS = 1.15
+COMPILE_SECONDS = 6.0
+COMPILED_SHAPES = 12
 _CALIBRATION_ROWS = 8
 
 
@@ -79,18 +79,18 @@ def estimate_cost(workspace: Workspace) -> Cost:
     Compiling for the measurement is not lost: the run uses the same shapes.
     """
     config = workspace.config
-    encode_rate = _encoder_rate(workspace)
-    score_rate = _lm_rate(workspace)
+    encode_rate = encoder_rate(workspace)
+    score_rate = lm_rate(workspace)
     lm, retriever, evaluation = config.language_model, config.retriever, config.evaluation
     train = len(workspace.questions["train"])
     answered = sum(bool(q.answers) for q in workspace.questions["test"])
     answered = min(answered, config.data_options.answer_questions)
     adapts_lm, adapts_retriever = "lm" in config.stages, "retriever" in config.stages
 
-    doc_tokens = _padded_tokens(workspace)
+    doc_tokens = padded_tokens(workspace)
     mean_doc = float(np.mean([len(ids) for ids in workspace.doc_ids]))
-    question = _QUESTION_TOKENS + config.prompt.answer_tokens
-    prompt = min(config.prompt.document_tokens, mean_doc * _LM_TOKENS) + question
+    question = QUESTION_TOKENS + config.prompt.answer_tokens
+    prompt = min(config.prompt.document_tokens, mean_doc * LM_TOKENS) + question
     rounds = retriever.rounds if adapts_retriever else 0
     taught = retriever.objective != "dpr"  # by the language model
     pairs = train * retriever.candidates * rounds if taught else 0
@@ -98,10 +98,10 @@ def estimate_cost(workspace: Workspace) -> Cost:
     teacher_tokens = pairs * prompt
     if workspace.lm.family.packed_token_log_probs is not None:
         teacher_tokens = _packed_tokens(pairs, len(workspace.doc_ids), prompt - question, question)
-    lm_backward = _backward(lm, workspace.lm.config, _BACKWARD)
-    encoder_backward = _backward(retriever, workspace.encoder.config, _ENCODER_BACKWARD)
-    answers = answered * _PROMPTS * (1 + adapts_lm)
-    decoded = _DECODE_TOKEN * evaluation.max_new_tokens
+    lm_backward = backward_forwards(lm, workspace.lm.config, BACKWARD)
+    encoder_backward = backward_forwards(retriever, workspace.encoder.config, ENCODER_BACKWARD)
+    answers = answered * PROMPTS * (1 + adapts_lm)
+    decoded = DECODE_TOKEN * evaluation.max_new_tokens
     per_answer = prompt + (evaluation.documents - 1) * config.prompt.document_tokens + decoded
     closed_book = answered * (1 + adapts_lm) * (question + decoded)
     longest = min(retriever.doc_tokens, max(map(len, workspace.doc_ids)))
@@ -111,9 +111,9 @@ def estimate_cost(workspace: Workspace) -> Cost:
         "encoding": doc_tokens * (1 + rounds) / encode_rate,
         "language model": lm_rows * prompt * (1 + lm_backward) / score_rate,
         "teacher": teacher_tokens / score_rate,
-        "retriever": lsr_tokens * (_ENCODER_FORWARDS + encoder_backward) / encode_rate,
+        "retriever": lsr_tokens * (ENCODER_FORWARDS + encoder_backward) / encode_rate,
         "evaluation": (answers * per_answer + closed_book) / score_rate,
-        "compiling": _COMPILE_SECONDS * _COMPILED_SHAPES,
+        "compiling": COMPILE_SECONDS * COMPILED_SHAPES,
     }
     disk = os.statvfs(workspace.folder)
     free_bytes = disk.f_bavail * disk.f_frsize
@@ -122,8 +122,8 @@ def estimate_cost(workspace: Workspace) -> Cost:
         steps = retriever_steps(retriever, train)
         step_seconds = (seconds["retriever"] + seconds["teacher"]) / steps
         rate = encode_rate * len(workspace.doc_ids) / doc_tokens
-        refresh = _forecast(workspace, steps, step_seconds, rate, free_bytes)
-        seconds["refreshes"] = _refreshes(refresh, steps) * refresh.refresh_seconds
+        refresh = forecast_refreshes(workspace, steps, step_seconds, rate, free_bytes)
+        seconds["refreshes"] = refreshes(refresh, steps) * refresh.refresh_seconds
     index_bytes = len(workspace.doc_ids) * workspace.encoder.embedding_size * 4 * (1 + rounds)
     # What learns and the optimiser's two moments of it, in each of two checkpoints.
     trained_lm = _trained_lm_bytes(workspace) * 3 * 2 if adapts_lm else 0
@@ -139,7 +139,7 @@ def estimate_cost(workspace: Workspace) -> Cost:
     )
 
 
-def _backward(config: LMConfig | RetrieverConfig, sizes: Any, whole: float) -> float:
+def backward_forwards(config: LearningConfig, sizes: Any, whole: float) -> float:
     """Returns the work of a backward pass in forward passes, given that of one through it all."""
     depth = config.train_layers / sizes.num_layers if config.train_layers else 1.0
     return depth * (whole * (_ADAPTER_SHARE if config.lora_rank else 1.0) + config.remat)
@@ -151,17 +151,17 @@ def _trained_lm_bytes(workspace: Workspace) -> int:
     def trained(params: Any) -> Any:
         return lm_parts(options, lm.family, params, seed=0).trainable
 
-    return _tree_bytes(jax.eval_shape(trained, lm.params))
+    return tree_bytes(jax.eval_shape(trained, lm.params))
 
 
 def _trained_tower_bytes(workspace: Workspace) -> int:
     def trained(towers: Any) -> Any:
         return retriever_parts(workspace.config.retriever, towers, seed=0).trainable
 
-    return _tree_bytes(jax.eval_shape(trained, tower_params(workspace)))
+    return tree_bytes(jax.eval_shape(trained, tower_params(workspace)))
 
 
-def _forecast(
+def forecast_refreshes(
     workspace: Workspace, steps: int, step_seconds: float, rate: float, free_bytes: int
 ) -> RefreshForecast:
     """Returns what keeping the index fresh costs; `rate` is in documents a second."""
@@ -180,13 +180,13 @@ def _forecast(
         steps_between=trigger.steps_between(steps),
         kept_generations=config.keep,
         bytes_per_value=4.0 if kind == "exact" else 8.5,
-        parameter_bytes=_tree_bytes(workspace.encoder.params),
+        parameter_bytes=tree_bytes(workspace.encoder.params),
         shared_device=not (config.devices or config.workers),
         free_bytes=free_bytes,
     )
 
 
-def _refreshes(forecast: RefreshForecast, steps: int) -> float:
+def refreshes(forecast: RefreshForecast, steps: int) -> float:
     """Returns the refreshes of a run that take time from its training."""
     if not forecast.shared_device:
         return 0.0
@@ -202,13 +202,14 @@ def _packed_tokens(pairs: int, documents: int, document: float, question: float)
     return touched * document + pairs * question
 
 
-def _padded_tokens(workspace: Workspace) -> int:
+def padded_tokens(workspace: Workspace) -> int:
+    """Returns the tokens of the whole corpus for the encoder, padding included."""
     buckets = np.asarray(workspace.buckets())
     lengths = np.asarray([len(ids) for ids in workspace.doc_ids])
     return int(buckets[np.searchsorted(buckets, lengths)].sum())
 
 
-def _encoder_rate(workspace: Workspace) -> float:
+def encoder_rate(workspace: Workspace) -> float:
     """Returns tokens encoded a second, from one batch in the length of most documents."""
     lengths = [len(ids) for ids in workspace.doc_ids]
     median = int(np.median(lengths))
@@ -222,7 +223,7 @@ def _encoder_rate(workspace: Workspace) -> float:
     return rows * length / _best_seconds(lambda: encode(workspace.encoder.params, tokens))
 
 
-def _lm_rate(workspace: Workspace) -> float:
+def lm_rate(workspace: Workspace) -> float:
     """Returns tokens scored a second, from one batch of typical prompts."""
     longest = workspace.prompts.max_context_length
     typical = min(workspace.config.prompt.document_tokens + 30, longest)
@@ -250,7 +251,8 @@ def _best_seconds(run: Callable[[], Any]) -> float:
     return float(np.mean(times))
 
 
-def _tree_bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes of all arrays of a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ragjax.adaptation.config import LMConfig, RetrieverConfig
+from ragjax.adaptation.config import LearningConfig, TowersConfig
 from ragjax.models import encoder_training, lora
 from ragjax.models.families import LMFamily
 
@@ -24,7 +24,7 @@ class Parts(NamedTuple):
     merge: Merge  # copies nothing; works while tracing
 
 
-def lm_parts(config: LMConfig, family: LMFamily, params: Any, *, seed: int) -> Parts:
+def lm_parts(config: LearningConfig, family: LMFamily, params: Any, *, seed: int) -> Parts:
     """Takes a language model apart as the options say.
 
     Args:
@@ -43,7 +43,7 @@ def lm_parts(config: LMConfig, family: LMFamily, params: Any, *, seed: int) -> P
     return _with_adapters(config, learning, frozen, family.merge_trainable, seed)
 
 
-def tower_parts(config: RetrieverConfig, params: Any, *, seed: int) -> Parts:
+def tower_parts(config: TowersConfig, params: Any, *, seed: int) -> Parts:
     """Takes the encoder of one tower apart; see `lm_parts`."""
     learning, frozen = encoder_training.split_trainable(params, config.train_layers or None)
     return _with_adapters(config, learning, frozen, encoder_training.merge_trainable, seed)
@@ -57,7 +57,7 @@ class Towers(NamedTuple):
     merge: Merge | None  # of one tower; None: towers learn as a whole
 
 
-def retriever_parts(config: RetrieverConfig, towers: Mapping[str, Any], *, seed: int) -> Towers:
+def retriever_parts(config: TowersConfig, towers: Mapping[str, Any], *, seed: int) -> Towers:
     """Takes the towers apart: those that are not trained, and what of the others is not.
 
     Args:
@@ -65,9 +65,10 @@ def retriever_parts(config: RetrieverConfig, towers: Mapping[str, Any], *, seed:
         towers: Parameters of `shared`, or of `query` and `doc`.
         seed: Of the adapters' random halves; another one for each tower follows from it.
     """
-    learning = [name for name in towers if config.train != "query" or name == "query"]
+    trained = {"query": ("query",), "none": ()}.get(config.train, tuple(towers))
+    learning = [name for name in towers if name in trained]
     frozen = {name: tower for name, tower in towers.items() if name not in learning}
-    if not (config.train_layers or config.lora_rank):
+    if not learning or not (config.train_layers or config.lora_rank):
         return Towers({name: towers[name] for name in learning}, frozen, None)
     parts = {
         name: tower_parts(config, towers[name], seed=2 * seed + number)
@@ -105,7 +106,7 @@ def _whole(merge: Merge, trainable: dict[str, Any], frozen: dict[str, Any]) -> d
 
 
 def _with_adapters(
-    config: LMConfig | RetrieverConfig, learning: Any, frozen: Any, merge: Merge, seed: int
+    config: LearningConfig, learning: Any, frozen: Any, merge: Merge, seed: int
 ) -> Parts:
     if not config.lora_rank:
         return Parts(learning, frozen, merge)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ragjax.adaptation.config import AdaptConfig, fingerprint
+from ragjax.adaptation.config import AdaptConfig, RunConfig, fingerprint
 from ragjax.adaptation.config_files import to_dict
 from ragjax.adaptation.estimate import duration, estimate_cost
 from ragjax.adaptation.evaluate import System, evaluate_systems, write_results
 from ragjax.adaptation.live import gold_sets, train_live
+from ragjax.adaptation.report import data_name, report_run
 from ragjax.adaptation.retrieval import Retriever, build_bm25, build_retriever, search
 from ragjax.adaptation.stages import (
     BatchOf,
@@ -43,7 +44,7 @@ _SEARCH_DEPTH = 20
 _CONFIG = "config.json"
 
 
-def check_output(config: AdaptConfig, folder: Path) -> None:
+def check_output(config: RunConfig, folder: Path) -> None:
     """Checks that an output folder is free, or holds an earlier life of this same run.
 
     Args:
@@ -96,18 +97,21 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
     with workspace.timed("index before"):
         bm25 = build_bm25(workspace)
         params = tower_params(workspace)
-        before = _build(workspace, bm25, params, 0)
-    lm = _teacher(workspace, workspace.lm.params, workspace.lm.fingerprint)
+        before = build_towers(workspace, bm25, params, 0)
+    lm = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
     if "lm" in config.stages:
         with workspace.timed("language model"):
             candidates = _candidates(workspace, before, config.language_model.documents)
             adapted = train_lm(workspace, workspace.questions["train"], candidates)
-            lm = _teacher(workspace, adapted, tree_fingerprint(adapted))
+            lm = teacher_of(workspace, adapted, tree_fingerprint(adapted))
     after = before
     if "retriever" in config.stages:
         after = _adapt_retriever(workspace, bm25, params, before, lm)
     with workspace.timed("evaluation"):
-        metrics = _evaluate(workspace, bm25, before, after, lm)
+        metrics = evaluate_run(workspace, bm25, before, after, lm)
+    with workspace.timed("report"):
+        title = f"Adaptation to {data_name(config.data)}"
+        report_run(workspace, before, after, lm, title=title, target=config.retriever)
     took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
     report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
     return metrics
@@ -119,16 +123,17 @@ def dry_run(config: AdaptConfig, *, folder: Path, stop: StopFlag, report: Report
     report(estimate_cost(workspace).describe())
 
 
-def _teacher(workspace: Workspace, params: Any, fingerprint: str) -> Teacher:
+def teacher_of(workspace: Workspace, params: Any, fingerprint: str) -> Teacher:
     """Returns a language model that scores and answers in the dtype of the run."""
     dtype = workspace.config.compute_dtype
     name = fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
     return Teacher(workspace.in_compute_dtype(params), name)
 
 
-def _build(
+def build_towers(
     workspace: Workspace, bm25: Bm25Index, params: Mapping[str, Any], version: int
 ) -> Retriever:
+    """Indexes the corpus with these towers; see `build_retriever`."""
     query_params, doc_params = towers(params, None)
     return build_retriever(
         workspace, bm25, version=version, query_params=query_params, doc_params=doc_params
@@ -173,7 +178,7 @@ def _build_after(
     workspace: Workspace, bm25: Bm25Index, params: Mapping[str, Any], version: int
 ) -> Retriever:
     with workspace.timed("index after"):
-        return _build(workspace, bm25, params, version)
+        return build_towers(workspace, bm25, params, version)
 
 
 def _taught_round(
@@ -224,15 +229,27 @@ def _report_target(workspace: Workspace, targets: np.ndarray, candidates: Search
         workspace.report("warning: the target is a single document; raise --retriever.temperature")
 
 
-def _evaluate(
+def evaluate_run(
     workspace: Workspace,
     bm25: Bm25Index,
     before: Retriever,
     after: Retriever,
     lm: Teacher,
 ) -> dict[str, Any]:
+    """Compares the systems of a run on its test questions and writes its results.
+
+    Args:
+        workspace: Data and un-adapted models.
+        bm25: The lexical baseline.
+        before: The un-adapted retriever.
+        after: The adapted one.
+        lm: The adapted language model, or the un-adapted one.
+
+    Returns:
+        What `metrics.json` holds.
+    """
     questions = workspace.questions["test"]
-    base = _teacher(workspace, workspace.lm.params, workspace.lm.fingerprint)
+    base = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
     found_before = search(workspace, before, questions, _SEARCH_DEPTH)
     found_after = search(workspace, after, questions, _SEARCH_DEPTH)
     lexical = bm25.search([question.text for question in questions], _SEARCH_DEPTH)

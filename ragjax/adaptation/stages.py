@@ -254,7 +254,7 @@ def _lsr_batches(
 ) -> Callable[[int], LsrBatch]:
     config = workspace.config.retriever
     query_ids = workspace.query_ids(questions)
-    query_length = _bucket(workspace, max(map(len, query_ids)))
+    query_length = bucket_of(workspace, max(map(len, query_ids)))
     seed = workspace.config.seed + round_number
 
     def batch_at(step: int) -> LsrBatch:
@@ -272,11 +272,11 @@ def _lsr_batches(
             judged = [found[doc] for doc in positives if doc in found]
             if judged:
                 target[b, judged], mask[b, judged] = -np.log(len(judged)), True
-        doc_ids = [_cut(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
+        doc_ids = [cut_ids(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
         filler: list[list[int]] = [[]] * (num_docs - len(docs))
         return LsrBatch(
             queries=_tokens(workspace, [query_ids[row] for row in rows], query_length),
-            docs=_tokens(workspace, doc_ids + filler, _bucket(workspace, max(map(len, doc_ids)))),
+            docs=_tokens(workspace, doc_ids + filler, bucket_of(workspace, max(map(len, doc_ids)))),
             target_log_probs=jnp.asarray(target),
             candidate_mask=jnp.asarray(mask),
             doc_mask=jnp.arange(num_docs) < len(docs),
@@ -285,7 +285,7 @@ def _lsr_batches(
     return batch_at
 
 
-def _cut(ids: list[int], length: int) -> list[int]:
+def cut_ids(ids: list[int], length: int) -> list[int]:
     """Cuts token ids, keeping the last one: an encoder expects its closing [SEP]."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
@@ -309,7 +309,8 @@ def _tokens(workspace: Workspace, ids: Sequence[Sequence[int]], length: int) -> 
     return Tokens(jnp.asarray(padded.ids), jnp.asarray(padded.mask))
 
 
-def _bucket(workspace: Workspace, length: int) -> int:
+def bucket_of(workspace: Workspace, length: int) -> int:
+    """Returns the length that an encoder's batch is padded to."""
     return next(bucket for bucket in workspace.buckets() if bucket >= length)
 
 

@@ -141,18 +141,36 @@ class LiveRetrieval:
     def before_step(self, step: int, state: TrainState) -> dict[str, float]:
         """Refreshes what is due and retrieves for the step; returns the metrics of both."""
         started = time.perf_counter()
-        self._params = self._towers(state.params)
-        snapshot = self.refresher.update(step, self.doc_params)
+        snapshot = self.advance(step, state)
         updated = time.perf_counter()
-        rows = self._rows_at(step)
-        embeddings = self._encode_queries(self.query_params, rows)
-        found = self._search(snapshot, rows, embeddings, self._k)
-        self.refresher.note_retrieved(found.doc_ids, found.mask)
-        self._retrieved = Retrieved(step, rows, found)
-        return self.refresher.metrics(step) | {
+        self._retrieved = self.look_up(step, snapshot)()
+        return self.note(self._retrieved) | {
             "index/callback_seconds": updated - started,
             "index/search_seconds": time.perf_counter() - updated,
-            "retrieval/short": float((~found.mask).any(axis=1).mean()),
+        }
+
+    def advance(self, step: int, state: TrainState) -> IndexSnapshot:
+        """Takes the parameters of the step and refreshes what is due; returns what serves."""
+        self._params = self._towers(state.params)
+        return self.refresher.update(step, self.doc_params)
+
+    def look_up(self, step: int, snapshot: IndexSnapshot) -> Callable[[], Retrieved]:
+        """Embeds the questions of a step with the parameters of now; the search itself can wait.
+
+        Returns:
+            The search, which may run in another thread: unless it ranks again by the live document
+            encoder (`search_reranked`), it needs none of the parameters.
+        """
+        rows = self._rows_at(step)
+        embeddings = self._encode_queries(self.query_params, rows)
+        return lambda: Retrieved(step, rows, self._search(snapshot, rows, embeddings, self._k))
+
+    def note(self, retrieved: Retrieved) -> dict[str, float]:
+        """Counts what a step retrieved; returns the metrics of the index and of that."""
+        found = retrieved.found
+        self.refresher.note_retrieved(found.doc_ids, found.mask)
+        return self.refresher.metrics(retrieved.step) | {
+            "retrieval/short": float((~found.mask).any(axis=1).mean())
         }
 
     def state_dict(self) -> dict[str, Any]:

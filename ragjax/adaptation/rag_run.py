@@ -1,0 +1,78 @@
+"""End-to-end training from documents and questions to a before/after table, resumable."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ragjax.adaptation.config import fingerprint
+from ragjax.adaptation.config_files import to_dict
+from ragjax.adaptation.estimate import duration
+from ragjax.adaptation.likelihood import Side, evaluate_dev
+from ragjax.adaptation.rag_config import RagConfig
+from ragjax.adaptation.rag_estimate import estimate_rag_cost
+from ragjax.adaptation.rag_stage import choose_devices, make_reader, train_end_to_end
+from ragjax.adaptation.retrieval import build_bm25
+from ragjax.adaptation.run import build_towers, evaluate_run, teacher_of
+from ragjax.adaptation.sources import source_rows
+from ragjax.adaptation.stages import tower_params
+from ragjax.adaptation.workspace import Report, Workspace, open_workspace, tree_fingerprint
+from ragjax.training.files import write_json
+from ragjax.training.loop import StopFlag
+
+PROGRAM = "train_rag"
+
+
+def train_rag(config: RagConfig, *, stop: StopFlag, report: Report = print) -> dict[str, Any]:
+    """Runs every stage that is not done yet and returns what `metrics.json` holds.
+
+    Args:
+        config: Options; the caller has checked `config.output` (`check_output`).
+        stop: Looked at between batches.
+        report: Shows one line to the user.
+    """
+    started = time.perf_counter()
+    folder = Path(config.output)
+    workspace = _open(config, folder, stop, report)
+    # Only now: a run whose input was refused leaves nothing that would refuse the next one.
+    write_json(
+        folder / "config.json",
+        {"program": PROGRAM, "fingerprint": fingerprint(config), "config": to_dict(config)},
+    )
+    report(estimate_rag_cost(workspace, config).describe())
+    base = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
+    with workspace.timed("index before"):
+        bm25 = build_bm25(workspace)
+        towers = tower_params(workspace)
+        before = build_towers(workspace, bm25, towers, 0)
+    with workspace.timed("end to end"):
+        trained = train_end_to_end(workspace, config, bm25, before, towers)
+    lm = base
+    if config.language_model.train:
+        lm = teacher_of(workspace, trained.lm_params, tree_fingerprint(trained.lm_params))
+    after = before
+    if config.retriever.train != "none":
+        with workspace.timed("index after"):
+            after = build_towers(workspace, bm25, trained.towers, 1)
+    with workspace.timed("dev"):
+        evaluate_dev(workspace, Side("before", before, base), Side("after", after, lm))
+    with workspace.timed("evaluation"):
+        metrics = evaluate_run(workspace, bm25, before, after, lm)
+    took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
+    report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
+    return metrics
+
+
+def dry_run(config: RagConfig, *, folder: Path, stop: StopFlag, report: Report = print) -> None:
+    """Reads the data, loads the models, measures their speed and prints what a run would cost."""
+    workspace = _open(config, folder, stop, report)
+    report(estimate_rag_cost(workspace, config).describe())
+
+
+def _open(config: RagConfig, folder: Path, stop: StopFlag, report: Report) -> Workspace:
+    """Opens the workspace and checks what only the loaded data and models can tell."""
+    choose_devices(config)
+    workspace = open_workspace(config.stand_in(), folder, stop=stop, report=report)
+    make_reader(workspace, config)
+    if config.training.same_source == "drop":
+        source_rows(workspace.dataset.corpus, workspace.questions["train"])
+    return workspace
