@@ -1,5 +1,6 @@
 """Reads what a finished run adapted: its encoder towers, its language model, its record."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,10 @@ import jax
 
 from ragjax.adaptation.config import AdaptConfig
 from ragjax.adaptation.config_files import from_dict, to_dict
+from ragjax.adaptation.config_refresh import RefreshConfig
 from ragjax.adaptation.parts import lm_parts, retriever_parts, whole_towers
+from ragjax.adaptation.rag_config import PROGRAM, RagConfig
+from ragjax.adaptation.rag_stage import STAGE, Trained, take_apart
 from ragjax.models.encoder import TextEncoder, load_encoder
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.model_card import Card
@@ -17,7 +21,7 @@ from ragjax.training.checkpoint import Checkpointer
 
 _RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", "answer@5")
 _ANSWERS = ("exact_match", "f1", "answer_nll")
-_SYSTEMS = {
+SYSTEM_NOTES = {
     "closed_book": "the base language model without documents",
     "bm25": "documents by BM25",
     "before": "documents by the base encoder",
@@ -31,11 +35,12 @@ _SYSTEMS = {
 
 
 class FinishedRun(NamedTuple):
-    """A folder that `experiments/adapt.py` made."""
+    """A folder that `experiments/adapt.py` or `experiments/train_rag.py` made."""
 
     folder: Path
-    config: AdaptConfig
+    config: AdaptConfig  # of an end-to-end run: what stands in for it, with what learnt as stages
     metrics: Mapping[str, Any] | None  # by system; None: the run was not evaluated to its end
+    rag: RagConfig | None = None  # of an end-to-end run
 
 
 class Adapted(NamedTuple):
@@ -56,13 +61,29 @@ def open_run(folder: Path) -> FinishedRun:
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder}: no run there (no config.json); give the --output folder of a run of"
-            " experiments/adapt.py"
+            " experiments/adapt.py or experiments/train_rag.py"
         )
     try:
-        values = json.loads(path.read_text("utf-8"))["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text("utf-8"))
+        values, program = content["config"], content.get("program")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the config of a run ({error})") from error
-    return FinishedRun(folder, from_dict(AdaptConfig(), values, path), _read_metrics(folder))
+    metrics = _read_metrics(folder)
+    if program == PROGRAM:
+        rag = from_dict(RagConfig(), values, path)
+        return FinishedRun(folder, _stages_of(rag), metrics, rag)
+    return FinishedRun(folder, from_dict(AdaptConfig(), values, path), metrics)
+
+
+def _stages_of(rag: RagConfig) -> AdaptConfig:
+    """Returns what stands in for an end-to-end run, its stages being the models that learnt."""
+    learnt = {"lm": rag.language_model.train, "retriever": rag.retriever.train != "none"}
+    config = rag.stand_in()
+    if not learnt["retriever"]:
+        config = dataclasses.replace(config, refresh=RefreshConfig(), stages=("lm",))
+    elif not learnt["lm"]:
+        config = dataclasses.replace(config, stages=("retriever",))
+    return config
 
 
 def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
@@ -92,6 +113,9 @@ def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     names = ("shared",) if shared else ("query", "doc")
     towers: dict[str, Any] = dict.fromkeys(names, encoder.params)
+    if run.rag is not None:
+        trained = _trained_end_to_end(run, run.rag, load_language_model(config.lm), towers)
+        return Adapted(encoder, trained.towers["shared" if shared else tower])
     # Adapters, and layers that learn on top of frozen ones, are relative to the round before.
     for number in range(config.retriever.rounds):
         seed = config.seed + number
@@ -118,9 +142,23 @@ def adapted_language_model(run: FinishedRun) -> Adapted:
             " export --what encoder, query_encoder or doc_encoder"
         )
     lm = load_language_model(config.lm)
+    if run.rag is not None:
+        encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+        names = ("shared",) if config.retriever.train == "shared" else ("query", "doc")
+        towers = dict.fromkeys(names, encoder.params)
+        return Adapted(lm, _trained_end_to_end(run, run.rag, lm, towers).lm_params)
     parts = lm_parts(config.language_model, lm.family, lm.params, seed=config.seed)
     trained = _restore(run, "lm", parts.trainable)
     return Adapted(lm, parts.merge(trained, parts.frozen))
+
+
+def _trained_end_to_end(
+    run: FinishedRun, rag: RagConfig, lm: LanguageModel, towers: dict[str, Any]
+) -> Trained:
+    """Reads both models of an end-to-end run, which learnt together and were saved together."""
+    parts = take_apart(rag, lm.family, lm.params, towers)
+    trained = _restore(run, STAGE, parts.trainable)
+    return Trained(parts.whole_towers(trained), parts.whole_lm(trained))
 
 
 def run_card(run: FinishedRun, adapted: Adapted, what: str, *, license: str | None) -> Card:
@@ -153,7 +191,7 @@ def run_card(run: FinishedRun, adapted: Adapted, what: str, *, license: str | No
             f"{data}: at most {caps.train_questions:,} training questions (seed {config.seed}) and"
             " no test question. Nothing is recorded about the licence of the data."
         ),
-        recipe=to_dict(config),
+        recipe=to_dict(run.rag or config),
         metrics=metrics or None,
         columns=columns,
         metrics_note=_metrics_note(metrics),
@@ -205,7 +243,9 @@ def _metrics_note(metrics: Mapping[str, Any]) -> str:
     counts = sorted({row["n"] for row in metrics.values() if "n" in row})
     count = f" of {counts[0]:,} test questions of that data" if len(counts) == 1 else ""
     systems = "; ".join(
-        f"{name.replace('_', ' ')}: {_SYSTEMS[name]}" for name in metrics if name in _SYSTEMS
+        f"{name.replace('_', ' ')}: {SYSTEM_NOTES[name]}"
+        for name in metrics
+        if name in SYSTEM_NOTES
     )
     return f"Mean{count} [95 % bootstrap interval]. {systems[:1].upper()}{systems[1:]}."
 

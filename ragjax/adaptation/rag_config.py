@@ -15,6 +15,9 @@ from ragjax.adaptation.config import (
 from ragjax.adaptation.config_checks import at_least, check_accumulate, fraction, positive
 from ragjax.adaptation.config_refresh import RefreshConfig, check_freshness, check_used
 
+PROGRAM = "train_rag"
+"""What the `config.json` of an end-to-end run says that it is of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderConfig(LearningConfig):

@@ -8,7 +8,7 @@ from ragjax.adaptation.config import fingerprint
 from ragjax.adaptation.config_files import to_dict
 from ragjax.adaptation.estimate import duration
 from ragjax.adaptation.likelihood import Side, evaluate_dev
-from ragjax.adaptation.rag_config import RagConfig
+from ragjax.adaptation.rag_config import PROGRAM, RagConfig
 from ragjax.adaptation.rag_estimate import estimate_rag_cost
 from ragjax.adaptation.rag_stage import choose_devices, make_reader, train_end_to_end
 from ragjax.adaptation.retrieval import build_bm25
@@ -18,8 +18,6 @@ from ragjax.adaptation.stages import tower_params
 from ragjax.adaptation.workspace import Report, Workspace, open_workspace, tree_fingerprint
 from ragjax.training.files import write_json
 from ragjax.training.loop import StopFlag
-
-PROGRAM = "train_rag"
 
 
 def train_rag(config: RagConfig, *, stop: StopFlag, report: Report = print) -> dict[str, Any]:

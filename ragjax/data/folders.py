@@ -1,0 +1,258 @@
+"""A folder of text and Markdown files, and questions about it, as a data set in the BEIR layout.
+
+write_documents("manual/", "data/manual")
+write_questions("data/manual", [Asked("How long is the warranty?", ("two years",))])
+dataset = read_beir("data/manual", cache="runs/cache")
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ragjax.data.jsonl import DataError
+
+SUFFIXES = (".md", ".markdown", ".txt", ".rst")
+_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
+_FENCE = re.compile(r"^\s*(```|~~~)")
+# Ends of sentences, also of scripts that put no space after them.
+_SENTENCE_END = re.compile(r"(?<=[.!?\u061f\u06d4])\s+|(?<=[\u3002\uff01\uff1f])")
+
+
+class Asked(NamedTuple):
+    """A question about the documents."""
+
+    text: str
+    answers: tuple[str, ...]  # the first is what a model learns to say
+    file: str = ""  # the document that answers it, as a path below the folder; "": any
+
+
+class Written(NamedTuple):
+    """What was made of a folder."""
+
+    files: int
+    passages: int
+    skipped: tuple[str, ...]  # files without text
+
+
+def write_documents(
+    folder: str | Path, output: str | Path, *, words_per_passage: int = 120
+) -> Written:
+    """Cuts the files below a folder into passages and writes `corpus.jsonl`.
+
+    A passage never crosses a heading, and a paragraph is cut, between sentences, only where it is
+    longer than a passage. The title is the file's name and the headings that the passage stands
+    under; the id is the path below the folder and a number, so it stays while the file does.
+
+    Args:
+        folder: Has .md, .markdown, .txt or .rst files in UTF-8, at any depth; hidden ones are left
+            out.
+        output: Folder of the data set; made where it is missing.
+        words_per_passage: Words of a passage, about; at least 10.
+
+    Returns:
+        How much was written.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        DataError: No file in it has text, a file is not UTF-8, or `words_per_passage` is too small.
+    """
+    folder, output = Path(folder), Path(output)
+    if words_per_passage < 10:
+        raise DataError(f"words_per_passage must be at least 10, got {words_per_passage}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of documents")
+    lines: list[str] = []
+    skipped: list[str] = []
+    files = document_files(folder)
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        passages = list(_passages(_read(path), path.stem, words_per_passage))
+        if not passages:
+            skipped.append(name)
+        for number, (title, text) in enumerate(passages):
+            row = {"_id": f"{name}#{number}", "title": title, "text": text}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    if not lines:
+        raise DataError(f"{folder}: no text in files ending in {', '.join(SUFFIXES)}")
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / "corpus.jsonl", lines)
+    return Written(len(files) - len(skipped), len(lines), tuple(skipped))
+
+
+def document_files(folder: Path) -> list[Path]:
+    """Returns the files below a folder that `write_documents` reads, by name."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def write_questions(
+    output: str | Path, questions: Sequence[Asked], *, test_every: int = 3
+) -> dict[str, int]:
+    """Writes questions beside the passages: `queries.jsonl`, `qrels/train.tsv`, `qrels/test.tsv`.
+
+    The passages that hold an answer word for word are its relevant ones; they serve to measure
+    retrieval, and training without labels does not look at them.
+
+    Args:
+        output: Folder with the `corpus.jsonl` of `write_documents`.
+        questions: At least two.
+        test_every: Every so many questions, one is kept for testing; at least 2.
+
+    Returns:
+        Split to number of questions.
+
+    Raises:
+        DataError: No passage (of the named file) holds an answer of a question, or there are too
+            few questions.
+    """
+    output = Path(output)
+    if test_every < 2 or len(questions) < 2:
+        raise DataError(
+            f"at least two questions and test_every >= 2 are needed, got {len(questions)} questions"
+            f" and test_every={test_every}"
+        )
+    with open(output / "corpus.jsonl", encoding="utf-8") as file:
+        passages = [json.loads(line) for line in file]
+    queries: list[str] = []
+    judged: dict[str, list[str]] = {"train": [], "test": []}
+    for number, asked in enumerate(questions):
+        relevant = _holders(passages, asked)
+        id = f"q{number}"
+        row = {"_id": id, "text": asked.text, "metadata": {"answers": list(asked.answers)}}
+        queries.append(json.dumps(row, ensure_ascii=False) + "\n")
+        split = "test" if number % test_every == test_every - 1 else "train"
+        judged[split] += [f"{id}\t{doc_id}\t1\n" for doc_id in relevant]
+    if not judged["test"]:
+        judged["test"].append(judged["train"].pop())
+    (output / "qrels").mkdir(exist_ok=True)
+    _write(output / "queries.jsonl", queries)
+    for split, rows in judged.items():
+        _write(output / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore\n", *rows])
+    return {split: len({row.split("\t")[0] for row in rows}) for split, rows in judged.items()}
+
+
+def _holders(passages: Sequence[dict], asked: Asked) -> list[str]:
+    """Returns the ids of the passages that hold an answer, letter case and spaces aside."""
+    if not asked.text.strip() or not any(answer.strip() for answer in asked.answers):
+        raise DataError(f"the question {asked.text!r} needs a text and an answer")
+    wanted = [_folded(answer) for answer in asked.answers if answer.strip()]
+    there = [
+        passage
+        for passage in passages
+        if not asked.file or passage["_id"].rpartition("#")[0] == asked.file
+    ]
+    found = [
+        passage["_id"]
+        for passage in there
+        if any(answer in _folded(passage["text"]) for answer in wanted)
+    ]
+    if not found:
+        where = f"of {asked.file} " if asked.file else ""
+        raise DataError(
+            f"the question {asked.text!r}: no passage {where}holds its answer"
+            f" {asked.answers[0]!r} word for word; give the answer as the documents have it, as one"
+            " of several answers if you like"
+        )
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8, or take it out of the"
+            " folder"
+        ) from error
+
+
+def _passages(text: str, name: str, words: int) -> Iterator[tuple[str, str]]:
+    """Yields (title, text) of each passage of a file."""
+    for headings, paragraphs in _sections(text):
+        title = " - ".join([name.replace("_", " "), *headings])
+        for passage in _filled(paragraphs, words):
+            yield title, passage
+
+
+def _sections(text: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yields the paragraphs under each heading, with the headings that it stands under."""
+    headings: dict[int, str] = {}
+    paragraphs: list[list[str]] = [[]]
+    in_code = False
+
+    def section() -> tuple[tuple[str, ...], list[str]]:
+        joined = [" ".join(" ".join(lines).split()) for lines in paragraphs]
+        titles = tuple(headings[level] for level in sorted(headings))
+        return titles, [paragraph for paragraph in joined if paragraph]
+
+    for line in text.splitlines():
+        in_code ^= bool(_FENCE.match(line))
+        heading = None if in_code else _HEADING.match(line)
+        if heading:
+            yield section()
+            level = len(heading[1])
+            headings = {depth: title for depth, title in headings.items() if depth < level}
+            headings[level] = heading[2]
+            paragraphs = [[]]
+        elif line.strip():
+            paragraphs[-1].append(line)
+        else:
+            paragraphs.append([])
+    yield section()
+
+
+def _filled(paragraphs: Sequence[str], words: int) -> Iterator[str]:
+    """Joins short paragraphs, and cuts long ones between sentences, into passages."""
+    passage: list[str] = []
+    length = 0
+    for piece in _pieces(paragraphs, words):
+        size = _length(piece)
+        if passage and length + size > words:
+            yield " ".join(passage)
+            passage, length = [], 0
+        passage.append(piece)
+        length += size
+    if passage:
+        yield " ".join(passage)
+
+
+def _pieces(paragraphs: Sequence[str], words: int) -> Iterator[str]:
+    for paragraph in paragraphs:
+        if _length(paragraph) <= words:
+            yield paragraph
+            continue
+        for sentence in _SENTENCE_END.split(paragraph):
+            yield from _slices(sentence, words)
+
+
+def _slices(sentence: str, words: int) -> Iterator[str]:
+    """Cuts a sentence that is longer than a passage; text without spaces by characters."""
+    parts = sentence.split(" ")
+    if len(parts) == 1 or _length(sentence) > 2 * len(parts):
+        size = words * 2
+        yield from (sentence[start : start + size] for start in range(0, len(sentence), size))
+        return
+    yield from (" ".join(parts[start : start + words]) for start in range(0, len(parts), words))
+
+
+def _length(text: str) -> int:
+    """Returns about how many words a text has; scripts without spaces have two letters a word."""
+    spaceless = sum("\u0e00" <= letter <= "\u0eff" or letter >= "\u2e80" for letter in text)
+    return len(text.split()) + spaceless // 2
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _write(path: Path, lines: Sequence[str]) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(lines), "utf-8", errors="surrogatepass")
+    beside.replace(path)

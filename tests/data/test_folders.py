@@ -1,0 +1,138 @@
+import json
+
+import pytest
+
+from ragjax.data import read_beir
+from ragjax.data.folders import Asked, document_files, write_documents, write_questions
+from ragjax.data.jsonl import DataError
+
+MANUAL = """# Kettle
+
+Fill it with water.
+It holds 1.7 litres.
+
+## Care
+
+Descale it every *two months*.
+
+```
+# not a heading
+```
+
+### Warranty ###
+
+The warranty is two years.
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "manual"
+    (folder / "more").mkdir(parents=True)
+    (folder / "kettle.md").write_text(MANUAL)
+    (folder / "more" / "lamp_guide.txt").write_text("The lamp has three settings.\n\nTap it twice.")
+    (folder / ".hidden.md").write_text("secret")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def passages(output):
+    return [json.loads(line) for line in (output / "corpus.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_becomes_passages_under_their_headings(folder, tmp_path):
+    written = write_documents(folder, tmp_path / "data")
+    assert written == (2, 4, ("empty.txt",))
+    assert [(p["_id"], p["title"]) for p in passages(tmp_path / "data")] == [
+        ("kettle.md#0", "kettle - Kettle"),
+        ("kettle.md#1", "kettle - Kettle - Care"),
+        ("kettle.md#2", "kettle - Kettle - Care - Warranty"),
+        ("more/lamp_guide.txt#0", "lamp guide"),
+    ]
+    texts = [p["text"] for p in passages(tmp_path / "data")]
+    assert texts[0] == "Fill it with water. It holds 1.7 litres."
+    assert "# not a heading" in texts[1]
+    assert texts[3] == "The lamp has three settings. Tap it twice."
+
+
+def test_long_texts_are_cut_between_sentences_and_nothing_is_lost(tmp_path):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    sentences = [f"Sentence number {n} says something of its own." for n in range(40)]
+    (folder / "a.txt").write_text(" ".join(sentences))
+    write_documents(folder, tmp_path / "data", words_per_passage=30)
+    texts = [p["text"] for p in passages(tmp_path / "data")]
+    assert all(len(text.split()) <= 30 and text.endswith(".") for text in texts)
+    assert " ".join(texts) == " ".join(sentences)
+
+
+@pytest.mark.parametrize(
+    "text", ["\u6c34" * 700, "word " * 700, "\u0645\u0631\u062d\u0628\u0627 " * 300]
+)
+def test_a_text_without_sentences_or_spaces_is_cut_too(tmp_path, text):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    (folder / "a.txt").write_text(text, "utf-8")
+    write_documents(folder, tmp_path / "data")
+    texts = [p["text"] for p in passages(tmp_path / "data")]
+    assert len(texts) > 1
+    assert "".join(texts).replace(" ", "") == text.replace(" ", "")
+
+
+def test_questions_are_judged_by_the_passages_that_hold_their_answers(folder, tmp_path):
+    output = tmp_path / "data"
+    write_documents(folder, output)
+    asked = [
+        Asked("How much does it hold?", ("1.7 LITRES",)),
+        Asked("How long is the warranty?", ("2 years", "two  years")),
+        Asked("How many settings?", ("three",), "more/lamp_guide.txt"),
+        Asked("How do I switch it on?", ("Tap it twice",)),
+    ]
+    assert write_questions(output, asked) == {"train": 3, "test": 1}
+    dataset = read_beir(output, cache=tmp_path / "cache", dev_fraction=0)
+    assert dataset.qrels["train"]["q0"] == {"kettle.md#0": 1}
+    assert dataset.qrels["train"]["q1"] == {"kettle.md#2": 1}
+    assert [q.id for q in dataset.questions["test"]] == ["q2"]
+    assert dataset.questions["train"][1].answers == ("2 years", "two  years")
+
+
+def test_two_questions_are_one_to_learn_and_one_to_test(folder, tmp_path):
+    write_documents(folder, tmp_path / "data")
+    asked = [Asked("a?", ("water",)), Asked("b?", ("lamp",))]
+    assert write_questions(tmp_path / "data", asked) == {"train": 1, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (Asked("How heavy?", ("9 kg",)), ["How heavy?", "'9 kg'", "word for word"]),
+        (Asked("How many?", ("three",), "kettle.md"), ["of kettle.md", "'three'"]),
+        (Asked("", ("water",)), ["needs a text"]),
+        (Asked("What?", (" ",)), ["needs a text and an answer"]),
+    ],
+)
+def test_a_question_that_cannot_be_judged_is_named(folder, tmp_path, asked, words):
+    write_documents(folder, tmp_path / "data")
+    with pytest.raises(DataError) as error:
+        write_questions(tmp_path / "data", [asked, asked])
+    assert all(word in str(error.value) for word in words)
+
+
+def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        write_documents(folder / "nowhere", tmp_path / "data")
+    with pytest.raises(DataError, match="no text in files ending in .md"):
+        (tmp_path / "bare").mkdir()
+        write_documents(tmp_path / "bare", tmp_path / "data")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="latin.txt: not UTF-8 .byte 3"):
+        write_documents(folder, tmp_path / "data")
+    with pytest.raises(DataError, match="at least 10"):
+        write_documents(folder, tmp_path / "data", words_per_passage=2)
+    assert not (tmp_path / "data").exists()  # nothing half-written
+
+
+def test_files_are_found_in_order_at_any_depth(folder):
+    names = [path.name for path in document_files(folder)]
+    assert names == ["empty.txt", "kettle.md", "lamp_guide.txt"]

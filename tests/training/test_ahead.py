@@ -1,0 +1,140 @@
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ragjax.index import SearchResult
+from ragjax.training.ahead import AheadRetrieval
+from ragjax.training.live import Retrieved
+
+
+class FakeRetrieval:
+    """Finds documents whose ids tell with which parameters they were looked up."""
+
+    def __init__(self):
+        self.params, self.threads, self.noted, self.resumed = None, [], [], None
+        self.refresher = SimpleNamespace(close=lambda: None)
+
+    def resume(self, step, state, saved):
+        self.resumed = (step, saved)
+
+    def advance(self, step, state):
+        self.params = state.params
+        return "snapshot"
+
+    def look_up(self, step, snapshot):
+        params = self.params
+
+        def search():
+            self.threads.append(threading.get_ident())
+            doc_ids = np.array([[100 * step + params, -1]], np.int32)
+            scores = np.array([[0.1, -np.inf]], np.float32)
+            return Retrieved(step, np.array([step]), SearchResult(doc_ids, scores, doc_ids >= 0))
+
+        return search
+
+    def note(self, retrieved):
+        self.noted.append(retrieved.step)
+        return {"noted": float(retrieved.step)}
+
+    def state_dict(self):
+        return {"version": 3}
+
+    def line(self, step):
+        return f"step {step}"
+
+
+def prepare(retrieved):
+    return int(retrieved.found.doc_ids[0, 0]), {"prepared": 1.0}
+
+
+def state(step):
+    return SimpleNamespace(params=step)
+
+
+def run(host, first, last):
+    batches = []
+    for step in range(first, last):
+        metrics = host.before_step(step, state(step))
+        batches.append(host.batch_at(step))
+        assert {"prepared", "noted", "index/search_seconds", "retrieval/wait_seconds"} <= set(
+            metrics
+        )
+    return batches
+
+
+def test_a_step_retrieves_with_the_parameters_of_the_step_before_in_another_thread():
+    retrieval = FakeRetrieval()
+    host = AheadRetrieval(retrieval, prepare, num_steps=3)
+    host.resume(0, state(0), None)
+    assert run(host, 0, 3) == [0, 100, 201]  # 100 * step + parameters it was looked up with
+    assert retrieval.noted == [0, 1, 2]
+    assert retrieval.threads[0] == threading.get_ident()
+    assert threading.get_ident() not in retrieval.threads[1:]
+    assert len(retrieval.threads) == 3  # nothing is retrieved for a step that never comes
+    host.close()
+
+
+def test_without_overlap_it_retrieves_with_the_parameters_of_the_step():
+    host = AheadRetrieval(FakeRetrieval(), prepare, num_steps=3, overlap=False)
+    host.resume(0, state(0), None)
+    assert run(host, 0, 3) == [0, 101, 202]
+    assert "ahead" not in host.state_dict()
+    host.close()
+
+
+def test_a_run_that_is_continued_learns_from_what_had_been_retrieved():
+    whole = AheadRetrieval(FakeRetrieval(), prepare, num_steps=4)
+    whole.resume(0, state(0), None)
+    expected = run(whole, 0, 2)
+    saved = whole.state_dict()
+    expected += run(whole, 2, 4)
+    retrieval = FakeRetrieval()
+    continued = AheadRetrieval(retrieval, prepare, num_steps=4)
+    continued.resume(2, state(2), saved)
+    assert retrieval.resumed == (2, {"version": 3})  # what the index keeps is handed on as it was
+    assert run(continued, 2, 4) == expected[2:]
+    for host in (whole, continued):
+        host.close()
+
+
+def test_what_was_retrieved_survives_json_to_the_bit():
+    import json
+
+    host = AheadRetrieval(FakeRetrieval(), lambda retrieved: (retrieved, {}), num_steps=2)
+    host.resume(0, state(0), None)
+    host.before_step(0, state(0))
+    saved = json.loads(json.dumps(host.state_dict(), allow_nan=False))
+    again = AheadRetrieval(FakeRetrieval(), lambda retrieved: (retrieved, {}), num_steps=2)
+    again.resume(1, state(1), saved)
+    again.before_step(1, state(1))
+    host.before_step(1, state(1))
+    for ours, theirs in zip(again.batch_at(1).found, host.batch_at(1).found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    host.close()
+    again.close()
+
+
+def test_an_error_while_preparing_ahead_comes_up_at_its_step():
+    def fail(retrieved):
+        if retrieved.step == 1:
+            raise ValueError("question q7 has no documents")
+        return 0, {}
+
+    host = AheadRetrieval(FakeRetrieval(), fail, num_steps=3)
+    host.resume(0, state(0), None)
+    host.before_step(0, state(0))
+    assert host.state_dict() == {"version": 3}  # a checkpoint can be written all the same
+    with pytest.raises(ValueError, match="q7"):
+        host.before_step(1, state(1))
+    host.close()
+
+
+def test_a_step_that_was_not_prepared_is_refused():
+    host = AheadRetrieval(FakeRetrieval(), prepare, num_steps=3)
+    host.resume(0, state(0), None)
+    host.before_step(0, state(0))
+    with pytest.raises(RuntimeError, match="not prepared"):
+        host.batch_at(1)
+    host.close()
