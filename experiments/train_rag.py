@@ -114,7 +114,7 @@ def _run(config: RagConfig, *, only_forecast: bool) -> None:
         with RunLock(output):
             check_output(config, output)
             train_rag(config, stop=stop)
-    print(f"\nresults: {output / 'metrics.json'}, {output / 'predictions.jsonl'}")
+    print(f"\nresults: {output / "report.html"}, {output / "metrics.json"}")
 
 
 if __name__ == "__main__":

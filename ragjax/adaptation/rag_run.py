@@ -1,16 +1,18 @@
 """End-to-end training from documents and questions to a before/after table, resumable."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
-from ragjax.adaptation.config import fingerprint
+from ragjax.adaptation.config import RetrieverConfig, fingerprint
 from ragjax.adaptation.config_files import to_dict
 from ragjax.adaptation.estimate import duration
 from ragjax.adaptation.likelihood import Side, evaluate_dev
 from ragjax.adaptation.rag_config import PROGRAM, RagConfig
 from ragjax.adaptation.rag_estimate import estimate_rag_cost
 from ragjax.adaptation.rag_stage import choose_devices, make_reader, train_end_to_end
+from ragjax.adaptation.report import data_name, report_run
 from ragjax.adaptation.retrieval import build_bm25
 from ragjax.adaptation.run import build_towers, evaluate_run, teacher_of
 from ragjax.adaptation.sources import source_rows
@@ -55,9 +57,19 @@ def train_rag(config: RagConfig, *, stop: StopFlag, report: Report = print) -> d
         evaluate_dev(workspace, Side("before", before, base), Side("after", after, lm))
     with workspace.timed("evaluation"):
         metrics = evaluate_run(workspace, bm25, before, after, lm)
+    with workspace.timed("report"):
+        title = f"End-to-end training on {data_name(config.data)}"
+        report_run(workspace, before, after, lm, title=title, target=_target(config))
     took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
     report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
     return metrics
+
+
+def _target(config: RagConfig) -> RetrieverConfig:
+    """Returns what p_LSR of the report compares: attention is of all documents at once."""
+    score = config.objective.score
+    shown = "log_prob_per_token" if score == "attention" else score
+    return dataclasses.replace(config.stand_in().retriever, score=shown)
 
 
 def dry_run(config: RagConfig, *, folder: Path, stop: StopFlag, report: Report = print) -> None:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from ragjax.adaptation.config import AdaptConfig
+from ragjax.adaptation.cost import add_seconds
 from ragjax.data import (
     Dataset,
     DocumentTokens,
@@ -80,8 +81,12 @@ class Workspace:
         self.stop.check()
         self.report(f"\n== {stage}")
         started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+            add_seconds(self.folder, stage, took)
 
     def gold_rows(self, split: str) -> list[dict[int, int]]:
         """Returns corpus row to grade for the questions used of a split."""
@@ -158,14 +163,39 @@ def open_workspace(
     """
     if config.score_cache and not Path(config.score_cache).is_file():
         raise ValueError(f"--score_cache {config.score_cache}: no such file")
-    dataset = _read_data(config, folder, report)
-    questions = _choose_questions(config, dataset)
-    encoder = _in_compute_dtype(
-        load_encoder(config.encoder, max_length=config.encoder_max_length or None), config
-    )
+    dataset = read_data(config, folder, report)
+    questions = choose_questions(config, dataset)
+    encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     lm = load_language_model(config.lm)
     _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
     _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)
+    return make_workspace(config, folder, dataset, questions, encoder, lm, stop=stop, report=report)
+
+
+def make_workspace(
+    config: AdaptConfig,
+    folder: Path,
+    dataset: Dataset,
+    questions: dict[str, tuple[Question, ...]],
+    encoder: TextEncoder,
+    lm: LanguageModel,
+    *,
+    stop: StopFlag,
+    report: Report = print,
+) -> Workspace:
+    """Puts data and models that are read already together; tokenises the corpus for the encoder.
+
+    Args:
+        config: Options of the run.
+        folder: Output folder.
+        dataset: Corpus, questions, relevance judgements.
+        questions: Those of them that are used, by split.
+        encoder: The un-adapted text encoder.
+        lm: The un-adapted language model.
+        stop: Looked at between stages.
+        report: Shows one line to the user.
+    """
+    encoder = _in_compute_dtype(encoder, config)
     report(
         f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions"
     )
@@ -214,7 +244,8 @@ def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
         )
 
 
-def _read_data(config: AdaptConfig, folder: Path, report: Report) -> Dataset:
+def read_data(config: AdaptConfig, folder: Path, report: Report) -> Dataset:
+    """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
     options = config.data_options
     source = Path(config.data) if config.data else folder / "data" / "python-docs"
     if not config.data and not (source / "corpus.jsonl").is_file():
@@ -239,7 +270,12 @@ def _fields(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _choose_questions(config: AdaptConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
+def choose_questions(config: AdaptConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
+    """Returns the questions of a run by split, after its caps.
+
+    Raises:
+        ValueError: There are none to train on, or none to test on.
+    """
     caps = config.data_options
     limits = {"train": caps.train_questions, "dev": caps.dev_questions, "test": caps.test_questions}
     chosen: dict[str, tuple[Question, ...]] = {}

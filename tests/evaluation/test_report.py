@@ -1,0 +1,508 @@
+"""The pure parts of the report: escaping, numbers, verdicts, charts, selection, the whole page."""
+
+import base64
+import dataclasses
+import hashlib
+import html
+import html.parser
+import math
+import re
+
+import pytest
+
+from ragjax.evaluation.report import ReportData, Section, render_report
+from ragjax.evaluation.report_checks import calibration_section, nested_section
+from ragjax.evaluation.report_explained import divergence, explained_section
+from ragjax.evaluation.report_html import escape, excerpt, isolated, number, page, signed, table
+from ragjax.evaluation.report_questions import (
+    PassageText,
+    by_answer,
+    by_passage,
+    changes,
+    questions_section,
+    select,
+    shown_documents,
+)
+from ragjax.evaluation.report_results import (
+    differences_tables,
+    findings,
+    lower_is_better,
+    main_pair,
+    results_table,
+    verdict,
+)
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a & b \" c ' d",
+    "</style></title><img src=x onerror=alert(1)>",
+    "javascript:alert(1)",
+    "nul\x00bell\x07del\x7fc1\x85",
+    "lone \ud800 surrogate \udfff",
+    "x" * 500,
+    "\u202edesrever\u2066 isolate",
+    "\ufffe\uffff nonchar",
+    "العربية 漢字 👩🏽‍🔬 e\u0301",
+    "&lt;b&gt; &amp; already",
+)
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Checks the nesting of a page and collects its text, tags and attributes."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.texts, self.errors = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(tag)
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+
+def read(source):
+    reader = Reader()
+    reader.feed(source)
+    reader.close()
+    assert not reader.errors and not reader.open
+    return reader
+
+
+def cell(value, low=None, high=None):
+    return {
+        "value": value,
+        "low": value - 0.1 if low is None else low,
+        "high": value + 0.1 if high is None else high,
+    }
+
+
+def difference(metric, value, low, high, system="after", baseline="before", p=0.01):
+    return {
+        "metric": metric, "system": system, "baseline": baseline,
+        "value": value, "low": low, "high": high, "p_value": p, "n": 40,
+    }  # fmt: skip
+
+
+METRICS = {
+    "before": {"recall@5": cell(0.564), "f1": cell(0.3), "answer_nll": cell(3.1), "n": 40},
+    "after": {"recall@5": cell(0.708), "f1": cell(0.31), "answer_nll": cell(2.4), "n": 40},
+}
+DIFFERENCES = [
+    difference("recall@5", 0.144, 0.108, 0.182),
+    difference("f1", 0.01, -0.02, 0.04, p=0.5),
+    difference("answer_nll", -0.7, -0.9, -0.5, p=0.0001),
+]
+
+
+def line(id, before, after, *, f1=(0.0, 0.0), question="who?"):
+    """A line of predictions.jsonl; `before` and `after` are lists of documents."""
+    systems = {
+        name: {
+            "prediction": "x",
+            "doc_ids": docs,
+            "doc_scores": [1.0 - 0.1 * place for place in range(len(docs))],
+            "metrics": {"f1": value, "mrr@10": 0.0},
+        }
+        for name, docs, value in (("before", before, f1[0]), ("after", after, f1[1]))
+    }
+    return {"id": id, "question": question, "answers": ["Paris"], "systems": systems}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_escaped_text_reads_back_as_what_html_can_hold(text):
+    shown = read(f"<p>{escape(text)}</p>")
+    assert [tag for tag, _ in shown.tags] == ["p"]
+    expected = "".join(
+        "\ufffd"
+        if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0
+        or 0xD800 <= ord(c) < 0xE000 or ord(c) in (0xFFFE, 0xFFFF)
+        else c
+        for c in text
+    )  # fmt: skip
+    assert shown.text == expected
+    escape(text).encode("utf-8")
+    quoted = read(f'<p title="{escape(text)}"></p>')
+    assert quoted.tags == [("p", {"title": expected})]
+
+
+def test_isolated_text_is_in_a_bdi():
+    assert isolated("a<b") == '<bdi dir="auto">a&lt;b</bdi>'
+
+
+@pytest.mark.parametrize(
+    "value,expected",
+    [(0.5641, ".564"), (-0.01, "−.010"), (7.4481, "7.448"), (0.0, ".000"), (-0.0001, ".000"),
+     (1.0, "1.000"), (0.9999, "1.000"), (None, "–"), (float("nan"), "–"), (True, "–"), ("1", "–")],
+)  # fmt: skip
+def test_numbers(value, expected):
+    assert number(value) == expected
+
+
+@pytest.mark.parametrize("value,expected", [(0.1, "+.100"), (-0.1, "−.100"), (0, ".000")])
+def test_signed_numbers(value, expected):
+    assert signed(value) == expected
+
+
+def test_a_table_has_scoped_headers_and_its_own_scrolling_box():
+    shown = read(table(["a", "b"], [["x", "y"]], caption="what <it> shows"))
+    scopes = [attrs["scope"] for tag, attrs in shown.tags if tag == "th"]
+    assert scopes == ["col", "col", "row"]
+    (box,) = [attrs for tag, attrs in shown.tags if attrs.get("class") == "scroll"]
+    assert box["tabindex"] == "0" and box["aria-label"] == "what <it> shows"
+
+
+def test_an_excerpt_marks_whole_words_in_any_case():
+    found = excerpt("paris is not Parisian, but PARIS  is <b>Paris</b>", ["Paris"])
+    assert re.findall("<mark>(.*?)</mark>", found) == ["paris", "PARIS", "Paris"]
+    assert "&lt;b&gt;" in found
+
+
+def test_an_excerpt_goes_to_the_answer_and_says_what_it_left_out():
+    text = "word " * 200 + "the answer is forty-two (42). " + "word " * 200
+    found = excerpt(text, ["forty-two"], length=100)
+    assert "<mark>forty-two</mark>" in found
+    assert found.startswith("…") and found.endswith("…") and len(found) < 160
+    assert not re.search(r"…ord|wor…", found)
+    assert excerpt(text, ["nowhere"], length=20).startswith("word word")
+
+
+def test_an_excerpt_never_cuts_a_drawn_character():
+    text = "👩🏽‍🔬" * 100
+    for length in range(1, 60):
+        shown = excerpt(text, [], length=length).rstrip("…")
+        assert len(shown) == 1 or len(shown) % 4 == 0
+
+
+def test_overlapping_and_blank_answers_are_marked_once():
+    found = excerpt("New York City", ["New York", "York City", "", "  "])
+    assert found == "<mark>New York</mark> City"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_passages_and_answers_stay_text(text):
+    for answers in ([], [text], [text[:5]]):
+        shown = read(f"<p>{excerpt(text, answers)}</p>")
+        assert {tag for tag, _ in shown.tags} <= {"p", "mark"}
+
+
+def test_lower_is_better_for_losses_only():
+    assert [name for name in ("answer_nll", "ece", "brier", "hallucination", "calibration_error")
+            if not lower_is_better(name)] == []  # fmt: skip
+    assert [name for name in ("recall@5", "f1", "mrr@10", "precision", "auroc", "supported")
+            if lower_is_better(name)] == []  # fmt: skip
+
+
+def test_findings_say_better_worse_undecided_or_same():
+    rows = [
+        difference("recall@5", 0.1, 0.05, 0.2),
+        difference("f1", -0.1, -0.2, -0.05),
+        difference("mrr@10", 0.1, -0.05, 0.2),
+        difference("answer_nll", 0.1, 0.05, 0.2),
+        difference("brier", -0.1, -0.2, -0.05),
+        difference("ndcg@10", 0.0, 0.0, 0.0),
+        difference("broken", None, 0, 1),
+    ]
+    states = {one.metric: one.state for one in findings(METRICS, rows)}
+    assert states == {
+        "recall@5": "better", "f1": "worse", "mrr@10": "undecided", "answer_nll": "worse",
+        "brier": "better", "ndcg@10": "same",
+    }  # fmt: skip
+
+
+def test_the_verdict_is_a_sentence_with_the_numbers():
+    found = findings(METRICS, DIFFERENCES)
+    assert verdict(found, ("after", "before")) == (
+        "Better in 2 of 3 (after against before): recall@5 rose from .564 to .708 (+.144 [+.108,"
+        " +.182]); answer_nll fell from 3.100 to 2.400 (−.700 [−.900, −.500], lower is better); no"
+        " measurable change of f1 (+.010 [−.020, +.040])."
+    )
+
+
+@pytest.mark.parametrize(
+    "rows,opening",
+    [
+        ([difference("f1", 0.01, -0.1, 0.1)], "No measurable change"),
+        ([difference("f1", -0.2, -0.3, -0.1)], "Worse"),
+        ([difference("f1", 0.2, 0.1, 0.3)], "Better"),
+        (
+            [difference("f1", 0.2, 0.1, 0.3), difference("recall@5", -0.2, -0.3, -0.1)],
+            "Better in 1 of 2, worse in 1 of 2",
+        ),
+    ],
+)
+def test_the_verdict_is_honest(rows, opening):
+    assert verdict(findings(METRICS, rows), ("after", "before")).startswith(opening + " (after")
+
+
+def test_without_a_comparison_the_verdict_says_so():
+    assert "nothing to say" in verdict([], None)
+    assert main_pair({}, []) is None
+    assert main_pair({}, [difference("f1", 0, 0, 0, "x", "y")]) == ("x", "y")
+    rows = [difference("f1", 0, 0, 0, "x", "y"), *DIFFERENCES]
+    assert main_pair({}, rows) == ("after", "before")
+    assert main_pair(METRICS, []) == ("after", "before")
+
+
+def test_the_table_stars_the_best_of_each_metric():
+    rows = re.findall(r"<tr>.*?</tr>", results_table(METRICS))
+    starred = {}
+    for row in rows:
+        cells = re.findall(r"<td>(.*?)</td>", row)
+        if cells:
+            starred[read(row).text.split("\n")[0][:6]] = ['class="best"' in one for one in cells]
+    assert starred == {
+        "recall": [False, True], "f1.300": [False, True], "answer": [False, True],
+        "questi": [False, False],
+    }  # fmt: skip
+    same = {name: {"f1": cell(0.5), "n": 3} for name in ("before", "after")}
+    assert 'class="best"' not in results_table(same)
+
+
+def test_the_differences_open_with_the_main_pair():
+    rows = [difference("f1", 0.1, 0.05, 0.2, "hybrid", "bm25"), *DIFFERENCES]
+    shown = differences_tables(findings(METRICS, rows), ("after", "before"))
+    boxes = [attrs for tag, attrs in read(shown).tags if tag == "details"]
+    assert ["open" in box for box in boxes] == [True, False]
+    assert shown.index("after") < shown.index("hybrid")
+    assert "&lt; .001" in shown  # p of answer_nll
+
+
+def test_changes_are_those_of_the_first_relevant_passage():
+    lines = [
+        line("a", ["x", "g", "y"], ["g", "x"], f1=(0.2, 0.7)),
+        line("b", ["g"], ["x", "y", "z"], f1=(1.0, 1.0)),
+        line("c", [], []),
+        {"id": "d", "systems": {"after": {}}},
+        {"id": "e", "systems": None},
+    ]
+    gold = {"a": ["g"], "b": ["g", "h"], "c": ["g"]}
+    found = changes(lines, ("after", "before"), gold)
+    assert [(c.rank_before, c.rank_after) for c in found] == [(2, 1), (1, None), (None, None)]
+    assert [c.passage_change for c in found] == [0.5, -1.0, None]
+    assert [c.answer_change for c in found] == pytest.approx([0.5, 0.0, 0.0])
+
+
+def test_without_judgements_the_metric_takes_the_place_of_the_rank():
+    one = line("a", ["x"], ["y"])
+    one["systems"]["after"]["metrics"]["mrr@10"] = 0.25
+    (found,) = changes([one], ("after", "before"), {})
+    assert found.passage_change == 0.25 and found.rank_after is None
+
+
+def test_the_largest_changes_come_first_and_ties_go_by_id():
+    lines = [
+        line("d", ["x", "g"], ["g"]),
+        line("b", ["x", "g"], ["g"]),
+        line("c", ["x", "y", "z", "g"], ["g"]),
+        line("a", ["g"], ["x", "g"]),
+        line("e", ["g"], ["g"]),
+    ]
+    found = changes(lines, ("after", "before"), {id: ["g"] for id in "abcde"})
+    chosen = select(found, by_passage, 2)
+    assert [one.line["id"] for one in chosen.won] == ["c", "b"]
+    assert [one.line["id"] for one in chosen.lost] == ["a"]
+    assert (chosen.num_won, chosen.num_lost, chosen.num_same) == (3, 1, 1)
+    assert select(found, by_answer, 2).num_same == 5
+
+
+def test_the_card_shows_both_sides_with_the_relevant_passage():
+    deep = [f"d{n}" for n in range(9)] + ["g"]
+    lines = [line("a", deep, ["g", "d1"], f1=(0.0, 1.0), question="where <is> it?")]
+    passages = {"g": PassageText("Title & co", "It is in Paris."), "d1": PassageText("", "no")}
+    gold = {"a": ["g"]}
+    shown = read(questions_section(lines, ("after", "before"), gold, passages.get))
+    text = shown.text
+    assert "where <is> it?" in text and "rank 10 → 1" in text and "1 of 1 questions won" in text
+    assert text.count("★ relevant") == 2 and text.count("Title & co") == 2
+    assert text.count("The text is not at hand.") == 2  # d0, d2; d1 has a text but no title
+    assert "d1" in text
+    assert set(shown_documents(lines, ("after", "before"), gold)) == {"g", "d0", "d1", "d2"}
+
+
+def explained(**changed):
+    candidates = [
+        {"doc_id": "g", "relevant": True, "target": 0.75, "before": 0.25, "after": 0.5,
+         "posterior": 0.9},
+        {"doc_id": "<d>", "relevant": False, "target": 0.25, "before": 0.75, "after": 0.5,
+         "posterior": 0.1},
+    ]  # fmt: skip
+    return {
+        "questions": [{"question": "q?", "answers": ["a"], "candidates": candidates}],
+        **changed,
+    }
+
+
+def test_the_views_are_bars_with_the_distance_before_and_after():
+    shown = explained_section(explained(), lambda doc: None)
+    before = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
+    after = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert f"{before:.3f}".lstrip("0") in shown and f"{after:.3f}".lstrip("0") in shown
+    widths = re.findall(r'<rect class="f(\d)" width="([\d.]+)"', shown)
+    assert widths[:4] == [("0", "75.0"), ("1", "25.0"), ("2", "50.0"), ("3", "90.0")]
+    assert "&lt;d&gt;" in shown
+    assert divergence([1.0, 0.0], [1.0, 0.0]) == 0.0
+    assert "No question had candidates" in explained_section({"questions": [{}]}, lambda doc: None)
+
+
+def test_calibration_shows_tables_and_diagrams_per_confidence():
+    rows = [{"low": 0.1, "high": 0.3, "confidence": 0.2, "accuracy": 0.4, "count": 7}]
+    node = {"n": 7, "ece": cell(0.123), "reliability": rows}
+    shown = calibration_section({"before": {"confidence": node}, "after": {"confidence": node}})
+    text = read(shown).text
+    assert shown.count("<figure") == 2 and ".123" in text and "7 answers" in text
+    assert "ece" in text and "before" in text
+    assert "<figure" in calibration_section(node)
+    assert ".123" in calibration_section({"after": {"ece": cell(0.123)}})
+
+
+def test_nested_results_of_any_form_are_shown():
+    values = {
+        "n": 12,
+        "conditions": {"gold": {"f1": cell(0.61), "n": 12}, "both": {"f1": cell(0.42), "n": 12}},
+        "differences": [difference("f1", -0.19, -0.3, -0.1, "both", "gold")],
+        "same_as_closed_book": cell(0.87),
+        "rows": [{"a": 1, "b": "<x>"}, {"a": None}],
+        "nothing": None,
+    }
+    text = read(nested_section(values)).text
+    for part in ("12", ".610", ".420", "−.190", ".610 → .420", "▼ worse", ".870", "<x>"):
+        assert part in text
+    assert "no results" in nested_section({}) and "no results" in nested_section("text")
+    deep = current = {}
+    for _ in range(2000):
+        current["a"] = current = {}
+    nested_section(deep)
+
+
+def everything():
+    hostile = " ".join(HOSTILE)
+    passages = {"g": PassageText(hostile, hostile + " Paris"), "x": PassageText("t", hostile)}
+    explained_hostile = explained(settings={hostile: hostile})
+    explained_hostile["questions"][0] |= {"question": hostile, "answers": [hostile]}
+    return ReportData(
+        title=hostile,
+        facts={hostile: hostile},
+        metrics={**METRICS, hostile: {hostile: cell(0.5), "n": 3}},
+        other_metrics={"lm_half": {"f1": cell(0.123), "n": 40, "applicable": {"f1": 9}}},
+        system_notes={"before": hostile},
+        differences=[*DIFFERENCES, difference(hostile, 0.1, 0.0, 0.2, hostile, hostile)],
+        steps=[{"stage": hostile, "step": s, "loss": 1.0, hostile: s} for s in range(3)],
+        questions=[line("a", ["x", "g"], ["g", "x"], question=hostile) | {"answers": [hostile]}],
+        gold={"a": ["g"]},
+        passages=passages,
+        explained=explained_hostile,
+        calibration={hostile: {"n": 3, "reliability": [], hostile: cell(0.2)}},
+        checks={hostile: {hostile: {hostile: cell(0.1)}, "x": [{hostile: hostile}]}},
+        cost={"seconds": {hostile: 3.0, "b": 4000.0}, "peak_memory_bytes": 2**31,
+              "counts": {hostile: 12345}},
+        config={hostile: {hostile: [hostile]}},
+        sections=[Section(hostile, "<p>mine</p>")],
+        problems=[hostile],
+    )  # fmt: skip
+
+
+def test_a_page_of_hostile_text_is_whole_and_asks_for_nothing():
+    source = render_report(everything())
+    source.encode("utf-8")
+    shown = read(source)
+    tags = {tag for tag, _ in shown.tags}
+    assert not tags & {"script", "img", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attrs in shown.tags:
+        assert not [name for name in attrs if name.startswith("on") or name in ("style", "src")]
+        if "href" in attrs:
+            assert tag == "a" and attrs["href"].startswith("#part-")
+    assert "<script>alert(1)</script>" in shown.text  # as text
+    ids = [attrs["id"] for _, attrs in shown.tags if "id" in attrs]
+    links = [attrs["href"][1:] for tag, attrs in shown.tags if tag == "a"]
+    assert len(ids) == len(set(ids)) and links == ids
+    assert "mine" in shown.text and "2.0 GiB" in shown.text and "1 h 06 min" in shown.text
+
+
+def test_the_policy_allows_the_style_by_hash_and_nothing_else():
+    source = page("t", "<p>x</p>")
+    style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = html.unescape(re.search(r'Policy" content="([^"]*)"', source)[1])
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    assert not re.search(r"url\(|@import|http", style)
+    assert source.index("Content-Security-Policy") < source.index("<style>")
+
+
+def test_headings_are_in_order_and_every_image_has_a_name():
+    shown = read(render_report(everything()))
+    levels = [int(tag[1]) for tag, _ in shown.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    for place, (tag, attrs) in enumerate(shown.tags):
+        if tag == "svg" and attrs.get("aria-hidden") != "true":
+            assert attrs["role"] == "img" and shown.tags[place + 1][0] == "title"
+        if tag == "th":
+            assert attrs["scope"] in ("row", "col", "rowgroup")
+
+
+@pytest.mark.parametrize("left_out", [
+    "metrics", "differences", "steps", "questions", "gold", "passages", "explained", "calibration",
+    "checks", "cost", "config", "sections", "problems", "facts", "system_notes", "other_metrics",
+])  # fmt: skip
+def test_any_part_may_be_missing(left_out):
+    data = everything()
+    empty = type(getattr(data, left_out))()
+    read(render_report(dataclasses.replace(data, **{left_out: empty})))
+
+
+def test_a_page_without_anything_is_still_a_page():
+    shown = read(render_report(ReportData(title="empty")))
+    assert "nothing to say about a change" in shown.text
+    assert not [tag for tag, _ in shown.tags if tag == "section"]
+
+
+def test_the_same_data_give_the_same_bytes():
+    assert render_report(everything()) == render_report(everything())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_have_enough_contrast(scheme):
+    style = re.search(r"<style>(.*?)</style>", page("t", ""), re.DOTALL)[1]
+    light, dark = re.findall(r":root\{(.*?)\}", style, re.DOTALL)[:2]
+    colours = dict(re.findall(r"--([\w-]+):(#\w+)", light))
+    if scheme == "dark":
+        colours |= dict(re.findall(r"--([\w-]+):(#\w+)", dark))
+    pairs = [(name, ground) for ground in ("page", "card") for name in
+             ("ink", "soft", "accent", "better", "worse", "gold")]  # fmt: skip
+    pairs += [("gold", "gold-fill"), ("ink", "gold-fill"), ("soft", "gold-fill"),
+              ("mark-ink", "mark")]  # fmt: skip
+    for name, ground in pairs:
+        assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+    for name in ("s0", "s1", "s2", "s3", "s4", "s5"):
+        assert contrast(colours[name], colours["card"]) >= 3.0, name
+
+
+def contrast(first, second):
+    """WCAG 2.2, relative luminance and contrast ratio."""
+
+    def luminance(colour):
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
