@@ -111,7 +111,7 @@ def _run(config: AdaptConfig, *, only_forecast: bool) -> None:
         with RunLock(output):
             check_output(config, output)
             adapt(config, stop=stop)
-    print(f"\nresults: {output / "report.html"}, {output / "metrics.json"}")
+    print(f"\nresults: {output / 'report.html'}, {output / 'metrics.json'}")
 
 
 if __name__ == "__main__":

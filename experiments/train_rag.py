@@ -2,7 +2,7 @@
 
     python experiments/train_rag.py --data FOLDER --output runs/rag
     python experiments/train_rag.py --data FOLDER --objective.marginal token --refresh.mode sync
-    python experiments/train_rag.py --config experiments/recipes/rag.toml --data FOLDER
+    python experiments/train_rag.py --config experiments/recipes/end_to_end/rag.toml --data FOLDER
 
 Both models learn from the likelihood of the answer over the documents that were retrieved, while
 the index is built again in the background. Without flags it trains MiniLM-L6-v2 and
@@ -114,7 +114,7 @@ def _run(config: RagConfig, *, only_forecast: bool) -> None:
         with RunLock(output):
             check_output(config, output)
             train_rag(config, stop=stop)
-    print(f"\nresults: {output / "report.html"}, {output / "metrics.json"}")
+    print(f"\nresults: {output / 'report.html'}, {output / 'metrics.json'}")
 
 
 if __name__ == "__main__":

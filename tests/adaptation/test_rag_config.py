@@ -1,8 +1,11 @@
 import dataclasses
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from ragjax.adaptation.config import EvaluationConfig
+from ragjax.adaptation.config_files import load_config_file
 from ragjax.adaptation.config_refresh import RefreshConfig
 from ragjax.adaptation.rag_config import (
     ObjectiveConfig,
@@ -106,3 +109,20 @@ def test_every_option_has_a_help_text():
         documented = "".join(base.__doc__ or "" for base in kind.__mro__)
         for field in dataclasses.fields(kind):
             assert f"      {field.name}: " in documented, f"{kind.__name__}.{field.name}"
+
+
+RECIPES = Path(__file__).parents[2] / "experiments" / "recipes" / "end_to_end"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_each_recipe_loads_and_changes_what_it_says(path):
+    config = load_config_file(path, RagConfig())
+    values = tomllib.loads(path.read_text("utf-8"))
+    for section, options in values.items():
+        for name, value in options.items():
+            assert getattr(getattr(config, section), name) == value
+    assert "section" in path.read_text("utf-8")  # each names its source
+
+
+def test_there_are_recipes():
+    assert len(list(RECIPES.glob("*.toml"))) >= 4

