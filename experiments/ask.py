@@ -87,7 +87,7 @@ class Flags:
     warm_up: bool = True
     debug: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raises ValueError naming the flags that are at odds or out of range."""
         if bool(self.run) == bool(self.data):
             raise ValueError(
@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     try:
         flags = tyro.cli(Flags, args=arguments, description=__doc__)
+        flags.check()
         return _run(flags)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

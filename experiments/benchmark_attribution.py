@@ -74,7 +74,7 @@ class Flags:
     resamples: int = 2000
     debug: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raises ValueError naming the flag that is missing or out of range."""
         if bool(self.run) == bool(self.data):
             raise ValueError("give one of --run FOLDER and --data FOLDER")
@@ -88,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     try:
-        _run(tyro.cli(Flags, args=arguments, description=__doc__))
+        flags = tyro.cli(Flags, args=arguments, description=__doc__)
+        flags.check()
+        _run(flags)
         return 0
     except (ValueError, OSError) as error:
         if "--debug" in arguments:

@@ -3,8 +3,9 @@
 Q requests, K documents each, L prompt slots.
 """
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from ragjax.adaptation.config import EvaluationConfig
 from ragjax.adaptation.teacher import Teacher, context_batches, pack_batch
 from ragjax.adaptation.workspace import Workspace
 from ragjax.data import LengthBatch, Question
 from ragjax.generation import generate_ensemble, score_and_generate
-from ragjax.losses import rag_sequence_loss
+from ragjax.generation.rag_sequence import (
+    generate_rag_sequence_fast,
+    generate_rag_sequence_thorough,
+)
+from ragjax.generation.rag_token import generate_rag_token
+from ragjax.losses import rag_sequence_loss, rag_token_loss
 from ragjax.models.inputs import LMBatch
 from ragjax.training.score_cache import ResultCache, result_key
 
@@ -38,6 +45,9 @@ class Answer(NamedTuple):
 
     prediction: str
     nll: float | None  # nats per token of the first right answer; None where there is none
+    # Of the generated tokens, the one that ends the answer included; None: not recorded.
+    log_prob: float | None = None  # nats
+    num_tokens: int | None = None
 
 
 def answer_requests(
@@ -45,20 +55,27 @@ def answer_requests(
 ) -> list[Answer]:
     """Answers each request; requests that read the same prompt are answered once.
 
+    A request without documents is answered closed book, in every mode.
+
     Args:
         workspace: Data, prompts, options.
         model: The language model that answers.
-        requests: Q requests; all with documents, or all without.
-        cache: Answers known already; new ones are added batch by batch.
+        requests: Q requests.
+        cache: Answers known already; new ones are added batch by batch. Answers that were kept
+            without their probability are computed again.
 
     Returns:
         Q answers.
     """
     keys = [_key(workspace, model, request) for request in requests]
     unique = dict(zip(keys, requests, strict=True))  # in order of first mention
-    ensemble = workspace.config.evaluation.mode == "ensemble"
-    compute = _answer_ensemble if ensemble and requests[0].docs else _answer_concatenated
-    compute(workspace, model, list(unique), list(unique.values()), cache)
+    apart = workspace.config.evaluation.mode != "concat"
+    # A prompt without documents is short: together with the others it would only add shapes.
+    for has_docs in (False, True):
+        chosen = {key: request for key, request in unique.items() if bool(request.docs) == has_docs}
+        if chosen:
+            compute = _answer_apart if apart and has_docs else _answer_concatenated
+            compute(workspace, model, list(chosen), list(chosen.values()), cache)
     answers = [cache.get(key) for key in keys]
     return [answer for answer in answers if answer is not None]
 
@@ -76,16 +93,23 @@ def _key(workspace: Workspace, model: Teacher, request: Request) -> str:
     evaluation = workspace.config.evaluation
     corpus = workspace.dataset.corpus
     scores = [round(score, 6) for score in request.doc_scores]
+    mode = evaluation.mode if request.docs else "closed_book"
+    beams = [evaluation.beams] if mode.startswith("rag_") else []
     return result_key(
         model.fingerprint,
         repr(workspace.prompts.template),
-        evaluation.mode if request.docs else "closed_book",
-        [_MIN_NEW_TOKENS, evaluation.max_new_tokens],
+        mode,
+        [_MIN_NEW_TOKENS, evaluation.max_new_tokens, *beams],
         request.question.text,
         list(request.question.answers[:1]),
         [corpus.id_of(row) for row in request.docs],
-        scores if evaluation.mode == "ensemble" else [],
+        scores if evaluation.mode != "concat" else [],
     )
+
+
+def _is_known(cache: ResultCache[Answer], key: str) -> bool:
+    answer = cache.get(key)
+    return answer is not None and answer.log_prob is not None
 
 
 def _targets(workspace: Workspace, requests: Sequence[Request]) -> list[list[int]]:
@@ -110,7 +134,7 @@ def _answer_concatenated(
     stops = stop_ids(workspace)
     with tqdm(total=len(requests), desc="answers", unit=" prompts", file=sys.stderr) as progress:
         for batch in context_batches(workspace, [len(context) for context in contexts]):
-            if any(cache.get(keys[row]) is None for row in batch.rows):
+            if not all(_is_known(cache, keys[row]) for row in batch.rows):
                 rows = batch.rows.tolist()
                 packed = pack_batch(workspace, batch, contexts, [targets[row] for row in rows])
                 result = score_and_generate(
@@ -128,14 +152,33 @@ def _answer_concatenated(
             workspace.stop.check()
 
 
-def _answer_ensemble(
+class _Reading(NamedTuple):
+    """How documents that are read apart make one answer, and its likelihood."""
+
+    generate: Callable[..., Any]
+    loss: Callable[..., jax.Array]  # (doc_scores, log_probs, *, doc_mask, token_mask) -> [B] nats
+
+
+def _reading(evaluation: EvaluationConfig) -> _Reading:
+    if evaluation.mode == "ensemble":
+        return _Reading(generate_ensemble, rag_sequence_loss)
+    generate, loss = {
+        "rag_token": (generate_rag_token, rag_token_loss),
+        "rag_sequence_fast": (generate_rag_sequence_fast, rag_sequence_loss),
+        "rag_sequence_thorough": (generate_rag_sequence_thorough, rag_sequence_loss),
+    }[evaluation.mode]
+    return _Reading(functools.partial(generate, beams=evaluation.beams), loss)
+
+
+def _answer_apart(
     workspace: Workspace,
     model: Teacher,
     keys: Sequence[str],
     requests: Sequence[Request],
     cache: ResultCache[Answer],
 ) -> None:
-    count = workspace.config.evaluation.documents
+    reading = _reading(workspace.config.evaluation)
+    count = max(len(request.docs) for request in requests)
     contexts = [
         [workspace.prompts.context(r.question.text, workspace.documents.get([d])) for d in r.docs]
         for r in requests
@@ -147,12 +190,12 @@ def _answer_ensemble(
     with tqdm(total=len(requests), desc="answers", unit=" questions", file=sys.stderr) as progress:
         for batch in _question_batches(workspace, longest, count):
             rows = batch.rows.tolist()
-            if any(cache.get(keys[row]) is None for row in rows):
+            if not all(_is_known(cache, keys[row]) for row in rows):
                 packed, scores, mask = _pack_groups(
                     workspace, batch, contexts, targets, requests, count
                 )
                 shape = (batch.batch_size, count, -1)
-                generated = generate_ensemble(
+                generated = reading.generate(
                     workspace.lm.decoder,
                     model.params,
                     packed.context_ids.reshape(shape),
@@ -165,7 +208,7 @@ def _answer_ensemble(
                 )
                 log_probs = score(model.params, packed).reshape(shape)
                 token_mask = packed.target_mask.reshape(shape)[:, 0]
-                nlls = rag_sequence_loss(scores, log_probs, doc_mask=mask, token_mask=token_mask)
+                nlls = reading.loss(scores, log_probs, doc_mask=mask, token_mask=token_mask)
                 _store(workspace, cache, [keys[r] for r in rows], generated, np.asarray(nlls),
                        [len(targets[r]) for r in rows])  # fmt: skip
             progress.update(len(rows))
@@ -216,11 +259,18 @@ def _store(
     lengths: Sequence[int],
 ) -> None:
     ids, ends = np.asarray(generated.ids), np.asarray(generated.lengths)
+    log_probs = np.asarray(generated.log_probs, np.float64)
+    if ids.ndim == 3:  # several answers to each question, best first
+        ids, ends, log_probs = ids[:, 0], ends[:, 0], log_probs[:, 0]
     texts = workspace.lm.tokenizer.decode_batch(
         [row[:end].tolist() for row, end in zip(ids, ends, strict=True)]
     )
+    # What ends an answer is none of its tokens, but was generated unless the limit came first.
+    counts = np.minimum(ends + 1, ids.shape[1]).tolist()
     answers = [
-        Answer(text.strip(), float(nll) / length if length else None)
-        for text, nll, length in zip(texts, nlls, lengths, strict=False)
+        Answer(text.strip(), float(nll) / length if length else None, min(log_prob, 0.0), count)
+        for text, nll, length, log_prob, count in zip(
+            texts, nlls, lengths, log_probs.tolist(), counts, strict=False
+        )
     ]
     cache.put(keys, answers[: len(keys)])

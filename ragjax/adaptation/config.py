@@ -15,6 +15,7 @@ from ragjax.adaptation.config_refresh import (
 )
 
 Stage = Literal["lm", "retriever"]
+Mode = Literal["concat", "ensemble", "rag_token", "rag_sequence_fast", "rag_sequence_thorough"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +69,30 @@ class EvaluationConfig:
 
     Attributes:
       documents: Documents the language model reads for an answer.
-      mode: `concat` reads them one after the other in one prompt; `ensemble` reads each alone and
-        mixes the next-token distributions by p_R (RA-DIT, REPLUG).
+      mode: `concat` reads them one after the other in one prompt; the others read each alone.
+        `ensemble` mixes the next-token distributions by p_R (RA-DIT, REPLUG), and so does
+        `rag_token`, with beams. `rag_sequence_fast` and `rag_sequence_thorough` let each document
+        write its own answers and weigh these by p_R, under the documents that wrote them or under
+        all (RAG-Sequence).
+      beams: Answers kept at each token; above 1 for the `rag_` modes only.
       max_new_tokens: Tokens generated at most.
       resamples: Bootstrap resamples behind each 95 % interval.
     """
 
     documents: int = 1
-    mode: Literal["concat", "ensemble"] = "concat"
+    mode: Mode = "concat"
+    beams: int = 1
     max_new_tokens: int = 24
     resamples: int = 2000
 
     def __post_init__(self):
-        """Raises ValueError naming the field that is out of range."""
-        at_least(self, 1, "documents", "max_new_tokens", "resamples")
+        """Raises ValueError naming the field that is out of range, or the fields at odds."""
+        at_least(self, 1, "documents", "beams", "max_new_tokens", "resamples")
+        if self.beams > 1 and not self.mode.startswith("rag_"):
+            raise ValueError(
+                f"beams={self.beams} does nothing with mode {self.mode}, which takes the likeliest"
+                " token each time; use mode rag_token, rag_sequence_fast or rag_sequence_thorough"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

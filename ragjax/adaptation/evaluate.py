@@ -1,7 +1,8 @@
 """Systems side by side: retrieval and answers, intervals, paired tests, one line per question."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +53,8 @@ _LEGEND = (
 )
 
 Records = dict[str, list[QuestionRecord]]
+# Metric name to value of one answer; NaN where it does not apply.
+Measure = Callable[[Workspace, Request, Answer], dict[str, float]]
 
 
 class System(NamedTuple):
@@ -61,27 +64,53 @@ class System(NamedTuple):
     lm: Teacher | None  # None: retrieval metrics only
     found: SearchResult | None  # None: closed book
     scale: float = 1.0  # from retrieval score to logit of p_R, for the ensemble
+    logits: np.ndarray | None = None  # [Q, K] of p_R; None: scale times score
 
 
-def evaluate_systems(workspace: Workspace, systems: Sequence[System]) -> Records:
-    """Returns one record per system and test question.
+def answer_metrics(workspace: Workspace, request: Request, answer: Answer) -> dict[str, float]:
+    """Returns how right an answer is, and how surprising the right one was."""
+    answers = request.question.answers
+    metrics = {
+        "exact_match": exact_match(answer.prediction, answers),
+        "f1": f1_score(answer.prediction, answers),
+    }
+    return metrics if answer.nll is None else metrics | {"answer_nll": answer.nll}
 
-    Retrieval is measured on every test question, answers on the first `answer_questions` that have
-    one (the order is a seeded shuffle).
+
+def evaluate_systems(
+    workspace: Workspace,
+    systems: Sequence[System],
+    *,
+    split: str = "test",
+    measure: Measure = answer_metrics,
+    cache: ResultCache[Answer] | None = None,
+) -> Records:
+    """Returns one record per system and question of a split.
+
+    Retrieval is measured on every question, answers on the first `answer_questions` that have one
+    (the order is a seeded shuffle).
+
+    Args:
+        workspace: Data, models, options.
+        systems: What is compared.
+        split: Of the workspace's questions.
+        measure: What is measured of an answer.
+        cache: Answers known already; None: those of this folder.
     """
-    questions = workspace.questions["test"]
-    answered = [row for row, question in enumerate(questions) if question.answers]
-    answered = answered[: workspace.config.data_options.answer_questions]
-    answers = _answers(workspace, systems, questions, answered)
+    questions = workspace.questions[split]
+    answered = answered_rows(workspace, split)
+    known = answer_cache(workspace) if cache is None else cache
+    answers = _answers(workspace, systems, questions, answered, known)
     records: Records = {}
     for system in systems:
         metrics: list[dict[str, float]] = [{} for _ in questions]
         predictions: list[str | None] = [None] * len(questions)
         if system.found is not None:
-            _add_retrieval(workspace, system.found, questions, metrics)
+            _add_retrieval(workspace, system.found, split, metrics)
         for row, answer in zip(answered, answers.get(system.name, ()), strict=False):
             predictions[row] = answer.prediction
-            metrics[row] |= _answer_metrics(answer, questions[row])
+            request = _request(workspace, system, questions[row], row)
+            metrics[row] |= measure(workspace, request, answer)
         records[system.name] = [
             _record(workspace, system, question, row, predictions[row], metrics[row])
             for row, question in enumerate(questions)
@@ -89,18 +118,37 @@ def evaluate_systems(workspace: Workspace, systems: Sequence[System]) -> Records
     return records
 
 
+def answered_rows(workspace: Workspace, split: str) -> list[int]:
+    """Returns the questions of a split that the language model answers."""
+    rows = [row for row, question in enumerate(workspace.questions[split]) if question.answers]
+    return rows[: workspace.config.data_options.answer_questions]
+
+
+def answer_cache(
+    workspace: Workspace, earlier: Sequence[str | os.PathLike[str]] = ()
+) -> ResultCache[Answer]:
+    """Opens the answers of this folder, which nothing computes twice.
+
+    Args:
+        workspace: The folder.
+        earlier: Files of answers that other runs kept.
+    """
+    path = workspace.folder / "evaluation" / "answers.jsonl"
+    return ResultCache(path, Answer, earlier=earlier)
+
+
 def _answers(
     workspace: Workspace,
     systems: Sequence[System],
     questions: Sequence[Question],
     rows: Sequence[int],
+    cache: ResultCache[Answer],
 ) -> dict[str, list[Answer]]:
     """Returns the answers of each system to the questions in `rows`.
 
     Systems with the same language model are answered together: where they retrieve the same
     documents, the same prompt is read once.
     """
-    cache = ResultCache(workspace.folder / "evaluation" / "answers.jsonl", Answer)
     together: dict[tuple[str, bool], list[System]] = {}
     for system in systems:
         if system.lm is not None and rows:
@@ -136,23 +184,59 @@ def write_results(workspace: Workspace, records: Records) -> dict[str, Any]:
     main = {name: summaries[name] for name in MAIN_SYSTEMS if name in summaries}
     shown = [c for c in comparisons if c.metric in _SHOWN[(c.system, c.baseline)]]
     workspace.report("\n" + format_report(main, shown) + f"\n{_LEGEND}")
-    write_text(workspace.folder / "predictions.jsonl", _prediction_lines(records))
+    write_text(workspace.folder / "predictions.jsonl", prediction_lines(records))
     others = {name: summary for name, summary in summaries.items() if name not in main}
     write_json(
         workspace.folder / "differences.json",
-        {"differences": [_as_json(c) for c in comparisons], "other_systems": others},
+        {"differences": [as_json(c) for c in comparisons], "other_systems": others},
     )
     write_json(workspace.folder / "metrics.json", main)
     return main
 
 
+def prediction_lines(records: Records, more: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Returns one JSON line per question, with what each system did.
+
+    Args:
+        records: By system, all of the same questions.
+        more: What else is in the line of each question; none: nothing.
+    """
+    lines = []
+    for row, rows in enumerate(zip(*records.values(), strict=True)):
+        systems = {
+            r.system: {
+                "prediction": r.prediction,
+                "doc_ids": list(r.doc_ids),
+                "doc_scores": list(r.doc_scores),
+                "metrics": dict(r.metrics),
+            }
+            for r in rows
+        }
+        first = rows[0]
+        line = {"id": first.id, "question": first.question, "answers": list(first.answers)}
+        line |= {"systems": systems, **(more[row] if more else {})}
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
+    return "".join(line + "\n" for line in lines)
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Returns a comparison as a flat JSON object."""
+    return {
+        "metric": comparison.metric,
+        "system": comparison.system,
+        "baseline": comparison.baseline,
+        **comparison.difference._asdict(),
+    }
+
+
 def _add_retrieval(
     workspace: Workspace,
     found: SearchResult,
-    questions: Sequence[Question],
+    split: str,
     metrics: list[dict[str, float]],
 ) -> None:
-    columns = retrieval_metrics(found.doc_ids, workspace.gold_rows("test"))
+    questions = workspace.questions[split]
+    columns = retrieval_metrics(found.doc_ids, workspace.gold_rows(split))
     corpus = workspace.dataset.corpus
     passages = [
         [corpus[int(doc)].text for doc in docs[mask][:5]]
@@ -169,18 +253,11 @@ def _request(workspace: Workspace, system: System, question: Question, row: int)
         return Request(question, (), ())
     count = workspace.config.evaluation.documents
     kept = np.flatnonzero(system.found.mask[row])[:count]
-    scores = system.found.scores[row, kept] * system.scale
+    logits = system.found.scores * system.scale if system.logits is None else system.logits
+    scores = logits[row, kept]
     return Request(
         question, tuple(system.found.doc_ids[row, kept].tolist()), tuple(scores.tolist())
     )
-
-
-def _answer_metrics(answer: Answer, question: Question) -> dict[str, float]:
-    metrics = {
-        "exact_match": exact_match(answer.prediction, question.answers),
-        "f1": f1_score(answer.prediction, question.answers),
-    }
-    return metrics if answer.nll is None else metrics | {"answer_nll": answer.nll}
 
 
 def _record(
@@ -207,31 +284,3 @@ def _record(
         doc_scores=scores,
         metrics=metrics,
     )
-
-
-def _prediction_lines(records: Records) -> str:
-    """Returns one JSON line per question, with what each system did."""
-    lines = []
-    for rows in zip(*records.values(), strict=True):
-        systems = {
-            r.system: {
-                "prediction": r.prediction,
-                "doc_ids": list(r.doc_ids),
-                "doc_scores": list(r.doc_scores),
-                "metrics": dict(r.metrics),
-            }
-            for r in rows
-        }
-        first = rows[0]
-        line = {"id": first.id, "question": first.question, "answers": list(first.answers)}
-        lines.append(json.dumps(line | {"systems": systems}, ensure_ascii=False, allow_nan=False))
-    return "".join(line + "\n" for line in lines)
-
-
-def _as_json(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "metric": comparison.metric,
-        "system": comparison.system,
-        "baseline": comparison.baseline,
-        **comparison.difference._asdict(),
-    }

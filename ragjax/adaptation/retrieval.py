@@ -63,6 +63,7 @@ def build_retriever(
     version: int,
     query_params: Any,
     doc_params: Any,
+    earlier: Sequence[Path] = (),
 ) -> Retriever:
     """Encodes the corpus (or opens what an earlier life of this run encoded) and indexes it.
 
@@ -74,11 +75,15 @@ def build_retriever(
         version: Number of this index.
         query_params: Parameters of the query encoder.
         doc_params: Parameters of the document encoder.
+        earlier: Folders of embeddings of other runs, which are read where this encoder made them
+            of this corpus.
 
     Returns:
-        The retriever; its embeddings lie in `index/VERSION` of the output folder.
+        The retriever; its embeddings lie in `index/VERSION` of the output folder, or where they
+        were found.
     """
-    embeddings = _encode_corpus(workspace, doc_params, workspace.folder / "index" / str(version))
+    folder = workspace.folder / "index" / str(version)
+    embeddings = _encode_corpus(workspace, doc_params, folder, earlier)
     choice = choose_index(*embeddings.shape)
     if version == 0:
         workspace.report(choice.reason)
@@ -172,7 +177,9 @@ def _hybrid_queries(
     )
 
 
-def _encode_corpus(workspace: Workspace, params: Any, folder: Path) -> np.ndarray:
+def _encode_corpus(
+    workspace: Workspace, params: Any, folder: Path, earlier: Sequence[Path]
+) -> np.ndarray:
     spec = StoreSpec(
         size=len(workspace.doc_ids),
         dim=workspace.encoder.embedding_size,
@@ -187,6 +194,18 @@ def _encode_corpus(workspace: Workspace, params: Any, folder: Path) -> np.ndarra
             model_fingerprint=spec.model_fingerprint,
             corpus_fingerprint=spec.corpus_fingerprint,
         )
+        return store.read()
+    for other in earlier:
+        try:
+            store = EmbeddingStore.open(
+                other,
+                model_fingerprint=spec.model_fingerprint,
+                corpus_fingerprint=spec.corpus_fingerprint,
+                settings=spec.settings,
+            )
+        except (FileNotFoundError, ValueError):
+            continue  # of another encoder or corpus, or damaged: it is encoded again
+        workspace.report(f"embeddings of the documents: {other}")
         return store.read()
     draw = tqdm_progress(f"encoding for index {folder.name}")
 

@@ -138,6 +138,24 @@ def answer_at_k(
     )
 
 
+def passage_tokens(text: str) -> list[str]:
+    """Splits a text as `answer_in_text` compares it.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        Lower-case tokens; characters of scripts written without spaces are tokens of their own.
+        Symbols such as emoji are none.
+    """
+    return _tokens(_fold(text))
+
+
+def is_spaceless(token: str) -> bool:
+    """Tells whether a token of `passage_tokens` is a character of a script without spaces."""
+    return _SPACELESS.fullmatch(token) is not None
+
+
 class _CharacterTable(dict[int, str]):
     """A table for `str.translate` that judges each character once."""
 

@@ -33,3 +33,11 @@ class Decoder(Protocol):
     def score(self, params: Any, prefilled: Any, target_ids: Array, target_mask: Array) -> Array:
         """Returns the log-probabilities `[R, T]` of right-padded targets after the prompts."""
         ...
+
+    def repeat(self, cache: Any, times: int) -> Any:
+        """Copies each row: row r becomes the rows from r * times to (r + 1) * times - 1."""
+        ...
+
+    def reorder(self, cache: Any, rows: Array, *, prompt_slots: int) -> Any:
+        """Lets row r go on from the answer of row `rows[r]` `[R]`, which has the same prompt."""
+        ...

@@ -4,14 +4,15 @@ Shapes: B questions, K documents each, L prompt slots, T new tokens, V vocabular
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ragjax.generation.decoder import Decoder, Prefilled
-from ragjax.generation.greedy import GreedyResult, decode_loop
+from ragjax.generation.greedy import GreedyResult, choose_best, decode_loop, read_prompts
 
 
 @functools.partial(
@@ -46,7 +47,8 @@ def generate_ensemble(
         min_new_tokens: Stop tokens are not chosen before this many tokens.
 
     Returns:
-        Ids `[B, T]` and lengths `[B]`.
+        Ids `[B, T]`, lengths `[B]` and log-probabilities `[B]` under the mixture, which do not see
+        that stop tokens were not allowed.
 
     Raises:
         ValueError: The shapes do not fit together, or `max_new_tokens` is below 1.
@@ -54,38 +56,75 @@ def generate_ensemble(
     References:
         Shi et al., 2023, "REPLUG: Retrieval-Augmented Black-Box Language Models", section 3.2.
     """
+    mixture = read_mixture(
+        decoder,
+        params,
+        context_ids,
+        context_mask,
+        doc_scores,
+        doc_mask=doc_mask,
+        max_new_tokens=max_new_tokens,
+    )
+    return decode_loop(
+        mixture.mix,
+        choose_best,
+        mixture.advance,
+        mixture.prefilled,
+        rows=context_ids.shape[0],
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        min_new_tokens=min_new_tokens,
+    )
+
+
+class Mixture(NamedTuple):
+    """Prompts that have been read, and how the documents of a question vote."""
+
+    prefilled: Prefilled  # of B * K rows
+    mix: Callable[[Array], Array]  # logits [B * K, V] -> log-probabilities [B, V]
+    advance: Callable[[Any, Array], Prefilled]  # (cache, token ids [B]) -> the next state
+
+
+def read_mixture(
+    decoder: Decoder,
+    params: Any,
+    context_ids: Array,
+    context_mask: Array,
+    doc_scores: Array,
+    *,
+    doc_mask: Array | None,
+    max_new_tokens: int,
+) -> Mixture:
+    """Reads the prompts of all documents; the arguments are those of `generate_ensemble`.
+
+    Returns:
+        What `ragjax.generation.greedy.decode_loop` needs.
+
+    Raises:
+        ValueError: The shapes do not fit together, or `max_new_tokens` is below 1.
+    """
     if context_ids.ndim != 3 or context_ids.shape[:2] != doc_scores.shape:
         raise ValueError(
             "context_ids [B, K, L] and doc_scores [B, K] are needed, got "
             f"{context_ids.shape} and {doc_scores.shape}"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     questions, docs, length = context_ids.shape
     log_weights = doc_log_weights(doc_scores, doc_mask=doc_mask)
-    prefilled = decoder.prefill(
+    prefilled = read_prompts(
+        decoder,
         params,
         context_ids.reshape(-1, length),
         context_mask.reshape(-1, length),
-        cache_length=length + max_new_tokens - 1,
+        max_new_tokens=max_new_tokens,
     )
 
-    def choose(logits: Array) -> Array:
-        mixed = mix_log_probs(logits.reshape(questions, docs, -1), log_weights)
-        return jnp.argmax(mixed, axis=-1).astype(jnp.int32)
+    def mix(logits: Array) -> Array:
+        return mix_log_probs(logits.reshape(questions, docs, -1), log_weights)
 
     def advance(cache: Any, token_ids: Array) -> Prefilled:
         return decoder.decode_step(params, cache, jnp.repeat(token_ids, docs))
 
-    return decode_loop(
-        choose,
-        advance,
-        prefilled,
-        rows=questions,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        min_new_tokens=min_new_tokens,
-    )
+    return Mixture(prefilled, mix, advance)
 
 
 def doc_log_weights(doc_scores: Array, *, doc_mask: Array | None = None) -> Array:

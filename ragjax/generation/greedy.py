@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from ragjax.generation.decoder import Decoder, Prefilled
+
+# (log-probabilities [rows, V], -inf where not allowed; step []) -> token ids [rows] int32.
+Choose = Callable[[Array, Array], Array]
 
 
 class GreedyResult(NamedTuple):
@@ -19,6 +23,7 @@ class GreedyResult(NamedTuple):
 
     ids: Array  # [R, T] int32; 0 after the end
     lengths: Array  # [R] int32, tokens before the stop token (which is not part of the answer)
+    log_probs: Array  # [R] float32 nats, of the generated tokens, a generated stop token included
 
 
 class ScoredGeneration(NamedTuple):
@@ -57,12 +62,15 @@ def generate_greedy(
             begins its answer on a new line from saying nothing.
 
     Returns:
-        Ids `[R, T]` and lengths `[R]`.
+        Ids `[R, T]`, lengths `[R]` and log-probabilities `[R]`. The latter are the model's own,
+        as `Decoder.score` returns them: they do not see that stop tokens were not allowed.
 
     Raises:
         ValueError: `max_new_tokens` is below 1.
     """
-    prefilled = _prefill(decoder, params, context_ids, context_mask, max_new_tokens)
+    prefilled = read_prompts(
+        decoder, params, context_ids, context_mask, max_new_tokens=max_new_tokens
+    )
     return _decode(decoder, params, prefilled, max_new_tokens, stop_ids, min_new_tokens)
 
 
@@ -100,7 +108,9 @@ def score_and_generate(
     Raises:
         ValueError: `max_new_tokens` is below 1.
     """
-    prefilled = _prefill(decoder, params, context_ids, context_mask, max_new_tokens)
+    prefilled = read_prompts(
+        decoder, params, context_ids, context_mask, max_new_tokens=max_new_tokens
+    )
     return ScoredGeneration(
         decoder.score(params, prefilled, target_ids, target_mask),
         _decode(decoder, params, prefilled, max_new_tokens, stop_ids, min_new_tokens),
@@ -108,7 +118,8 @@ def score_and_generate(
 
 
 def decode_loop(
-    choose: Callable[[Array], Array],
+    mix: Callable[[Array], Array],
+    choose: Choose,
     advance: Callable[[Any, Array], Prefilled],
     prefilled: Prefilled,
     *,
@@ -120,7 +131,8 @@ def decode_loop(
     """Alternates between choosing one token per answer and appending it.
 
     Args:
-        choose: Maps logits to one token id per answer, `[rows]` int32.
+        mix: Maps the decoder's logits to log-probabilities per answer, `[rows, V]`.
+        choose: Which of the tokens come next.
         advance: `(cache, token ids [rows]) -> Prefilled`.
         prefilled: State after the prompts.
         rows: Number of answers.
@@ -129,7 +141,7 @@ def decode_loop(
         min_new_tokens: Stop tokens are not chosen before this many tokens.
 
     Returns:
-        Ids `[rows, T]` and lengths `[rows]`.
+        Ids `[rows, T]`, lengths `[rows]` and log-probabilities `[rows]`.
     """
     stops = jnp.asarray(stop_ids, jnp.int32)
 
@@ -137,8 +149,10 @@ def decode_loop(
         return (state.step < max_new_tokens) & ~jnp.all(state.ended)
 
     def append(state: _LoopState, logits: Array, cache: Any) -> _LoopState:
-        too_early = (state.step < min_new_tokens) & jnp.isin(jnp.arange(logits.shape[-1]), stops)
-        token_ids = choose(jnp.where(too_early[None, :], -jnp.inf, logits))
+        log_probs = mix(logits)
+        allowed = without_stops(log_probs, stop_ids, where=state.step < min_new_tokens)
+        token_ids = choose(allowed, state.step)
+        chosen = jnp.take_along_axis(log_probs, token_ids[:, None], axis=1)[:, 0]
         ended = state.ended | jnp.any(token_ids[:, None] == stops[None, :], axis=1)
         token_ids = jnp.where(ended, 0, token_ids)
         return _LoopState(
@@ -146,6 +160,7 @@ def decode_loop(
             ended=ended,
             ids=lax.dynamic_update_slice(state.ids, token_ids[:, None], (0, state.step)),
             lengths=state.lengths + ~ended,
+            log_probs=state.log_probs + jnp.where(state.ended, 0.0, chosen),
             last=token_ids,
             cache=cache,
         )
@@ -159,13 +174,44 @@ def decode_loop(
         ended=jnp.zeros(rows, bool),
         ids=jnp.zeros((rows, max_new_tokens), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
+        log_probs=jnp.zeros(rows, jnp.float32),
         last=jnp.zeros(rows, jnp.int32),
         cache=None,
     )
     # The prompts already give the first token; the one chosen last is never read back.
     state = append(start, prefilled.logits, prefilled.cache)
     state = lax.while_loop(unfinished, advance_and_append, state)
-    return GreedyResult(state.ids, state.lengths)
+    return GreedyResult(state.ids, state.lengths, state.log_probs)
+
+
+def choose_best(log_probs: Array, step: Array) -> Array:
+    """Returns the most likely token of each row `[rows, V]`, whatever the step."""
+    del step
+    return jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
+
+
+def without_stops(log_probs: Array, stop_ids: tuple[int, ...], *, where: Array | bool) -> Array:
+    """Sets the stop tokens of `[..., V]` to -inf if `where`, a scalar, is True.
+
+    The others stay as they are: what is left does not sum to one.
+    """
+    banned = np.isin(np.arange(log_probs.shape[-1]), stop_ids)
+    banned = banned.reshape((1,) * (log_probs.ndim - 1) + (-1,)) & jnp.asarray(where)
+    return jnp.where(banned, -jnp.inf, log_probs)
+
+
+def read_prompts(
+    decoder: Decoder, params: Any, ids: Array, mask: Array, *, max_new_tokens: int
+) -> Prefilled:
+    """Reads prompts `[R, L]`, leaving room for an answer.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    # The last token is chosen, and never read.
+    return decoder.prefill(params, ids, mask, cache_length=ids.shape[1] + max_new_tokens - 1)
 
 
 class _LoopState(NamedTuple):
@@ -173,16 +219,9 @@ class _LoopState(NamedTuple):
     ended: Array  # [R] bool
     ids: Array  # [R, T] int32
     lengths: Array  # [R] int32
+    log_probs: Array  # [R] float32
     last: Array  # [R] int32, the token chosen last
     cache: Any
-
-
-def _prefill(
-    decoder: Decoder, params: Any, ids: Array, mask: Array, max_new_tokens: int
-) -> Prefilled:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    return decoder.prefill(params, ids, mask, cache_length=ids.shape[1] + max_new_tokens - 1)
 
 
 def _decode(
@@ -191,10 +230,11 @@ def _decode(
     prefilled: Prefilled,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-    min_new_tokens: int = 0,
+    min_new_tokens: int,
 ) -> GreedyResult:
     return decode_loop(
-        lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        jax.nn.log_softmax,
+        choose_best,
         functools.partial(decoder.decode_step, params),
         prefilled,
         rows=prefilled.logits.shape[0],

@@ -59,6 +59,35 @@ class CachedDecoder:
         cache, first_logits = prefilled.cache, prefilled.logits
         return score_with_cache(self.config, params, cache, first_logits, target_ids, target_mask)
 
+    def repeat(self, cache: KVCache, times: int) -> KVCache:
+        """Copies each row: row r becomes the rows from r * times to (r + 1) * times - 1."""
+        return KVCache(
+            keys_values=jax.tree.map(
+                lambda leaf: jnp.repeat(leaf, times, axis=1), cache.keys_values
+            ),
+            mask=jnp.repeat(cache.mask, times, axis=0),
+            positions=jnp.repeat(cache.positions, times),
+            length=cache.length,
+        )
+
+    def reorder(self, cache: KVCache, rows: Array, *, prompt_slots: int) -> KVCache:
+        """Gives each row the answer of another row that has the same prompt.
+
+        Args:
+            cache: Prompts and the answers so far, all of the same length.
+            rows: `[R]` int32; row r goes on from the answer of `rows[r]`.
+            prompt_slots: L; the prompts, which are most of the cache, are not copied.
+
+        Returns:
+            The cache with the answers exchanged.
+        """
+
+        def exchange(leaf: Array) -> Array:
+            answers = leaf[:, :, :, prompt_slots:][:, rows]
+            return lax.dynamic_update_slice_in_dim(leaf, answers, prompt_slots, axis=3)
+
+        return cache._replace(keys_values=jax.tree.map(exchange, cache.keys_values))
+
 
 def prefill(
     config: DecoderConfig, params: dict[str, Any], ids: Array, mask: Array, *, cache_length: int

@@ -98,6 +98,30 @@ class CachedSeq2Seq:
             self.config, params, cache.memory, cache.memory_mask, target_ids, target_mask
         )
 
+    def repeat(self, cache: Seq2SeqCache, times: int) -> Seq2SeqCache:
+        """Copies each row: row r becomes the rows from r * times to (r + 1) * times - 1."""
+        keys_values, memory = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, times, axis=1), (cache.keys_values, cache.memory)
+        )
+        mask = jnp.repeat(cache.memory_mask, times, axis=0)
+        return Seq2SeqCache(keys_values, memory, mask, cache.length)
+
+    def reorder(self, cache: Seq2SeqCache, rows: Array, *, prompt_slots: int) -> Seq2SeqCache:
+        """Gives each row the answer of another row that has the same context.
+
+        Args:
+            cache: Contexts and the answers so far, all of the same length.
+            rows: `[R]` int32; row r goes on from the answer of `rows[r]`.
+            prompt_slots: As for a causal decoder, whose cache holds the prompt in these slots;
+                this one has its contexts elsewhere.
+
+        Returns:
+            The cache with the answers exchanged.
+        """
+        del prompt_slots
+        exchanged = jax.tree.map(lambda leaf: leaf[:, rows], cache.keys_values)
+        return cache._replace(keys_values=exchanged)
+
 
 def start(
     config: Seq2SeqConfig, params: Params, encoded: Array, mask: Array, *, slots: int

@@ -70,12 +70,22 @@ def plain_greedy(prompts, next_token_log_probs, stop_ids=(), min_new_tokens=0):
 
 
 def answers_of(result):
-    assert all(not row[length:].any() for row, length in zip(*result, strict=True))
-    return [row[:length].tolist() for row, length in zip(*result, strict=True)]
+    rows = list(zip(result.ids, result.lengths, strict=True))
+    assert all(not row[length:].any() for row, length in rows)
+    return [row[:length].tolist() for row, length in rows]
 
 
 def to_numpy(result):
     return jax.tree.map(np.asarray, result)
+
+
+def log_prob_of(prompts, answer, weights, next_token_log_probs):
+    """log p of one answer, token by token, under a mixture over prompts."""
+    total = 0.0
+    for step, token in enumerate(answer):
+        probs = np.exp(next_token_log_probs([[*prompt, *answer[:step]] for prompt in prompts]))
+        total += np.log(np.dot(weights, probs[:, token]))
+    return total
 
 
 @pytest.fixture
@@ -102,6 +112,11 @@ def test_stop_tokens_end_each_row_by_itself(
         model.decoder, model.params, *pad(prompts, rng), max_new_tokens=NEW, stop_ids=stop_ids
     )
     assert answers_of(to_numpy(found)) == expected
+    for row, (prompt, answer) in enumerate(zip(prompts, expected, strict=True)):
+        # The token that ended the answer counts; an answer that was cut off has none.
+        whole = answer if len(answer) == NEW else [*answer, free_answers[row][len(answer)]]
+        log_prob = log_prob_of([prompt], whole, [1.0], next_token_log_probs)
+        np.testing.assert_allclose(found.log_probs[row], log_prob, rtol=1e-4)
 
 
 @pytest.mark.parametrize("least", [1, 3])
@@ -124,6 +139,11 @@ def test_an_answer_does_not_end_before_its_least_length(
     )
     assert answers_of(to_numpy(alone)) == expected
     assert answers_of(to_numpy(mixed)) == expected
+    np.testing.assert_allclose(alone.log_probs, mixed.log_probs, rtol=1e-5)
+    # The model's own probability of what was chosen, not one that stop tokens were taken out of.
+    row = next(row for row in range(ROWS) if len(expected[row]) == NEW)
+    log_prob = log_prob_of([prompts[row]], expected[row], [1.0], next_token_log_probs)
+    np.testing.assert_allclose(alone.log_probs[row], log_prob, rtol=1e-4)
 
 
 def test_decoding_stops_when_every_row_has_ended(model, prompts, free_answers, rng):
@@ -226,6 +246,11 @@ def test_an_ensemble_follows_the_mixture_of_full_forwards(
         for row in range(2):
             answers[row].append(int(mixture[row].argmax()))
     assert answers_of(to_numpy(found)) == answers
+    for row in range(2):
+        log_prob = log_prob_of(
+            prompts[2 * row : 2 * row + 2], answers[row], weights[row], next_token_log_probs
+        )
+        np.testing.assert_allclose(found.log_probs[row], log_prob, rtol=1e-4)
 
 
 def test_masked_documents_do_not_vote(model, prompts, free_answers, rng):

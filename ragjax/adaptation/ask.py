@@ -1,0 +1,357 @@
+"""One question to the answer, the passage it rests on and the words that carry it.
+
+    system = open_system(Path("runs/adapt"))
+    asker = Asker(system, ReaderOptions(), decode=decode_ensemble, by=by_hybrid)
+    reply = asker.ask("what is a pytree?")
+
+K documents, T answer tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ragjax.adaptation.ask_decoding import Decode, Generated, Listener
+from ragjax.adaptation.ask_prompts import Prompt, ReaderOptions
+from ragjax.adaptation.ask_reader import Reader
+from ragjax.adaptation.attribution import Attribution, attribute
+from ragjax.adaptation.system import Retrieved, Search, System, encode_query_of, retrieve
+from ragjax.data import passage_text
+from ragjax.evaluation.attribution import (
+    Match,
+    Window,
+    find_answer,
+    find_similar,
+    split_windows,
+)
+
+# Longer questions are compiled for when the first one comes.
+_WARM_QUERY_TOKENS = 256
+
+# Part of an answer as it is written: (text so far).
+ShowText = Callable[[str], None]
+
+
+class Span(NamedTuple):
+    """The part of a passage that carries the answer."""
+
+    field: str  # "text" or "title": what the offsets are of
+    start: int  # first character
+    end: int  # behind the last character
+    method: str  # "match", "similar" or "left_out"
+    score: float | None  # F1 of the words, for "match" and "similar"
+    change: (
+        float | None
+    )  # nats that the answer's log-prob loses without its window; None: not tried
+
+
+class Source(NamedTuple):
+    """A document, and what it has to do with the answer."""
+
+    id: str
+    title: str
+    text: str
+    prior: float  # p_R(c|x) among the K
+    posterior: float  # p(c|x,y) among the K
+    change: float  # log p(y|x) minus that without this document, nats
+    log_prob: float  # log p_LM(y|c∘x), nats
+
+
+class Reply(NamedTuple):
+    """An answer and where it comes from."""
+
+    question: str
+    answer: str
+    log_prob: float  # log p(y|x), documents summed out, nats
+    num_tokens: int  # of the answer
+    no_doc_log_prob: float  # log p_LM(y|x) without documents, nats
+    utility: float  # log_prob - no_doc_log_prob
+    grounded: bool  # the documents make the answer more likely than none
+    sources: tuple[Source, ...]  # in the order of the retriever
+    relied_on: int | None  # which of them explains the answer best; None: there is none
+    span: Span | None  # in that one; None: not asked for, or no text there
+    notes: tuple[str, ...]  # sentences for the reader
+    seconds: float
+
+
+class Asker:
+    """Answers questions one at a time, with a system that stays loaded.
+
+    Attributes:
+        system: What answers.
+        reader: Its language model at fixed shapes.
+        asked_documents: K as asked for; a smaller corpus gives fewer.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        options: ReaderOptions,
+        *,
+        decode: Decode,
+        by: Search,
+        closed_book: bool = False,
+    ) -> None:
+        """Takes what the answers need.
+
+        Args:
+            system: What answers.
+            options: How much is read and written.
+            decode: How the answer comes out of the documents.
+            by: What finds the documents.
+            closed_book: Retrieve nothing.
+
+        Raises:
+            ValueError: The model's context is too short for the options.
+        """
+        self.system = system
+        self.reader = Reader(system, options)
+        self.asked_documents = 0 if closed_book else options.documents
+        self._decode, self._by = decode, by
+
+    def warm_up(self) -> Iterator[str]:
+        """Compiles every shape that a question can need; yields what was compiled, one at a time.
+
+        Without it, the first question of a new length takes seconds.
+        """
+        if self.asked_documents:
+            for length in self.system.workspace.buckets():
+                if length <= _WARM_QUERY_TOKENS:
+                    encode_query_of(self.system, length)
+                    yield f"questions of {length} tokens"
+            retrieve(self.system, ["warm up"], self.asked_documents, by=self._by)
+        for prompt in self.reader.warm_up_prompts():
+            generated = self._decode(self.reader, prompt, lambda ids: None)
+            self._score(prompt, generated.ids, generated)
+            if prompt.docs:
+                variants = [[0]] * self.reader.options.windows
+                self.reader.leave_out(prompt, generated.reading, 0, variants, generated.ids)
+            yield f"prompts of {self.reader.fitting_length(prompt.contexts)} tokens"
+
+    def ask(
+        self,
+        question: str,
+        *,
+        answer: str | None = None,
+        explain: bool = True,
+        show: ShowText | None = None,
+    ) -> Reply:
+        """Answers a question.
+
+        Args:
+            question: Its text.
+            answer: Explain this answer; None: write one.
+            explain: Find the span that carries the answer.
+            show: Hears the answer as it is written, again and again from its beginning.
+
+        Raises:
+            ValueError: The question or the given answer is blank.
+        """
+        started = time.perf_counter()
+        _check_text("question", question)
+        if answer is not None:
+            _check_text("answer", answer)
+        retrieved = retrieve(self.system, [question], self.asked_documents, by=self._by)
+        docs = retrieved.found.doc_ids[0][retrieved.found.mask[0]]
+        scores = retrieved.doc_scores[0][retrieved.found.mask[0]]
+        prompt = self.reader.prompt(question, docs.tolist(), scores.tolist())
+        notes = [*prompt.notes, *self._retrieval_notes(retrieved)]
+        if answer is None:
+            generated = self._decode(self.reader, prompt, self._listener(show))
+            answer = self._text(generated.ids)
+            if not generated.ended:
+                notes.append("the answer was cut at the limit of tokens")
+        else:
+            generated = self._given(prompt, answer, notes)
+        attribution = self._score(prompt, generated.ids, generated)
+        return self._reply(
+            prompt, question, answer, generated, attribution, explain, notes, started
+        )
+
+    def attributions(
+        self, question: str, docs: Sequence[int], doc_scores: Sequence[float], answer: str | None
+    ) -> tuple[str, Attribution]:
+        """Attributes an answer to given documents, without looking for a span.
+
+        Args:
+            question: Its text.
+            docs: Corpus rows, best first.
+            doc_scores: Logits of p_R.
+            answer: The answer; None: write one.
+
+        Returns:
+            The answer, and its attribution over K documents.
+        """
+        prompt = self.reader.prompt(question, docs, doc_scores)
+        if answer is None:
+            generated = self._decode(self.reader, prompt, lambda ids: None)
+            answer = self._text(generated.ids)
+        else:
+            generated = self._given(prompt, answer, [])
+        return answer, self._score(prompt, generated.ids, generated)
+
+    def _given(self, prompt: Prompt, answer: str, notes: list[str]) -> Generated:
+        ids = self.reader.prompts.target(answer)
+        if self._text(ids) != answer.strip():
+            notes.append(f"only the first {len(ids)} tokens of the given answer are explained")
+        return Generated(ids, True, self.reader.read(prompt), None)
+
+    def _score(self, prompt: Prompt, ids: Sequence[int], generated: Generated) -> Attribution:
+        reader = self.reader
+        log_probs = generated.token_log_probs
+        if log_probs is None:
+            log_probs = reader.score(generated.reading, ids)
+        tokens = np.zeros((1, reader.max_target), bool)
+        # What a target begins with (<s> of BART) is no part of the answer.
+        tokens[0, len(self.system.workspace.lm.text_format.target_start_ids) : len(ids)] = True
+        return attribute(
+            np.where(np.isfinite(prompt.log_weights), prompt.log_weights, 0)[None],
+            log_probs[None],
+            reader.score_closed_book(prompt, ids),
+            doc_mask=np.isfinite(prompt.log_weights)[None],
+            token_mask=tokens,
+        )
+
+    def _reply(
+        self,
+        prompt: Prompt,
+        question: str,
+        answer: str,
+        generated: Generated,
+        attribution: Attribution,
+        explain: bool,
+        notes: list[str],
+        started: float,
+    ) -> Reply:
+        corpus = self.system.workspace.dataset.corpus
+        sources = tuple(
+            Source(
+                id=corpus[doc].id,
+                title=corpus[doc].title or "",
+                text=corpus[doc].text,
+                prior=float(attribution.prior[0, row]),
+                posterior=float(attribution.posterior[0, row]),
+                change=float(attribution.without[0, row]),
+                log_prob=float(attribution.doc_log_probs[0, row]),
+            )
+            for row, doc in enumerate(prompt.docs)
+        )
+        best = int(np.argmax(attribution.posterior[0])) if sources else None
+        span = None
+        if best is not None and explain:
+            span = self._span(prompt, generated, best, answer)
+        return Reply(
+            question=question,
+            answer=answer,
+            log_prob=float(attribution.log_probs[0]),
+            num_tokens=len(generated.ids),
+            no_doc_log_prob=float(attribution.no_doc_log_probs[0]),
+            utility=float(attribution.utility[0]),
+            grounded=bool(sources) and float(attribution.utility[0]) > 0,
+            sources=sources,
+            relied_on=best,
+            span=span,
+            notes=tuple(notes),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _span(self, prompt: Prompt, generated: Generated, row: int, answer: str) -> Span | None:
+        """Returns the words of the answer in the passage, or else the window that carries it."""
+        passage = self.system.workspace.dataset.corpus[prompt.docs[row]]
+        matches = find_answer(passage.text, answer)
+        if len(matches) == 1:
+            return _matched("text", matches[0], "match")
+        if not matches:
+            if title := find_answer(passage.title or "", answer):
+                return _matched("title", title[0], "match")
+            if similar := find_similar(passage.text, answer):
+                return _matched("text", similar, "similar")
+        windows = self._windows(prompt, row)
+        if not windows:
+            return _matched("text", matches[0], "match") if matches else None
+        changes = self._changes(prompt, generated, row, windows)
+        if matches:  # several: the one whose window the answer needs most
+            best = max(matches, key=lambda match: _change_at(match, windows, changes))
+            span = _matched("text", best, "match")
+            return span._replace(change=_change_at(best, windows, changes))
+        place = int(np.argmax(changes))
+        window = windows[place]
+        return Span("text", window.start, window.end, "left_out", None, float(changes[place]))
+
+    def _windows(self, prompt: Prompt, row: int) -> list[Window]:
+        """Returns the windows of a passage's text, as far as the language model reads it."""
+        text = self.system.workspace.dataset.corpus[prompt.docs[row]].text
+        read = max((end for _, end in self._token_places(prompt, row)), default=0)
+        return split_windows(text[:read], most=self.reader.options.windows)
+
+    def _token_places(self, prompt: Prompt, row: int) -> list[tuple[int, int]]:
+        """Returns which characters of the passage's text each token read of it stands for."""
+        passage = self.system.workspace.dataset.corpus[prompt.docs[row]]
+        whole = passage_text(passage, self.reader.prompts.template.passage)
+        before = len(whole) - len(passage.text)
+        encoding = self.reader.tokenizer.encode(whole, add_special_tokens=False)
+        size = len(self.reader.documents.get([prompt.docs[row]])[0])
+        return [(start - before, end - before) for start, end in encoding.offsets[:size]]
+
+    def _changes(
+        self, prompt: Prompt, generated: Generated, row: int, windows: Sequence[Window]
+    ) -> np.ndarray:
+        """Returns what the answer's log-prob loses without each window, in nats."""
+        places = self._token_places(prompt, row)
+        left_out = [
+            [
+                token
+                for token, (start, end) in enumerate(places)
+                if start < window.end and end > window.start
+            ]
+            for window in windows
+        ]
+        log_probs = self.reader.leave_out(prompt, generated.reading, row, left_out, generated.ids)
+        return log_probs[0] - log_probs[1:]
+
+    def _retrieval_notes(self, retrieved: Retrieved) -> list[str]:
+        asked, found = self.asked_documents, int(retrieved.found.mask.sum())
+        if asked == 0:
+            return ["answered without documents (--k 0)"]
+        if found == 0:
+            return ["no document shares a word with the question: answered without documents"]
+        if asked > self.system.size:
+            return [f"the corpus holds {self.system.size} documents, fewer than the {asked} asked"]
+        if found < asked:
+            return [f"{found} documents were found, fewer than the {asked} asked"]
+        return []
+
+    def _listener(self, show: ShowText | None) -> Listener:
+        def listen(ids: Sequence[int]) -> None:
+            if show is not None:
+                # A character may take several tokens; until it is whole it shows as U+FFFD.
+                show(self._text(ids).rstrip("\ufffd"))
+
+        return listen
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.system.workspace.lm.tokenizer.decode(list(ids)).strip()
+
+
+def _check_text(what: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"the {what} is empty; write at least one word")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {what} is not UTF-8 text ({error.reason}): {text!r}") from error
+
+
+def _matched(field: str, match: Match, method: str) -> Span:
+    return Span(field, match.start, match.end, method, match.score, None)
+
+
+def _change_at(match: Match, windows: Sequence[Window], changes: np.ndarray) -> float:
+    inside = [
+        float(change)
+        for window, change in zip(windows, changes, strict=True)
+        if window.start < match.end and match.start < window.end
+    ]
+    return max(inside, default=float("-inf"))

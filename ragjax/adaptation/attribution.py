@@ -1,0 +1,84 @@
+"""Which documents an answer rests on: posterior, leave-one-out, utility over no document.
+
+Shapes: B questions, K documents each, T answer tokens.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from ragjax import losses
+
+
+class Attribution(NamedTuple):
+    """How the log-likelihood of given answers comes about; float32, nats."""
+
+    prior: np.ndarray  # [B, K] p_R(c|x), a probability; 0 at masked documents
+    posterior: np.ndarray  # [B, K] p(c|x,y), a probability; 0 at masked documents
+    log_probs: np.ndarray  # [B] log p(y|x), the documents summed out
+    doc_log_probs: np.ndarray  # [B, K] log p_LM(y|c∘x); -inf at masked documents
+    no_doc_log_probs: np.ndarray  # [B] log p_LM(y|x), closed book
+    without: np.ndarray  # [B, K] log p(y|x) - log p(y|x) without c: above 0 where c helps
+    utility: np.ndarray  # [B] log p(y|x) - log p_LM(y|x): above 0 where retrieval helps
+
+
+def attribute(
+    doc_scores: ArrayLike,
+    token_log_probs: ArrayLike,
+    no_doc_token_log_probs: ArrayLike,
+    *,
+    doc_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Attribution:
+    r"""Attributes given answers to the documents they were read from.
+
+    .. math::
+        p(c|x,y) \propto p_R(c|x)\, p_{LM}(y|c \circ x), \qquad
+        \Delta_c = \log p(y|x) - \log p(y|x, C' \setminus c), \qquad
+        u = \log p(y|x) - \log p_{LM}(y|x)
+
+    Leaving out the only document leaves the closed book, so there Δ_c = u.
+
+    Args:
+        doc_scores: `[B, K]` logits of p_R.
+        token_log_probs: `[B, K, T]` log p_LM(y_t | c∘x, y_<t) in nats.
+        no_doc_token_log_probs: `[B, T]` log p_LM(y_t | x, y_<t) in nats.
+        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        token_mask: `[B, T]` bool, True = a token of the answer; all, if not given.
+
+    Returns:
+        The attribution; a question without documents has the closed book's likelihood and
+        utility 0.
+
+    Raises:
+        ValueError: wrong rank, shape or dtype.
+
+    References:
+        Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
+        section 2.1, for the marginal and so its posterior.
+        Guu et al., REALM: Retrieval-Augmented Language Model Pre-Training, 2020, for the utility.
+    """
+    masks = {"doc_mask": doc_mask, "token_mask": token_mask}
+    posterior = np.asarray(losses.document_posterior(doc_scores, token_log_probs, **masks))
+    marginal = -np.asarray(losses.rag_sequence_loss(doc_scores, token_log_probs, **masks))
+    without = np.asarray(losses.leave_one_out_log_probs(doc_scores, token_log_probs, **masks))
+    closed = np.asarray(losses.sequence_log_probs(no_doc_token_log_probs, token_mask=token_mask))
+    utility = losses.retrieval_utility(doc_scores, token_log_probs, no_doc_token_log_probs, **masks)
+    # The posterior of an answer that every document explains equally well.
+    equal = np.zeros(posterior.shape, np.float32)
+    prior = losses.document_posterior(doc_scores, equal, doc_mask=doc_mask)
+    doc_log_probs = np.asarray(losses.sequence_log_probs(token_log_probs, token_mask=token_mask))
+    keep = np.ones(posterior.shape, bool) if doc_mask is None else np.asarray(doc_mask)
+    count = keep.sum(axis=1)[:, None]
+    marginal = np.where(count[:, 0] > 0, marginal, closed)
+    left = np.where(count == 1, closed[:, None], without)
+    return Attribution(
+        prior=np.exp(np.asarray(prior)),
+        posterior=np.exp(posterior),
+        log_probs=marginal,
+        doc_log_probs=np.where(keep, doc_log_probs, -np.inf),
+        no_doc_log_probs=closed,
+        without=np.where(keep, marginal[:, None] - left, 0.0),
+        utility=np.asarray(utility),
+    )

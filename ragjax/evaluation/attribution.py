@@ -1,0 +1,208 @@
+"""Where in a passage an answer stands: exact and fuzzy matches, and windows to leave out in turn.
+
+Offsets are of characters of the passage as it is written, end excluded, in any script.
+
+Example:
+    find_answer("Paris is on the Seine.", "the seine")  # [Match(start=16, end=21, score=1.0)]
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_ARTICLES = frozenset({"a", "an", "the"})
+# Scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han): one character, one word.
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# Over one letter per character, see `_kind`: a number keeps its sign and its decimal point, a name
+# its inner underscores; a character of a script without spaces and an emoji are words of their own.
+_WORD = re.compile(r"c|s|(?:(?<![wd])-(?=d))?[wd]+(?:_+[wd]+|(?<=d)\.(?=d)[wd]+)*")
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?\u2026\u061f\u06d4\u0964])[\"')\]\u00bb\u201d]*\s+|(?<=[\u3002\uff01\uff1f])|\n+"
+)
+# A sentence longer than this is cut into windows between words.
+_LONG_WINDOW = 240
+
+
+class Match(NamedTuple):
+    """A run of characters of a passage."""
+
+    start: int  # first character
+    end: int  # behind the last character
+    score: float  # F1 of its words and the answer's; 1.0: the answer word by word
+
+
+class Window(NamedTuple):
+    """A sentence, several short ones, or a part of a long one."""
+
+    start: int  # first character
+    end: int  # behind the last character
+
+
+def find_answer(text: str, answer: str) -> list[Match]:
+    """Finds the places where the words of an answer follow each other in a text.
+
+    Case, Unicode form, punctuation between words and an article in front do not matter. "1" is not
+    found in "-1" or "1.5", nor "axes" in "out_axes".
+
+    Args:
+        text: A passage.
+        answer: A generated or a given answer.
+
+    Returns:
+        All places that do not overlap, in order, score 1; none for a blank answer. An answer
+        of punctuation only ("+=") is searched for as it is.
+    """
+    wanted = _without_article(_words(answer))
+    if not wanted:
+        literal = answer.strip()
+        return [
+            Match(found.start(), found.end(), 1.0)
+            for found in (re.finditer(re.escape(literal), text) if literal else ())
+        ]
+    words = _words(text)
+    found: list[Match] = []
+    place = 0
+    while place + len(wanted) <= len(words):
+        run = words[place : place + len(wanted)]
+        if all(ours.text == theirs.text for ours, theirs in zip(run, wanted, strict=True)):
+            found.append(Match(run[0].start, run[-1].end, 1.0))
+            place += len(wanted)
+        else:
+            place += 1
+    return found
+
+
+def find_similar(text: str, answer: str, *, least: float = 0.6) -> Match | None:
+    """Finds the run of words that is most like an answer, by the F1 of their words.
+
+    Runs from half to one and a half times as long as the answer are compared.
+
+    Args:
+        text: A passage.
+        answer: A generated or a given answer.
+        least: Lowest F1 that counts, a fraction.
+
+    Returns:
+        The best run, of equally good ones the first and shortest; None where none is good enough,
+        or where the answer has one word only (a single word is alike or not).
+
+    References:
+        Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016,
+        section 6.1, for F1 of words.
+    """
+    wanted = Counter(word.text for word in _without_article(_words(answer)))
+    size = wanted.total()
+    if size < 2:
+        return None
+    words = _words(text)
+    best: Match | None = None
+    for length in range(max(1, size // 2), min(size + (size + 1) // 2, len(words)) + 1):
+        counts = Counter(word.text for word in words[:length])
+        for start in range(len(words) - length + 1):
+            if start:
+                counts[words[start - 1].text] -= 1
+                counts[words[start + length - 1].text] += 1
+            common = sum(min(counts[word], count) for word, count in wanted.items())
+            score = 2 * common / (size + length)
+            if score >= least and (best is None or score > best.score):
+                best = Match(words[start].start, words[start + length - 1].end, score)
+    return best
+
+
+def split_windows(text: str, *, most: int) -> list[Window]:
+    """Cuts a text into sentences, and joins neighbours until there are few enough.
+
+    Args:
+        text: A passage.
+        most: Windows at most, at least 1.
+
+    Returns:
+        Windows in order that together hold every character but white space around them; the
+        shortest neighbours are joined first. None for a blank text.
+
+    Raises:
+        ValueError: `most` is below 1.
+    """
+    if most < 1:
+        raise ValueError(f"most must be at least 1 window, got {most}")
+    edges = [0, *(found.end() for found in _SENTENCE_END.finditer(text)), len(text)]
+    windows: list[Window] = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        windows += _pieces(text, start, end)
+    while len(windows) > most:
+        sizes = [right.end - left.start for left, right in zip(windows, windows[1:], strict=False)]
+        place = sizes.index(min(sizes))
+        joined = Window(windows[place].start, windows[place + 1].end)
+        windows[place : place + 2] = [joined]
+    return windows
+
+
+class _Word(NamedTuple):
+    text: str  # folded
+    start: int
+    end: int
+
+
+def _pieces(text: str, start: int, end: int) -> list[Window]:
+    """Returns one sentence without the white space around it, cut where it is very long."""
+    pieces = []
+    while start < end:
+        cut = end
+        if end - start > _LONG_WINDOW * 3 // 2:
+            space = max(text.rfind(" ", start, start + _LONG_WINDOW), start)
+            cut = space + 1 if space > start else start + _LONG_WINDOW
+        piece = text[start:cut]
+        if piece.strip():
+            first = start + len(piece) - len(piece.lstrip())
+            pieces.append(Window(first, start + len(piece.rstrip())))
+        start = cut
+    return pieces
+
+
+def _words(text: str) -> list[_Word]:
+    """Returns the folded words of a text, with their places in the text as it is written."""
+    clusters = [_Word(_fold(text[start:end]), start, end) for start, end in _clusters(text)]
+    kinds = "".join(_kind(cluster.text) for cluster in clusters)
+    words = []
+    for found in _WORD.finditer(kinds):
+        run = clusters[found.start() : found.end()]
+        words.append(_Word("".join(part.text for part in run), run[0].start, run[-1].end))
+    return words
+
+
+def _clusters(text: str) -> list[tuple[int, int]]:
+    """Returns the places of characters together with the marks (accents, vowels) after them."""
+    starts = [
+        place
+        for place, character in enumerate(text)
+        if not place or unicodedata.category(character)[0] != "M"
+    ]
+    return list(zip(starts, [*starts[1:], len(text)], strict=False))
+
+
+def _fold(cluster: str) -> str:
+    return unicodedata.normalize("NFKC", cluster).lower()
+
+
+def _kind(cluster: str) -> str:
+    if _SPACELESS.match(cluster):
+        return "c"
+    if cluster.isdecimal():
+        return "d"
+    if any(character.isalnum() for character in cluster):
+        return "w"
+    if cluster in (".", "-", "_"):
+        return cluster
+    return "s" if unicodedata.category(cluster[0]) == "So" else " "
+
+
+def _without_article(words: Sequence[_Word]) -> list[_Word]:
+    kept = list(words)
+    while len(kept) > 1 and kept[0].text in _ARTICLES:
+        kept = kept[1:]
+    return kept

@@ -1,0 +1,481 @@
+"""Answers with their sources: figures against independent ones, hard texts, and every flag."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.adaptation.ask import Asker, Reply, Source, Span
+from ragjax.adaptation.ask_decoding import DECODES, decode_concat, decode_ensemble
+from ragjax.adaptation.ask_prompts import ReaderOptions
+from ragjax.adaptation.ask_view import (
+    coloured,
+    format_reply,
+    plain,
+    reply_as_json,
+    safe_text,
+    verdict,
+)
+from ragjax.adaptation.attribution import attribute
+from ragjax.adaptation.config import AdaptConfig
+from ragjax.adaptation.system import SEARCHES, by_bm25, by_dense, by_hybrid, open_base_system
+from ragjax.data import passage_text
+from ragjax.generation import generate_ensemble, generate_greedy
+from ragjax.models.inputs import LMBatch
+from ragjax.models.testing import write_tiny_language_model
+
+SCRIPTS = Path(__file__).parents[2] / "experiments"
+QUESTION = "what does the red cat like?"
+OPTIONS = ReaderOptions(documents=3, document_tokens=40, max_new_tokens=4, windows=3)
+# Right-to-left text, emoji, scripts without spaces, a passage longer than the model's context.
+HARD = {
+    "hebrew": "\u05d4\u05d7\u05ea\u05d5\u05dc \u05d4\u05d0\u05d3\u05d5\u05dd.",
+    "emoji": "\U0001f431 likes \U0001f41f, \U0001f468\u200d\U0001f469\u200d\U0001f467 too.",
+    "japanese": "\u8d64\u3044\u732b\u306f\u9b5a\u3067\u3059\u3002\u72ac\u306f\u9aa8\u3002",
+    "long": "the cow likes grass. " * 200,
+}  # fmt: skip
+
+
+def silent(line):
+    """Reports to nobody."""
+
+
+def open_tiny(inputs, cache, **changes):
+    return open_base_system(AdaptConfig(**inputs | changes), cache=cache, report=silent)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory, tiny_inputs):
+    return open_tiny(tiny_inputs, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def asker(system):
+    return Asker(system, OPTIONS, decode=decode_ensemble, by=by_hybrid)
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory, tiny_inputs):
+    folder = tmp_path_factory.mktemp("hard")
+    rows = [{"_id": id, "title": "", "text": text} for id, text in HARD.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def answer_log_probs(system, context, target):
+    """log p(y_t | context), by a whole forward pass without padding."""
+    lm = system.workspace.lm
+    batch = LMBatch(
+        jnp.asarray([context], jnp.int32),
+        jnp.ones((1, len(context)), bool),
+        jnp.asarray([target], jnp.int32),
+        jnp.ones((1, len(target)), bool),
+    )
+    return np.asarray(jax.jit(lm.token_log_probs)(system.lm_params, batch), np.float64)[0]
+
+
+def prompt_of(asker, question=QUESTION, count=3):
+    docs = list(range(count))
+    return asker.reader.prompt(question, docs, [1.0, 0.5, 0.2][:count])
+
+
+# The arrays.
+
+
+def log_sum(values):
+    return np.log(np.sum(np.exp(values)))
+
+
+def test_attribution_equals_its_formulas(rng):
+    scores = rng.normal(size=(2, 3))
+    tokens = -rng.uniform(0.1, 2, size=(2, 3, 4))
+    closed = -rng.uniform(0.1, 2, size=(2, 4))
+    doc_mask = np.array([[True, True, True], [True, True, False]])
+    token_mask = np.array([[True, True, True, True], [True, True, False, False]])
+    found = attribute(scores, tokens, closed, doc_mask=doc_mask, token_mask=token_mask)
+    for row in range(2):
+        kept = np.flatnonzero(doc_mask[row])
+        prior = scores[row, kept] - log_sum(scores[row, kept])
+        docs = (tokens[row, kept] * token_mask[row]).sum(axis=1)
+        without = (closed[row] * token_mask[row]).sum()
+        marginal = log_sum(prior + docs)
+        np.testing.assert_allclose(found.prior[row, kept], np.exp(prior), rtol=1e-5)
+        np.testing.assert_allclose(
+            found.posterior[row, kept], np.exp(prior + docs - marginal), rtol=1e-5
+        )
+        assert found.log_probs[row] == pytest.approx(marginal, rel=1e-5)
+        assert found.no_doc_log_probs[row] == pytest.approx(without, rel=1e-5)
+        assert found.utility[row] == pytest.approx(marginal - without, rel=1e-4)
+        for place, doc in enumerate(kept):
+            others = np.delete(np.arange(len(kept)), place)
+            left = log_sum(prior[others] + docs[others]) - log_sum(prior[others])
+            assert found.without[row, doc] == pytest.approx(marginal - left, rel=1e-3, abs=1e-5)
+    assert found.prior[1, 2] == found.posterior[1, 2] == found.without[1, 2] == 0
+    assert found.doc_log_probs[1, 2] == -np.inf
+
+
+def test_without_its_only_document_an_answer_has_the_closed_book():
+    found = attribute(np.zeros((1, 2)), np.full((1, 2, 1), -1.0), np.full((1, 1), -3.0),
+                      doc_mask=np.array([[True, False]]))  # fmt: skip
+    assert found.without.tolist() == [[2, 0]]
+
+
+def test_without_documents_an_answer_has_the_closed_book_and_no_utility():
+    found = attribute(np.zeros((1, 2)), np.full((1, 2, 1), -1.0), np.full((1, 1), -3.0),
+                      doc_mask=np.zeros((1, 2), bool))  # fmt: skip
+    assert (found.log_probs[0], found.utility[0], found.posterior.sum()) == (-3, 0, 0)
+
+
+# The reader.
+
+
+def test_the_ensemble_writes_what_generate_ensemble_writes(asker):
+    prompt = prompt_of(asker)
+    heard = []
+    generated = decode_ensemble(asker.reader, prompt, lambda ids: heard.append(list(ids)))
+    rows = max(map(len, prompt.contexts))
+    padded = [[0] * (rows - len(context)) + context for context in prompt.contexts]
+    mask = [[False] * (rows - len(c)) + [True] * len(c) for c in prompt.contexts]
+    reference = generate_ensemble(
+        asker.system.workspace.lm.decoder,
+        asker.system.lm_params,
+        jnp.asarray([padded], jnp.int32),
+        jnp.asarray([mask]),
+        jnp.asarray([[1.0, 0.5, 0.2]]),
+        max_new_tokens=4,
+        stop_ids=asker.reader.stops,
+        min_new_tokens=1,
+    )
+    size = int(reference.lengths[0])
+    assert generated.ids == np.asarray(reference.ids)[0, :size].tolist()
+    assert heard == [generated.ids[: place + 1] for place in range(size)]
+    for row, context in enumerate(prompt.contexts):
+        np.testing.assert_allclose(
+            generated.token_log_probs[row, :size],
+            answer_log_probs(asker.system, context, generated.ids),
+            atol=2e-3,
+        )
+
+
+def test_concatenation_writes_what_greedy_decoding_of_one_prompt_writes(asker):
+    prompt = prompt_of(asker)
+    documents = asker.reader.documents.get([0, 1, 2])
+    context = asker.reader.prompts.context(QUESTION, documents)
+    assert prompt.joined == context
+    generated = decode_concat(asker.reader, prompt, lambda ids: None)
+    reference = generate_greedy(
+        asker.system.workspace.lm.decoder,
+        asker.system.lm_params,
+        jnp.asarray([context], jnp.int32),
+        jnp.ones((1, len(context)), bool),
+        max_new_tokens=4,
+        stop_ids=asker.reader.stops,
+        min_new_tokens=1,
+    )
+    assert generated.ids == np.asarray(reference.ids)[0, : int(reference.lengths[0])].tolist()
+
+
+def test_scores_are_those_of_a_whole_forward_pass(asker):
+    prompt = prompt_of(asker, count=2)
+    target = asker.reader.prompts.target("7 x")
+    scores = asker.reader.score(asker.reader.read(prompt), target)
+    for row, context in enumerate(prompt.contexts):
+        expected = answer_log_probs(asker.system, context, target)
+        np.testing.assert_allclose(scores[row, : len(target)], expected, atol=2e-3)
+        assert scores[row, len(target) :].tolist() == [0] * (4 - len(target))
+    closed = asker.reader.score_closed_book(prompt, target)[0]
+    expected = answer_log_probs(asker.system, prompt.closed_book, target)
+    np.testing.assert_allclose(closed[: len(target)], expected, atol=2e-3)
+
+
+def test_leaving_a_whole_document_out_leaves_what_stands_around_it(asker):
+    prompt = prompt_of(asker)
+    target = asker.reader.prompts.target("30")
+    reading = asker.reader.read(prompt)
+    start, size = prompt.places[1]
+    assert prompt.contexts[1][start : start + size] == asker.reader.documents.get([1])[0].tolist()
+    found = asker.reader.leave_out(prompt, reading, 1, [range(size), []], target)
+    around = prompt.contexts[1][:start] + prompt.contexts[1][start + size :]
+    whole = answer_log_probs(asker.system, prompt.contexts[1], target).sum()
+    without = answer_log_probs(asker.system, around, target).sum()
+    np.testing.assert_allclose(found, [whole, without, whole], atol=5e-3)
+
+
+def test_an_answer_that_was_appended_is_not_seen_when_parts_are_left_out(asker):
+    prompt = prompt_of(asker)
+    generated = decode_ensemble(asker.reader, prompt, lambda ids: None)
+    fresh = asker.reader.leave_out(prompt, asker.reader.read(prompt), 0, [[0, 1]], generated.ids)
+    after = asker.reader.leave_out(prompt, generated.reading, 0, [[0, 1]], generated.ids)
+    np.testing.assert_allclose(after, fresh, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_reads_the_prompt_again_without_the_part(tmp_path, tiny_inputs):
+    write_tiny_language_model(tmp_path / "t5", family="t5")
+    system = open_tiny(tiny_inputs, tmp_path / "cache", lm=str(tmp_path / "t5"))
+    asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_dense)
+    prompt = prompt_of(asker)
+    target = asker.reader.prompts.target("30")
+    start, _ = prompt.places[0]
+    found = asker.reader.leave_out(prompt, asker.reader.read(prompt), 0, [[0, 1, 2]], target)
+    context = prompt.contexts[0]
+    mask = np.ones((1, len(context)), bool)
+    mask[0, start : start + 3] = False
+    batch = LMBatch(
+        jnp.asarray([context], jnp.int32),
+        jnp.asarray(mask),
+        jnp.asarray([target], jnp.int32),
+        jnp.ones((1, len(target)), bool),
+    )
+    lm = system.workspace.lm
+    expected = float(np.asarray(jax.jit(lm.token_log_probs)(system.lm_params, batch)).sum())
+    assert found[1] == pytest.approx(expected, abs=5e-3)
+    assert asker.ask(QUESTION).sources
+
+
+@pytest.mark.slow
+def test_no_question_compiles_after_the_warm_up(system):
+    asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_hybrid)
+    assert len(list(asker.warm_up())) > 3
+    compiled = []
+
+    def hear(name, seconds, **rest):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        for question in ("cat", QUESTION, "what does the pink elk like? " * 9, "zz"):
+            asker.ask(question)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    assert compiled == []
+
+
+# The reply.
+
+
+def test_a_reply_says_what_its_figures_mean(asker):
+    reply = asker.ask(QUESTION, answer="0")
+    prompt_scores = [source.prior for source in reply.sources]
+    assert sum(prompt_scores) == pytest.approx(1, abs=1e-5)
+    docs = [asker.system.workspace.dataset.corpus.row_of(source.id) for source in reply.sources]
+    prompt = asker.reader.prompt(QUESTION, docs, [0.0] * 3)
+    target = asker.reader.prompts.target("0")
+    log_probs = [answer_log_probs(asker.system, c, target).sum() for c in prompt.contexts]
+    marginal = log_sum(np.log(prompt_scores) + log_probs)
+    assert reply.log_prob == pytest.approx(marginal, abs=5e-3)
+    closed = answer_log_probs(asker.system, prompt.closed_book, target).sum()
+    assert reply.utility == pytest.approx(marginal - closed, abs=1e-2)
+    assert reply.grounded == (reply.utility > 0)
+    posterior = np.exp(np.log(prompt_scores) + log_probs - marginal)
+    assert reply.relied_on == int(np.argmax(posterior))
+    np.testing.assert_allclose([s.posterior for s in reply.sources], posterior, atol=5e-3)
+
+
+def test_the_words_of_the_answer_are_found_in_the_passage(asker):
+    reply = asker.ask(QUESTION, answer="The LIKES")
+    assert reply.span.method == "match"
+    text = reply.sources[reply.relied_on].text
+    assert text[reply.span.start : reply.span.end] == "likes"
+
+
+def test_a_title_may_carry_the_answer(system):
+    corpus = system.workspace.dataset.corpus
+    asker = Asker(system, ReaderOptions(documents=1, document_tokens=40, max_new_tokens=4),
+                  decode=decode_ensemble, by=by_bm25)  # fmt: skip
+    # Put out of the text by a passage whose title alone holds it.
+    passage = corpus[0]._replace(title="ruby", text="it likes 0")
+    system_with = asker.system.workspace.dataset.corpus
+    spans = []
+
+    class Other:
+        def __getitem__(self, row):
+            return passage
+
+    object.__setattr__(asker.system.workspace.dataset, "corpus", Other())
+    try:
+        prompt = asker.reader.prompt("x", [0], [0.0])
+        spans.append(asker._span(prompt, asker._given(prompt, "ruby", []), 0, "ruby"))
+    finally:
+        object.__setattr__(asker.system.workspace.dataset, "corpus", system_with)
+    assert spans[0][:4] == ("title", 0, 4, "match")
+
+
+def test_an_answer_in_other_words_is_traced_to_the_part_it_needs_most(asker):
+    prompt = prompt_of(asker)
+    generated = asker._given(prompt, "9 zz", [])
+    windows = asker._windows(prompt, 0)
+    assert [window.start for window in windows] == [0]
+    span = asker._span(prompt, generated, 0, "9 zz")
+    places = asker._token_places(prompt, 0)
+    text = asker.system.workspace.dataset.corpus[0].text
+    whole = passage_text(asker.system.workspace.dataset.corpus[0])
+    before = len(whole) - len(text)
+    assert places[before] == (0, 1)  # one token a byte in the tiny tokenizer
+    left_out = asker.reader.leave_out(
+        prompt, generated.reading, 0, [range(before, len(whole))], generated.ids
+    )
+    assert span.method == "left_out"
+    assert (span.start, span.end) == (0, len(text))
+    assert span.change == pytest.approx(float(left_out[0] - left_out[1]), abs=1e-3)
+
+
+def test_of_several_matches_the_one_in_the_needed_window_counts(asker, monkeypatch):
+    prompt = prompt_of(asker)
+    text = asker.system.workspace.dataset.corpus[0].text  # "the red cat likes 0"
+    changes = np.array([0.1, 0.7], np.float32)
+    windows = [(0, 8), (8, len(text))]
+    monkeypatch.setattr(asker, "_windows", lambda *_: [_Window(*window) for window in windows])
+    monkeypatch.setattr(asker, "_changes", lambda *_: changes)
+    generated = asker._given(prompt, "e", [])
+    monkeypatch.setattr("ragjax.adaptation.ask.find_answer",
+                        lambda text, answer: [_Match(2, 3, 1.0), _Match(15, 16, 1.0)])  # fmt: skip
+    span = asker._span(prompt, generated, 0, "e")
+    assert (span.start, span.method) == (15, "match")
+    assert span.change == pytest.approx(0.7)
+
+
+class _Window:
+    def __init__(self, start, end):
+        self.start, self.end = start, end
+
+
+class _Match(_Window):
+    def __init__(self, start, end, score):
+        super().__init__(start, end)
+        self.score = score
+
+
+def test_a_passage_in_any_script_and_of_any_length_is_read(hard, tiny_inputs, tmp_path):
+    system = open_tiny(tiny_inputs, tmp_path, data=str(hard))
+    asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_dense)
+    corpus = system.workspace.dataset.corpus
+    for id, answer in (
+        ("hebrew", HARD["hebrew"].split()[0]),
+        ("emoji", "\U0001f41f"),
+        ("japanese", HARD["japanese"][3:4]),
+        ("long", "grass"),
+    ):
+        row = corpus.row_of(id)
+        prompt = asker.reader.prompt(HARD["hebrew"] + " \U0001f41f?", [row], [0.0])
+        generated = asker._given(prompt, answer, [])
+        span = asker._span(prompt, generated, 0, answer)
+        assert corpus[row].text[span.start : span.end] == answer
+        for place, (start, end) in enumerate(asker._token_places(prompt, 0)):
+            assert 0 <= start <= end <= len(corpus[row].text), place
+    reply = asker.ask(HARD["japanese"])
+    assert len(reply.sources) == 3
+    assert json.loads(json.dumps(reply_as_json(reply)))["question"] == HARD["japanese"]
+
+
+def test_a_very_long_question_is_cut_and_said_so(asker):
+    reply = asker.ask("what does the red cat like? " * 60)
+    assert any("the language model reads the first" in note for note in reply.notes)
+    assert len(reply.sources) == 3
+
+
+def test_a_blank_question_or_answer_is_refused(asker):
+    with pytest.raises(ValueError, match="the question is empty"):
+        asker.ask(" \n")
+    with pytest.raises(ValueError, match="the answer is empty"):
+        asker.ask(QUESTION, answer=" ")
+
+
+def test_without_a_matching_word_bm25_answers_closed_book(system):
+    asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_bm25)
+    reply = asker.ask("zzz qqq")
+    assert reply.sources == ()
+    assert (reply.relied_on, reply.span, reply.utility, reply.grounded) == (None, None, 0, False)
+    assert any("no document shares a word" in note for note in reply.notes)
+    ids = asker.reader.prompt("zzz qqq", [], [])
+    assert reply.log_prob == pytest.approx(reply.no_doc_log_prob)
+    written = decode_ensemble(asker.reader, ids, lambda _: None)
+    expected = answer_log_probs(system, ids.closed_book, written.ids)
+    np.testing.assert_allclose(written.token_log_probs[0, : len(written.ids)], expected, atol=2e-3)
+
+
+def test_a_model_without_room_names_the_flag(system):
+    with pytest.raises(ValueError, match="--max_new_tokens 600 leaves no room"):
+        Asker(system, ReaderOptions(max_new_tokens=600), decode=decode_ensemble, by=by_dense)
+
+
+@pytest.mark.parametrize("name", sorted(ReaderOptions.__dataclass_fields__))
+def test_options_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        ReaderOptions(**{name: 0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(DECODES))
+def test_every_way_of_decoding_gives_an_attributed_answer(system, name):
+    asker = Asker(system, OPTIONS, decode=DECODES[name], by=SEARCHES["dense"])
+    reply = asker.ask(QUESTION)
+    assert reply.num_tokens >= 1
+    assert sum(source.posterior for source in reply.sources) == pytest.approx(1, abs=1e-4)
+    assert asker.ask("zzz", answer=None).answer is not None
+
+
+# What is shown.
+
+
+def reply_with(**changes):
+    source = Source("d1", "Cats", "Red cats like fish. Dogs do not.", 0.25, 0.75, 0.5, -1.0)
+    other = Source("d2", "Dogs", "Dogs like bones.", 0.75, 0.25, -0.1, -3.0)
+    reply = Reply("q", "fish", -1.5, 2, -3.0, 1.5, True, (other, source), 1,
+                  Span("text", 14, 18, "match", 1.0, None), (), 0.5)  # fmt: skip
+    return reply._replace(**changes)
+
+
+def test_a_plain_reply_marks_the_span_and_lists_the_others():
+    shown = format_reply(reply_with(), style=plain)
+    assert shown.startswith("fish\nprobability 0.22 (0.47 a token, 2 tokens); 0.5 s")
+    assert "Red cats like [[fish]]. Dogs do not." in shown
+    assert "2. d1  Cats" in shown
+    assert "p_R 0.25, posterior 0.75, without it the answer's log-prob changes by -0.50" in shown
+    assert "d2  Dogs" in shown
+    assert "\033" not in shown
+
+
+def test_a_coloured_reply_highlights_the_span():
+    shown = format_reply(reply_with(), style=coloured)
+    assert "\033[1;30;43mfish\033[0m" in shown
+
+
+def test_an_answer_that_no_document_helps_is_said_to_rest_on_none():
+    shown = format_reply(reply_with(utility=-0.5, grounded=False), style=plain)
+    assert "I found nothing relevant: the answer does not rest on the documents" in shown
+    assert verdict(reply_with(sources=(), relied_on=None, span=None)) == "No document was read."
+
+
+def test_an_answer_that_was_shown_is_not_repeated():
+    assert not format_reply(reply_with(), style=plain, answer=False).startswith("fish")
+
+
+def test_a_title_and_a_left_out_part_are_shown():
+    title = format_reply(reply_with(span=Span("title", 0, 4, "match", 1.0, None)), style=plain)
+    assert "[[Cats]]" in title
+    part = Span("text", 0, 19, "left_out", None, 0.7)
+    assert "without the marked part the answer's log-prob changes by -0.70 nats" in format_reply(
+        reply_with(span=part), style=plain
+    )
+
+
+def test_json_has_the_span_as_offsets_into_the_text():
+    value = reply_as_json(reply_with())
+    chosen = next(d for d in value["documents"] if d["id"] == value["relied_on"])
+    span = value["span"]
+    assert chosen["text"][span["start"] : span["end"]] == span["text"] == "fish"
+    assert value["probability"] == pytest.approx(np.exp(-1.5))
+    assert json.dumps(value, allow_nan=False)
+
+
+def test_documents_do_not_steer_the_terminal():
+    assert "\033" not in safe_text("a\033[2Jb\x07\u009bc")
+    assert safe_text("a\nb\tc") == "a b c"
+    assert safe_text("\u202eabc") == "\u202eabc\u202c"
+    assert safe_text("\u2067abc") == "\u2067abc\u2069"
+    assert safe_text(HARD["hebrew"]) == HARD["hebrew"]
