@@ -305,6 +305,8 @@ def test_a_run_has_every_column_and_its_own_figures(script, run_folder, tmp_path
 @pytest.mark.slow
 def test_a_run_is_evaluated_on_other_data(script, run_folder, write_domain, tmp_path):
     data = write_domain(tmp_path / "other", splits=("eval",))
+    with open(data / "corpus.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"_id": "new", "title": "", "text": "one more passage"}) + "\n")
     output = tmp_path / "o"
     flags = [f"--run={run_folder}", f"--data={data}", "--split=eval", f"--output={output}"]
     systems = ["--systems", "after", "hybrid"]

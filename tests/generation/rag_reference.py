@@ -67,17 +67,23 @@ def make_rag(folder, kind, *, forced_start=None):
     )
     model = getattr(transformers, f"Rag{kind}ForGeneration")(config).eval()
     for name, parameter in model.named_parameters():
+        # Large matrices and small biases, so that answers depend on what was read.
         is_scale = parameter.ndim == 1 and name.endswith("weight")
-        torch.nn.init.normal_(parameter, mean=float(is_scale), std=0.35)
+        std = 1.0 if parameter.ndim > 1 else 0.05
+        torch.nn.init.normal_(parameter, mean=float(is_scale), std=std)
     with torch.no_grad():
         # Without this almost no answer would end before the limit.
-        model.generator.final_logits_bias[0, END] = 6.0
+        model.generator.final_logits_bias[0, END] = 10.0
         model.generator.final_logits_bias[0, PAD] = -50.0
-    for settings in (model.generation_config, model.generator.generation_config):
+    for part in (model, model.generator):
+        settings = getattr(part, "generation_config", None)
+        if settings is None:  # RagSequenceForGeneration generates by its generator
+            continue
         settings.decoder_start_token_id, settings.eos_token_id = END, END
         settings.pad_token_id, settings.bos_token_id = PAD, START
         settings.forced_bos_token_id, settings.forced_eos_token_id = forced_start, None
-        settings.max_length = None
+        # The start token counts; RagTokenForGeneration takes no notice of max_new_tokens.
+        settings.max_length = NEW + 1
     model.save_pretrained(folder)
     for name in ("question_encoder_tokenizer", "generator_tokenizer"):
         (folder / name).mkdir()

@@ -167,7 +167,6 @@ def test_the_answers_are_those_of_transformers(tmp_path, forced_start):
             doc_scores=torch.tensor(rag.scores),
             num_beams=beams,
             num_return_sequences=returned,
-            max_new_tokens=rag.new_tokens,
             min_new_tokens=2,
             do_sample=False,
             early_stopping=False,

@@ -67,8 +67,7 @@ def test_masked_documents_do_not_vote_and_none_at_all_count_the_same(causal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("penalty", [1.0, 0.0])
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (3, 0.0)])
 def test_the_answers_are_those_of_transformers(tmp_path, beams, penalty):
     import torch
 
@@ -80,8 +79,7 @@ def test_the_answers_are_those_of_transformers(tmp_path, beams, penalty):
             doc_scores=torch.tensor(rag.scores),
             num_beams=beams,
             num_return_sequences=beams,
-            length_penalty=penalty,
-            max_new_tokens=rag.new_tokens,
+            **({} if beams == 1 else {"length_penalty": penalty}),
             do_sample=False,
             early_stopping=False,
             output_scores=True,
@@ -101,7 +99,7 @@ def test_the_answers_are_those_of_transformers(tmp_path, beams, penalty):
     )
     answers = reference.answers_of(found.ids, found.lengths)
     assert answers == [rag.answer(row) for row in expected.sequences.tolist()]
-    assert len({tuple(answer) for answer in answers}) > beams
+    assert len(set(map(len, answers))) > 1  # some ended, some were cut off
     if beams > 1:
         scores = expected.sequences_scores.reshape(-1, beams)
         np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-5)
