@@ -5,7 +5,8 @@
 FOLDER is in the BEIR layout, with answers and relevance judgements. For each test question whose
 gold passage is among the K retrieved, the answer is attributed to a passage in five ways; the table
 gives the share of all questions for which that is the gold one, and the paired difference to
-the passage that the retriever ranks first. On two cores about four seconds a question.
+the passage that the retriever ranks first. On two cores about four seconds
+a question.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Flags:
         answers: Attribute the first gold answer, or the one that the language model writes.
         questions: Test questions looked at, a fair sample.
         k: Passages per question.
-        document_tokens: Tokens read of each passage.
+        document_tokens: Tokens read of each passage; an answer that stands behind them is not seen.
         max_new_tokens: Tokens of an answer.
         resamples: Bootstrap resamples behind each 95 % interval.
         debug: Show tracebacks.
@@ -69,7 +70,7 @@ class Flags:
     answers: Literal["gold", "generated"] = "gold"
     questions: int = 200
     k: int = 5
-    document_tokens: int = 140
+    document_tokens: int = 256
     max_new_tokens: int = 24
     resamples: int = 2000
     debug: bool = False
@@ -185,6 +186,17 @@ def _rows(flags: Flags, system: System, questions: Sequence[Question]) -> Iterat
                     "highest p_LM(y|c,x)": np.argmax(attribution.doc_log_probs[0]),
                 }
                 result["answer"] = answer
+                result["docs"] = [
+                    {
+                        "id": corpus.id_of(doc),
+                        "gold": doc in gold,
+                        "p_r": float(attribution.prior[0, place]),
+                        "posterior": float(attribution.posterior[0, place]),
+                        "log_prob": float(attribution.doc_log_probs[0, place]),
+                    }
+                    for place, doc in enumerate(docs)
+                ]
+                result["no_document_log_prob"] = float(attribution.no_doc_log_probs[0])
                 result["gold"] = {name: docs[int(place)] in gold for name, place in ways.items()}
             known[key] = result
             if flags.output:

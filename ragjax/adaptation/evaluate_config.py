@@ -11,7 +11,6 @@ from ragjax.adaptation.config import AdaptConfig, Mode
 from ragjax.adaptation.config_checks import at_least
 from ragjax.adaptation.config_files import to_dict
 from ragjax.adaptation.finished import FinishedRun
-from ragjax.adaptation.rag_config import RagConfig
 from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
 
 SystemName = Literal[
@@ -133,7 +132,7 @@ def run_options(config: EvaluateConfig, run: FinishedRun | None) -> AdaptConfig:
     Raises:
         ValueError: The two do not go together; the message names the field.
     """
-    base = _base(run)
+    base = AdaptConfig() if run is None else dataclasses.replace(run.config, score_cache="")
     changes: dict[str, Any] = {
         name: value
         for name in ("data", "encoder", "lm", "seed", "encode_tokens", "score_tokens")
@@ -184,17 +183,9 @@ def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[SystemName
 def evaluation_fingerprint(config: EvaluateConfig, run: FinishedRun | None) -> str:
     """Returns a digest of everything that decides the result (not where it is written)."""
     values = {k: v for k, v in to_dict(config).items() if k not in ("output", "run")}
-    adapted = to_dict(run.config) if run is not None else None
+    adapted = [to_dict(part) for part in (run.config, run.rag) if part] if run else None
     text = json.dumps([values, adapted, config.run and str(Path(config.run).resolve())])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _base(run: FinishedRun | None) -> AdaptConfig:
-    if run is None:
-        return AdaptConfig()
-    config: Any = run.config
-    config = config.stand_in() if isinstance(config, RagConfig) else config
-    return dataclasses.replace(config, score_cache="")
 
 
 def _evaluation(config: EvaluateConfig, base: AdaptConfig) -> Any:

@@ -29,6 +29,8 @@ from ragjax.models.language_model import load_language_model
 from ragjax.training.loop import StopFlag
 
 CONFIG = "config.json"
+# In the config, so that nobody takes an evaluation for a run.
+PROGRAM = "experiments/evaluate.py"
 
 
 class Opened(NamedTuple):

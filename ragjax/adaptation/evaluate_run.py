@@ -18,7 +18,7 @@ from ragjax.adaptation.evaluate_config import (
 )
 from ragjax.adaptation.evaluate_cost import describe_cost
 from ragjax.adaptation.evaluate_measures import measure_answer
-from ragjax.adaptation.evaluate_open import CONFIG, Opened, open_evaluation
+from ragjax.adaptation.evaluate_open import CONFIG, PROGRAM, Opened, open_evaluation
 from ragjax.adaptation.evaluate_results import write_evaluation
 from ragjax.adaptation.evaluate_robustness import Robustness, answer_conditions
 from ragjax.adaptation.finished import FinishedRun
@@ -60,7 +60,8 @@ def evaluate(config: EvaluateConfig, *, stop: StopFlag, report: Report = print) 
     workspace, split = opened.workspace, config.split
     # Only now: input that was refused leaves nothing that would refuse the next one.
     fingerprint = evaluation_fingerprint(config, opened.run)
-    write_json(folder / CONFIG, {"fingerprint": fingerprint, "config": to_dict(config)})
+    identity = {"program": PROGRAM, "fingerprint": fingerprint}
+    write_json(folder / CONFIG, identity | {"config": to_dict(config)})
     report(describe_cost(opened, config))
     found = _retrieve(opened, split)
     base, lm = _readers(opened)

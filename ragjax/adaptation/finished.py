@@ -68,6 +68,11 @@ def open_run(folder: Path) -> FinishedRun:
         values, program = content["config"], content.get("program")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the config of a run ({error})") from error
+    if program not in (None, PROGRAM):
+        raise ValueError(
+            f"{folder} was made by {program}; give the --output folder of a run of"
+            " experiments/adapt.py or experiments/train_rag.py"
+        )
     metrics = _read_metrics(folder)
     if program == PROGRAM:
         rag = from_dict(RagConfig(), values, path)

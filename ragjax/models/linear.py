@@ -53,12 +53,14 @@ class Linear(nnx.Module):
 
     def __call__(self, inputs: Array) -> Array:
         """Map `[..., inputs]` to `[..., outputs]`."""
-        outputs = inputs @ self.kernel[...]
+        # As one matrix: the gradient of a product over several leading axes takes XLA's CPU code
+        # twice as long (45 against 20 ms for 40 x 128 rows of 128, with the forward pass).
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        outputs = rows @ self.kernel[...]
         if self.lora_down is not None and self.lora_up is not None and self.lora_scale is not None:
             # Two thin products: the adapted kernel and its gradient are never formed.
             scale = lax.stop_gradient(self.lora_scale[...])
-            outputs = outputs + ((inputs @ self.lora_down[...]) @ self.lora_up[...]) * scale
-        if self.bias is None:
-            return outputs
-        bias = self.bias[...]
-        return outputs + bias.reshape((1,) * (outputs.ndim - 1) + bias.shape)
+            outputs = outputs + ((rows @ self.lora_down[...]) @ self.lora_up[...]) * scale
+        if self.bias is not None:
+            outputs = outputs + self.bias[...][None, :]
+        return outputs.reshape(*inputs.shape[:-1], -1)

@@ -350,6 +350,7 @@ class _Match(_Window):
         self.score = score
 
 
+@pytest.mark.slow
 def test_a_passage_in_any_script_and_of_any_length_is_read(hard, tiny_inputs, tmp_path):
     system = open_tiny(tiny_inputs, tmp_path, data=str(hard))
     asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_dense)

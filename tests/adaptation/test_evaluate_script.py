@@ -316,6 +316,7 @@ def test_a_run_is_evaluated_on_other_data(script, run_folder, write_domain, tmp_
     assert (output / "index" / "1").is_dir()  # another corpus, so it was encoded
 
 
+@pytest.mark.slow
 def test_the_options_of_a_run_hold_unless_flags_say_otherwise(run_folder):
     run = open_run(run_folder)
     same = run_options(EvaluateConfig(run=str(run_folder)), run)
@@ -407,6 +408,7 @@ def test_the_config_file_comes_before_the_flags(script, tmp_path):
     assert (flags.documents, flags.systems, flags.bins) == (3, ("bm25", "before"), 5)
 
 
+@pytest.mark.slow
 def test_dry_run_leaves_nothing(script, base, tmp_path, capsys):
     assert script.main([*base, f"--output={tmp_path / 'o'}", "--dry_run"]) == 0
     out = capsys.readouterr().out
@@ -456,7 +458,7 @@ def test_folders_that_hold_something_else(script, base, evaluated, run_folder, t
     assert "is the folder of the run" in refused(script, capsys, *flags)
     # An evaluation is no run.
     flags = [f"--run={evaluated}", f"--output={tmp_path / 'o'}"]
-    assert str(evaluated) in refused(script, capsys, *flags)
+    assert f"{evaluated} was made by experiments/evaluate.py" in refused(script, capsys, *flags)
 
 
 def test_without_an_adapted_language_model_its_columns_are_refused():

@@ -1,5 +1,6 @@
 """A tiny RAG model of transformers and the same one here, with contexts for both."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,9 +90,13 @@ def make_rag(folder, kind, *, forced_start=None):
         (folder / name).mkdir()
         tiny_seq2seq_tokenizer(with_start=True).save(str(folder / name / "tokenizer.json"))
     rng = np.random.default_rng(0)
-    lengths = np.array([[8, 5, 2], [6, 3, 7]])[..., None]
-    mask = np.arange(SLOTS) < lengths
+    # RagSequenceForGeneration attends to the padding when it generates, not when it scores.
+    lengths = np.array([[8, 5, 2], [6, 3, 7]])[..., None] if kind == "Token" else SLOTS
+    mask = np.broadcast_to(np.arange(SLOTS) < lengths, (QUESTIONS, DOCS, SLOTS))
     ids = np.where(mask, rng.integers(3, VOCAB, mask.shape), PAD).astype(np.int32)
     scores = rng.normal(size=(QUESTIONS, DOCS)).astype(np.float32)
     flat = ids.reshape(-1, SLOTS), mask.reshape(-1, SLOTS)
-    return Rag(model, load_rag(str(folder)).language_model, ids, mask, *flat, scores, NEW)
+    lm = load_rag(str(folder)).language_model
+    config = dataclasses.replace(lm.config, forced_first_id=forced_start)
+    lm = dataclasses.replace(lm, config=config, decoder=lm.family.make_decoder(config))
+    return Rag(model, lm, ids, mask, *flat, scores, NEW)

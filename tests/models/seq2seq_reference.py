@@ -131,7 +131,8 @@ def check_greedy(family, model, rng, **changes):
         family.make_decoder(config), params, batch.context_ids, batch.context_mask,
         max_new_tokens=new, stop_ids=(end,),
     )  # fmt: skip
-    answers = [row[:length].tolist() for row, length in zip(*map(np.asarray, found), strict=True)]
+    ids, lengths = np.asarray(found.ids), np.asarray(found.lengths)
+    answers = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
     theirs = [row.tolist() for row in expected]
     theirs = [row[: row.index(end)] if end in row else row for row in theirs]
     assert answers == theirs
