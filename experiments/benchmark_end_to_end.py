@@ -250,30 +250,32 @@ def _transformers_step(models: tuple[Any, Any], example: Example, flags: Flags) 
     parameters = [*model.parameters(), *doc_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.01)
     start = np.full((flags.batch_size, 1), model.config.generator.decoder_start_token_id)
-    tensors = Example(*(torch.tensor(ids.astype(np.int64), device=flags.device) for ids in example))
+    queries, docs, contexts = (
+        torch.tensor(ids.astype(np.int64), device=flags.device)
+        for ids in (example.queries, example.docs, example.contexts)
+    )
+    docs, contexts = docs.flatten(0, 1), contexts.flatten(0, 1)
     labels = torch.tensor(
         np.concatenate([start, example.targets], axis=1).astype(np.int64), device=flags.device
     )
-    contexts = tensors.contexts.flatten(0, 1)
     cast = torch.autocast(flags.device, torch.bfloat16, enabled=flags.dtype == "bfloat16")
 
     def run() -> float:
         optimizer.zero_grad()
         with cast:
-            queries = model.question_encoder(tensors.queries).pooler_output
-            docs = doc_encoder(tensors.docs.flatten(0, 1)).pooler_output
-            docs = docs.view(flags.batch_size, flags.documents, -1)
+            asked = model.question_encoder(queries).pooler_output
+            found = doc_encoder(docs).pooler_output.view(flags.batch_size, flags.documents, -1)
             loss = model(
                 context_input_ids=contexts,
                 context_attention_mask=torch.ones_like(contexts),
-                doc_scores=torch.einsum("bd,bkd->bk", queries, docs).float(),
+                doc_scores=torch.einsum("bd,bkd->bk", asked, found).float(),
                 labels=labels,
                 reduce_loss=True,
             ).loss / flags.batch_size  # fmt: skip
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 

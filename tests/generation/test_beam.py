@@ -47,6 +47,7 @@ def test_cached_search_equals_full_forwards(causal, penalty):
     assert (min(sizes) < reference.NEW) == (penalty < 2) and max(sizes) == reference.NEW
 
 
+@pytest.mark.slow
 def test_a_search_with_an_encoder_equals_full_forwards(seq2seq):
     check_against_full_forwards(seq2seq, length_penalty=1.0)
 
@@ -57,6 +58,7 @@ def test_stop_tokens_may_be_forbidden_at_first(causal):
     assert min(sizes) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])
 def test_one_beam_is_greedy(setting, request):
     setting = request.getfixturevalue(setting)
@@ -77,6 +79,7 @@ def test_neighbours_and_padding_change_nothing(causal, rng):
         np.testing.assert_allclose(getattr(moved, name), expected[order], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_parameters_in_bfloat16(causal):
     narrow = cast_floats(causal.model.params, "bfloat16")
     found = generate_beam(

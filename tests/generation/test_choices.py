@@ -38,6 +38,7 @@ def test_choices_are_scored_as_by_full_forwards(setting, choices, request):
         np.testing.assert_allclose(found.log_probs[b, c], marginal, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_masked_documents_do_not_count(causal, choices):
     mask = np.array([[True, False], [False, False]])
     scores = np.array([[0.0, 40.0], [3.0, 60.0]], np.float32)

@@ -71,6 +71,7 @@ def check(found, question, expected, weights, stop_ids):
     np.testing.assert_allclose(each[:, counted], expected_each[:, counted], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])
 def test_both_ways_equal_brute_force(setting, request):
     setting = request.getfixturevalue(setting)
@@ -107,6 +108,7 @@ def test_a_sequence_that_both_documents_propose_is_there_once(causal):
         )
 
 
+@pytest.mark.slow
 def test_fast_is_never_above_thorough(causal, seq2seq):
     for setting in (causal, seq2seq):
         thorough = search(setting, generate_rag_sequence_thorough)
@@ -123,6 +125,7 @@ def test_fast_is_never_above_thorough(causal, seq2seq):
                 assert fast.log_probs[question, h] <= above + 1e-4
 
 
+@pytest.mark.slow
 def test_with_one_document_it_is_the_plain_search(causal):
     ids, mask = causal.ids, causal.mask
     options = {"beams": BEAMS, "max_new_tokens": reference.NEW, "stop_ids": causal.stop_ids}
@@ -140,6 +143,7 @@ def test_with_one_document_it_is_the_plain_search(causal):
     np.testing.assert_array_equal(found.ids, expected)
 
 
+@pytest.mark.slow
 def test_masked_documents_neither_propose_nor_score(causal):
     scores = np.array([[0.0, 40.0], [5.0, -5.0]], np.float32)
     options = {"scores": scores, "doc_mask": np.array([[True, False], [False, False]])}

@@ -21,6 +21,7 @@ def search(setting, *, scores=None, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])
 def test_the_search_follows_the_mixture_of_full_forwards(setting, request):
     setting = request.getfixturevalue(setting)
@@ -38,6 +39,7 @@ def test_the_search_follows_the_mixture_of_full_forwards(setting, request):
         np.testing.assert_allclose(found.scores[question], [e[0] for e in expected], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_beam_is_the_ensemble(causal):
     found = search(causal, beams=1)
     expected = generate_ensemble(
@@ -53,6 +55,7 @@ def test_one_beam_is_the_ensemble(causal):
     np.testing.assert_allclose(found.log_probs[:, 0], expected.log_probs, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_masked_documents_do_not_vote_and_none_at_all_count_the_same(causal):
     huge = np.array([[0.0, 50.0], [-30.0, 60.0]], np.float32)
     found = search(causal, scores=huge, doc_mask=np.array([[True, False], [False, False]]))

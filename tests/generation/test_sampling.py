@@ -64,6 +64,7 @@ def test_rows_draw_by_their_own_numbers(causal, rng):
     assert len({tuple(row) for row in np.asarray(same.ids).tolist()}) > 1
 
 
+@pytest.mark.slow
 def test_with_a_key_for_each_row_the_place_in_the_batch_does_not_matter(causal):
     keys = jax.random.split(jax.random.key(3), 4)
     order = np.array([3, 1, 0, 2])
@@ -84,6 +85,7 @@ def test_log_probabilities_are_the_models_own(causal):
             np.testing.assert_allclose(found.log_probs[row], log_prob, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_mixture_is_drawn_from(causal):
     options = {"max_new_tokens": 1, "stop_ids": (), "temperature": 1.0}
     ids, mask = reference.by_document((causal.ids, causal.mask))

@@ -39,6 +39,7 @@ def batched(setting, function, *keys, **options):
     return reference.answers_of(found.ids, found.lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])
 def test_a_stream_is_the_ensembles_answer(setting, request):
     setting = request.getfixturevalue(setting)
@@ -66,6 +67,7 @@ def test_each_step_takes_the_cache_of_the_one_before(causal):
     assert all(leaf.is_deleted() for leaf in begun.cache.keys_values)
 
 
+@pytest.mark.slow
 def test_a_sampled_stream_is_the_ensembles_draw(causal):
     keys = jax.random.split(jax.random.key(2), 2)
     options = options_of(causal, temperature=1.3, top_k=20, top_p=0.9)
