@@ -90,6 +90,7 @@ def alike(setting):
     return ids[:, :1].repeat(2, axis=1), mask[:, :1].repeat(2, axis=1)
 
 
+@pytest.mark.slow
 def test_a_sequence_that_both_documents_propose_is_there_once(causal):
     for function in (generate_rag_sequence_thorough, generate_rag_sequence_fast):
         found = function(
