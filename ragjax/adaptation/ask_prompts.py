@@ -37,7 +37,7 @@ class ReaderOptions:
     document_tokens: int = 96
     question_tokens: int = 128
     max_new_tokens: int = 16
-    windows: int = 6
+    windows: int = 4
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""

@@ -19,6 +19,7 @@ from ragjax.data import pad_left, pad_right
 from ragjax.generation import Decoder, mix_log_probs
 from ragjax.generation.decoder import Prefilled
 from ragjax.models.decoder_cache import KVCache
+from ragjax.models.inputs import LMBatch
 
 
 class Choice(NamedTuple):
@@ -98,9 +99,17 @@ class Reader(Prompts):
     def score_closed_book(self, prompt: Prompt, target_ids: Sequence[int]) -> np.ndarray:
         """Scores an answer without documents: `[1, T]` nats, 0 where padded."""
         length = fitting(self.closed_lengths, len(prompt.closed_book))
-        slots = length + self.max_target
-        reading = self.read_contexts([prompt.closed_book], rows=1, length=length, slots=slots)
-        return self.score(reading, target_ids)
+        # In one pass: so few tokens take as long as the weights take to come from memory.
+        packed = self.prompts.pack(
+            [prompt.closed_book],
+            [target_ids],
+            context_length=length,
+            target_length=self.max_target,
+        )
+        lm = self.system.workspace.lm
+        batch = LMBatch(*map(jnp.asarray, packed))
+        scores = _score_alone(lm.family.token_log_probs, lm.config, self.system.lm_params, batch)
+        return np.asarray(scores)
 
     def leave_out(
         self,
@@ -212,6 +221,11 @@ def _score(
     decoder: Decoder, params: Any, prefilled: Any, target_ids: Array, target_mask: Array
 ) -> Array:
     return decoder.score(params, prefilled, target_ids, target_mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_alone(token_log_probs: Any, config: Any, params: Any, batch: LMBatch) -> Array:
+    return token_log_probs(config, params, batch)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
