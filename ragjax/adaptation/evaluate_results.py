@@ -17,6 +17,7 @@ from ragjax.adaptation.evaluate_robustness import (
     condition_lines,
     summarize_robustness,
 )
+from ragjax.adaptation.finished import SYSTEM_NOTES
 from ragjax.adaptation.workspace import Workspace
 from ragjax.evaluation import METRICS, QuestionRecord, compare, format_report, summarize
 from ragjax.evaluation.calibration import Calibration, calibrate
@@ -57,17 +58,6 @@ _SHOWN = {
 }
 _CONDITIONS_SHOWN = ("f1", "answer_nll")
 _TABLE = (*METRICS, "supported", "hallucination", "empty_answer")
-_LEGEND = {
-    "closed_book": "no documents",
-    "bm25": "documents by BM25",
-    "before": "by the un-adapted encoder",
-    "hybrid_before": "by both",
-    "after": "by the adapted encoder",
-    "hybrid": "by BM25 and the adapted encoder",
-    "lm_half": "adapted language model over the documents of before",
-    "closed_book_lm_half": "adapted language model, no documents",
-    "hybrid_base_lm": "un-adapted language model over the documents of hybrid",
-}
 
 
 def write_evaluation(
@@ -171,7 +161,7 @@ def _shown_summary(
 
 
 def _legend(config: EvaluateConfig, systems: Sequence[str]) -> str:
-    lines = ["; ".join(f"{name}: {_LEGEND[name]}" for name in systems if name in _LEGEND)]
+    lines = ["; ".join(f"{name}: {SYSTEM_NOTES[name]}" for name in systems if name in SYSTEM_NOTES)]
     if "after" in systems:
         lines[0] += ". after and hybrid are read by the language model as the run left it"
     lines += [
