@@ -5,9 +5,10 @@
     python experiments/ask.py --data FOLDER --encoder MODEL --lm MODEL
     python experiments/ask.py --run runs/adapt --json < questions.txt > answers.jsonl
 
-Loading takes half a minute, then an answer of a few words about two seconds on two cores. FOLDER
-needs `corpus.jsonl` alone; its embeddings are kept in `--cache`, so only the first start encodes.
-An empty line or Ctrl-D ends the loop.
+Loading takes half a minute, then a short answer with its passage less than two seconds on two
+cores, and its explanation another one. FOLDER needs `corpus.jsonl` alone; its embeddings are kept
+in `--cache`, so only the first start encodes. An empty line or Ctrl-D ends the
+loop.
 """
 
 import dataclasses
@@ -30,7 +31,14 @@ from tqdm import tqdm
 from ragjax.adaptation.ask import Asker
 from ragjax.adaptation.ask_decoding import DECODES
 from ragjax.adaptation.ask_prompts import ReaderOptions
-from ragjax.adaptation.ask_view import coloured, format_reply, plain, reply_as_json, safe_text
+from ragjax.adaptation.ask_view import (
+    coloured,
+    format_reply,
+    format_source,
+    plain,
+    reply_as_json,
+    safe_text,
+)
 from ragjax.adaptation.config import AdaptConfig, PromptConfig
 from ragjax.adaptation.system import SEARCHES, System, open_base_system, open_system
 
@@ -214,15 +222,13 @@ def _print_text(asker: Asker, flags: Flags, question: str) -> None:
         print(style(piece, "answer"), end="", flush=True)
         shown = len(text)
 
-    reply = asker.ask(
-        question,
-        answer=flags.answer or None,
-        explain=flags.explain,
-        show=show if terminal else None,
-    )
-    if shown:
-        print()
-    print(format_reply(reply, style=style, answer=not shown) + "\n", flush=True)
+    answer = asker.answer(question, answer=flags.answer or None, show=show if terminal else None)
+    print("" if shown else style(safe_text(answer.text) or "(nothing)", "answer"))
+    # The answer and its passage do not wait for their explanation.
+    if source := format_source(answer, asker.system.workspace.dataset.corpus, style=style):
+        print(source, flush=True)
+    reply = asker.explain(answer, span=flags.explain)
+    print(format_reply(reply, style=style, answer=False) + "\n", flush=True)
 
 
 def _print_json(asker: Asker, flags: Flags, question: str) -> None:

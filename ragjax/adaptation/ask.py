@@ -4,6 +4,8 @@
     asker = Asker(system, ReaderOptions(), decode=decode_ensemble, by=by_hybrid)
     reply = asker.ask("what is a pytree?")
 
+or, with the answer before its explanation, `asker.explain(asker.answer("what is a pytree?"))`.
+
 K documents, T answer tokens.
 """
 
@@ -26,6 +28,7 @@ from ragjax.evaluation.attribution import (
     find_similar,
     split_windows,
 )
+from ragjax.losses import document_posterior
 
 # Longer questions are compiled for when the first one comes.
 _WARM_QUERY_TOKENS = 256
@@ -73,7 +76,24 @@ class Reply(NamedTuple):
     relied_on: int | None  # which of them explains the answer best; None: there is none
     span: Span | None  # in that one; None: not asked for, or no text there
     notes: tuple[str, ...]  # sentences for the reader
-    seconds: float
+    answer_seconds: float  # until the answer and the passage it relies on were known
+    seconds: float  # until it was explained, too
+
+
+class Answer(NamedTuple):
+    """An answer and the passage behind it; `Asker.explain` tells more about them."""
+
+    question: str
+    text: str
+    relied_on: int | None  # place of the passage that explains the text best; None: there is none
+    docs: tuple[int, ...]  # corpus rows, in the order of the retriever
+    posterior: np.ndarray  # [K] p(c|x,y) among the documents
+    notes: tuple[str, ...]  # sentences for the reader
+    prompt: Prompt
+    generated: Generated
+    token_log_probs: np.ndarray  # [K, T] log p_LM(y_t|c∘x, y_<t) in nats
+    started: float  # when it was asked, and
+    seconds: float  # how long the answer took
 
 
 class Asker:
@@ -124,7 +144,8 @@ class Asker:
             retrieve(self.system, ["warm up"], self.asked_documents, by=self._by)
         for prompt in self.reader.warm_up_prompts():
             generated = self._decode(self.reader, prompt, lambda ids: None)
-            self._score(prompt, generated.ids, generated)
+            log_probs = self._token_log_probs(generated)
+            self._attribution(prompt, generated.ids, log_probs)
             if prompt.docs:
                 variants = [[0]] * self.reader.options.windows
                 self.reader.leave_out(prompt, generated.reading, 0, variants, generated.ids)
@@ -138,12 +159,17 @@ class Asker:
         explain: bool = True,
         show: ShowText | None = None,
     ) -> Reply:
-        """Answers a question.
+        """Answers a question and explains the answer; arguments as of `answer` and `explain`."""
+        return self.explain(self.answer(question, answer=answer, show=show), span=explain)
+
+    def answer(
+        self, question: str, *, answer: str | None = None, show: ShowText | None = None
+    ) -> Answer:
+        """Answers a question and names the passage that the answer relies on.
 
         Args:
             question: Its text.
-            answer: Explain this answer; None: write one.
-            explain: Find the span that carries the answer.
+            answer: Take this answer; None: write one.
             show: Hears the answer as it is written, again and again from its beginning.
 
         Raises:
@@ -165,9 +191,63 @@ class Asker:
                 notes.append("the answer was cut at the limit of tokens")
         else:
             generated = self._given(prompt, answer, notes)
-        attribution = self._score(prompt, generated.ids, generated)
-        return self._reply(
-            prompt, question, answer, generated, attribution, explain, notes, started
+        token_log_probs = self._token_log_probs(generated)
+        posterior = document_posterior(
+            _finite_scores(prompt),
+            token_log_probs[None],
+            doc_mask=np.isfinite(prompt.log_weights)[None],
+            token_mask=self._answer_tokens(generated.ids),
+        )
+        posterior = np.exp(np.asarray(posterior))[0, : len(prompt.docs)]
+        return Answer(
+            question=question,
+            text=answer,
+            relied_on=int(np.argmax(posterior)) if prompt.docs else None,
+            docs=prompt.docs,
+            posterior=posterior,
+            notes=tuple(notes),
+            prompt=prompt,
+            generated=generated,
+            token_log_probs=token_log_probs,
+            started=started,
+            seconds=time.perf_counter() - started,
+        )
+
+    def explain(self, answer: Answer, *, span: bool = True) -> Reply:
+        """Tells how an answer comes about.
+
+        Args:
+            answer: From `answer`.
+            span: Find the words of the passage that carry it.
+        """
+        attribution = self._attribution(answer.prompt, answer.generated.ids, answer.token_log_probs)
+        corpus = self.system.workspace.dataset.corpus
+        sources = tuple(
+            Source(
+                id=corpus[doc].id,
+                title=corpus[doc].title or "",
+                text=corpus[doc].text,
+                prior=float(attribution.prior[0, row]),
+                posterior=float(attribution.posterior[0, row]),
+                change=float(attribution.without[0, row]),
+                log_prob=float(attribution.doc_log_probs[0, row]),
+            )
+            for row, doc in enumerate(answer.docs)
+        )
+        return Reply(
+            question=answer.question,
+            answer=answer.text,
+            log_prob=float(attribution.log_probs[0]),
+            num_tokens=len(answer.generated.ids),
+            no_doc_log_prob=float(attribution.no_doc_log_probs[0]),
+            utility=float(attribution.utility[0]),
+            grounded=bool(sources) and float(attribution.utility[0]) > 0,
+            sources=sources,
+            relied_on=answer.relied_on,
+            span=self._span(answer, answer.relied_on) if span and sources else None,
+            notes=answer.notes,
+            answer_seconds=answer.seconds,
+            seconds=time.perf_counter() - answer.started,
         )
 
     def attributions(
@@ -190,7 +270,8 @@ class Asker:
             answer = self._text(generated.ids)
         else:
             generated = self._given(prompt, answer, [])
-        return answer, self._score(prompt, generated.ids, generated)
+        token_log_probs = self._token_log_probs(generated)
+        return answer, self._attribution(prompt, generated.ids, token_log_probs)
 
     def _given(self, prompt: Prompt, answer: str, notes: list[str]) -> Generated:
         ids = self.reader.prompts.target(answer)
@@ -198,80 +279,44 @@ class Asker:
             notes.append(f"only the first {len(ids)} tokens of the given answer are explained")
         return Generated(ids, True, self.reader.read(prompt), None)
 
-    def _score(self, prompt: Prompt, ids: Sequence[int], generated: Generated) -> Attribution:
-        reader = self.reader
-        log_probs = generated.token_log_probs
-        if log_probs is None:
-            log_probs = reader.score(generated.reading, ids)
-        tokens = np.zeros((1, reader.max_target), bool)
-        # What a target begins with (<s> of BART) is no part of the answer.
+    def _token_log_probs(self, generated: Generated) -> np.ndarray:
+        if generated.token_log_probs is not None:
+            return generated.token_log_probs
+        return self.reader.score(generated.reading, generated.ids)
+
+    def _answer_tokens(self, ids: Sequence[int]) -> np.ndarray:
+        """Returns `[1, T]` bool: without what a target begins with (<s> of BART)."""
+        tokens = np.zeros((1, self.reader.max_target), bool)
         tokens[0, len(self.system.workspace.lm.text_format.target_start_ids) : len(ids)] = True
+        return tokens
+
+    def _attribution(
+        self, prompt: Prompt, ids: Sequence[int], token_log_probs: np.ndarray
+    ) -> Attribution:
         return attribute(
-            np.where(np.isfinite(prompt.log_weights), prompt.log_weights, 0)[None],
-            log_probs[None],
-            reader.score_closed_book(prompt, ids),
+            _finite_scores(prompt),
+            token_log_probs[None],
+            self.reader.score_closed_book(prompt, ids),
             doc_mask=np.isfinite(prompt.log_weights)[None],
-            token_mask=tokens,
+            token_mask=self._answer_tokens(ids),
         )
 
-    def _reply(
-        self,
-        prompt: Prompt,
-        question: str,
-        answer: str,
-        generated: Generated,
-        attribution: Attribution,
-        explain: bool,
-        notes: list[str],
-        started: float,
-    ) -> Reply:
-        corpus = self.system.workspace.dataset.corpus
-        sources = tuple(
-            Source(
-                id=corpus[doc].id,
-                title=corpus[doc].title or "",
-                text=corpus[doc].text,
-                prior=float(attribution.prior[0, row]),
-                posterior=float(attribution.posterior[0, row]),
-                change=float(attribution.without[0, row]),
-                log_prob=float(attribution.doc_log_probs[0, row]),
-            )
-            for row, doc in enumerate(prompt.docs)
-        )
-        best = int(np.argmax(attribution.posterior[0])) if sources else None
-        span = None
-        if best is not None and explain:
-            span = self._span(prompt, generated, best, answer)
-        return Reply(
-            question=question,
-            answer=answer,
-            log_prob=float(attribution.log_probs[0]),
-            num_tokens=len(generated.ids),
-            no_doc_log_prob=float(attribution.no_doc_log_probs[0]),
-            utility=float(attribution.utility[0]),
-            grounded=bool(sources) and float(attribution.utility[0]) > 0,
-            sources=sources,
-            relied_on=best,
-            span=span,
-            notes=tuple(notes),
-            seconds=time.perf_counter() - started,
-        )
-
-    def _span(self, prompt: Prompt, generated: Generated, row: int, answer: str) -> Span | None:
+    def _span(self, answer: Answer, row: int | None) -> Span | None:
         """Returns the words of the answer in the passage, or else the window that carries it."""
-        passage = self.system.workspace.dataset.corpus[prompt.docs[row]]
-        matches = find_answer(passage.text, answer)
+        assert row is not None, "there are documents"
+        passage = self.system.workspace.dataset.corpus[answer.docs[row]]
+        matches = find_answer(passage.text, answer.text)
         if len(matches) == 1:
             return _matched("text", matches[0], "match")
         if not matches:
-            if title := find_answer(passage.title or "", answer):
+            if title := find_answer(passage.title or "", answer.text):
                 return _matched("title", title[0], "match")
-            if similar := find_similar(passage.text, answer):
+            if similar := find_similar(passage.text, answer.text):
                 return _matched("text", similar, "similar")
-        windows = self._windows(prompt, row)
+        windows = self._windows(answer.prompt, row)
         if not windows:
             return _matched("text", matches[0], "match") if matches else None
-        changes = self._changes(prompt, generated, row, windows)
+        changes = self._changes(answer, row, windows)
         if matches:  # several: the one whose window the answer needs most
             best = max(matches, key=lambda match: _change_at(match, windows, changes))
             span = _matched("text", best, "match")
@@ -295,11 +340,9 @@ class Asker:
         size = len(self.reader.documents.get([prompt.docs[row]])[0])
         return [(start - before, end - before) for start, end in encoding.offsets[:size]]
 
-    def _changes(
-        self, prompt: Prompt, generated: Generated, row: int, windows: Sequence[Window]
-    ) -> np.ndarray:
+    def _changes(self, answer: Answer, row: int, windows: Sequence[Window]) -> np.ndarray:
         """Returns what the answer's log-prob loses without each window, in nats."""
-        places = self._token_places(prompt, row)
+        places = self._token_places(answer.prompt, row)
         left_out = [
             [
                 token
@@ -308,7 +351,10 @@ class Asker:
             ]
             for window in windows
         ]
-        log_probs = self.reader.leave_out(prompt, generated.reading, row, left_out, generated.ids)
+        generated = answer.generated
+        log_probs = self.reader.leave_out(
+            answer.prompt, generated.reading, row, left_out, generated.ids
+        )
         return log_probs[0] - log_probs[1:]
 
     def _retrieval_notes(self, retrieved: Retrieved) -> list[str]:
@@ -333,6 +379,11 @@ class Asker:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.system.workspace.lm.tokenizer.decode(list(ids)).strip()
+
+
+def _finite_scores(prompt: Prompt) -> np.ndarray:
+    """Returns `[1, K]` logits of p_R, 0 where a mask drops them."""
+    return np.where(np.isfinite(prompt.log_weights), prompt.log_weights, 0)[None]
 
 
 def _check_text(what: str, text: str) -> None:

@@ -6,7 +6,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-from ragjax.adaptation.ask import Reply, Source, Span
+from ragjax.adaptation.ask import Answer, Reply, Source, Span
+from ragjax.data import Corpus
 
 # Turns text and the name of its part into what the terminal shows.
 Style = Callable[[str, str], str]
@@ -54,7 +55,7 @@ def format_reply(reply: Reply, *, style: Style, answer: bool = True) -> str:
     Args:
         reply: The reply.
         style: `plain` or `coloured`.
-        answer: With the answer itself; False where it has been shown as it was written.
+        answer: With the answer itself; False where it has been shown.
     """
     parts = [style(safe_text(reply.answer) or "(nothing)", "answer")] if answer else []
     parts.append(style(_probability(reply), "faint"))
@@ -64,6 +65,16 @@ def format_reply(reply: Reply, *, style: Style, answer: bool = True) -> str:
         parts += _relied_on(reply, style)
         parts += _others(reply, style)
     return "\n".join(parts)
+
+
+def format_source(answer: Answer, corpus: Corpus, *, style: Style) -> str:
+    """Returns the passage that an answer relies on in one line, empty where there is none."""
+    if answer.relied_on is None:
+        return ""
+    passage = corpus[answer.docs[answer.relied_on]]
+    label = safe_text(f"{passage.id}  {passage.title or ''}".strip())
+    share = _share(float(answer.posterior[answer.relied_on]))
+    return style(f"from {answer.relied_on + 1}. {label} (posterior {share})", "head")
 
 
 def verdict(reply: Reply) -> str:
@@ -95,6 +106,7 @@ def reply_as_json(reply: Reply) -> dict[str, Any]:
         "span": None if best is None else _span_as_json(best, reply.span),
         "documents": [_source_as_json(source) for source in reply.sources],
         "notes": list(reply.notes),
+        "answer_seconds": round(reply.answer_seconds, 3),
         "seconds": round(reply.seconds, 3),
     }
 
@@ -103,7 +115,7 @@ def _probability(reply: Reply) -> str:
     each = math.exp(reply.log_prob / max(reply.num_tokens, 1))
     return (
         f"probability {_share(math.exp(reply.log_prob))} ({each:.2f} a token, {reply.num_tokens}"
-        f" tokens); {reply.seconds:.1f} s"
+        f" tokens); {reply.answer_seconds:.1f} s, explained after {reply.seconds:.1f} s"
     )
 
 

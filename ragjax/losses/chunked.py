@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ragjax.losses._common import fraction
+from ragjax.losses.mesh_axes import varying_alike
 
 # Logits held at a time: 64 MiB in float32. Blocks below 512 entries would starve the matmul.
 _BLOCK_ELEMENTS = 2**24
@@ -85,7 +86,7 @@ def chunked_token_log_probs(
         logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         total = jax.nn.logsumexp(logits, axis=-1)
     else:
-        hidden, unembedding, targets = _varying_alike(hidden, unembedding, targets)
+        hidden, unembedding, targets = varying_alike(hidden, unembedding, targets)
         logit, total = _logit_and_normaliser(size, hidden, unembedding, targets)
     log_probs = logit - total
     if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
@@ -185,15 +186,6 @@ def _default_block(vocab: int, tokens: int) -> int:
     # Blocks that divide the vocabulary spare a smaller last one, whose logits are held besides.
     blocks = next((n for n in range(blocks, 2 * blocks + 1) if vocab % n == 0), blocks)
     return vocab // blocks
-
-
-def _varying_alike(*arrays: Array) -> list[Array]:
-    """Marks each as varying over every mesh axis of any: the table's gradient is then summed."""
-    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))
-    return [
-        lax.pcast(array, tuple(missing), to="varying") if missing else array
-        for array, missing in ((array, axes - jax.typeof(array).mat.varying) for array in arrays)
-    ]
 
 
 def _row_dot(hidden: Array, rows: Array) -> Array:

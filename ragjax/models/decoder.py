@@ -8,10 +8,10 @@ D head width, V vocabulary. Parameters are a nested dict of arrays:
 
 Llama, Mistral, Qwen2, Qwen3 and Gemma 3 are this decoder under different configurations
 (`ragjax.models.decoder_config.FAMILIES`). The leaves of `params["layers"]` are the layers stacked
-on axis 0, and `lax.scan` runs over them: one layer is compiled, whatever N is, and where some
-layers see a sliding window, a scanned flag selects the mask and the angles. `params["layers"]` may
-also be a tuple of such stacks, scanned in turn: differentiating with respect to the last of them
-does no backward work for the earlier ones (`split_trainable`).
+on axis 0, and `nnx_trees.over_layers` runs them: of many layers one is compiled, and where some
+layers see a sliding window, a stacked flag selects the mask and the angles. `params["layers"]` may
+also be a tuple of such stacks, run in turn: differentiating with respect to the last of them does
+no backward work for the earlier ones (`split_trainable`).
 
 References:
     Touvron et al., 2023, "LLaMA: Open and Efficient Foundation Language Models", section 2.2.
@@ -34,6 +34,7 @@ from ragjax.models.decoder_config import DecoderConfig
 from ragjax.models.decoder_layers import DecoderLayer, KeyValues, RMSNorm
 from ragjax.models.decoder_rotary import Rotary, rotary_angles
 from ragjax.models.inputs import LMBatch
+from ragjax.models.nnx_trees import over_layers
 from ragjax.models.packing import PackedBatch
 
 
@@ -162,13 +163,12 @@ def run_layers(
         layer = nnx_trees.merge(graphdef, layer_params)
         return layer(hidden, view.rotary, view.allowed, layer_past)
 
-    body = jax.checkpoint(apply_layer) if remat else apply_layer
     hidden = _embed(config, params, ids)
     news, start = [], 0
     for stack in layer_stacks(params):
         size = jax.tree.leaves(stack)[0].shape[0]
         part = jax.tree.map(lambda leaf: leaf[start : start + size], (past, flags))  # noqa: B023  (called at once)
-        hidden, new = lax.scan(body, hidden, (stack, *part))
+        hidden, new = over_layers(apply_layer, hidden, (stack, *part), remat=remat)
         news.append(new)
         start += size
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *news)

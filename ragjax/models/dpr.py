@@ -51,7 +51,13 @@ class Dpr(Bert):
 
     def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
         """Compute the (projected) hidden states, as `Bert` does."""
-        hidden = super().__call__(tokens, remat=remat)
+        return self._project(super().__call__(tokens, remat=remat))
+
+    def first_hidden(self, tokens: Tokens, *, remat: bool = False) -> Array:
+        """Compute the (projected) hidden states of the first tokens, as `Bert` does."""
+        return self._project(super().first_hidden(tokens, remat=remat))
+
+    def _project(self, hidden: Array) -> Array:
         return hidden if self.output is None else self.output(hidden)
 
 

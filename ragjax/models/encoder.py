@@ -34,7 +34,7 @@ from ragjax.models.hub import resolve_source
 from ragjax.models.inputs import Tokens
 from ragjax.models.nnx_trees import Params, abstract, cast_floats, merge
 from ragjax.models.pooling import POOLINGS as POOLINGS
-from ragjax.models.pooling import Pool, concatenated, pooling_modes
+from ragjax.models.pooling import Pool, cls_pool, concatenated, pooling_modes
 from ragjax.models.safetensors import apply_key_table, read_safetensors, renamed
 from ragjax.models.sentence_transformers import Recipe, known_prompts, read_recipe
 from ragjax.models.streaming import loading_as
@@ -271,7 +271,10 @@ def make_encode(
     def run(params: Params, tokens: Tokens) -> Array:
         if family.hidden_states is not None:
             return family.hidden_states(config, params, tokens, remat=remat)
-        return merge(graphdef, params)(tokens, remat=remat)
+        module = merge(graphdef, params)
+        if pool is cls_pool and isinstance(module, bert.Bert):
+            return module.first_hidden(tokens, remat=remat)[:, None]
+        return module(tokens, remat=remat)
 
     def encode(params: Params, tokens: Tokens) -> Array:
         tower = {name: leaf for name, leaf in params.items() if name != "projection"}

@@ -8,8 +8,8 @@ H heads, D head width, V vocabulary. Parameters are a nested dict of arrays:
      "unembed": {"kernel": [E, V]},                     (absent where embeddings are tied)
      "final_bias": {"bias": [1, V]}}                    (absent where it is zero)
 
-The leaves of "layers" are identical layers stacked on axis 0, and `lax.scan` runs over them. A
-side's "layers" may also be a tuple of such stacks, scanned in turn (`seq2seq_training`).
+The leaves of "layers" are identical layers stacked on axis 0, which `nnx_trees.over_layers` runs. A
+side's "layers" may also be a tuple of such stacks, run in turn (`seq2seq_training`).
 
 References:
     Vaswani et al., 2017, "Attention Is All You Need", section 3.
@@ -30,6 +30,7 @@ from ragjax.losses import chunked_token_log_probs
 from ragjax.models import nnx_trees
 from ragjax.models.decoder_layers import KeyValues
 from ragjax.models.inputs import LMBatch
+from ragjax.models.nnx_trees import over_layers
 from ragjax.models.seq2seq_layers import Layer
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -206,10 +207,9 @@ def encode(
         layer = nnx_trees.merge(graphdef, layer_params)
         return layer.encode(hidden, mask=attended, bias=bias), None
 
-    body = jax.checkpoint(apply, prevent_cse=False) if remat else apply
     hidden = config.enter(outer, ENCODER, _embed(params, ids), positions)
     for stack in layer_stacks(outer):
-        hidden, _ = lax.scan(body, hidden, stack)
+        hidden, _ = over_layers(apply, hidden, stack, remat=remat)
     return config.leave(outer, ENCODER, hidden)
 
 
@@ -313,14 +313,13 @@ def decode(
         seen = observe(layer, result.cross_input, layer_memory) if observe else None
         return result.hidden, (result.known, seen)
 
-    body = jax.checkpoint(apply, prevent_cse=False) if remat else apply
     positions = jnp.broadcast_to(slots[None, :], ids.shape)
     hidden = config.enter(outer, DECODER, _embed(params, ids), positions)
     parts, start = [], 0
     for stack in layer_stacks(outer):
         stop = start + jax.tree.leaves(stack)[0].shape[0]
         some = jax.tree.map(lambda leaf: leaf[start:stop], (past, given))  # noqa: B023  (called at once)
-        hidden, part = lax.scan(body, hidden, (stack, *some))
+        hidden, part = over_layers(apply, hidden, (stack, *some), remat=remat)
         parts.append(part)
         start = stop
     new, seen = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
@@ -344,7 +343,7 @@ def remember(config: Seq2SeqConfig, params: Params, encoded: Array) -> KeyValues
     def project(carry: None, layer_params: Any) -> tuple[None, KeyValues]:
         return carry, nnx_trees.merge(graphdef, layer_params).remember(encoded)
 
-    parts = [lax.scan(project, None, stack)[1] for stack in layer_stacks(params[DECODER])]
+    parts = [over_layers(project, None, stack)[1] for stack in layer_stacks(params[DECODER])]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 

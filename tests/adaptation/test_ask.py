@@ -14,6 +14,7 @@ from ragjax.adaptation.ask_prompts import ReaderOptions
 from ragjax.adaptation.ask_view import (
     coloured,
     format_reply,
+    format_source,
     plain,
     reply_as_json,
     safe_text,
@@ -276,6 +277,22 @@ def test_a_reply_says_what_its_figures_mean(asker):
     np.testing.assert_allclose([s.posterior for s in reply.sources], posterior, atol=5e-3)
 
 
+@pytest.mark.parametrize("decode", ["ensemble", "concat"])
+def test_the_passage_is_named_with_the_answer_and_before_its_explanation(system, decode):
+    asker = Asker(system, OPTIONS, decode=DECODES[decode], by=by_hybrid)
+    answer = asker.answer(QUESTION)
+    reply = asker.explain(answer)
+    assert (answer.text, answer.relied_on) == (reply.answer, reply.relied_on)
+    np.testing.assert_allclose(answer.posterior, [s.posterior for s in reply.sources], rtol=1e-4)
+    assert answer.seconds == reply.answer_seconds < reply.seconds
+    best = reply.sources[reply.relied_on]
+    line = format_source(answer, system.workspace.dataset.corpus, style=plain)
+    assert line.startswith(f"from {reply.relied_on + 1}. {best.id}")
+    assert line.endswith(f"(posterior {best.posterior:.2f})")
+    none = answer._replace(relied_on=None)
+    assert format_source(none, system.workspace.dataset.corpus, style=plain) == ""
+
+
 def test_the_words_of_the_answer_are_found_in_the_passage(asker):
     reply = asker.ask(QUESTION, answer="The LIKES")
     assert reply.span.method == "match"
@@ -427,13 +444,15 @@ def reply_with(**changes):
     source = Source("d1", "Cats", "Red cats like fish. Dogs do not.", 0.25, 0.75, 0.5, -1.0)
     other = Source("d2", "Dogs", "Dogs like bones.", 0.75, 0.25, -0.1, -3.0)
     reply = Reply("q", "fish", -1.5, 2, -3.0, 1.5, True, (other, source), 1,
-                  Span("text", 14, 18, "match", 1.0, None), (), 0.5)  # fmt: skip
+                  Span("text", 14, 18, "match", 1.0, None), (), 0.5, 0.8)  # fmt: skip
     return reply._replace(**changes)
 
 
 def test_a_plain_reply_marks_the_span_and_lists_the_others():
     shown = format_reply(reply_with(), style=plain)
-    assert shown.startswith("fish\nprobability 0.22 (0.47 a token, 2 tokens); 0.5 s")
+    assert shown.startswith(
+        "fish\nprobability 0.22 (0.47 a token, 2 tokens); 0.5 s, explained after 0.8 s"
+    )
     assert "Red cats like [[fish]]. Dogs do not." in shown
     assert "2. d1  Cats" in shown
     assert "p_R 0.25, posterior 0.75, without it the answer's log-prob changes by -0.50" in shown

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from encoder_folders import QUICK, edit_json, embed, tokenize
 
-from ragjax.models import load_encoder
-from ragjax.models.encoder import build_encoder, with_options
+from ragjax.models import Tokens, load_encoder
+from ragjax.models.encoder import build_encoder, make_encode, with_options
 from ragjax.models.encoder_as_bert import as_bert
+from ragjax.models.encoder_training import merge_trainable, split_trainable
+from ragjax.models.pooling import cls_pool
 from ragjax.models.testing import tiny_encoder
 from ragjax.models.testing_encoder import random_params
 
@@ -124,3 +126,35 @@ def test_a_projection_behind_another_pooling_cannot_be_moved():
     encoder = dataclasses.replace(tiny_encoder(family="dpr"), pooling="max")
     with pytest.raises(ValueError, match="pooling 'max' of projected hidden states"):
         as_bert(encoder)
+
+
+@pytest.mark.parametrize("family", ["bert", "dpr", "roberta"])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("learning", [1, None])
+def test_cls_pooling_computes_the_last_layer_for_the_first_token_only(family, remat, learning):
+    base = tiny_encoder(family=family)
+    rows = 40  # enough tokens to pay for taking the last layer off
+    ids = np.random.default_rng(0).integers(4, 20, (rows, 8)).astype(np.int32)
+    mask = np.arange(8)[None] < np.random.default_rng(1).integers(0, 9, (rows, 1))
+    tokens = Tokens(jnp.asarray(ids), jnp.asarray(mask))
+    short = make_encode(base.family, base.config, cls_pool, remat=remat)
+    # Another function than `cls_pool` is given every token.
+    whole = make_encode(base.family, base.config, lambda *arrays: cls_pool(*arrays))
+    trainable, frozen = split_trainable(base.params, learning)
+
+    def value_and_gradient(encode):
+        def loss(trainable):
+            embeddings = encode(merge_trainable(trainable, frozen), tokens)
+            return jnp.cos(embeddings).sum(), embeddings
+
+        return jax.jit(jax.grad(loss, has_aux=True))(trainable)
+
+    pairs = zip(
+        jax.tree.leaves(value_and_gradient(short)),
+        jax.tree.leaves(value_and_gradient(whole)),
+        strict=True,
+    )
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    few = Tokens(tokens.ids[:1], tokens.mask[:1])
+    np.testing.assert_allclose(short(base.params, few), whole(base.params, few), atol=1e-6)

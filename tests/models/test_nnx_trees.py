@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ragjax.models import Tokens
+from ragjax.models import Tokens, nnx_trees
 from ragjax.models.encoder_training import join_layers, merge_trainable, split_trainable
 from ragjax.models.linear import Linear
-from ragjax.models.nnx_trees import cast_floats, merge, scan_layers, split, stacked
+from ragjax.models.nnx_trees import (
+    cast_floats,
+    count_layers,
+    merge,
+    over_layers,
+    scan_layers,
+    split,
+    split_last,
+    stacked,
+)
 from ragjax.models.testing import tiny_encoder
 
 
@@ -53,17 +62,41 @@ def by_hand(factors=(1.0, 1.0, 1.0, 1.0)):
 
 
 @pytest.mark.parametrize("params", [PARAMS, in_stacks(4), in_stacks(1, 3), in_stacks(2, 1, 1)])
-@pytest.mark.parametrize("remat", [False, True])
-def test_layers_run_in_turn_however_they_are_stacked(params, remat):
+@pytest.mark.parametrize("longest,remat", [(4, False), (0, False), (4, True)])
+def test_layers_run_in_turn_however_they_are_stacked(params, longest, remat, monkeypatch):
+    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", longest)
     found = merge(GRAPHDEF, params)(HIDDEN, remat=remat)
     np.testing.assert_allclose(found, by_hand(), atol=1e-5)
 
 
+@pytest.mark.parametrize("longest", [4, 0])
 @pytest.mark.parametrize("params", [PARAMS, in_stacks(1, 3)])
-def test_each_layer_gets_its_own_input(params):
+def test_each_layer_gets_its_own_input(params, longest, monkeypatch):
+    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", longest)
     factors = (0.0, 2.0, -1.0, 0.5)
     found = merge(GRAPHDEF, params)(HIDDEN, jnp.float32(factors))
     np.testing.assert_allclose(found, by_hand(factors), atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [3, 2])
+def test_results_of_the_layers_are_stacked(longest, monkeypatch):
+    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", longest)
+
+    def body(carry, layer):
+        return carry + layer["a"], (carry * layer["b"], None)
+
+    layers = {"a": jnp.float32([1, 2, 3]), "b": jnp.float32([[1, 0], [0, 1], [2, 2]])}
+    last, (results, nothing) = over_layers(body, jnp.float32(1), layers)
+    assert last == 7 and nothing is None
+    np.testing.assert_array_equal(results, [[1, 0], [0, 2], [8, 8]])
+
+
+@pytest.mark.parametrize("sizes", [(4,), (3, 1), (1, 3)])
+def test_the_last_layer_comes_off(sizes):
+    below, top = split_last(merge(GRAPHDEF, in_stacks(*sizes)).layers)
+    assert count_layers(below) == 3 and count_layers(top) == 1
+    hidden = scan_layers([*below, top], lambda layer, hidden: layer(hidden), HIDDEN)
+    np.testing.assert_allclose(hidden, by_hand(), atol=1e-5)
 
 
 def saved_bytes(remat, length=64):
@@ -100,7 +133,8 @@ def reverse_scans(jaxpr):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_layers,expected", [(1, [1]), (2, [2]), (None, [2])])
-def test_frozen_layers_of_an_encoder_cost_no_backward_work(num_layers, expected):
+def test_frozen_layers_of_an_encoder_cost_no_backward_work(num_layers, expected, monkeypatch):
+    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", 0)
     encoder = tiny_encoder()
     encode = jax.jit(encoder.encode)
     trainable, frozen = split_trainable(encoder.params, num_layers)
