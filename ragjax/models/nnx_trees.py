@@ -1,5 +1,6 @@
 """The only place that converts between Flax NNX modules and plain nested dicts of arrays."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from ragjax.models.linear import Linear
 Params = dict[str, Any]
 # Layers of a stack that `over_layers` writes out; each is compiled anew.
 LONGEST_WRITTEN_OUT = 4
+# Tokens of the carry from which they are.
+FEWEST_WRITTEN_OUT = 256
 
 
 def split(module: nnx.Module) -> tuple[Any, Params]:
@@ -161,11 +164,13 @@ def over_layers(
 
     A few layers are written out one by one. A scan copies what the backward pass needs of each
     layer into one array for all and back, which took a third of the gradient of two layers of
-    width 128 on two CPU cores.
+    width 128 on two CPU cores. But the slices of a scan's parameters come twice as fast, which is
+    what a decoding step waits for, so few tokens are scanned in any case.
 
     Args:
       body: `(carry, layer) -> (carry, result)`.
-      carry: of fixed shape and dtype.
+      carry: of fixed shape and dtype (any, where there is one layer), such as hidden states
+        `[..., D]`.
       layers: tree of arrays `[N, ...]`, at least one array.
       remat: True: recompute each layer in the backward pass instead of keeping its intermediate
         values.
@@ -178,7 +183,7 @@ def over_layers(
         # A scan keeps its iterations apart already; the barrier against merging the two passes
         # would only cost.
         return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, layers)
-    if count > LONGEST_WRITTEN_OUT:
+    if count > 1 and (count > LONGEST_WRITTEN_OUT or _vectors(carry) < FEWEST_WRITTEN_OUT):
         return jax.lax.scan(body, carry, layers)
     results = []
     # The gradient of a split is one concatenation; that of indexing is a sum of padded arrays.
@@ -216,6 +221,10 @@ def cast_floats(params: Any, dtype: DTypeLike) -> Any:
 
 def _stacks(layers: Any) -> Sequence[Any]:
     return layers if isinstance(layers, nnx.List | list | tuple) else (layers,)
+
+
+def _vectors(carry: Any) -> int:
+    return max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(carry)), default=0)
 
 
 def _size(stack: Any) -> int:

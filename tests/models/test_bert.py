@@ -143,7 +143,7 @@ def test_every_activation_equals_its_published_formula():
         np.testing.assert_allclose(result, values, atol=1e-6, err_msg=name)
 
 
-def test_the_layer_is_compiled_once_whatever_their_number(params, tokens):
+def test_the_layer_of_a_long_stack_is_compiled_once(params, tokens):
     graphdef, _ = abstract(lambda: Bert(CONFIG, rngs=nnx.Rngs(0)))
     program = jax.make_jaxpr(lambda params: merge(graphdef, params)(tokens))(params)
     scans = [equation for equation in program.eqns if equation.primitive.name == "scan"]

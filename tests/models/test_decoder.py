@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models import decoder, decoder_cache, decoder_training, nnx_trees, packing
+from ragjax.models import decoder, decoder_cache, decoder_training, packing
 from ragjax.models.decoder_checkpoint import params_from_huggingface, params_to_huggingface
 from ragjax.models.decoder_config import parse_huggingface_config
 from ragjax.models.inputs import LMBatch
@@ -289,7 +289,6 @@ def test_prefill_accepts_split_layers(model, rng):
 
 
 def test_frozen_lower_layers_cost_no_backward_work(rng, monkeypatch):
-    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", 0)
     config = tiny_decoder_config(num_layers=8)
     params = decoder.init_params(config, jax.random.key(0))
     batch = make_batch(rng)

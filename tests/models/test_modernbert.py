@@ -65,7 +65,7 @@ def test_a_local_layer_sees_half_the_window_on_each_side(tokens):
     assert (difference.max(axis=2) > 0).all()
 
 
-def test_the_layer_is_compiled_once_whatever_their_number(tokens):
+def test_the_layer_of_a_long_stack_is_compiled_once(tokens):
     graphdef, params = abstract(lambda: ModernBert(CONFIG, rngs=nnx.Rngs(0)))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
     program = jax.make_jaxpr(lambda params: merge(graphdef, params)(tokens))(params)

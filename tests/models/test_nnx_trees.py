@@ -62,33 +62,38 @@ def by_hand(factors=(1.0, 1.0, 1.0, 1.0)):
 
 
 @pytest.mark.parametrize("params", [PARAMS, in_stacks(4), in_stacks(1, 3), in_stacks(2, 1, 1)])
-@pytest.mark.parametrize("longest,remat", [(4, False), (0, False), (4, True)])
-def test_layers_run_in_turn_however_they_are_stacked(params, longest, remat, monkeypatch):
-    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", longest)
+@pytest.mark.parametrize("fewest,remat", [(1, False), (3, False), (1, True)])
+def test_layers_run_in_turn_however_they_are_stacked(params, fewest, remat, monkeypatch):
+    monkeypatch.setattr(nnx_trees, "FEWEST_WRITTEN_OUT", fewest)
     found = merge(GRAPHDEF, params)(HIDDEN, remat=remat)
     np.testing.assert_allclose(found, by_hand(), atol=1e-5)
 
 
-@pytest.mark.parametrize("longest", [4, 0])
+@pytest.mark.parametrize("fewest", [1, 3])
 @pytest.mark.parametrize("params", [PARAMS, in_stacks(1, 3)])
-def test_each_layer_gets_its_own_input(params, longest, monkeypatch):
-    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", longest)
+def test_each_layer_gets_its_own_input(params, fewest, monkeypatch):
+    monkeypatch.setattr(nnx_trees, "FEWEST_WRITTEN_OUT", fewest)
     factors = (0.0, 2.0, -1.0, 0.5)
     found = merge(GRAPHDEF, params)(HIDDEN, jnp.float32(factors))
     np.testing.assert_allclose(found, by_hand(factors), atol=1e-5)
 
 
-@pytest.mark.parametrize("longest", [3, 2])
-def test_results_of_the_layers_are_stacked(longest, monkeypatch):
+@pytest.mark.parametrize("longest,fewest,scans", [(3, 1, 0), (2, 1, 1), (3, 3, 1)])
+def test_results_of_the_layers_are_stacked(longest, fewest, scans, monkeypatch):
     monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", longest)
+    monkeypatch.setattr(nnx_trees, "FEWEST_WRITTEN_OUT", fewest)
 
     def body(carry, layer):
-        return carry + layer["a"], (carry * layer["b"], None)
+        return carry + layer["a"], (carry * layer["b"][None], None)
 
     layers = {"a": jnp.float32([1, 2, 3]), "b": jnp.float32([[1, 0], [0, 1], [2, 2]])}
-    last, (results, nothing) = over_layers(body, jnp.float32(1), layers)
-    assert last == 7 and nothing is None
-    np.testing.assert_array_equal(results, [[1, 0], [0, 2], [8, 8]])
+    first = jnp.ones((2, 1))  # two vectors
+    last, (results, nothing) = over_layers(body, first, layers)
+    np.testing.assert_array_equal(last, [[7], [7]])
+    assert nothing is None
+    np.testing.assert_array_equal(results[:, 0], [[1, 0], [0, 2], [8, 8]])
+    program = str(jax.make_jaxpr(lambda first: over_layers(body, first, layers))(first))
+    assert program.count("scan[") == scans
 
 
 @pytest.mark.parametrize("sizes", [(4,), (3, 1), (1, 3)])
@@ -132,9 +137,8 @@ def reverse_scans(jaxpr):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_layers,expected", [(1, [1]), (2, [2]), (None, [2])])
-def test_frozen_layers_of_an_encoder_cost_no_backward_work(num_layers, expected, monkeypatch):
-    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", 0)
+@pytest.mark.parametrize("num_layers,expected", [(1, []), (2, [2]), (None, [2])])
+def test_frozen_layers_of_an_encoder_cost_no_backward_work(num_layers, expected):
     encoder = tiny_encoder()
     encode = jax.jit(encoder.encode)
     trainable, frozen = split_trainable(encoder.params, num_layers)
