@@ -6,12 +6,13 @@
     python experiments/ask.py --run runs/adapt --json < questions.txt > answers.jsonl
 
 Loading takes half a minute, then a short answer with its passage less than two seconds on two
-cores, and its explanation another one. FOLDER needs `corpus.jsonl` alone; its embeddings are kept
-in `--cache`, so only the first start encodes. An empty line or Ctrl-D ends the
-loop.
+cores, and its explanation another one. FOLDER has a `corpus.jsonl`, or text and Markdown files at
+any depth; its embeddings are kept in `--cache`, so only the first start encodes. An empty line or
+Ctrl-D ends the loop.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from ragjax.adaptation.ask_view import (
 )
 from ragjax.adaptation.config import AdaptConfig, PromptConfig
 from ragjax.adaptation.system import SEARCHES, System, open_base_system, open_system
+from ragjax.data.folders import document_files, write_documents
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _DEFAULTS = AdaptConfig()
@@ -54,7 +56,8 @@ class Flags:
         words: The question.
         question: The question, too; neither: question after question.
         run: Folder of a finished run.
-        data: Folder of documents (corpus.jsonl), for models as they are.
+        data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), for models as they
+            are.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
         lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
         cache: Folder for the embeddings of `data`.
@@ -179,12 +182,26 @@ def _open(flags: Flags) -> System:
         return open_system(Path(flags.run), report=_note)
     config = dataclasses.replace(
         _DEFAULTS,
-        data=flags.data,
+        data=_corpus_folder(flags),
         encoder=flags.encoder,
         lm=flags.lm,
         prompt=PromptConfig(answer_tokens=flags.max_new_tokens),
     )
     return open_base_system(config, cache=Path(flags.cache), report=_note)
+
+
+def _corpus_folder(flags: Flags) -> str:
+    """Returns the folder with `corpus.jsonl`, made of the text files of `--data` if need be."""
+    folder = Path(flags.data)
+    # A data set without its corpus is a mistake, whatever README stands beside it.
+    is_data_set = any(folder.glob("*.jsonl*"))
+    if is_data_set or not folder.is_dir() or not document_files(folder):
+        return flags.data
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    made = Path(flags.cache) / "documents" / place / folder.resolve().name
+    written = write_documents(folder, made)
+    _note(f"{folder}: {written.passages:,} passages of {written.files:,} files, in {made}")
+    return str(made)
 
 
 def _lines(flags: Flags, system: System) -> Iterator[str]:

@@ -46,6 +46,8 @@ def attend(
     Returns:
       `[B, T, H, D]`, in the dtype of the queries; scores and softmax are float32. A slot that may
       attend to nothing gets finite numbers without meaning, with finite gradients.
+
+    Gradients: to queries, keys, values and bias; "matmul" in reverse mode only (`jax.jvp` refuses).
     """
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     if implementation is None:

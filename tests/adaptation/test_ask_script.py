@@ -72,6 +72,27 @@ def test_k_beyond_the_corpus_reads_all_of_it(ask_json, tmp_path):
     assert any("fewer than the 9 asked" in note for note in value["notes"])
 
 
+def test_a_folder_of_text_files_is_read_again_at_every_start(ask_json, tmp_path, capsys):
+    folder = tmp_path / "manual"
+    (folder / "part").mkdir(parents=True)
+    (folder / "cats.md").write_text("# Cats\n\nthe red cat likes fish\n")
+    (folder / "part" / "dogs.txt").write_text("the blue dog likes bones\n")
+    flags = (f"--data={folder}", f"--cache={tmp_path / 'cache'}")
+    found = ask_json(QUESTION, *flags)[0]["documents"]
+    assert sorted(document["id"] for document in found) == ["cats.md#0", "part/dogs.txt#0"]
+    (folder / "cats.md").write_text("# Cats\n\nthe red cat likes milk\n")
+    found = ask_json(QUESTION, *flags)[0]["documents"]
+    assert "the red cat likes milk" in {document["text"] for document in found}
+    assert sorted(path.name for path in folder.iterdir()) == ["cats.md", "part"]
+
+
+def test_a_data_set_without_its_corpus_is_no_folder_of_text(ask, flags, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("about the data")
+    (tmp_path / "queries.jsonl").write_text("")
+    assert ask([*flags, f"--data={tmp_path}", "why?"]) == 2
+    assert "corpus.jsonl" in capsys.readouterr().err
+
+
 def test_the_retriever_chooses_what_is_found(ask_json):
     bm25 = ask_json("elk", "--retriever=bm25")[0]
     assert {document["title"] for document in bm25["documents"]} == {"elk"}
