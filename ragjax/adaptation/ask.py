@@ -245,7 +245,7 @@ class Asker:
             sources=sources,
             relied_on=answer.relied_on,
             span=self._span(answer, answer.relied_on) if span and sources else None,
-            notes=answer.notes,
+            notes=(*answer.notes, *self._reading_notes(answer)),
             answer_seconds=answer.seconds,
             seconds=time.perf_counter() - answer.started,
         )
@@ -304,18 +304,19 @@ class Asker:
     def _span(self, answer: Answer, row: int | None) -> Span | None:
         """Returns the words of the answer in the passage, or else the window that carries it."""
         assert row is not None, "there are documents"
-        passage = self.system.workspace.dataset.corpus[answer.docs[row]]
-        matches = find_answer(passage.text, answer.text)
+        # What the language model did not read carries nothing.
+        title, text = self._read_parts(answer.prompt, row)
+        matches = find_answer(text, answer.text)
         if len(matches) == 1:
             return _matched("text", matches[0], "match")
         if not matches:
-            if title := find_answer(passage.title or "", answer.text):
-                return _matched("title", title[0], "match")
-            if similar := find_similar(passage.text, answer.text):
+            if found := find_answer(title, answer.text):
+                return _matched("title", found[0], "match")
+            if similar := find_similar(text, answer.text):
                 return _matched("text", similar, "similar")
         windows = self._windows(answer.prompt, row)
         if not windows:
-            return _matched("text", matches[0], "match") if matches else None
+            return None
         changes = self._changes(answer, row, windows)
         if matches:  # several: the one whose window the answer needs most
             best = max(matches, key=lambda match: _change_at(match, windows, changes))
@@ -327,18 +328,42 @@ class Asker:
 
     def _windows(self, prompt: Prompt, row: int) -> list[Window]:
         """Returns the windows of a passage's text, as far as the language model reads it."""
-        text = self.system.workspace.dataset.corpus[prompt.docs[row]].text
-        read = max((end for _, end in self._token_places(prompt, row)), default=0)
-        return split_windows(text[:read], most=self.reader.options.windows)
+        return split_windows(self._read_parts(prompt, row)[1], most=self.reader.options.windows)
+
+    def _read_parts(self, prompt: Prompt, row: int) -> tuple[str, str]:
+        """Returns the title and the text of a passage, as far as the language model reads them."""
+        passage = self.system.workspace.dataset.corpus[prompt.docs[row]]
+        end = max((end for _, end in self._token_places(prompt, row)), default=0)
+        if end > 0:
+            return passage.title or "", passage.text[:end]
+        # Cut within the title, before which the template has nothing.
+        whole = passage_text(passage, self.reader.prompts.template.passage)
+        return whole[: len(whole) - len(passage.text) + end], ""
 
     def _token_places(self, prompt: Prompt, row: int) -> list[tuple[int, int]]:
-        """Returns which characters of the passage's text each token read of it stands for."""
+        """Returns which characters of the passage's text each token read of it stands for.
+
+        Those of the title, which stands in front of the text, are negative.
+        """
         passage = self.system.workspace.dataset.corpus[prompt.docs[row]]
         whole = passage_text(passage, self.reader.prompts.template.passage)
         before = len(whole) - len(passage.text)
         encoding = self.reader.tokenizer.encode(whole, add_special_tokens=False)
-        size = len(self.reader.documents.get([prompt.docs[row]])[0])
+        _, size = prompt.places[row]
         return [(start - before, end - before) for start, end in encoding.offsets[:size]]
+
+    def _reading_notes(self, answer: Answer) -> list[str]:
+        """Says how much was read of the passage that the answer relies on, if not all."""
+        if answer.relied_on is None:
+            return []
+        passage = self.system.workspace.dataset.corpus[answer.docs[answer.relied_on]]
+        read = len(self._read_parts(answer.prompt, answer.relied_on)[1])
+        if read >= len(passage.text.rstrip()):
+            return []
+        return [
+            f"the language model read {read:,} of the {len(passage.text):,} characters of passage"
+            f" {passage.id!r} (--document_tokens reads more)"
+        ]
 
     def _changes(self, answer: Answer, row: int, windows: Sequence[Window]) -> np.ndarray:
         """Returns what the answer's log-prob loses without each window, in nats."""
@@ -400,9 +425,10 @@ def _matched(field: str, match: Match, method: str) -> Span:
 
 
 def _change_at(match: Match, windows: Sequence[Window], changes: np.ndarray) -> float:
+    """Returns what the answer loses without the match's window, 0 where no window holds it."""
     inside = [
         float(change)
         for window, change in zip(windows, changes, strict=True)
         if window.start < match.end and match.start < window.end
     ]
-    return max(inside, default=float("-inf"))
+    return max(inside, default=0.0)

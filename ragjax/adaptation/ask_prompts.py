@@ -127,14 +127,7 @@ class Prompts:
         """
         if not question.strip():
             raise ValueError("the question is empty; write at least one word")
-        notes = []
-        encoding = self.tokenizer.encode(question, add_special_tokens=False)
-        if len(encoding) > self.question_limit:
-            notes.append(
-                f"the question has {len(encoding)} tokens; the language model reads the first"
-                f" {self.question_limit}"
-            )
-            question = question[: encoding.offsets[self.question_limit - 1][1]]
+        question, notes = self._cut_question(question)
         docs = tuple(int(doc) for doc in docs[: self.rows])
         tokens = self.documents.get(docs)
         contexts = [self.prompts.context(question, [ids]) for ids in tokens]
@@ -155,8 +148,32 @@ class Prompts:
             joined=self._joined(question, tokens),
             closed_book=closed,
             log_weights=weights,
-            notes=tuple(notes),
+            notes=notes,
         )
+
+    def _cut_question(self, question: str) -> tuple[str, tuple[str, ...]]:
+        """Returns as much of a question as is read, and a note if that is not all."""
+        encoding = self.tokenizer.encode(question, add_special_tokens=False)
+        cut = question
+        if len(encoding) > self.question_limit:
+            cut = question[: encoding.offsets[self.question_limit - 1][1]]
+        # Cut short, or beside the template, a text may take more tokens than it did.
+        while (excess := self._excess(cut)) > 0:
+            cut = cut[: -max(1, excess // 4)]  # no character takes more than 4 tokens
+        if cut == question:
+            return question, ()
+        read = len(self.tokenizer.encode(cut, add_special_tokens=False))
+        note = f"the question has {len(encoding)} tokens; the language model reads the first {read}"
+        return cut, (note,)
+
+    def _excess(self, question: str) -> int:
+        """Returns how many tokens a question has beyond those that the shapes hold."""
+        try:
+            beside = len(self.prompts.context(question, [[]])) - self._fixed
+            alone = len(self.prompts.context(question)) - self._fixed_closed
+        except DataError:  # beyond what the model can read
+            return self.question_limit
+        return max(beside, alone) - self.question_limit
 
     def warm_up_prompts(self) -> Iterator[Prompt]:
         """Yields prompts that together need every shape; what stands in them means nothing."""

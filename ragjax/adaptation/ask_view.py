@@ -17,6 +17,8 @@ _WIDTH = 96
 _TITLE_WIDTH = 40
 # A change of the answer's log-prob below this many nats is none.
 _NO_CHANGE = 0.005
+# Of the private use area: they stand for the edges of the span while the text is wrapped.
+_MARKS = "\ue000\ue001"
 
 
 def plain(text: str, part: str) -> str:
@@ -39,7 +41,7 @@ def safe_text(text: str) -> str:
     kept = "".join(
         " "
         if character in "\n\r\t"
-        else ("\ufffd" if unicodedata.category(character) in ("Cc", "Cs") else character)
+        else ("\ufffd" if _is_unsafe(character) else character)
         for character in text
     )
     opened = sum(character in "\u202a\u202b\u202d\u202e" for character in kept)
@@ -47,6 +49,10 @@ def safe_text(text: str) -> str:
     closed = sum(character == "\u202c" for character in kept)
     unisolated = sum(character == "\u2069" for character in kept)
     return kept + "\u202c" * max(0, opened - closed) + "\u2069" * max(0, isolated - unisolated)
+
+
+def _is_unsafe(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _MARKS
 
 
 def format_reply(reply: Reply, *, style: Style, answer: bool = True) -> str:
@@ -161,9 +167,10 @@ def _figures(source: Source) -> str:
 def _marked(text: str, span: Span, style: Style) -> str:
     before, inside, after = text[: span.start], text[span.start : span.end], text[span.end :]
     # Wrapped with marks of no width in place of the style, whose codes are no text.
-    whole = _wrapped(f"{safe_text(before)}\ue000{safe_text(inside)}\ue001{safe_text(after)}")
-    left, _, rest = whole.partition("\ue000")
-    middle, _, right = rest.partition("\ue001")
+    start, end = _MARKS
+    whole = _wrapped(f"{safe_text(before)}{start}{safe_text(inside)}{end}{safe_text(after)}")
+    left, _, rest = whole.partition(start)
+    middle, _, right = rest.partition(end)
     return left + style(middle, "span") + right
 
 
@@ -226,5 +233,5 @@ def _span_as_json(source: Source, span: Span | None) -> dict[str, Any] | None:
         "text": whole[span.start : span.end],
         "method": span.method,
         "score": span.score,
-        "left_out_change": None if span.change is None else -span.change,
+        "left_out_change": None if span.change is None else _finite(-span.change),
     }

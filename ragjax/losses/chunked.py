@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ragjax.losses._common import fraction
-from ragjax.losses.mesh_axes import varying_alike
+from ragjax.losses._mesh_axes import varying_alike
 
 # Logits held at a time: 64 MiB in float32. Blocks below 512 entries would starve the matmul.
 _BLOCK_ELEMENTS = 2**24

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ragjax.losses.mesh_axes import varying_alike
+from ragjax.losses._mesh_axes import varying_alike
 
 Implementation = Literal["matmul", "xla", "cudnn"]
 

@@ -1,5 +1,6 @@
 """Answers with their sources: figures against independent ones, hard texts, and every flag."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.adaptation.ask import Asker, Reply, Source, Span
+from ragjax.adaptation.ask import Answer, Asker, Reply, Source, Span
 from ragjax.adaptation.ask_decoding import DECODES, decode_concat, decode_ensemble
-from ragjax.adaptation.ask_prompts import ReaderOptions
+from ragjax.adaptation.ask_prompts import ReaderOptions, fitting
 from ragjax.adaptation.ask_view import (
     coloured,
     format_reply,
@@ -76,6 +77,24 @@ def answer_log_probs(system, context, target):
         jnp.ones((1, len(target)), bool),
     )
     return np.asarray(jax.jit(lm.token_log_probs)(system.lm_params, batch), np.float64)[0]
+
+
+def given(asker, prompt, text):
+    """A given answer to a prompt, as if its first document explained it best."""
+    generated = asker._given(prompt, text, [])
+    return Answer(
+        question=prompt.question,
+        text=text,
+        relied_on=0,
+        docs=prompt.docs,
+        posterior=np.eye(len(prompt.docs))[0],
+        notes=(),
+        prompt=prompt,
+        generated=generated,
+        token_log_probs=asker._token_log_probs(generated),
+        started=0.0,
+        seconds=0.0,
+    )
 
 
 def prompt_of(asker, question=QUESTION, count=3):
@@ -300,41 +319,63 @@ def test_the_words_of_the_answer_are_found_in_the_passage(asker):
     assert text[reply.span.start : reply.span.end] == "likes"
 
 
-def test_a_title_may_carry_the_answer(system):
-    corpus = system.workspace.dataset.corpus
-    asker = Asker(system, ReaderOptions(documents=1, document_tokens=40, max_new_tokens=4),
-                  decode=decode_ensemble, by=by_bm25)  # fmt: skip
-    # Put out of the text by a passage whose title alone holds it.
-    passage = corpus[0]._replace(title="ruby", text="it likes 0")
-    system_with = asker.system.workspace.dataset.corpus
-    spans = []
+@pytest.fixture(scope="module")
+def titled(tmp_path_factory, tiny_inputs):
+    """Passages with a telling title, with a title longer than what is read, and a long text."""
+    folder = tmp_path_factory.mktemp("titled")
+    rows = [
+        {"_id": "gem", "title": "ruby", "text": "it likes 0"},
+        {"_id": "long title", "title": "ruby and opal " * 9, "text": "it likes topaz"},
+        {"_id": "long text", "title": "cow", "text": "likes grass. " * 9 + "likes topaz"},
+    ]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    system = open_tiny(tiny_inputs, tmp_path_factory.mktemp("cache"), data=str(folder))
+    return Asker(system, OPTIONS, decode=decode_ensemble, by=by_dense)
 
-    class Other:
-        def __getitem__(self, row):
-            return passage
 
-    object.__setattr__(asker.system.workspace.dataset, "corpus", Other())
-    try:
-        prompt = asker.reader.prompt("x", [0], [0.0])
-        spans.append(asker._span(prompt, asker._given(prompt, "ruby", []), 0, "ruby"))
-    finally:
-        object.__setattr__(asker.system.workspace.dataset, "corpus", system_with)
-    assert spans[0][:4] == ("title", 0, 4, "match")
+def given_about(asker, id, text):
+    """A given answer and its explanation, of one passage."""
+    row = asker.system.workspace.dataset.corpus.row_of(id)
+    return asker.explain(given(asker, asker.reader.prompt("what?", [row], [0.0]), text))
+
+
+def test_a_title_may_carry_the_answer(titled):
+    reply = given_about(titled, "gem", "Ruby")
+    assert reply.span == Span("title", 0, 4, "match", 1.0, None)
+    assert reply.notes == ()
+
+
+def test_what_was_not_read_carries_no_answer(titled):
+    reply = given_about(titled, "long text", "topaz")
+    assert "topaz" in reply.sources[0].text
+    assert reply.span.method == "left_out"
+    assert reply.span.end <= 40 - len("cow\n")  # one token a byte in the tiny tokenizer
+    assert reply.notes == (
+        "the language model read 36 of the 128 characters of passage 'long text'"
+        " (--document_tokens reads more)",
+    )
+
+
+def test_a_title_longer_than_what_is_read_leaves_no_text(titled):
+    assert given_about(titled, "long title", "topaz").span is None
+    reply = given_about(titled, "long title", "opal")
+    assert reply.span == Span("title", 9, 13, "match", 1.0, None)
+    assert "read 0 of the 14 characters" in reply.notes[0]
 
 
 def test_an_answer_in_other_words_is_traced_to_the_part_it_needs_most(asker):
     prompt = prompt_of(asker)
-    generated = asker._given(prompt, "9 zz", [])
+    answer = given(asker, prompt, "9 zz")
     windows = asker._windows(prompt, 0)
     assert [window.start for window in windows] == [0]
-    span = asker._span(prompt, generated, 0, "9 zz")
+    span = asker._span(answer, 0)
     places = asker._token_places(prompt, 0)
     text = asker.system.workspace.dataset.corpus[0].text
     whole = passage_text(asker.system.workspace.dataset.corpus[0])
     before = len(whole) - len(text)
     assert places[before] == (0, 1)  # one token a byte in the tiny tokenizer
     left_out = asker.reader.leave_out(
-        prompt, generated.reading, 0, [range(before, len(whole))], generated.ids
+        prompt, answer.generated.reading, 0, [range(before, len(whole))], answer.generated.ids
     )
     assert span.method == "left_out"
     assert (span.start, span.end) == (0, len(text))
@@ -348,12 +389,21 @@ def test_of_several_matches_the_one_in_the_needed_window_counts(asker, monkeypat
     windows = [(0, 8), (8, len(text))]
     monkeypatch.setattr(asker, "_windows", lambda *_: [_Window(*window) for window in windows])
     monkeypatch.setattr(asker, "_changes", lambda *_: changes)
-    generated = asker._given(prompt, "e", [])
     monkeypatch.setattr("ragjax.adaptation.ask.find_answer",
                         lambda text, answer: [_Match(2, 3, 1.0), _Match(15, 16, 1.0)])  # fmt: skip
-    span = asker._span(prompt, generated, 0, "e")
+    span = asker._span(given(asker, prompt, "e"), 0)
     assert (span.start, span.method) == (15, "match")
     assert span.change == pytest.approx(0.7)
+
+
+def test_a_match_outside_every_window_needs_nothing(asker, monkeypatch):
+    monkeypatch.setattr(asker, "_windows", lambda *_: [_Window(0, 1)])
+    monkeypatch.setattr(asker, "_changes", lambda *_: np.array([-0.5], np.float32))
+    monkeypatch.setattr("ragjax.adaptation.ask.find_answer",
+                        lambda text, answer: [_Match(0, 1, 1.0), _Match(3, 4, 1.0)])  # fmt: skip
+    reply = asker.explain(given(asker, prompt_of(asker), "e"))
+    assert (reply.span.start, reply.span.change) == (3, 0.0)
+    assert json.dumps(reply_as_json(reply), allow_nan=False)
 
 
 class _Window:
@@ -380,8 +430,7 @@ def test_a_passage_in_any_script_and_of_any_length_is_read(hard, tiny_inputs, tm
     ):
         row = corpus.row_of(id)
         prompt = asker.reader.prompt(HARD["hebrew"] + " \U0001f41f?", [row], [0.0])
-        generated = asker._given(prompt, answer, [])
-        span = asker._span(prompt, generated, 0, answer)
+        span = asker._span(given(asker, prompt, answer), 0)
         assert corpus[row].text[span.start : span.end] == answer
         for place, (start, end) in enumerate(asker._token_places(prompt, 0)):
             assert 0 <= start <= end <= len(corpus[row].text), place
@@ -394,6 +443,26 @@ def test_a_very_long_question_is_cut_and_said_so(asker):
     reply = asker.ask("what does the red cat like? " * 60)
     assert any("the language model reads the first" in note for note in reply.notes)
     assert len(reply.sources) == 3
+
+
+@pytest.mark.parametrize("limit", [1, 7, 30])
+def test_a_question_that_takes_more_tokens_once_it_is_cut_still_fits(system, limit, monkeypatch):
+    options = dataclasses.replace(OPTIONS, question_tokens=limit)
+    reader = Asker(system, options, decode=decode_ensemble, by=by_bm25).reader
+    whole = reader.prompts.context
+
+    def context(question, documents=()):
+        # As a tokenizer does that joins characters only where enough of them stand together.
+        extra = [0] * 3 if 0 < len(question) < 60 else []
+        return whole(question, documents) + extra
+
+    monkeypatch.setattr(reader.prompts, "context", context)
+    for question in ("\U0001f41f" * 40, HARD["hebrew"] * 9, "what does it like? " * 80):
+        prompt = reader.prompt(question, [0, 1], [0.0, 0.0])
+        assert reader.fitting_length(prompt.contexts) <= reader.lengths[-1]
+        assert fitting(reader.closed_lengths, len(prompt.closed_book))
+        assert question.startswith(prompt.question)
+        assert "the language model reads the first" in prompt.notes[0]
 
 
 def test_a_blank_question_or_answer_is_refused(asker):
@@ -496,6 +565,10 @@ def test_json_has_the_span_as_offsets_into_the_text():
 def test_documents_do_not_steer_the_terminal():
     assert "\033" not in safe_text("a\033[2Jb\x07\u009bc")
     assert safe_text("a\nb\tc") == "a b c"
+    source = Source("d", "", "a \ue001fish\ue000 b", 1.0, 1.0, 0.0, 0.0)
+    span = Span("text", 3, 7, "match", 1.0, None)
+    shown = format_reply(reply_with(sources=(source,), relied_on=0, span=span), style=plain)
+    assert "a \ufffd[[fish]]\ufffd b" in shown
     assert safe_text("\u202eabc") == "\u202eabc\u202c"
     assert safe_text("\u2067abc") == "\u2067abc\u2069"
     assert safe_text(HARD["hebrew"]) == HARD["hebrew"]

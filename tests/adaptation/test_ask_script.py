@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -167,7 +168,10 @@ def test_colour_is_for_terminals_that_want_it(ask, flags, monkeypatch):
 def test_a_pipe_gets_no_colour_and_the_answer_first(ask, flags, capsys):
     assert ask([*flags, QUESTION, "--answer=likes"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("likes\nprobability")
+    answer, source, figures, *_ = out.splitlines()
+    assert answer == "likes"
+    assert re.fullmatch(r"from 1\. red-cat  cat \(posterior 0\.\d\d\)", source)
+    assert figures.startswith("probability")
     assert "[[likes]]" in out
 
 
