@@ -54,7 +54,7 @@ class Flags:
 
     Attributes:
         words: The question.
-        question: The question, too; neither: question after question.
+        question: The question, too; without either: question after question.
         run: Folder of a finished run.
         data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), for models as they
             are.
@@ -79,7 +79,7 @@ class Flags:
     """
 
     words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    question: str = ""
+    question: str | None = None
     run: str = ""
     data: str = ""
     encoder: str = _DEFAULTS.encoder
@@ -98,6 +98,11 @@ class Flags:
     warm_up: bool = True
     debug: bool = False
 
+    @property
+    def asked(self) -> str | None:
+        """The question, if one was given."""
+        return " ".join(self.words) if self.words else self.question
+
     def check(self) -> None:
         """Raises ValueError naming the flags that are at odds or out of range."""
         if bool(self.run) == bool(self.data):
@@ -105,7 +110,7 @@ class Flags:
                 "give one of --run FOLDER (a finished run) and --data FOLDER (documents, with the"
                 " models of --encoder and --lm)"
             )
-        if self.words and self.question:
+        if self.words and self.question is not None:
             raise ValueError("give the question once: in words, or as --question")
         for name, least in (("k", 0), ("max_new_tokens", 1), ("document_tokens", 0)):
             if getattr(self, name) < least:
@@ -113,7 +118,9 @@ class Flags:
         for name in ("encoder", "lm"):
             if self.run and getattr(self, name) != getattr(_DEFAULTS, name):
                 raise ValueError(f"--{name} goes with --data; a run has its own")
-        if self.answer and not (self.words or self.question):
+        if self.asked is not None and not self.asked.strip():
+            raise ValueError("the question is empty; write at least one word")
+        if self.answer and self.asked is None:
             raise ValueError("--answer explains the answer to one question; give that question too")
 
 
@@ -162,8 +169,8 @@ def _run(flags: Flags) -> int:
         for done in tqdm(asker.warm_up(), desc="compiling", unit=" shapes", file=sys.stderr):
             logging.info("compiled: %s", done)
     answer_one = _print_json if flags.json else _print_text
-    if asked := flags.question or " ".join(flags.words):
-        answer_one(asker, flags, asked)
+    if flags.asked is not None:
+        answer_one(asker, flags, flags.asked)
         return 0
     failures = 0
     for asked in _lines(flags, system):

@@ -39,9 +39,7 @@ def safe_text(text: str) -> str:
     their line, since each is closed where the line ends.
     """
     kept = "".join(
-        " "
-        if character in "\n\r\t"
-        else ("\ufffd" if _is_unsafe(character) else character)
+        " " if character in "\n\r\t" else ("\ufffd" if _is_unsafe(character) else character)
         for character in text
     )
     opened = sum(character in "\u202a\u202b\u202d\u202e" for character in kept)

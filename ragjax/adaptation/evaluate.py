@@ -63,8 +63,7 @@ class System(NamedTuple):
     name: str
     lm: Teacher | None  # None: retrieval metrics only
     found: SearchResult | None  # None: closed book
-    scale: float = 1.0  # from retrieval score to logit of p_R, for the ensemble
-    logits: np.ndarray | None = None  # [Q, K] of p_R; None: scale times score
+    logits: np.ndarray | None = None  # [Q, K] of p_R, where the language model reads what was found
 
 
 def answer_metrics(workspace: Workspace, request: Request, answer: Answer) -> dict[str, float]:
@@ -253,8 +252,8 @@ def _request(workspace: Workspace, system: System, question: Question, row: int)
         return Request(question, (), ())
     count = workspace.config.evaluation.documents
     kept = np.flatnonzero(system.found.mask[row])[:count]
-    logits = system.found.scores * system.scale if system.logits is None else system.logits
-    scores = logits[row, kept]
+    assert system.logits is not None, "documents that are read are weighed"
+    scores = system.logits[row, kept]
     return Request(
         question, tuple(system.found.doc_ids[row, kept].tolist()), tuple(scores.tolist())
     )

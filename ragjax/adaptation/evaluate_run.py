@@ -3,10 +3,9 @@
 Q questions, K documents each, D embedding size.
 """
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ragjax.adaptation.answers import Answer
 from ragjax.adaptation.config_files import to_dict
@@ -28,6 +27,7 @@ from ragjax.adaptation.retrieval import (
     Retriever,
     build_bm25,
     build_retriever,
+    doc_logits,
     search,
 )
 from ragjax.adaptation.run import teacher_of
@@ -126,44 +126,23 @@ def _systems(
     opened: Opened, config: EvaluateConfig, found: _Found, base: Teacher, lm: Teacher
 ) -> list[System]:
     """Returns the systems that are compared; p_R is the dense retriever's in all of them."""
-    workspace, split = opened.workspace, config.split
-    before = _Logits(workspace, found.before, split)
-    after = _Logits(workspace, found.after, split) if found.after is not found.before else before
-    dense_before, hybrid_before = found.found_before
-    dense, hybrid = found.found_after
+    scale = opened.workspace.config.retriever.scale
+    dense_before, hybrid_before, queries_before = found.found_before
+    dense, hybrid, queries = found.found_after
+    before = functools.partial(doc_logits, found.before, queries_before, scale=scale)
+    after = functools.partial(doc_logits, found.after, queries, scale=scale)
     there = {
         "closed_book": System("closed_book", base, None),
-        "bm25": System("bm25", base, found.bm25, logits=before.of(found.bm25)),
-        "before": System("before", base, dense_before, logits=before.of(dense_before)),
-        "hybrid_before": System(
-            "hybrid_before", base, hybrid_before, logits=before.of(hybrid_before)
-        ),
-        "after": System("after", lm, dense, logits=after.of(dense)),
-        "hybrid": System("hybrid", lm, hybrid, logits=after.of(hybrid)),
-        "lm_half": System("lm_half", lm, dense_before, logits=before.of(dense_before)),
+        "bm25": System("bm25", base, found.bm25, before(found.bm25)),
+        "before": System("before", base, dense_before, before(dense_before)),
+        "hybrid_before": System("hybrid_before", base, hybrid_before, before(hybrid_before)),
+        "after": System("after", lm, dense, after(dense)),
+        "hybrid": System("hybrid", lm, hybrid, after(hybrid)),
+        "lm_half": System("lm_half", lm, dense_before, before(dense_before)),
         "closed_book_lm_half": System("closed_book_lm_half", lm, None),
-        "hybrid_base_lm": System("hybrid_base_lm", base, hybrid, logits=after.of(hybrid)),
+        "hybrid_base_lm": System("hybrid_base_lm", base, hybrid, after(hybrid)),
     }
     return [there[name] for name in system_names(config, adapts_lm=opened.adapts_lm)]
-
-
-class _Logits:
-    """The logits of p_R, whatever found the documents: scale times cosine.
-
-    Only that score is trained (or scaled) to be a log-probability; sums of z-scores and BM25
-    scores have no such unit.
-    """
-
-    def __init__(self, workspace: Workspace, retriever: Retriever, split: str):
-        questions = workspace.questions[split]
-        self._queries = workspace.encode_queries(retriever.query_params, questions)
-        self._docs = retriever.embeddings
-        self._scale = workspace.config.retriever.scale
-
-    def of(self, found: SearchResult) -> np.ndarray:
-        """Returns the logits `[Q, K]` float32 of the documents found."""
-        docs = self._docs[np.maximum(found.doc_ids, 0)]  # [Q, K, D]
-        return self._scale * np.einsum("qd,qkd->qk", self._queries, docs)
 
 
 def _readers(opened: Opened) -> tuple[Teacher, Teacher]:

@@ -197,6 +197,7 @@ def run_card(run: FinishedRun, adapted: Adapted, what: str, *, license: str | No
             " no test question. Nothing is recorded about the licence of the data."
         ),
         recipe=to_dict(run.rag or config),
+        program=_script(run),
         metrics=metrics or None,
         columns=columns,
         metrics_note=_metrics_note(metrics),
@@ -217,10 +218,14 @@ def _read_metrics(folder: Path) -> dict[str, Any] | None:
     return {**main, **others}
 
 
+def _script(run: FinishedRun) -> str:
+    return "experiments/adapt.py" if run.rag is None else "experiments/train_rag.py"
+
+
 def _restore(run: FinishedRun, stage: str, template: Any) -> Any:
     folder = run.folder / "checkpoints" / stage
     notes: list[str] = []
-    again = "the same experiments/adapt.py command finishes the run"
+    again = f"the same {_script(run)} command finishes the run"
     if not folder.is_dir():
         raise ValueError(f"{run.folder}: stage {stage} has not begun; {again}")
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)

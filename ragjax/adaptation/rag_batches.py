@@ -26,7 +26,12 @@ class RagBatches:
     """Turns what a step retrieved into its batch; every step has the same shapes."""
 
     def __init__(
-        self, workspace: Workspace, config: RagConfig, place: Callable[[RagBatch], RagBatch]
+        self,
+        workspace: Workspace,
+        config: RagConfig,
+        place: Callable[[RagBatch], RagBatch],
+        *,
+        sources: Sequence[frozenset[int]] | None = None,
     ) -> None:
         """Tokenises the training questions and answers.
 
@@ -34,6 +39,8 @@ class RagBatches:
             workspace: Data and models.
             config: Options of the run.
             place: Puts a batch on the devices.
+            sources: Corpus rows that each question was made from, which are no negatives of it;
+                None: they are treated as any other.
         """
         self._workspace, self._config, self._place = workspace, config, place
         questions = workspace.questions["train"]
@@ -44,6 +51,7 @@ class RagBatches:
         self._targets = [self._prompts.target(question.answers[0]) for question in questions]
         self._query_ids = workspace.query_ids(questions)
         self._gold = gold_sets(workspace)
+        self._sources = sources
         length = max(map(len, workspace.doc_ids))
         self._query_length = bucket_of(workspace, max(map(len, self._query_ids)))
         self._doc_length = bucket_of(workspace, min(config.retriever.doc_tokens, length))
@@ -120,12 +128,14 @@ class RagBatches:
     def _judged(
         self, rows: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray
     ) -> tuple[Any, Any, np.ndarray]:
-        """Returns the slot of a judged document of each question, who is relevant, and the slots.
+        """Returns the slot of a judged document of each question, what is no negative, and slots.
 
-        Without the contrastive term the slots are the candidates and there is nothing to judge.
+        Without the contrastive term the slots are the candidates, and the judgements are not used.
         """
+        sources = [self._sources[row] if self._sources else frozenset() for row in rows]
         if not self._config.objective.contrastive_weight:
-            return None, None, doc_ids
+            relevant = _members(doc_ids, sources) if self._sources else None
+            return None, relevant, doc_ids
         extra = np.full((len(rows), 1), NO_SLOT, np.int32)
         positive = np.full(len(rows), -1, np.int32)
         gold = [self._gold[row] for row in rows]
@@ -137,9 +147,8 @@ class RagBatches:
                 extra[number, 0] = min(relevant)
                 positive[number] = doc_ids.shape[1]
         slots = np.concatenate([doc_ids, extra], axis=1)
-        flat = slots.reshape(-1)
-        relevance = np.stack([np.isin(flat, list(relevant)) for relevant in gold])
-        return jnp.asarray(positive), jnp.asarray(relevance), slots
+        no_negatives = [judged | made_from for judged, made_from in zip(gold, sources, strict=True)]
+        return jnp.asarray(positive), _members(slots, no_negatives), slots
 
     def _docs(self, slots: np.ndarray) -> Tokens:
         empty: list[int] = []
@@ -175,3 +184,8 @@ class RagBatches:
             if self._gold[row]
         ]
         return {"retrieval/recall": float(np.mean(hits))} if hits else {}
+
+
+def _members(slots: np.ndarray, sets: Sequence[frozenset[int]]) -> Any:
+    """Returns which documents of the batch are in each question's set, `[B, M]` bool."""
+    return jnp.asarray(np.stack([np.isin(slots.reshape(-1), list(members)) for members in sets]))

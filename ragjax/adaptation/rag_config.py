@@ -90,7 +90,8 @@ class TrainingConfig:
       candidates: Documents are found by `hybrid`, BM25 and the live query encoder together, or by
         the live query encoder alone (`dense`); p_R is of the encoders in both cases.
       same_source: `drop` leaves out the documents that a question was made from, for questions that
-        were made from the corpus: those whose id or title is the question's `metadata.doc`.
+        were made from the corpus: those whose id or title is the question's `metadata.doc`. They
+        are not negatives of it either.
       overlap: Retrieve for step n+1 while step n runs, with the query encoder of step n; `False`
         waits for that step first.
       epochs: Passes over the questions.

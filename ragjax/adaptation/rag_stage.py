@@ -1,7 +1,7 @@
 """The end-to-end stage of a run: retrieval, loss, devices and the loop, put together."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -156,7 +156,11 @@ def train_end_to_end(
     if devices.count > 1:
         workspace.report(f"{devices.count} devices share each step")
     parts = take_apart(config, workspace.lm.family, workspace.lm.params, tower_params)
-    batches = RagBatches(workspace, config, devices.place_batch)
+    questions = workspace.questions["train"]
+    sources = None
+    if config.training.same_source == "drop":
+        sources = source_rows(workspace.dataset.corpus, questions)
+    batches = RagBatches(workspace, config, devices.place_batch, sources=sources)
     steps = total_steps(workspace, config)
     optimizer = _optimizer(config, parts, steps)
     step = make_train_step(
@@ -165,7 +169,9 @@ def train_end_to_end(
         accumulate=config.training.accumulate,
         weight=lambda batch: np.float32(1.0) * batch.target_ids.shape[0],
     )
-    retrieval = _open_retrieval(workspace, config, bm25, before, parts, batches.num_retrieved)
+    retrieval = _open_retrieval(
+        workspace, config, bm25, before, parts, batches.num_retrieved, sources=sources
+    )
     host = AheadRetrieval(
         retrieval,
         batches.prepare,
@@ -191,7 +197,7 @@ def train_end_to_end(
             info={"num_steps": steps},
             host=host,
             describe_batch=lambda step: "questions " + ", ".join(
-                workspace.questions["train"][row].id for row in _rows(workspace, step)
+                questions[row].id for row in _rows(workspace, step)
             ),
         )  # fmt: skip
     params = on_one_device(state.params)
@@ -314,6 +320,8 @@ def _open_retrieval(
     before: Retriever,
     parts: Parts,
     k: int,
+    *,
+    sources: Sequence[frozenset[int]] | None,
 ) -> LiveRetrieval:
     questions = workspace.questions["train"]
     task = workspace_task(workspace)
@@ -327,8 +335,7 @@ def _open_retrieval(
         dense_weight=before.hybrid.dense_weight,
         doc_params=lambda: live[0].doc_params,
     )
-    if config.training.same_source == "drop":
-        sources = source_rows(workspace.dataset.corpus, questions)
+    if sources is not None:
         search = search_without_sources(search, sources, questions)
     retrieval = LiveRetrieval(
         open_refresher(workspace, task, lambda: live[0].query_params),

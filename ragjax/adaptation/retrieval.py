@@ -49,6 +49,7 @@ class Rankings(NamedTuple):
 
     dense: SearchResult
     hybrid: SearchResult
+    queries: np.ndarray  # [Q, D] float32, their embeddings
 
 
 def build_bm25(workspace: Workspace) -> Bm25Index:
@@ -108,8 +109,32 @@ def search(
     """Returns the k best documents of each question, dense and hybrid."""
     queries = _hybrid_queries(workspace, retriever.query_params, questions)
     return Rankings(
-        retriever.dense.search(queries.embeddings, k), retriever.hybrid.search(queries, k)
+        retriever.dense.search(queries.embeddings, k),
+        retriever.hybrid.search(queries, k),
+        np.asarray(queries.embeddings),
     )
+
+
+def doc_logits(
+    retriever: Retriever, queries: np.ndarray, found: SearchResult, *, scale: float
+) -> np.ndarray:
+    """Returns the logits of p_R: scale · cosine, whatever found the documents.
+
+    Only that score is trained (or scaled) to be a log-probability, and training weighs hybrid
+    candidates the same way; sums of z-scores and BM25 scores have no such unit.
+
+    Args:
+        retriever: Whose p_R it is.
+        queries: `[Q, D]` float32, embeddings by its query encoder.
+        found: `[Q, K]` documents.
+        scale: Factor from cosine to logit.
+
+    Returns:
+        `[Q, K]` float32, 0 where masked.
+    """
+    docs = retriever.embeddings[np.maximum(found.doc_ids, 0)]  # [Q, K, D]
+    cosines = np.einsum("qd,qkd->qk", queries, docs)
+    return np.where(found.mask, scale * cosines, 0).astype(np.float32)
 
 
 def live_search(

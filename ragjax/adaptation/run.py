@@ -1,5 +1,6 @@
 """Dual training from documents and questions to a before/after table, resumable at any point."""
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -14,7 +15,13 @@ from ragjax.adaptation.estimate import duration, estimate_cost
 from ragjax.adaptation.evaluate import System, evaluate_systems, write_results
 from ragjax.adaptation.live import gold_sets, train_live
 from ragjax.adaptation.report import data_name, report_run
-from ragjax.adaptation.retrieval import Retriever, build_bm25, build_retriever, search
+from ragjax.adaptation.retrieval import (
+    Retriever,
+    build_bm25,
+    build_retriever,
+    doc_logits,
+    search,
+)
 from ragjax.adaptation.stages import (
     BatchOf,
     Lessons,
@@ -254,19 +261,21 @@ def evaluate_run(
     found_after = search(workspace, after, questions, _SEARCH_DEPTH)
     lexical = bm25.search([question.text for question in questions], _SEARCH_DEPTH)
     scale = workspace.config.retriever.scale
+    logits_before = functools.partial(doc_logits, before, found_before.queries, scale=scale)
+    logits_after = functools.partial(doc_logits, after, found_after.queries, scale=scale)
     systems = [
         System("closed_book", base, None),
-        System("bm25", base, lexical),
-        System("before", base, found_before.dense, scale),
-        System("after", lm, found_after.dense, scale),
-        System("hybrid", lm, found_after.hybrid),
+        System("bm25", base, lexical, logits_before(lexical)),
+        System("before", base, found_before.dense, logits_before(found_before.dense)),
+        System("after", lm, found_after.dense, logits_after(found_after.dense)),
+        System("hybrid", lm, found_after.hybrid, logits_after(found_after.hybrid)),
         System("hybrid_before", None, found_before.hybrid),
     ]
     if lm.fingerprint != base.fingerprint:  # what the LM half did alone, with and without documents
         systems += [
-            System("lm_half", lm, found_before.dense, scale),
+            System("lm_half", lm, found_before.dense, logits_before(found_before.dense)),
             System("closed_book_lm_half", lm, None),
-            System("hybrid_base_lm", base, found_after.hybrid),
+            System("hybrid_base_lm", base, found_after.hybrid, logits_after(found_after.hybrid)),
         ]
     records = evaluate_systems(workspace, systems)
     return write_results(workspace, records)

@@ -22,7 +22,7 @@ from ragjax.adaptation.finished import (
     adapted_language_model,
     open_run,
 )
-from ragjax.adaptation.retrieval import Retriever, build_bm25, build_retriever
+from ragjax.adaptation.retrieval import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.adaptation.workspace import (
     Report,
     Workspace,
@@ -160,9 +160,7 @@ def open_base_system(
 def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) -> Retrieved:
     """Returns the k best documents of each question, and the logits of p_R.
 
-    Whatever finds the documents, p_R is the dense retriever's: logit = scale · cosine. Only that
-    score is trained (or scaled) to be a log-probability, and training weighs hybrid candidates the
-    same way; sums of z-scores and BM25 scores have no such unit.
+    Whatever finds the documents, p_R is the dense retriever's; see `doc_logits`.
 
     Args:
         system: What answers.
@@ -185,9 +183,7 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
     embeddings = system.workspace.encode_queries(system.retriever.query_params, asked)
     count = min(k, system.size)
     found = by(system, Queries(questions, embeddings), count)
-    docs = system.retriever.embeddings[np.maximum(found.doc_ids, 0)]  # [B, K, D]
-    cosines = np.einsum("bd,bkd->bk", embeddings, docs)
-    scores = np.where(found.mask, system.scale * cosines, 0).astype(np.float32)
+    scores = doc_logits(system.retriever, embeddings, found, scale=system.scale)
     spare = empty_result(len(questions), k)
     for field, part in zip(spare, found, strict=True):
         field[:, :count] = part

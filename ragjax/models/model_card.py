@@ -23,6 +23,7 @@ class Card:
       license: Licence id of the base model, over what its own files declare; None: theirs.
       data: Sentences on the training data; "" if nothing is known.
       recipe: Resolved options of the run, as JSON values; None if there was none.
+      program: The script that the options are of.
       metrics: System → metric → {"value", "low", "high"}, as `metrics.json` of a run has it; None
         if nothing was measured.
       columns: The metrics shown, in order; empty: all.
@@ -33,6 +34,7 @@ class Card:
     license: str | None = None
     data: str = ""
     recipe: Mapping[str, Any] | None = None
+    program: str = "experiments/adapt.py"
     metrics: Mapping[str, Mapping[str, Any]] | None = None
     columns: Sequence[str] = ()
     metrics_note: str = ""
@@ -74,7 +76,7 @@ def format_card(card: Card, base: BaseModel, use: Use, *, title: str) -> str:
             f"{library}:\n\n```python\n{code}\n```" for library, code in use.examples.items()
         ),
         f"## Data\n\n{card.data or _NO_DATA}",
-        f"## Recipe\n\n{_recipe(card.recipe)}",
+        f"## Recipe\n\n{_recipe(card)}",
         f"## Metrics\n\n{_metrics(card)}",
         "## Limitations\n\n" + "\n".join(f"- {sentence}" for sentence in card.limitations)
         if card.limitations
@@ -100,11 +102,11 @@ def _license_sentence(card: Card, base: BaseModel) -> str:
     return "unknown; the base model's files do not name one, so look it up before any use."
 
 
-def _recipe(recipe: Mapping[str, Any] | None) -> str:
-    if recipe is None:
+def _recipe(card: Card) -> str:
+    if card.recipe is None:
         return _NO_RECIPE
-    text = json.dumps(recipe, indent=2, ensure_ascii=False)
-    return f"`experiments/adapt.py` of ragjax, with these options:\n\n```json\n{text}\n```"
+    text = json.dumps(card.recipe, indent=2, ensure_ascii=False)
+    return f"`{card.program}` of ragjax, with these options:\n\n```json\n{text}\n```"
 
 
 def _metrics(card: Card) -> str:

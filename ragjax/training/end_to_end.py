@@ -52,9 +52,10 @@ class RagBatch(NamedTuple):
     context_mask: Array  # [B, K, L] bool, True = real token
     target_ids: Array  # [B, T] int32, right-padded
     target_mask: Array  # [B, T] bool, True = answer token
-    # For the contrastive term only: the slot of a judged document of each question, and which of
-    # the batch's documents are judged relevant to it.
+    # For the contrastive term only: the slot of a judged document of each question, -1 for none.
     positive: Array | None = None  # [B] int32
+    # Documents of the batch that are no negatives of a question, though other questions retrieved
+    # them: judged relevant to it, or what it was made from. None: nothing is known of them.
     relevant: Array | None = None  # [B, M] bool
 
 
@@ -160,7 +161,7 @@ def negatives_term(outputs: Outputs) -> Array:
     Added to the marginal over C it gives the marginal over all documents of the batch, those of
     other questions explaining nothing; added to KL(p_LSR‖p_R) over C it gives that KL over the
     batch with target 0 there. It keeps the embedding space in place while the softmax over C
-    re-ranks within it.
+    re-ranks within it. A document in `batch.relevant` is left out.
     """
     batch = outputs.batch
     flat = batch.doc_ids.reshape(-1)  # [M]
@@ -168,6 +169,8 @@ def negatives_term(outputs: Outputs) -> Array:
     own = (flat[None, None, :] == candidates[:, :, None]).any(axis=1)  # [B, M]
     others = (flat >= 0) & _first_of_its_kind(batch.doc_ids)
     negative = others[None, :] & ~own
+    if batch.relevant is not None:
+        negative &= ~batch.relevant
     has_documents = batch.doc_mask.any(axis=1)
     # Masked before the reductions: -inf in a row of nothing but -inf has no gradient.
     far = jnp.finfo(jnp.float32).min

@@ -217,6 +217,8 @@ def test_the_loop_ends_with_the_input(ask, flags, capsys, monkeypatch):
         (["--encoder=/nowhere", "a"], "/nowhere"),
         (["--lm=/nowhere", "a"], "/nowhere"),
         (["--question= "], "the question is empty"),
+        (["--question="], "the question is empty"),
+        ([""], "the question is empty"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(ask, flags, capsys, more, message):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.adaptation import rag_stage
+from ragjax.adaptation import rag_stage, run
 from ragjax.adaptation.config import DataConfig
 from ragjax.adaptation.config_refresh import RefreshConfig
 from ragjax.adaptation.likelihood import Side, evaluate_dev, marginal_nll
@@ -128,6 +128,25 @@ def test_contrastive_weight_brings_a_judged_document_into_the_batch(opened):
     assert int(batch.positive[1]) == 2 and int(batch.doc_ids[1, 3]) == e2e.NO_SLOT
     flat = np.asarray(batch.doc_ids).reshape(-1)
     np.testing.assert_array_equal(batch.relevant, flat[None, :] == np.array(gold[:4])[:, None])
+
+
+def test_what_a_question_was_made_from_is_no_negative_of_it(opened):
+    config, workspace = opened
+    assert batch_of(opened)[0].relevant is None
+    sources = [frozenset()] * len(workspace.questions["train"])
+    sources[0] = frozenset({4, 40})  # question 1 retrieved row 4
+    batch, _ = RagBatches(workspace, config, lambda b: b, sources=sources).prepare(
+        retrieved(workspace)
+    )
+    assert np.argwhere(np.asarray(batch.relevant)).tolist() == [[0, 4]]
+    gold = next(iter(workspace.gold_rows("train")[0]))
+    objective = ObjectiveConfig(contrastive_weight=1.0)
+    judged = dataclasses.replace(config, objective=objective)
+    batch, _ = RagBatches(workspace, judged, lambda b: b, sources=sources).prepare(
+        retrieved(workspace)
+    )
+    flat = np.asarray(batch.doc_ids).reshape(-1)
+    np.testing.assert_array_equal(batch.relevant[0], np.isin(flat, [4, 40, gold]))
 
 
 def test_a_short_result_is_masked(opened):
@@ -467,7 +486,7 @@ def test_dropped_rows_make_room_for_the_next_best():
 
 
 def test_same_source_drop_leaves_out_the_source_and_raises_when_nothing_is_left(
-    opened, start, tmp_path
+    opened, start, tmp_path, monkeypatch
 ):
     config, workspace = opened
     drop = dataclasses.replace(config.training, same_source="drop")
@@ -480,7 +499,13 @@ def test_same_source_drop_leaves_out_the_source_and_raises_when_nothing_is_left(
     )
     bm25, towers, before = start
     parts = take_apart(config, workspace.lm.family, workspace.lm.params, towers)
-    retrieval = rag_stage._open_retrieval(changed, config, bm25, before, parts, 3)
+    heard = []
+    monkeypatch.setattr(rag_stage, "RagBatches", lambda *_, sources: heard.append(sources) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rag_stage.train_end_to_end(changed, config, bm25, before, towers)
+    (sources,) = heard
+    assert sources == [frozenset({workspace.dataset.corpus.row_of(id)}) for id in ids]
+    retrieval = rag_stage._open_retrieval(changed, config, bm25, before, parts, 3, sources=sources)
     state = type("State", (), {"params": parts.trainable})()
     with retrieval.refresher:
         retrieval.resume(0, state, None)
@@ -539,3 +564,26 @@ def test_dev_is_compared_and_written_down(opened, start, tmp_path):
     assert result["systems"]["before"]["marginal_nll"]["value"] > 0
     nothing = dataclasses.replace(workspace, questions=workspace.questions | {"dev": ()})
     assert evaluate_dev(nothing, side, side) is None
+
+
+def test_every_system_of_the_table_weighs_documents_by_the_dense_retriever(
+    opened, start, monkeypatch
+):
+    _, workspace = opened
+    bm25, _, before = start
+    heard = []
+    monkeypatch.setattr(run, "evaluate_systems", lambda _, systems: heard.extend(systems))
+    monkeypatch.setattr(run, "write_results", lambda *_: {})
+    base, other = (Teacher(workspace.lm.params, name) for name in (workspace.lm.fingerprint, "b"))
+    run.evaluate_run(workspace, bm25, before, before, other)
+    asked = workspace.encode_queries(before.query_params, workspace.questions["test"])
+    read = {system.name: system for system in heard if system.lm and system.found}
+    assert set(read) == {"bm25", "before", "after", "hybrid", "lm_half", "hybrid_base_lm"}
+    assert base.fingerprint == read["bm25"].lm.fingerprint
+    for name, (_, _, found, logits) in read.items():
+        for row, docs in enumerate(found.doc_ids):
+            there = found.mask[row]
+            cosines = before.embeddings[docs[there]] @ asked[row]
+            expected = workspace.config.retriever.scale * cosines
+            np.testing.assert_allclose(logits[row, there], expected, rtol=1e-4, err_msg=name)
+            assert not logits[row, ~there].any()

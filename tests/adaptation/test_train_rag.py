@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ragjax.adaptation.finished import adapted_encoder, adapted_language_model, open_run
+from ragjax.adaptation.finished import (
+    adapted_encoder,
+    adapted_language_model,
+    open_run,
+    run_card,
+)
 from ragjax.adaptation.rag_config import RagConfig
 from ragjax.models.inputs import Tokens
 
@@ -85,6 +91,15 @@ def test_what_a_run_trained_can_be_opened(finished, tiny_inputs):
     )
     assert 0 < np.abs(np.asarray(old) - np.asarray(new)).max() < 0.1
     assert lm.params is not lm.model.params
+    assert run_card(run, encoder, "encoder", license=None).program == "experiments/train_rag.py"
+
+
+@pytest.mark.slow
+def test_a_run_that_has_not_ended_says_what_finishes_it(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "cut"))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="the same experiments/train_rag.py command finishes"):
+        adapted_encoder(open_run(run), "encoder")
 
 
 @pytest.mark.slow

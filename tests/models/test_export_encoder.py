@@ -267,6 +267,7 @@ def test_a_card_holds_data_recipe_metrics_and_the_way_to_load(tmp_path):
     text = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "| system | recall@5 |\n| --- | --- |\n| before | 0.500 [0.410, 0.590] |\n" in text
     assert "| after | 0.750 [0.660, 0.830] |\n\nForty questions." in text
+    assert "`experiments/adapt.py` of ragjax, with these options" in text
     assert '"rounds": 2' in text and "Questions on owls." in text and "- Owls only." in text
     for code in (
         'SentenceTransformer("FOLDER")',

@@ -189,6 +189,20 @@ def test_a_document_of_two_questions_is_no_negative_and_counts_once():
     np.testing.assert_allclose(value(e2e.negatives_term, batch)[0], np.mean(expected), rtol=1e-5)
 
 
+def test_a_document_that_belongs_to_a_question_is_no_negative_of_it():
+    batch = make_batch()
+    relevant = np.zeros((3, 9), bool)
+    relevant[0, [0, 4, 5]] = True  # its own first candidate, and two that question 1 retrieved
+    scores, _ = reference(make_params(), batch)
+    total = {0: [0, 1, 2, 3, 6, 7, 8], 1: range(9), 2: range(9)}
+    expected = [
+        logsumexp(scores[b, list(columns)]) - logsumexp(scores[b, 3 * b : 3 * b + 3])
+        for b, columns in total.items()
+    ]
+    batch = batch._replace(relevant=jnp.asarray(relevant))
+    np.testing.assert_allclose(value(e2e.negatives_term, batch)[0], np.mean(expected), rtol=1e-5)
+
+
 def test_the_contrastive_term_is_the_softmax_over_the_batch_without_other_relevant_ones():
     params = make_params()
     batch = make_batch(documents=3, slots=4)
