@@ -17,6 +17,7 @@ from ragjax.adaptation.ask_prompts import Prompt, Prompts, ReaderOptions, fittin
 from ragjax.adaptation.system import System
 from ragjax.data import pad_left, pad_right
 from ragjax.generation import Decoder, mix_log_probs
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Prefilled
 from ragjax.models.decoder_cache import KVCache
 from ragjax.models.inputs import LMBatch
@@ -193,12 +194,12 @@ class Reader(Prompts):
         return self.score(Reading(prefilled, width), target_ids).sum(axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "slots"))
+@functools.partial(jit_decoding, static_argnames=("decoder", "slots"))
 def _read(decoder: Decoder, params: Any, ids: Array, mask: Array, slots: int) -> Any:
     return decoder.prefill(params, ids, mask, cache_length=slots)
 
 
-@jax.jit
+@jit_decoding
 def _choose(logits: Array, log_weights: Array, banned: Array) -> Choice:
     mixed = mix_log_probs(logits[None], log_weights[None])[0]
     token_id = jnp.argmax(jnp.where(banned, -jnp.inf, mixed)).astype(jnp.int32)
@@ -206,7 +207,7 @@ def _choose(logits: Array, log_weights: Array, banned: Array) -> Choice:
 
 
 # The cache holds the prompts and grows in place.
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
+@functools.partial(jit_decoding, static_argnames="decoder", donate_argnames="cache")
 def _advance(
     decoder: Decoder, params: Any, cache: Any, token_id: Array, log_weights: Array
 ) -> tuple[Choice, Any]:
@@ -216,7 +217,7 @@ def _advance(
     return _choose(prefilled.logits, log_weights, nothing), prefilled
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
+@functools.partial(jit_decoding, static_argnames="decoder")
 def _score(
     decoder: Decoder, params: Any, prefilled: Any, target_ids: Array, target_mask: Array
 ) -> Array:
@@ -228,7 +229,7 @@ def _score_alone(token_log_probs: Any, config: Any, params: Any, batch: LMBatch)
     return token_log_probs(config, params, batch)
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
+@functools.partial(jit_decoding, static_argnames="decoder")
 def _score_without_keys(
     decoder: Decoder,
     params: Any,
@@ -242,7 +243,7 @@ def _score_without_keys(
     """Scores tokens after one row's cache, of which each variant `[W + 1, C]` sees its own part."""
     variants = visible.shape[0]
 
-    def repeat(leaf: Array) -> Array:  # [N, R, H, C, D]
+    def repeat(leaf: Array) -> Array:  # [N, R, H, ...]
         chosen = jnp.take(leaf, row[None], axis=1)
         return jnp.broadcast_to(chosen, (leaf.shape[0], variants, *leaf.shape[2:]))
 

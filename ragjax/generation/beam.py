@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder, Prefilled
 from ragjax.generation.greedy import read_prompts, without_stops
 
@@ -48,7 +49,8 @@ class BeamSteps(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens")
+    jit_decoding,
+    static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens"),
 )
 def generate_beam(
     decoder: Decoder,

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder, Prefilled
 from ragjax.generation.greedy import GreedyResult, choose_best, decode_loop, read_prompts
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
+    jit_decoding, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
 )
 def generate_ensemble(
     decoder: Decoder,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder, Prefilled
 
 # (log-probabilities [rows, V], -inf where not allowed; step []) -> token ids [rows] int32.
@@ -34,7 +35,7 @@ class ScoredGeneration(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
+    jit_decoding, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
 )
 def generate_greedy(
     decoder: Decoder,
@@ -75,7 +76,7 @@ def generate_greedy(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
+    jit_decoding, static_argnames=("decoder", "max_new_tokens", "stop_ids", "min_new_tokens")
 )
 def score_and_generate(
     decoder: Decoder,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ragjax.generation.beam import Hypotheses, search_prompts, strip_stops
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder, Prefilled
 from ragjax.generation.ensemble import doc_log_weights
 from ragjax.generation.greedy import read_prompts
@@ -38,7 +39,8 @@ class RagSequenceResult(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens")
+    jit_decoding,
+    static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens"),
 )
 def generate_rag_sequence_thorough(
     decoder: Decoder,
@@ -85,7 +87,8 @@ def generate_rag_sequence_thorough(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens")
+    jit_decoding,
+    static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens"),
 )
 def generate_rag_sequence_fast(
     decoder: Decoder,

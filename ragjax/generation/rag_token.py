@@ -16,12 +16,14 @@ from ragjax.generation.beam import (
     repeat_prompts,
     strip_stops,
 )
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder
 from ragjax.generation.ensemble import doc_log_weights, mix_log_probs, read_mixture
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens")
+    jit_decoding,
+    static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens"),
 )
 def generate_rag_token(
     decoder: Decoder,

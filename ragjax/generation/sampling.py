@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder
 from ragjax.generation.ensemble import read_mixture
 from ragjax.generation.greedy import Choose, GreedyResult, decode_loop, read_prompts
@@ -17,7 +18,7 @@ from ragjax.generation.greedy import Choose, GreedyResult, decode_loop, read_pro
 _STATIC = ("decoder", "top_k", "top_p", "max_new_tokens", "stop_ids", "min_new_tokens")
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jit_decoding, static_argnames=_STATIC)
 def generate_sampled(
     decoder: Decoder,
     params: Any,
@@ -76,7 +77,7 @@ def generate_sampled(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jit_decoding, static_argnames=_STATIC)
 def generate_ensemble_sampled(
     decoder: Decoder,
     params: Any,

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from tokenizers import Tokenizer
 
+from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder, Prefilled
 from ragjax.generation.ensemble import doc_log_weights, mix_log_probs
 from ragjax.generation.greedy import choose_best, read_prompts, without_stops
@@ -232,7 +232,7 @@ def _go_on(
             stepped = _append(options, params, stepped, log_weights, state)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "max_new_tokens"))
+@functools.partial(jit_decoding, static_argnames=("options", "max_new_tokens"))
 def _begin(
     options: _Options,
     params: Any,
@@ -246,7 +246,7 @@ def _begin(
     return _choose(options, prefilled, log_weights, state, jnp.zeros((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="options", donate_argnames="stepped")
+@functools.partial(jit_decoding, static_argnames="options", donate_argnames="stepped")
 def _append(
     options: _Options, params: Any, stepped: _Stepped, log_weights: Array, state: Any
 ) -> _Stepped:

@@ -145,13 +145,14 @@ def run_layers(
         positions: `[R, T]` int32, the rotary position of each slot.
         allowed: `[R, T, S]` bool, True where slot t may attend to slot s; the S slots are those of
             `past` followed by the T new ones. Sliding layers see the nearest of them.
-        past: Keys and values of earlier slots, leaves `[N, R, kv_heads, S - T, D]`, or None.
+        past: Keys `[N, R, kv_heads, D, S - T]` and values `[N, R, kv_heads, S - T, D]` of earlier
+            slots, or None.
         past_positions: `[R, S - T]` int32, rotary positions of those slots; None without `past`.
         remat: True: recompute each layer in the backward pass.
 
     Returns:
-        Hidden states `[R, T, H]` ready for the unembedding, and the keys and values of the T slots
-        with leaves `[N, R, kv_heads, T, D]`.
+        Hidden states `[R, T, H]` ready for the unembedding, and the keys `[N, R, kv_heads, D, T]`
+        and values `[N, R, kv_heads, T, D]` of the T slots.
     """
     graphdef = _layer_structure(config)
     full, local = _layer_views(config, positions, allowed, past_positions)

@@ -19,10 +19,14 @@ from ragjax.models.decoder_layers import KeyValues
 class KVCache(NamedTuple):
     """What the layers remember of the tokens so far."""
 
-    keys_values: KeyValues  # leaves [N, R, kv_heads, C, D]
+    keys_values: KeyValues  # keys [N, R, kv_heads, D, C], values [N, R, kv_heads, C, D]
     mask: Array  # [R, C] bool, True = slot holds a real token
     positions: Array  # [R] int32, rotary position of the next token
     length: Array  # [] int32, next free slot
+
+
+# The axis of the slots in each of `KVCache.keys_values`.
+_SLOTS = KeyValues(keys=4, values=3)  # pyrefly: ignore[bad-argument-type]  (a tree of the same form)
 
 
 class Prefilled(NamedTuple):
@@ -82,11 +86,11 @@ class CachedDecoder:
             The cache with the answers exchanged.
         """
 
-        def exchange(leaf: Array) -> Array:
-            answers = leaf[:, :, :, prompt_slots:][:, rows]
-            return lax.dynamic_update_slice_in_dim(leaf, answers, prompt_slots, axis=3)
+        def exchange(leaf: Array, axis: int) -> Array:
+            answers = lax.slice_in_dim(leaf, prompt_slots, None, axis=axis)[:, rows]
+            return lax.dynamic_update_slice_in_dim(leaf, answers, prompt_slots, axis=axis)
 
-        return cache._replace(keys_values=jax.tree.map(exchange, cache.keys_values))
+        return cache._replace(keys_values=jax.tree.map(exchange, cache.keys_values, _SLOTS))
 
 
 def prefill(
@@ -115,10 +119,12 @@ def prefill(
     positions = mask_positions(mask)
     hidden, new = run_layers(config, params, ids, positions=positions, allowed=causal(mask))
     free = cache_length - length
+
+    def lengthen(leaf: Array, axis: int) -> Array:
+        return jnp.pad(leaf, [(0, free * (place == axis)) for place in range(leaf.ndim)])
+
     cache = KVCache(
-        keys_values=jax.tree.map(
-            lambda leaf: jnp.pad(leaf, ((0, 0),) * 3 + ((0, free), (0, 0))), new
-        ),
+        keys_values=jax.tree.map(lengthen, new, _SLOTS),
         mask=jnp.pad(mask, ((0, 0), (0, free))),
         positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
         length=jnp.asarray(length, jnp.int32),
@@ -148,9 +154,10 @@ def decode_step(
     slot = cache.length
     cache = KVCache(
         keys_values=jax.tree.map(
-            lambda old, leaf: lax.dynamic_update_slice_in_dim(old, leaf, slot, axis=3),
+            lambda old, leaf, axis: lax.dynamic_update_slice_in_dim(old, leaf, slot, axis=axis),
             cache.keys_values,
             new,
+            _SLOTS,
         ),
         mask=lax.dynamic_update_slice_in_dim(cache.mask, appended, slot, axis=1),
         positions=cache.positions + 1,

@@ -25,7 +25,9 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 class KeyValues(NamedTuple):
     """Keys (rotated) and values of one layer, or of all layers with a leading axis N."""
 
-    keys: Array  # [R, kv_heads, S, D]
+    # Slots last: one query's product with all keys then runs along memory, at half the time of the
+    # other order (decoding, two CPU cores).
+    keys: Array  # [R, kv_heads, D, S]
     values: Array  # [R, kv_heads, S, D]
 
 
@@ -105,7 +107,7 @@ class DecoderLayer(nnx.Module):
         )
         queries = rotate(_apply(self.query_norm, queries), rotary)
         keys = rotate(_apply(self.key_norm, keys), rotary)
-        new = KeyValues(keys.swapaxes(1, 2), values.swapaxes(1, 2))
+        new = KeyValues(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
         scale = self.config.attention_scale
         if past is None:
             attended = attend(queries, keys, values, mask=allowed[:, None], scale=scale)
@@ -133,15 +135,12 @@ def _attend_with_past(
     parts = (past, new)
     # Earlier keys are not concatenated with the new ones: that would copy the cache at each step.
     scores = jnp.concatenate(
-        [
-            jnp.einsum("rgqd,rgsd->rgqs", queries, part.keys, preferred_element_type=jnp.float32)
-            for part in parts
-        ],
+        [jnp.matmul(queries, part.keys, preferred_element_type=jnp.float32) for part in parts],
         axis=-1,
     ).reshape(rows, heads, slots, -1)
     weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, _MASKED_SCORE), axis=-1)
     weights = weights.astype(queries.dtype).reshape(rows, groups, heads // groups * slots, -1)
-    split = past.keys.shape[2]
+    split = past.keys.shape[3]
     earlier, current = (
         jnp.einsum("rgqs,rgsd->rgqd", part_weights, part.values)
         for part_weights, part in zip(

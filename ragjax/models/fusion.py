@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ragjax.losses import attention_mass
-from ragjax.models.decoder_layers import KeyValues
 from ragjax.models.seq2seq import (
     Observer,
     Params,
@@ -32,7 +31,7 @@ from ragjax.models.seq2seq import (
     target_log_probs,
 )
 from ragjax.models.seq2seq_cache import CachedSeq2Seq, Prefilled, start
-from ragjax.models.seq2seq_layers import Layer
+from ragjax.models.seq2seq_layers import KeyValues, Layer
 
 
 class FusionBatch(NamedTuple):

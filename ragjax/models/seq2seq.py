@@ -28,10 +28,9 @@ from jax import Array, lax
 
 from ragjax.losses import chunked_token_log_probs
 from ragjax.models import nnx_trees
-from ragjax.models.decoder_layers import KeyValues
 from ragjax.models.inputs import LMBatch
 from ragjax.models.nnx_trees import over_layers
-from ragjax.models.seq2seq_layers import Layer
+from ragjax.models.seq2seq_layers import KeyValues, Layer
 
 ENCODER, DECODER = "encoder", "decoder"
 Params = dict[str, Any]

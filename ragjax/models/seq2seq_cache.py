@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ragjax.models.decoder_layers import KeyValues
 from ragjax.models.seq2seq import (
     Params,
     Seq2SeqConfig,
@@ -21,6 +20,7 @@ from ragjax.models.seq2seq import (
     remember,
     target_log_probs,
 )
+from ragjax.models.seq2seq_layers import KeyValues
 
 
 class Seq2SeqCache(NamedTuple):

@@ -13,8 +13,14 @@ from flax import nnx
 from jax import Array
 
 from ragjax.models.attention import attend
-from ragjax.models.decoder_layers import KeyValues
 from ragjax.models.linear import Initializer, Linear
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one layer, or of all layers with a leading axis N."""
+
+    keys: Array  # [R, H, S, D]
+    values: Array  # [R, H, S, D]
 
 
 class Attention(nnx.Module):

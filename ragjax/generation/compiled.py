@@ -1,0 +1,45 @@
+"""Compiles decoding for what it waits for on a CPU: parameters and cache, from memory."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# XLA's usual schedule runs independent operations side by side, each on fewer cores and with more
+# arrays alive at once. A decoding step takes twice as long then (32 rows of a model of 135 million
+# parameters, two CPU cores, jax 0.10); training steps do not differ.
+_ONE_AT_A_TIME = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def jit_decoding(
+    function: Callable[_P, _R],
+    *,
+    static_argnames: str | Sequence[str] = (),
+    donate_argnames: str | Sequence[str] = (),
+) -> Callable[_P, _R]:
+    """Compiles a function as `jax.jit` does, on a CPU with the schedule that suits decoding.
+
+    Inside another `jax.jit`, whose options count for all of it, this is `jax.jit`.
+
+    Args:
+        function: What is compiled; not differentiated.
+        static_argnames: As of `jax.jit`.
+        donate_argnames: As of `jax.jit`.
+    """
+    options = {"static_argnames": static_argnames, "donate_argnames": donate_argnames}
+    usual = jax.jit(function, **options)
+    one_at_a_time = jax.jit(function, compiler_options=_ONE_AT_A_TIME, **options)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # Where something is being traced, a new array is a tracer, too.
+        traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+        chosen = usual if traced or jax.default_backend() != "cpu" else one_at_a_time
+        return chosen(*args, **kwargs)
+
+    return call
