@@ -79,7 +79,7 @@ class Flags:
     """
 
     words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    question: str | None = None
+    question: tuple[str, ...] = ()
     run: str = ""
     data: str = ""
     encoder: str = _DEFAULTS.encoder
@@ -101,7 +101,8 @@ class Flags:
     @property
     def asked(self) -> str | None:
         """The question, if one was given."""
-        return " ".join(self.words) if self.words else self.question
+        given = self.words or self.question
+        return " ".join(given) if given else None
 
     def check(self) -> None:
         """Raises ValueError naming the flags that are at odds or out of range."""
@@ -110,7 +111,7 @@ class Flags:
                 "give one of --run FOLDER (a finished run) and --data FOLDER (documents, with the"
                 " models of --encoder and --lm)"
             )
-        if self.words and self.question is not None:
+        if self.words and self.question:
             raise ValueError("give the question once: in words, or as --question")
         for name, least in (("k", 0), ("max_new_tokens", 1), ("document_tokens", 0)):
             if getattr(self, name) < least:

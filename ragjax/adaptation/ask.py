@@ -96,6 +96,16 @@ class Answer(NamedTuple):
     seconds: float  # how long the answer took
 
 
+class _Read(NamedTuple):
+    """What the language model reads of a passage."""
+
+    title: str
+    text: str
+    # Which characters of the passage's text each token stands for; those of the title, which stands
+    # in front, are negative.
+    places: list[tuple[int, int]]
+
+
 class Asker:
     """Answers questions one at a time, with a system that stays loaded.
 
@@ -130,6 +140,7 @@ class Asker:
         self.reader = Reader(system, options)
         self.asked_documents = 0 if closed_book else options.documents
         self._decode, self._by = decode, by
+        self._known: tuple[tuple[int, int], _Read] | None = None  # of (corpus row, tokens read)
 
     def warm_up(self) -> Iterator[str]:
         """Compiles every shape that a question can need; yields what was compiled, one at a time.
@@ -305,7 +316,7 @@ class Asker:
         """Returns the words of the answer in the passage, or else the window that carries it."""
         assert row is not None, "there are documents"
         # What the language model did not read carries nothing.
-        title, text = self._read_parts(answer.prompt, row)
+        title, text, _ = self._read(answer.prompt, row)
         matches = find_answer(text, answer.text)
         if len(matches) == 1:
             return _matched("text", matches[0], "match")
@@ -328,36 +339,35 @@ class Asker:
 
     def _windows(self, prompt: Prompt, row: int) -> list[Window]:
         """Returns the windows of a passage's text, as far as the language model reads it."""
-        return split_windows(self._read_parts(prompt, row)[1], most=self.reader.options.windows)
+        return split_windows(self._read(prompt, row).text, most=self.reader.options.windows)
 
-    def _read_parts(self, prompt: Prompt, row: int) -> tuple[str, str]:
-        """Returns the title and the text of a passage, as far as the language model reads them."""
-        passage = self.system.workspace.dataset.corpus[prompt.docs[row]]
-        end = max((end for _, end in self._token_places(prompt, row)), default=0)
-        if end > 0:
-            return passage.title or "", passage.text[:end]
-        # Cut within the title, before which the template has nothing.
-        whole = passage_text(passage, self.reader.prompts.template.passage)
-        return whole[: len(whole) - len(passage.text) + end], ""
+    def _read(self, prompt: Prompt, row: int) -> _Read:
+        """Returns what the language model reads of a passage."""
+        doc, (_, size) = prompt.docs[row], prompt.places[row]
+        if self._known is None or self._known[0] != (doc, size):  # long passages take a while
+            self._known = (doc, size), self._read_passage(doc, size)
+        return self._known[1]
 
-    def _token_places(self, prompt: Prompt, row: int) -> list[tuple[int, int]]:
-        """Returns which characters of the passage's text each token read of it stands for.
-
-        Those of the title, which stands in front of the text, are negative.
-        """
-        passage = self.system.workspace.dataset.corpus[prompt.docs[row]]
+    def _read_passage(self, doc: int, size: int) -> _Read:
+        passage = self.system.workspace.dataset.corpus[doc]
         whole = passage_text(passage, self.reader.prompts.template.passage)
         before = len(whole) - len(passage.text)
         encoding = self.reader.tokenizer.encode(whole, add_special_tokens=False)
-        _, size = prompt.places[row]
-        return [(start - before, end - before) for start, end in encoding.offsets[:size]]
+        places = [(start - before, end - before) for start, end in encoding.offsets[:size]]
+        title, text = passage.title or "", passage.text
+        if size < len(encoding):
+            # Up to the next token: an accent may belong to a token without being among its places.
+            end = max(places[-1][1], encoding.offsets[size][0] - before)
+            # Cut within the title, before which the template has nothing.
+            title, text = (title, text[:end]) if end > 0 else (whole[: before + end], "")
+        return _Read(title, text, places)
 
     def _reading_notes(self, answer: Answer) -> list[str]:
         """Says how much was read of the passage that the answer relies on, if not all."""
         if answer.relied_on is None:
             return []
         passage = self.system.workspace.dataset.corpus[answer.docs[answer.relied_on]]
-        read = len(self._read_parts(answer.prompt, answer.relied_on)[1])
+        read = len(self._read(answer.prompt, answer.relied_on).text)
         if read >= len(passage.text.rstrip()):
             return []
         return [
@@ -367,7 +377,7 @@ class Asker:
 
     def _changes(self, answer: Answer, row: int, windows: Sequence[Window]) -> np.ndarray:
         """Returns what the answer's log-prob loses without each window, in nats."""
-        places = self._token_places(answer.prompt, row)
+        places = self._read(answer.prompt, row).places
         left_out = [
             [
                 token

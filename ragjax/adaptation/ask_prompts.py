@@ -153,6 +153,7 @@ class Prompts:
 
     def _cut_question(self, question: str) -> tuple[str, tuple[str, ...]]:
         """Returns as much of a question as is read, and a note if that is not all."""
+        question = question.strip()  # else what is left of a long one may be blank
         encoding = self.tokenizer.encode(question, add_special_tokens=False)
         cut = question
         if len(encoding) > self.question_limit:

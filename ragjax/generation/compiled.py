@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ def jit_decoding(
 ) -> Callable[_P, _R]:
     """Compiles a function as `jax.jit` does, on a CPU with the schedule that suits decoding.
 
-    Inside another `jax.jit`, whose options count for all of it, this is `jax.jit`.
+    Inside another `jax.jit`, whose options count for all of it, and where it is differentiated,
+    this is `jax.jit`.
 
     Args:
-        function: What is compiled; not differentiated.
+        function: What is compiled.
         static_argnames: As of `jax.jit`.
         donate_argnames: As of `jax.jit`.
     """
@@ -35,11 +36,23 @@ def jit_decoding(
     usual = jax.jit(function, **options)
     one_at_a_time = jax.jit(function, compiler_options=_ONE_AT_A_TIME, **options)
 
+    def choose(arguments: Any) -> Any:
+        return usual if jax.default_backend() != "cpu" or _is_traced(arguments) else one_at_a_time
+
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        # Where something is being traced, a new array is a tracer, too.
-        traced = isinstance(jnp.zeros(()), jax.core.Tracer)
-        chosen = usual if traced or jax.default_backend() != "cpu" else one_at_a_time
-        return chosen(*args, **kwargs)
+        return choose((args, kwargs))(*args, **kwargs)
 
+    def lower(*args: _P.args, **kwargs: _P.kwargs) -> jax.stages.Lowered:
+        return choose((args, kwargs)).lower(*args, **kwargs)
+
+    call.lower = lower  # pyrefly: ignore[missing-attribute]  (as of what `jax.jit` returns)
     return call
+
+
+def _is_traced(arguments: Any) -> bool:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        return True
+    # Inside a function that is being compiled, a new array is a tracer, whatever the arguments are.
+    with jax.transfer_guard("allow"):
+        return isinstance(jnp.zeros(()), jax.core.Tracer)

@@ -356,6 +356,35 @@ def test_what_was_not_read_carries_no_answer(titled):
     )
 
 
+def test_a_passage_read_to_its_end_is_read_whole_whatever_the_places_of_its_tokens(
+    titled, monkeypatch
+):
+    """A tokenizer that normalises text leaves out the accent of "e\u0301" from its places."""
+    row = titled.system.workspace.dataset.corpus.row_of("gem")
+    prompt = titled.reader.prompt("what?", [row], [0.0])
+    encode = titled.reader.tokenizer.encode
+
+    class Tokenizer:
+        def encode(self, text, **options):
+            encoding = encode(text, **options)
+            offsets = [*encoding.offsets[:-1], (len(text) - 2, len(text) - 1)]
+            return _Encoding(offsets)
+
+    monkeypatch.setattr(titled.reader, "tokenizer", Tokenizer())
+    monkeypatch.setattr(titled, "_known", None)
+    assert titled._read(prompt, 0).text == "it likes 0"
+    assert titled.explain(given(titled, prompt, "0")).notes == ()
+    titled._known = None
+
+
+class _Encoding:
+    def __init__(self, offsets):
+        self.offsets = offsets
+
+    def __len__(self):
+        return len(self.offsets)
+
+
 def test_a_title_longer_than_what_is_read_leaves_no_text(titled):
     assert given_about(titled, "long title", "topaz").span is None
     reply = given_about(titled, "long title", "opal")
@@ -369,7 +398,7 @@ def test_an_answer_in_other_words_is_traced_to_the_part_it_needs_most(asker):
     windows = asker._windows(prompt, 0)
     assert [window.start for window in windows] == [0]
     span = asker._span(answer, 0)
-    places = asker._token_places(prompt, 0)
+    places = asker._read(prompt, 0).places
     text = asker.system.workspace.dataset.corpus[0].text
     whole = passage_text(asker.system.workspace.dataset.corpus[0])
     before = len(whole) - len(text)
@@ -432,7 +461,7 @@ def test_a_passage_in_any_script_and_of_any_length_is_read(hard, tiny_inputs, tm
         prompt = asker.reader.prompt(HARD["hebrew"] + " \U0001f41f?", [row], [0.0])
         span = asker._span(given(asker, prompt, answer), 0)
         assert corpus[row].text[span.start : span.end] == answer
-        for place, (start, end) in enumerate(asker._token_places(prompt, 0)):
+        for place, (start, end) in enumerate(asker._read(prompt, 0).places):
             assert 0 <= start <= end <= len(corpus[row].text), place
     reply = asker.ask(HARD["japanese"])
     assert len(reply.sources) == 3
@@ -463,6 +492,11 @@ def test_a_question_that_takes_more_tokens_once_it_is_cut_still_fits(system, lim
         assert fitting(reader.closed_lengths, len(prompt.closed_book))
         assert question.startswith(prompt.question)
         assert "the language model reads the first" in prompt.notes[0]
+
+
+def test_the_white_space_in_front_of_a_question_is_not_what_is_read_of_it(asker):
+    prompt = asker.reader.prompt("\n" * 500 + "what?", [0], [0.0])
+    assert (prompt.question, prompt.notes) == ("what?", ())
 
 
 def test_a_blank_question_or_answer_is_refused(asker):

@@ -49,6 +49,7 @@ def ask_json(ask, flags, capsys):
 def test_words_and_question_are_the_question(ask_json):
     assert ask_json("what", "likes", "7?")[0]["question"] == "what likes 7?"
     assert ask_json("--question", "what likes 7?")[0]["question"] == "what likes 7?"
+    assert ask_json("--question=None")[0]["question"] == "None"
 
 
 def test_json_reads_questions_from_stdin_and_writes_nothing_else(ask_json, monkeypatch):

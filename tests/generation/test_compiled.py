@@ -46,3 +46,30 @@ def test_decoding_may_be_mapped_and_compiled_by_the_caller():
     np.testing.assert_array_equal(
         jax.lax.map(lambda x: function(x, times=2), rows), 2 * np.asarray(rows)
     )
+
+
+def test_decoding_may_be_differentiated_where_it_can_be():
+    function = jit_decoding(double, static_argnames="times")
+    slope = jax.grad(lambda x: function(x, times=2).sum())(jnp.ones(3))
+    np.testing.assert_array_equal(slope, [2, 2, 2])
+
+
+def test_arrays_on_the_device_are_all_that_a_call_needs():
+    function = jit_decoding(double, static_argnames="times")
+    given = jnp.ones(2)
+    function(given, times=2)
+    with jax.transfer_guard("disallow"):
+        result = function(given, times=2)
+    np.testing.assert_array_equal(result, [2, 2])
+
+
+def test_a_function_is_lowered_ahead_of_time():
+    function = jit_decoding(double, static_argnames="times")
+    compiled_ahead = function.lower(jnp.ones(2), times=3).compile()
+    np.testing.assert_array_equal(compiled_ahead(jnp.ones(2)), [3, 3])
+
+
+def test_constants_inside_a_compiled_function_are_traced():
+    function = jit_decoding(double, static_argnames="times")
+    constant = jnp.arange(2.0)
+    np.testing.assert_array_equal(jax.jit(lambda x: x + function(constant, times=2))(1.0), [1, 3])
