@@ -25,8 +25,8 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 class KeyValues(NamedTuple):
     """Keys (rotated) and values of one layer, or of all layers with a leading axis N."""
 
-    # Slots last: one query's product with all keys then runs along memory, at half the time of the
-    # other order (decoding, two CPU cores).
+    # Slots last: one query's product with all keys then runs along memory. Attention of a decoding
+    # step took two thirds of the time of the other order (32 rows, 202 slots, two CPU cores).
     keys: Array  # [R, kv_heads, D, S]
     values: Array  # [R, kv_heads, S, D]
 
