@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.losses import lsr_target, pdist_loss
-from ragjax.models.fusion import FusionBatch, fusion_attention_mass, fusion_token_log_probs
+from ragjax.models.seq2seq.fusion import FusionBatch, fusion_attention_mass, fusion_token_log_probs
 from ragjax.models.testing import tiny_language_model
 
 lm = tiny_language_model(family="t5")  # or load_language_model("a folder of Flan-T5")

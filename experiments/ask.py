@@ -29,10 +29,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import tyro
 from tqdm import tqdm
 
-from ragjax.adaptation.ask import Asker
-from ragjax.adaptation.ask_decoding import DECODES
-from ragjax.adaptation.ask_prompts import ReaderOptions
-from ragjax.adaptation.ask_view import (
+from ragjax.data.folders import document_files, write_documents
+from ragjax.runs.ask.asker import Asker
+from ragjax.runs.ask.decoding import DECODES
+from ragjax.runs.ask.prompts import ReaderOptions
+from ragjax.runs.ask.view import (
     coloured,
     format_reply,
     format_source,
@@ -40,9 +41,9 @@ from ragjax.adaptation.ask_view import (
     reply_as_json,
     safe_text,
 )
-from ragjax.adaptation.config import AdaptConfig, PromptConfig
-from ragjax.adaptation.system import SEARCHES, System, open_base_system, open_system
-from ragjax.data.folders import document_files, write_documents
+from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.shared import PromptConfig
+from ragjax.runs.system import SEARCHES, System, open_base_system, open_system
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _DEFAULTS = AdaptConfig()

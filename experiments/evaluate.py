@@ -26,12 +26,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import tyro
 
-from ragjax.adaptation.config_files import load_config_file, to_dict
-from ragjax.adaptation.evaluate_config import EvaluateConfig
-from ragjax.adaptation.evaluate_cost import describe_cost
-from ragjax.adaptation.evaluate_open import check_output, open_evaluation
-from ragjax.adaptation.evaluate_run import evaluate
 from ragjax.refresh.lock import RunLock
+from ragjax.runs.evaluate import check_output, describe_cost, evaluate, open_evaluation
+from ragjax.runs.options.evaluate import EvaluateConfig
+from ragjax.runs.options.files import load_config_file, to_dict
 from ragjax.training.loop import Interrupted, graceful_stop
 
 BAD_INPUT = 2

@@ -23,18 +23,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import tyro
 
-from ragjax.adaptation.finished import (
-    Adapted,
-    adapted_encoder,
-    adapted_language_model,
-    open_run,
-    run_card,
-)
 from ragjax.models import load_encoder, load_language_model
 from ragjax.models.export import plan_encoder, plan_language_model
-from ragjax.models.export_folder import ModelFolder, check_destination, publish
-from ragjax.models.export_lm_files import auto_class
-from ragjax.models.model_card import Card
+from ragjax.models.export.card import Card
+from ragjax.models.export.folder import ModelFolder, check_destination, publish
+from ragjax.models.export.language_model import auto_class
+from ragjax.runs.saved import Adapted, adapted_encoder, adapted_language_model, open_run, run_card
 
 BAD_INPUT = 2
 What = Literal["encoder", "query_encoder", "doc_encoder", "language_model"]

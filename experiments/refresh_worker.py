@@ -25,11 +25,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import jax
 import tyro
 
-from ragjax.adaptation.config import AdaptConfig
-from ragjax.adaptation.refresh import corpus_task
 from ragjax.data import Corpus
 from ragjax.models.encoder import load_encoder
 from ragjax.refresh import run_worker
+from ragjax.runs.indexes import corpus_task
+from ragjax.runs.options.dual import AdaptConfig
 from ragjax.training.loop import graceful_stop
 
 BAD_INPUT = 2

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "index", "generation"},
     "training": {"losses", "models", "data", "index", "refresh", "evaluation"},
     # Complete runs; only experiments and notebooks import it.
-    "adaptation": {
+    "runs": {
         "losses",
         "models",
         "data",
@@ -45,7 +45,7 @@ OWNERS = {
 }
 OWNERSHIP_EXCEPTIONS = {
     # `pip:NAME==VERSION` sources are fetched by pip, which has no Python interface.
-    ("models/pip_packages.py", "subprocess"),
+    ("models/files/pip_packages.py", "subprocess"),
 }
 # torch is a reference in tests; what runs the library is not part of it.
 FORBIDDEN = {"torch", "experiments", "notebooks", "tests"}
@@ -140,7 +140,7 @@ def test_every_exception_is_in_use():
         ("index/a.py", "from concurrent.futures import ThreadPoolExecutor"),
         ("training/a.py", "import multiprocessing.pool"),
         ("models/bert.py", "import subprocess"),
-        ("models/pip_packages.py", "import threading"),
+        ("models/files/pip_packages.py", "import threading"),
         ("training/a.py", "import os\nos.fork()"),
     ],
 )
@@ -158,7 +158,10 @@ def test_a_violation_is_found(path, source):
             "import threading\nfrom ragjax.index import base\nimport ragjax.data.corpus",
         ),
         ("training/a.py", "from ragjax import losses, models, data, index, refresh, evaluation"),
-        ("models/pip_packages.py", "import subprocess\nimport gguf\nfrom transformers import x"),
+        (
+            "models/files/pip_packages.py",
+            "import subprocess\nimport gguf\nfrom transformers import x",
+        ),
     ],
 )
 def test_what_is_allowed_is_allowed(path, source):

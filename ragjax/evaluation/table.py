@@ -107,6 +107,7 @@ def _cell(interval: Mapping[str, float] | None) -> str:
 
 def _short(number: float, *, digits: int) -> str:
     """Rounds to `digits` places below 1, and to one less per digit before the point above."""
+    text = ""
     for places in range(digits, -1, -1):
         text = f"{number:.{places}f}"
         whole = text.lstrip("-").split(".")[0]

@@ -2,9 +2,9 @@
 
 from ragjax.models.encoder import TextEncoder as TextEncoder
 from ragjax.models.encoder import load_encoder as load_encoder
-from ragjax.models.hub import DEFAULT_ENCODER as DEFAULT_ENCODER
-from ragjax.models.hub import DEFAULT_LM as DEFAULT_LM
-from ragjax.models.hub import resolve_source as resolve_source
+from ragjax.models.files.sources import DEFAULT_ENCODER as DEFAULT_ENCODER
+from ragjax.models.files.sources import DEFAULT_LM as DEFAULT_LM
+from ragjax.models.files.sources import resolve_source as resolve_source
 from ragjax.models.inputs import LMBatch as LMBatch
 from ragjax.models.inputs import Tokens as Tokens
 from ragjax.models.language_model import LanguageModel as LanguageModel

@@ -17,11 +17,22 @@ from jax import Array
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from ragjax.models import bert, decoder_encoder, dpr, modernbert, roberta
-from ragjax.models.config import fingerprint, parse_sizes, read_config
-from ragjax.models.end_token import with_end_token
+from ragjax.models.encoders import bert, dpr, modernbert, roberta
+from ragjax.models.encoders import causal as decoder_encoder
 from ragjax.models.families import EncoderFamily
-from ragjax.models.head import (
+from ragjax.models.files.config import fingerprint, parse_sizes, read_config
+from ragjax.models.files.key_table import apply_key_table, read_safetensors, renamed
+from ragjax.models.files.placement import loading_as
+from ragjax.models.files.sentence_transformers import Recipe, known_prompts, read_recipe
+from ragjax.models.files.sources import resolve_source
+from ragjax.models.files.tokenizers import (
+    choose_pad_token,
+    load_tokenizer,
+    lowercased,
+    with_end_token,
+)
+from ragjax.models.inputs import Tokens
+from ragjax.models.layers.head import (
     Normalize,
     Step,
     Truncate,
@@ -30,15 +41,9 @@ from ragjax.models.head import (
     output_size,
     with_normalization,
 )
-from ragjax.models.hub import resolve_source
-from ragjax.models.inputs import Tokens
-from ragjax.models.nnx_trees import Params, abstract, cast_floats, merge
-from ragjax.models.pooling import POOLINGS as POOLINGS
-from ragjax.models.pooling import Pool, cls_pool, concatenated, pooling_modes
-from ragjax.models.safetensors import apply_key_table, read_safetensors, renamed
-from ragjax.models.sentence_transformers import Recipe, known_prompts, read_recipe
-from ragjax.models.streaming import loading_as
-from ragjax.models.tokenizers import choose_pad_token, load_tokenizer, lowercased
+from ragjax.models.layers.pooling import POOLINGS as POOLINGS
+from ragjax.models.layers.pooling import Pool, cls_pool, concatenated, pooling_modes
+from ragjax.models.layers.stacks import Params, abstract, cast_floats, merge
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +101,7 @@ def load_encoder(
     prefixes of their model cards. What was chosen without the folder saying so is logged.
 
     Args:
-      source: any source of `ragjax.models.hub.resolve_source`.
+      source: any source of `ragjax.models.files.sources.resolve_source`.
       pooling: a key of `POOLINGS`, or several joined by "+"; None takes the folder's.
       normalize: True scales embeddings to length 1 (after truncation); None does as the folder
         says, before truncation as sentence-transformers does.
@@ -105,7 +110,7 @@ def load_encoder(
       doc_prefix: text put before each document; None takes the folder's prompt.
       truncate_dim: dimensions to keep (Matryoshka); None takes the folder's.
       dtype: of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
-      shardings: where the parameters go, see `ragjax.models.streaming.sharding_of`; None: the
+      shardings: where the parameters go, see `ragjax.models.files.placement.sharding_of`; None: the
         default device.
 
     Returns:

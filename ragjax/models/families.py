@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from ragjax.models.files.key_table import KeyRule
 from ragjax.models.inputs import LMBatch, Tokens
-from ragjax.models.nnx_trees import Params
-from ragjax.models.safetensors import KeyRule
+from ragjax.models.layers.stacks import Params
 
 
 class EncoderModule(Protocol):

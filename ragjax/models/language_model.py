@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 from jax import Array
 from tokenizers import Tokenizer
 
-from ragjax.models import bart, decoder_family, t5
-from ragjax.models.config import fingerprint, parse_sizes, read_config, read_json
-from ragjax.models.decoder_checkpoint import params_from_gguf
+from ragjax.models.decoder import family as decoder_family
+from ragjax.models.decoder.checkpoint import params_from_gguf
 from ragjax.models.families import LMFamily
-from ragjax.models.gguf import read_gguf
-from ragjax.models.hub import resolve_source
+from ragjax.models.files.config import fingerprint, parse_sizes, read_config, read_json
+from ragjax.models.files.gguf.model import read_gguf
+from ragjax.models.files.key_table import read_safetensors
+from ragjax.models.files.placement import loading_as
+from ragjax.models.files.sources import resolve_source
+from ragjax.models.files.tokenizers import choose_pad_token, load_tokenizer
 from ragjax.models.inputs import LMBatch
-from ragjax.models.safetensors import read_safetensors
-from ragjax.models.streaming import loading_as
-from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
+from ragjax.models.seq2seq import bart, t5
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class LanguageModel:
     """Parameters, sizes and tokenizer of a language model, and its scoring function.
 
     Attributes:
-        params: Nested dict of float32 arrays, see `ragjax.models.decoder` and
-            `ragjax.models.seq2seq`.
+        params: Nested dict of float32 arrays, see `ragjax.models.decoder.model` and
+            `ragjax.models.seq2seq.model`.
         family: Architecture.
         config: Sizes, as `family.parse_config` returns them; hashable.
         tokenizer: Neither truncates nor pads; encode with `add_special_tokens=False`.
@@ -90,7 +91,8 @@ def load_language_model(
         source: A folder as Hugging Face writes it (`config.json`, safetensors, `tokenizer.json`),
             a `*.gguf` file, a hub id `org/name[@revision]`, or `pip:NAME==VERSION`.
         dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
-        shardings: Where the parameters go, see `ragjax.models.streaming.sharding_of`; None: the
+        shardings: Where the parameters go, see `ragjax.models.files.placement.sharding_of`; None:
+            the
             default device.
 
     Returns:

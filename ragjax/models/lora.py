@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ragjax.models.nnx_trees import Params
+from ragjax.models.layers.stacks import Params
 
 Adapters = Any  # the nesting of the parameters, with nothing in it but the adapters
 

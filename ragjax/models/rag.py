@@ -18,14 +18,15 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from ragjax.models import bart, dpr, t5
-from ragjax.models.config import parse_sizes, read_config
 from ragjax.models.encoder import TextEncoder, build_encoder
-from ragjax.models.hub import resolve_source
+from ragjax.models.encoders import dpr
+from ragjax.models.files.config import parse_sizes, read_config
+from ragjax.models.files.key_table import apply_key_table, read_safetensors, renamed
+from ragjax.models.files.sources import resolve_source
+from ragjax.models.files.tokenizers import choose_pad_token, load_tokenizer
 from ragjax.models.language_model import LanguageModel, added_ids, build_encoder_decoder
-from ragjax.models.nnx_trees import abstract
-from ragjax.models.safetensors import apply_key_table, read_safetensors, renamed
-from ragjax.models.tokenizers import choose_pad_token, load_tokenizer
+from ragjax.models.layers.stacks import abstract
+from ragjax.models.seq2seq import bart, t5
 
 _QUESTION_ENCODER, _GENERATOR = "question_encoder.", "generator."
 # A context encoder is there only in a file saved in the middle of training one.
@@ -81,7 +82,8 @@ def load_rag(source: str) -> RagModel:
     """Loads a RAG checkpoint as Hugging Face writes it.
 
     Args:
-        source: Any source of `ragjax.models.hub.resolve_source`: a folder with `config.json` of
+        source: Any source of `ragjax.models.files.sources.resolve_source`: a folder with
+            `config.json` of
             model type `rag`, safetensors, and the tokenizers in `question_encoder_tokenizer` and
             `generator_tokenizer`.
 

@@ -30,8 +30,8 @@ from ragjax.losses import (
     retriever_entropy,
     target_entropy,
 )
-from ragjax.models.fusion import FusionBatch
 from ragjax.models.inputs import LMBatch, Tokens
+from ragjax.models.seq2seq.fusion import FusionBatch
 from ragjax.training.lsr import Encode, towers
 from ragjax.training.steps import LossFn, Metrics
 

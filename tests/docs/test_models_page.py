@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ragjax.models.safetensors_files import conversion_command
+from ragjax.models.files.safetensors import conversion_command
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

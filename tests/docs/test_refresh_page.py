@@ -110,7 +110,7 @@ def test_every_test_that_the_page_names_exists():
     named = set(re.findall(r"`(test_\w+)`", PAGE))
     tests = "".join(
         path.read_text("utf-8")
-        for folder in ("refresh", "index", "adaptation")
+        for folder in ("refresh", "index", "runs")
         for path in (ROOT / "tests" / folder).glob("test_*.py")
     )
     assert len(named) > 10

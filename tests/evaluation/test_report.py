@@ -11,10 +11,10 @@ import re
 import pytest
 
 from ragjax.evaluation.report import ReportData, Section, render_report
-from ragjax.evaluation.report_checks import calibration_section, nested_section
-from ragjax.evaluation.report_explained import divergence, explained_section
-from ragjax.evaluation.report_html import escape, excerpt, isolated, number, page, signed, table
-from ragjax.evaluation.report_questions import (
+from ragjax.evaluation.report.checks import calibration_section, nested_section
+from ragjax.evaluation.report.explained import divergence, explained_section
+from ragjax.evaluation.report.html import escape, excerpt, isolated, number, page, signed, table
+from ragjax.evaluation.report.questions import (
     PassageText,
     by_answer,
     by_passage,
@@ -23,7 +23,7 @@ from ragjax.evaluation.report_questions import (
     select,
     shown_documents,
 )
-from ragjax.evaluation.report_results import (
+from ragjax.evaluation.report.results import (
     differences_tables,
     findings,
     lower_is_better,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_report import read
 
-from ragjax.evaluation.report_charts import (
+from ragjax.evaluation.report.charts import (
     Bin,
     Series,
     interval_bar,
@@ -18,8 +18,8 @@ from ragjax.evaluation.report_charts import (
     thin,
     ticks,
 )
-from ragjax.evaluation.report_curves import curves
-from ragjax.evaluation.report_html import page
+from ragjax.evaluation.report.curves import curves
+from ragjax.evaluation.report.html import page
 
 
 @pytest.mark.parametrize("low,high", [(0, 1), (0.2, 0.9), (-3, 7), (1000, 1001), (1e-6, 2e-6)])

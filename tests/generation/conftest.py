@@ -6,7 +6,7 @@ import generation_reference as reference
 import numpy as np
 import pytest
 
-from ragjax.models.testing_language_model import tiny_language_model
+from ragjax.models.testing.language_model import tiny_language_model
 
 
 class Setting(NamedTuple):

@@ -58,7 +58,7 @@ class Scorer:
         return jax.nn.log_softmax(read.logits[0])
 
     def _encoder_decoder(self, ids, mask, after, count):
-        from ragjax.models import seq2seq
+        from ragjax.models.seq2seq import model as seq2seq
 
         config, params = self.model.config, self.model.params
         read = seq2seq.shift_right(config, jax.numpy.pad(after, ((0, 0), (0, 1))))

@@ -8,7 +8,7 @@ import pytest
 
 from ragjax.models.language_model import LanguageModel
 from ragjax.models.rag import load_rag
-from ragjax.models.testing_seq2seq import tiny_seq2seq_tokenizer
+from ragjax.models.testing.seq2seq import tiny_seq2seq_tokenizer
 
 QUESTIONS, DOCS, SLOTS, VOCAB, NEW = 2, 3, 8, 259, 6
 PAD, START, END = 1, 0, 2  # of a BART configuration

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ragjax.generation import generate_beam, generate_greedy
-from ragjax.models.nnx_trees import cast_floats
+from ragjax.models.layers.stacks import cast_floats
 
 BEAMS = 3
 

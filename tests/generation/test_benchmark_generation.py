@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ragjax.models.testing_language_model import write_tiny_language_model
+from ragjax.models.testing.language_model import write_tiny_language_model
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_generation.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generation.py"
 SIZES = ["--questions=2", "--documents=2", "--context_tokens=9", "--new_tokens=3", "--rounds=1"]
 
 

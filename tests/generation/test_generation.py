@@ -9,7 +9,7 @@ import pytest
 
 from ragjax.generation import ensemble, generate_ensemble, generate_greedy, score_and_generate
 from ragjax.models.inputs import LMBatch
-from ragjax.models.testing_language_model import tiny_language_model
+from ragjax.models.testing.language_model import tiny_language_model
 
 ROWS, SLOTS, NEW = 4, 10, 7
 LENGTHS = (10, 6, 3, 1)

@@ -14,7 +14,7 @@ from ragjax.generation import (
     stream_sampled,
     streaming,
 )
-from ragjax.models.testing_language_model import tiny_tokenizer
+from ragjax.models.testing.language_model import tiny_tokenizer
 
 
 def arguments(setting, question):

@@ -141,7 +141,7 @@ def check_greedy(family, model, rng, **changes):
 
 def parameter_count(family, config):
     """Number of parameters, without making them."""
-    from ragjax.models.seq2seq import init_params
+    from ragjax.models.seq2seq.model import init_params
 
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

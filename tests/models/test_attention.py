@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models import attention
-from ragjax.models.attention import attend, choose_implementation
+from ragjax.models.layers import attention
+from ragjax.models.layers.attention import attend, choose_implementation
 
 IMPLEMENTATIONS = ("matmul", "xla")
 # rows, query slots, key slots, query heads, key heads, width

@@ -17,8 +17,8 @@ from seq2seq_reference import (
 )
 
 from ragjax.models import LMBatch
-from ragjax.models.bart import FAMILY, format_config, parse_config
-from ragjax.models.testing_seq2seq import tiny_seq2seq, tiny_seq2seq_config
+from ragjax.models.seq2seq.bart import FAMILY, format_config, parse_config
+from ragjax.models.testing.seq2seq import tiny_seq2seq, tiny_seq2seq_config
 
 SIZES = {
     "d_model": 24,

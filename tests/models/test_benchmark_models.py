@@ -1,4 +1,4 @@
-"""The parts of experiments/benchmark_models.py."""
+"""The parts of benchmarks/models.py."""
 
 import dataclasses
 import importlib.util
@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models import LMBatch, Tokens, bert, decoder
-from ragjax.models.bert import BertConfig
+from ragjax.models import LMBatch, Tokens
+from ragjax.models.decoder import model as decoder
 from ragjax.models.encoder import make_encode
-from ragjax.models.nnx_trees import abstract
-from ragjax.models.pooling import mean_pool
-from ragjax.models.testing_language_model import tiny_decoder_config
+from ragjax.models.encoders import bert
+from ragjax.models.encoders.bert import BertConfig
+from ragjax.models.layers.pooling import mean_pool
+from ragjax.models.layers.stacks import abstract
+from ragjax.models.testing.language_model import tiny_decoder_config
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_models.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "models.py"
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ragjax.models import bert
-from ragjax.models.bert import (
+from ragjax.models.encoders import bert
+from ragjax.models.encoders.bert import (
     ACTIVATIONS,
     IGNORED_KEYS,
     KEY_TABLE,
@@ -18,10 +18,10 @@ from ragjax.models.bert import (
     BertConfig,
     canonical_key,
 )
+from ragjax.models.files.key_table import apply_key_table
 from ragjax.models.inputs import Tokens
-from ragjax.models.nnx_trees import abstract, merge, split
-from ragjax.models.safetensors import apply_key_table
-from ragjax.models.testing_encoder import huggingface_tensors
+from ragjax.models.layers.stacks import abstract, merge, split
+from ragjax.models.testing.encoder import huggingface_tensors
 
 # The models are tiny: compiling them takes far longer than running them.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models import decoder, decoder_cache, decoder_training, packing
-from ragjax.models.decoder_checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.decoder_config import parse_huggingface_config
+from ragjax.models.decoder import cache as decoder_cache
+from ragjax.models.decoder import model as decoder
+from ragjax.models.decoder import packing
+from ragjax.models.decoder import trainable as decoder_training
+from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
+from ragjax.models.decoder.config import parse_huggingface_config
+from ragjax.models.decoder.packing import Suffix
 from ragjax.models.inputs import LMBatch
-from ragjax.models.packing import Suffix
-from ragjax.models.testing_language_model import tiny_decoder_config, tiny_language_model
+from ragjax.models.testing.language_model import tiny_decoder_config, tiny_language_model
 
 CONTEXT_LENGTHS, TARGET_LENGTHS = (9, 4, 1), (3, 5, 1)
 

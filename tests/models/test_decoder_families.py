@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models import decoder, packing
-from ragjax.models.decoder_checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.decoder_config import (
+from ragjax.models.decoder import model as decoder
+from ragjax.models.decoder import packing
+from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
+from ragjax.models.decoder.config import (
     DecoderConfig,
     format_huggingface_config,
     parse_huggingface_config,
 )
+from ragjax.models.decoder.packing import Suffix
 from ragjax.models.inputs import LMBatch
-from ragjax.models.nnx_trees import cast_floats
-from ragjax.models.packing import Suffix
-from ragjax.models.testing_language_model import tiny_decoder_config, tiny_language_model
+from ragjax.models.layers.stacks import cast_floats
+from ragjax.models.testing.language_model import tiny_decoder_config, tiny_language_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 SMALL = {

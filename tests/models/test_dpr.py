@@ -2,7 +2,7 @@
 
 import pytest
 
-from ragjax.models import dpr
+from ragjax.models.encoders import dpr
 
 HUGGINGFACE = {
     "architectures": ["DPRContextEncoder"],

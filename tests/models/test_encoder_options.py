@@ -11,11 +11,11 @@ from encoder_folders import QUICK, edit_json, embed, tokenize
 
 from ragjax.models import Tokens, load_encoder
 from ragjax.models.encoder import build_encoder, make_encode, with_options
-from ragjax.models.encoder_as_bert import as_bert
-from ragjax.models.encoder_training import merge_trainable, split_trainable
-from ragjax.models.pooling import cls_pool
+from ragjax.models.encoders.trainable import merge_trainable, split_trainable
+from ragjax.models.export.dpr_as_bert import as_bert
+from ragjax.models.layers.pooling import cls_pool
 from ragjax.models.testing import tiny_encoder
-from ragjax.models.testing_encoder import random_params
+from ragjax.models.testing.encoder import random_params
 
 TEXTS = ["a first text", "a second, longer text", "three"]
 BGE = "Represent this sentence for searching relevant passages: "

@@ -7,8 +7,8 @@ import pytest
 
 from ragjax.models import Tokens, load_encoder
 from ragjax.models.encoder import FAMILIES
-from ragjax.models.nnx_trees import abstract
-from ragjax.models.safetensors import named_tensors
+from ragjax.models.files.key_table import named_tensors
+from ragjax.models.layers.stacks import abstract
 from ragjax.models.testing import tiny_encoder
 
 torch = pytest.importorskip("torch", reason="needs the [parity] extra")

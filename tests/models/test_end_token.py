@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from ragjax.models import load_encoder
-from ragjax.models.end_token import with_end_token
+from ragjax.models.files.tokenizers import with_end_token
 from ragjax.models.testing import tiny_encoder, write_tiny_encoder
 
 

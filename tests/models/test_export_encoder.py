@@ -16,18 +16,15 @@ import numpy as np
 import pytest
 import yaml
 
-from ragjax.models import (
-    Tokens,
-    load_encoder,
-    safetensors_writer,
-)
+from ragjax.models import Tokens, load_encoder
 from ragjax.models.encoder import build_encoder
 from ragjax.models.export import export_encoder
-from ragjax.models.export_base import read_base
-from ragjax.models.head import Dense, Normalize, Truncate
-from ragjax.models.model_card import Card, Use, format_card
+from ragjax.models.export import weights as safetensors_writer
+from ragjax.models.export.base import read_base
+from ragjax.models.export.card import Card, Use, format_card
+from ragjax.models.layers.head import Dense, Normalize, Truncate
 from ragjax.models.testing import tiny_encoder
-from ragjax.models.testing_encoder import random_params
+from ragjax.models.testing.encoder import random_params
 
 TEXTS = ["A first text.", "a second, longer text", "three"]
 ENCODERS = ["bert", "dpr", "roberta", "modernbert", "qwen3"]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from ragjax.models import LMBatch, decoder, load_language_model, lora
+from ragjax.models import LMBatch, load_language_model, lora
+from ragjax.models.decoder import model as decoder
 from ragjax.models.export import export_language_model, plan_language_model
 from ragjax.models.testing import tiny_language_model
-from ragjax.models.testing_language_model import tiny_decoder_config
-from ragjax.models.testing_seq2seq import tiny_seq2seq
+from ragjax.models.testing.language_model import tiny_decoder_config
+from ragjax.models.testing.seq2seq import tiny_seq2seq
 
 SLIDING = {"sliding_window": 6, "sliding_layers": (True, True, False)}
 DECODERS = {

@@ -12,16 +12,16 @@ from test_t5 import SIZES as T5_SIZES
 
 from ragjax.generation import generate_greedy
 from ragjax.losses import attention_mass
-from ragjax.models import bart, t5
-from ragjax.models.fusion import (
+from ragjax.models.inputs import LMBatch
+from ragjax.models.seq2seq import bart, t5
+from ragjax.models.seq2seq.fusion import (
     FusionBatch,
     fusion_attention,
     fusion_attention_mass,
     fusion_decoder,
     fusion_token_log_probs,
 )
-from ragjax.models.inputs import LMBatch
-from ragjax.models.testing_seq2seq import tiny_seq2seq
+from ragjax.models.testing.seq2seq import tiny_seq2seq
 
 QUESTIONS, CONTEXTS, SLOTS, TOKENS = 2, 3, 7, 4
 CASES = {

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ragjax.models import DEFAULT_LM, LMBatch, decoder, load_language_model
-from ragjax.models.decoder_checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.gguf import read_gguf
-from ragjax.models.testing_language_model import tiny_decoder_config
+from ragjax.models import DEFAULT_LM, LMBatch, load_language_model
+from ragjax.models.decoder import model as decoder
+from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
+from ragjax.models.files.gguf.model import read_gguf
+from ragjax.models.testing.language_model import tiny_decoder_config
 
 REFERENCE = Path(__file__).parent / "data" / "smollm2_reference.json"
 END, USER = "<|im_end|>", "<keep me>"

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from ragjax.models import LMBatch, decoder, load_language_model
-from ragjax.models.decoder_config import parse_huggingface_config
-from ragjax.models.decoder_rotary import FactorScaling, Llama3Scaling
-from ragjax.models.testing_language_model import tiny_tokenizer
+from ragjax.models import LMBatch, load_language_model
+from ragjax.models.decoder import model as decoder
+from ragjax.models.decoder.config import parse_huggingface_config
+from ragjax.models.layers.rotary import FactorScaling, Llama3Scaling
+from ragjax.models.testing.language_model import tiny_tokenizer
 
 SIZES = {
     "hidden_size": 32,

@@ -6,9 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from ragjax.models.gguf_file import FLOATS, QUANTIZED, read_gguf_file
-from ragjax.models.gguf_names import split_names
-from ragjax.models.hub import resolve_source
+from ragjax.models.files.gguf.file import FLOATS, QUANTIZED, read_gguf_file, split_names
+from ragjax.models.files.sources import resolve_source
 
 KINDS = gguf.GGMLQuantizationType
 ROWS, COLUMNS = 5, 512

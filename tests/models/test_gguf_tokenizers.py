@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ragjax.models.gguf_tokenizer import bos_id, build_tokenizer, eos_ids, token_id
+from ragjax.models.files.gguf.tokenizer import bos_id, build_tokenizer, eos_ids, token_id
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 TEXTS = [

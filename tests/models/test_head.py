@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models.head import (
+from ragjax.models.layers.head import (
     ACTIVATIONS,
     Dense,
     Normalize,

@@ -9,10 +9,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from ragjax.models import load_encoder
-from ragjax.models.config import parse_json, read_config, read_json
-from ragjax.models.safetensors import read_safetensors
+from ragjax.models.files.config import parse_json, read_config, read_json
+from ragjax.models.files.key_table import read_safetensors
+from ragjax.models.files.tokenizers import load_tokenizer
 from ragjax.models.testing import write_tiny_encoder
-from ragjax.models.tokenizers import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 

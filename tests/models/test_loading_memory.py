@@ -14,12 +14,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from ragjax.models.config import fingerprint
-from ragjax.models.safetensors import KeyRule, apply_key_table, read_safetensors, transpose
-from ragjax.models.safetensors_files import StoredTensor
-from ragjax.models.streaming import Placement, loading_as
+from ragjax.models.files.config import fingerprint
+from ragjax.models.files.key_table import KeyRule, apply_key_table, read_safetensors, transpose
+from ragjax.models.files.placement import Placement, loading_as
+from ragjax.models.files.safetensors import StoredTensor
 
-BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmark_loading.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "loading.py"
 LAYERS = 4
 TABLE = {
     "embed.weight": KeyRule("embed/embedding"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ragjax.models import LMBatch, Tokens, lora
-from ragjax.models.decoder_training import merge_trainable, split_trainable
+from ragjax.models.decoder.trainable import merge_trainable, split_trainable
 from ragjax.models.testing import tiny_encoder, tiny_language_model
 
 ENCODER_LAYERS = ("attention_output", "intermediate", "key", "output", "query", "value")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ragjax.models import modernbert
+from ragjax.models.encoders import modernbert
+from ragjax.models.encoders.modernbert import ModernBert, ModernBertConfig
+from ragjax.models.files.key_table import apply_key_table, named_tensors
 from ragjax.models.inputs import Tokens
-from ragjax.models.modernbert import ModernBert, ModernBertConfig
-from ragjax.models.nnx_trees import abstract, merge
-from ragjax.models.safetensors import apply_key_table, named_tensors
-from ragjax.models.testing_encoder import random_params
+from ragjax.models.layers.stacks import abstract, merge
+from ragjax.models.testing.encoder import random_params
 
 CONFIG = ModernBertConfig(
     vocab_size=50,

@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from ragjax.models import encoder, language_model
-from ragjax.models.config import parse_sizes, read_config
-from ragjax.models.gguf import read_gguf
-from ragjax.models.safetensors import read_safetensors
+from ragjax.models.files.config import parse_sizes, read_config
+from ragjax.models.files.gguf.model import read_gguf
+from ragjax.models.files.key_table import read_safetensors
 from ragjax.models.testing import write_tiny_encoder, write_tiny_language_model
-from ragjax.models.testing_seq2seq import write_tiny_seq2seq
+from ragjax.models.testing.seq2seq import write_tiny_seq2seq
 
 # Of each kind of file; RAGJAX_MUTATIONS=10000 for a thorough run.
 MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "2000"))

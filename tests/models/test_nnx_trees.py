@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ragjax.models import Tokens, nnx_trees
-from ragjax.models.encoder_training import join_layers, merge_trainable, split_trainable
-from ragjax.models.linear import Linear
-from ragjax.models.nnx_trees import (
+from ragjax.models import Tokens
+from ragjax.models.encoders.trainable import join_layers, merge_trainable, split_trainable
+from ragjax.models.layers import stacks as nnx_trees
+from ragjax.models.layers.linear import Linear
+from ragjax.models.layers.stacks import (
     cast_floats,
     count_layers,
     merge,

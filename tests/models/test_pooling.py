@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models.pooling import (
+from ragjax.models.layers.pooling import (
     POOLINGS,
     cls_pool,
     concatenated,

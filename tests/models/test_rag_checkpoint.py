@@ -12,7 +12,7 @@ from seq2seq_reference import right_padded
 from ragjax import losses
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.models.rag import RagConfig, load_rag
-from ragjax.models.testing_seq2seq import tiny_seq2seq_tokenizer
+from ragjax.models.testing.seq2seq import tiny_seq2seq_tokenizer
 
 QUESTIONS, DOCS, SLOTS, TOKENS, VOCAB = 2, 3, 8, 4, 259
 ENCODER = {

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ragjax.models import roberta
+from ragjax.models.encoders import roberta
+from ragjax.models.encoders.roberta import Roberta, RobertaConfig
+from ragjax.models.files.key_table import named_tensors
 from ragjax.models.inputs import Tokens
-from ragjax.models.nnx_trees import abstract, merge
-from ragjax.models.roberta import Roberta, RobertaConfig
-from ragjax.models.safetensors import named_tensors
-from ragjax.models.testing_encoder import random_params
+from ragjax.models.layers.stacks import abstract, merge
+from ragjax.models.testing.encoder import random_params
 
 CONFIG = RobertaConfig(
     vocab_size=50,

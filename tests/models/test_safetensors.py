@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ragjax.models.safetensors import KeyRule, apply_key_table, read_safetensors, transpose
+from ragjax.models.files.key_table import KeyRule, apply_key_table, read_safetensors, transpose
 
 TABLE = {
     "embed.weight": KeyRule("embed/embedding"),

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ragjax.models import Tokens, load_encoder
-from ragjax.models.head import Dense, Normalize, Truncate
-from ragjax.models.sentence_transformers import known_prompts, read_recipe
+from ragjax.models.files.sentence_transformers import known_prompts, read_recipe
+from ragjax.models.layers.head import Dense, Normalize, Truncate
 from ragjax.models.testing import write_tiny_encoder
 
 TEXTS = ["a first text", "a second, longer text", "three"]

@@ -13,14 +13,12 @@ from tokenizers import Tokenizer
 
 from ragjax.data import PromptBuilder
 from ragjax.generation import score_and_generate
-from ragjax.models import load_language_model, seq2seq, seq2seq_training
+from ragjax.models import load_language_model
 from ragjax.models.inputs import LMBatch
-from ragjax.models.nnx_trees import cast_floats
-from ragjax.models.testing_seq2seq import (
-    tiny_seq2seq,
-    tiny_seq2seq_config,
-    write_tiny_seq2seq,
-)
+from ragjax.models.layers.stacks import cast_floats
+from ragjax.models.seq2seq import model as seq2seq
+from ragjax.models.seq2seq import trainable as seq2seq_training
+from ragjax.models.testing.seq2seq import tiny_seq2seq, tiny_seq2seq_config, write_tiny_seq2seq
 
 FAMILIES = ("t5", "flan-t5", "bart")
 

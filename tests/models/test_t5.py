@@ -11,10 +11,8 @@ from seq2seq_reference import (
     torch_parameter_count,
 )
 
-from ragjax.models.t5 import FAMILY
-from ragjax.models.t5_config import format_config, parse_config
-from ragjax.models.t5_model import relative_buckets
-from ragjax.models.testing_seq2seq import tiny_seq2seq_config
+from ragjax.models.seq2seq.t5 import FAMILY, format_config, parse_config, relative_buckets
+from ragjax.models.testing.seq2seq import tiny_seq2seq_config
 
 SIZES = {
     "d_model": 24,

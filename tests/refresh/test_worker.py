@@ -23,13 +23,13 @@ from refresh_tasks import (
     worker_processes,
 )
 
-from ragjax.adaptation.refresh import corpus_task
 from ragjax.data import Corpus
 from ragjax.index import EmbeddingStore
 from ragjax.models.encoder import load_encoder
 from ragjax.models.testing import write_tiny_encoder
 from ragjax.refresh import ProcessExecutor
 from ragjax.refresh.leases import read_holder
+from ragjax.runs.indexes import corpus_task
 
 SECONDS = 0.05  # of a shard
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_end_to_end.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "end_to_end.py"
 SMALL = (
     "--batch_size=2", "--documents=2", "--query_tokens=5", "--doc_tokens=6", "--context_tokens=7",
     "--answer_tokens=3", "--width=16", "--layers=1", "--vocabulary=260", "--rounds=1",

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.special import log_softmax, logsumexp
 
 from ragjax.losses import log_prob_per_token
-from ragjax.models.fusion import FusionBatch
 from ragjax.models.inputs import Tokens
+from ragjax.models.seq2seq.fusion import FusionBatch
 from ragjax.training import end_to_end as e2e
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, Outputs, RagBatch, Reader, make_rag_loss
 from ragjax.training.steps import init_state, make_train_step

@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from ragjax.models import LMBatch
-from ragjax.models.decoder_training import merge_trainable, split_trainable
-from ragjax.models.nnx_trees import cast_floats
+from ragjax.models.decoder.trainable import merge_trainable, split_trainable
+from ragjax.models.layers.stacks import cast_floats
 from ragjax.models.testing import tiny_language_model
 from ragjax.training.lm import answer_tokens, make_lm_loss
 from ragjax.training.steps import init_state, make_train_step

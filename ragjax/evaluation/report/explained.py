@@ -1,0 +1,92 @@
+"""p_R beside p_LSR: what the retriever and the language model think of the same candidates."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ragjax.evaluation.report.charts import share_bar
+from ragjax.evaluation.report.html import excerpt, is_number, isolated, number
+from ragjax.evaluation.report.questions import Lookup
+
+# Key in a candidate, its column header.
+_VIEWS = (
+    ("target", "language model p<sub>LSR</sub>"),
+    ("before", "p<sub>R</sub> before"),
+    ("after", "p<sub>R</sub> after"),
+    ("posterior", "posterior after"),
+)
+
+
+def explained_section(explained: Mapping[str, Any], lookup: Lookup) -> str:
+    """Returns, for each chosen question, the distributions over its candidates as bars.
+
+    Args:
+        explained: `{"questions": [{"question", "answers", "candidates": [{"doc_id", "relevant",
+            "target", "before", "after", "posterior"}]}], "settings": {...}}`; each of the last four
+            sums to 1 over the candidates.
+        lookup: Document id to its text.
+    """
+    boxes = []
+    for question in explained.get("questions") or ():
+        candidates = [
+            one for one in question.get("candidates") or ()
+            if all(is_number(one.get(key)) for key, _ in _VIEWS)
+        ]  # fmt: skip
+        if candidates:
+            boxes.append(_box(question, candidates, lookup))
+    if not boxes:
+        return '<p class="soft">No question had candidates to compare.</p>'
+    return f'<div class="boxes">{"".join(boxes)}</div>'
+
+
+def divergence(target: Sequence[float], other: Sequence[float]) -> float:
+    """Returns KL(target || other) in nats; probabilities of 0 are taken as 1e-9.
+
+    Args:
+        target: K probabilities.
+        other: K probabilities of the same candidates.
+    """
+    return math.fsum(
+        p * (math.log(max(p, 1e-9)) - math.log(max(q, 1e-9)))
+        for p, q in zip(target, other, strict=True)
+        if p > 0
+    )
+
+
+def _box(
+    question: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], lookup: Lookup
+) -> str:
+    ordered = sorted(candidates, key=lambda one: (-one["target"], str(one.get("doc_id"))))
+    target, before, after = (
+        [float(one[key]) for one in ordered] for key in ("target", "before", "after")
+    )
+    distance = [divergence(target, other) for other in (before, after)]
+    answers = [str(answer) for answer in question.get("answers") or ()]
+    named = ", ".join(map(isolated, answers)) or "none"
+    columns = "".join(f'<th scope="col">{header}</th>' for _, header in _VIEWS)
+    rows = "".join(_candidate(one, answers, lookup) for one in ordered)
+    return (
+        f'<article class="box"><h3>{isolated(question.get("question", ""))}</h3>'
+        f'<p class="soft">Right answer: {named}. Distance of p<sub>R</sub> from the'
+        f" language model's view, KL in nats: {number(distance[0])} \u2192 {number(distance[1])}."
+        f'</p><table class="views"><thead><tr>{columns}</tr></thead>{rows}</table></article>'
+    )
+
+
+def _candidate(one: Mapping[str, Any], answers: Sequence[str], lookup: Lookup) -> str:
+    doc_id = str(one.get("doc_id"))
+    passage = lookup(doc_id)
+    title = passage.title if passage and passage.title else doc_id
+    badge = ' <span class="badge">\u2605 relevant</span>' if one.get("relevant") else ""
+    # Passages of one document often share its title: the text tells them apart.
+    text = excerpt(passage.text, answers, length=110) if passage else ""
+    cells = "".join(
+        f"<td>{number(one[key], 2)}{share_bar(one[key], place, f'{key}: {number(one[key], 2)}')}"
+        "</td>"
+        for place, (key, _) in enumerate(_VIEWS)
+    )
+    return (
+        f'<tbody><tr><th scope="rowgroup" colspan="{len(_VIEWS)}">'
+        f'<span class="title">{isolated(title)}</span>{badge}<div dir="auto">{text}</div></th>'
+        f"</tr><tr>{cells}</tr></tbody>"
+    )

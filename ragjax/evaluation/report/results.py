@@ -1,0 +1,326 @@
+"""What changed: the verdict in words, the systems side by side, and the paired differences."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ragjax.evaluation.records import METRICS, SYSTEMS
+from ragjax.evaluation.report.charts import interval_bar
+from ragjax.evaluation.report.html import (
+    details,
+    escape,
+    interval,
+    is_number,
+    isolated,
+    number,
+    signed,
+    table,
+)
+
+# (system, baseline) that a run is about; the first that was compared.
+_MAIN_PAIRS = (
+    ("after", "before"),
+    ("adapted", "dense"),
+    ("adapted", "before"),
+    ("after", "closed_book"),
+)
+_HEADLINES = ("recall@5", "mrr@10", "f1", "answer_nll")
+_LOWER_IS_BETTER = re.compile(
+    r"(.*[_/@])?(nll|loss|perplexity|brier|ece|aurc|calibration_error|error|hallucination|empty_answer)"
+)
+_MEANINGS = {
+    "recall@1": "a relevant passage is first (share of the relevant ones)",
+    "recall@5": "share of the relevant passages among the first 5",
+    "recall@20": "share of the relevant passages among the first 20",
+    "mrr@10": "1 / rank of the first relevant passage, 0 beyond rank 10",
+    "ndcg@10": "relevance of the first 10, discounted by rank",
+    "answer@5": "one of the first 5 passages contains an answer",
+    "exact_match": "the answer is right, word for word",
+    "f1": "words shared with a right answer",
+    "answer_nll": "nats per token of the right answer; lower is better",
+    "supported": "a passage that was read supports the answer",
+    "hallucination": "no passage supports the answer and it is wrong; lower is better",
+    "ece": "mean distance of probability from share of right answers; lower is better",
+    "brier": "mean squared distance of probability from 1 or 0; lower is better",
+    "auroc": "chance that a right answer is more probable than a wrong one",
+    "aurc": "mean error rate when only the most probable answers are given; lower is better",
+}
+_SYMBOLS = {"better": "\u25b2", "worse": "\u25bc", "undecided": "\u25cb", "same": "="}
+
+
+class Finding(NamedTuple):
+    """One paired difference and what it means."""
+
+    metric: str
+    system: str
+    baseline: str
+    before: float | None  # value of the baseline
+    after: float | None  # value of the system
+    value: float  # mean difference, with its 95 % interval
+    low: float
+    high: float
+    p_value: float | None
+    n: int | None
+    state: str  # "better", "worse", "undecided" or "same"
+
+
+def lower_is_better(metric: str) -> bool:
+    """Tells whether a smaller value of a metric is the better one."""
+    return _LOWER_IS_BETTER.fullmatch(metric) is not None
+
+
+def findings(
+    metrics: Mapping[str, Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]
+) -> list[Finding]:
+    """Returns the differences that are complete, with the values they lie between.
+
+    A difference is better or worse where its interval leaves zero out, the same where nothing
+    changed on any question, else undecided.
+
+    Args:
+        metrics: System to metric to `{"value": ..., "low": ..., "high": ...}`.
+        differences: `{"metric", "system", "baseline", "value", "low", "high", "p_value", "n"}`.
+    """
+    found = []
+    for row in differences:
+        numbers = [row.get(name) for name in ("value", "low", "high")]
+        if not all(map(is_number, numbers)):
+            continue
+        metric, system, baseline = (str(row.get(k)) for k in ("metric", "system", "baseline"))
+        value, low, high = (float(n) for n in numbers if n is not None)
+        state = "same" if value == low == high == 0 else "undecided"
+        if low > 0 or high < 0:
+            state = "better" if (low > 0) is not lower_is_better(metric) else "worse"
+        found.append(
+            Finding(
+                metric,
+                system,
+                baseline,
+                _value(metrics, baseline, metric),
+                _value(metrics, system, metric),
+                value,
+                low,
+                high,
+                row["p_value"] if is_number(row.get("p_value")) else None,
+                row["n"] if is_number(row.get("n")) else None,
+                state,
+            )  # fmt: skip
+        )
+    return found
+
+
+def main_pair(
+    metrics: Mapping[str, Any], differences: Sequence[Mapping[str, Any]]
+) -> tuple[str, str] | None:
+    """Returns the (system, baseline) that the run is about, None where nothing was compared."""
+    compared = [(str(row.get("system")), str(row.get("baseline"))) for row in differences]
+    known = [pair for pair in _MAIN_PAIRS if pair in compared]
+    there = [pair for pair in _MAIN_PAIRS if all(name in metrics for name in pair)]
+    return next(iter([*known, *compared, *there]), None)
+
+
+def verdict(found: Sequence[Finding], pair: tuple[str, str] | None) -> str:
+    """Returns one sentence, in plain text, on what the numbers of the main pair say.
+
+    For example "Better in 1 of 2 (after against before): recall@5 rose from .564 to .708 (+.144
+    [+.108, +.182]); no measurable change of f1 (+.010 [-.020, +.040])."
+    """
+    mine = headlines(found, pair)
+    if not mine or pair is None:
+        return "No two systems were compared, so there is nothing to say about a change."
+    order = list(_SYMBOLS)
+    said = "; ".join(_clause(one) for one in sorted(mine, key=lambda one: order.index(one.state)))
+    return f"{_opening(mine)} ({pair[0]} against {pair[1]}): {said}."
+
+
+def headlines(found: Sequence[Finding], pair: tuple[str, str] | None) -> list[Finding]:
+    """Returns up to four findings of the main pair: those that sum a run up, else the first."""
+    mine = [one for one in found if (one.system, one.baseline) == pair]
+    chosen = [one for name in _HEADLINES for one in mine if one.metric == name]
+    return chosen or mine[:3]
+
+
+def verdict_box(found: Sequence[Finding], pair: tuple[str, str] | None) -> str:
+    """Returns the verdict and a tile per headline."""
+    mine = headlines(found, pair)
+    decided = {one.state for one in mine} & {"better", "worse"}
+    name = decided.pop() if len(decided) == 1 else ""
+    tiles = "".join(_tile(one) for one in mine)
+    return f'<p class="verdict {name}"><bdi>{escape(verdict(found, pair))}</bdi></p>' + (
+        f'<ul class="tiles">{tiles}</ul>' if tiles else ""
+    )
+
+
+def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the systems side by side, every metric with its interval.
+
+    Args:
+        metrics: System to metric to `{"value": ..., "low": ..., "high": ...}`, with "n" and
+            "applicable".
+    """
+    systems = [name for name in SYSTEMS if name in metrics]
+    systems += [name for name in metrics if name not in SYSTEMS]
+    rows = [_metric_row(metrics, systems, name) for name in _metric_names(metrics)]
+    if any("n" in metrics[system] for system in systems):
+        rows.append(["questions", *(_whole(metrics[system].get("n")) for system in systems)])
+    return table(
+        ["metric", *(isolated(system) for system in systems)],
+        rows,
+        caption="Mean over the questions and its 95 % bootstrap interval; a star marks the best.",
+        name="results",
+    )
+
+
+def legend(metrics: Mapping[str, Mapping[str, Any]], notes: Mapping[str, str]) -> str:
+    """Returns what the systems and the metrics are, shown on demand.
+
+    Args:
+        metrics: System to metrics.
+        notes: System to what it is.
+    """
+    systems = [(name, notes[name]) for name in metrics if name in notes]
+    names = [(name, _MEANINGS[name]) for name in _metric_names(metrics) if name in _MEANINGS]
+    items = "".join(f"<dt>{isolated(a)}</dt><dd>{isolated(b)}</dd>" for a, b in systems + names)
+    title = "What the systems and the metrics are"
+    return details(title, f'<dl class="answers">{items}</dl>') if items else ""
+
+
+def differences_tables(found: Sequence[Finding], pair: tuple[str, str] | None) -> str:
+    """Returns the paired differences, those of the main pair first and open."""
+    pairs = list(dict.fromkeys((one.system, one.baseline) for one in found))
+    pairs.sort(key=lambda other: other != pair)  # stable: the rest stays in its order
+    parts = []
+    for system, baseline in pairs:
+        mine = [one for one in found if (one.system, one.baseline) == (system, baseline)]
+        counts = {state: sum(one.state == state for one in mine) for state in _SYMBOLS}
+        summary = f"{isolated(system)} against {isolated(baseline)}" + "".join(
+            f'<span class="chip {state}">{_SYMBOLS[state]} {count} {state}</span>'
+            for state, count in counts.items()
+            if count
+        )
+        parts.append(details(summary, _difference_table(mine, system, baseline), open=not parts))
+    return "".join(parts)
+
+
+def _value(metrics: Mapping[str, Mapping[str, Any]], system: str, metric: str) -> float | None:
+    cell = metrics.get(system, {}).get(metric)
+    value = cell.get("value") if isinstance(cell, Mapping) else None
+    return float(value) if value is not None and is_number(value) else None
+
+
+def _opening(found: Sequence[Finding]) -> str:
+    counts = [sum(one.state == state for one in found) for state in ("better", "worse")]
+    named = [
+        f"{word} in {count} of {len(found)}" if count < len(found) else word
+        for word, count in zip(("better", "worse"), counts, strict=True)
+        if count
+    ]
+    text = ", ".join(named) or "no measurable change"
+    return text[0].upper() + text[1:]
+
+
+def _clause(one: Finding) -> str:
+    change = interval(one.value, one.low, one.high)
+    if one.state == "same":
+        return f"{one.metric} stayed at {number(one.after)}"
+    if one.state == "undecided":
+        return f"no measurable change of {one.metric} ({change})"
+    verb = "rose" if one.value > 0 else "fell"
+    hint = ", lower is better" if lower_is_better(one.metric) else ""
+    if one.before is None or one.after is None:
+        return f"{one.metric} {verb} by {change}{hint}"
+    return f"{one.metric} {verb} from {number(one.before)} to {number(one.after)} ({change}{hint})"
+
+
+def _tile(one: Finding) -> str:
+    between = f"{number(one.before)}\u2009\u2192\u2009{number(one.after)}"
+    return (
+        f'<li class="{one.state}"><span>{isolated(one.metric)}</span><b>{between}</b>'
+        f"<span>{_state(one)} {interval(one.value, one.low, one.high)}</span></li>"
+    )
+
+
+def _state(one: Finding) -> str:
+    return f'<span class="state {one.state}">{_SYMBOLS[one.state]} {one.state}</span>'
+
+
+def _metric_row(
+    metrics: Mapping[str, Mapping[str, Any]], systems: Sequence[str], metric: str
+) -> list[str]:
+    values = {system: _value(metrics, system, metric) for system in systems}
+    there = [value for value in values.values() if value is not None]
+    best = (min if lower_is_better(metric) else max)(there, default=None)
+    # Where all are equal, none is best.
+    best = None if len(set(there)) < 2 else best
+    cells = []
+    for system in systems:
+        cell = metrics[system].get(metric)
+        if not isinstance(cell, Mapping) or values[system] is None:
+            cells.append('<span class="soft">\N{EN DASH}</span>')
+            continue
+        text = f"<b>{number(values[system])}</b>"
+        if is_number(cell.get("low")) and is_number(cell.get("high")):
+            text += f"<small>[{number(cell['low'])}, {number(cell['high'])}]</small>"
+        applicable = metrics[system].get("applicable")
+        if isinstance(applicable, Mapping) and metric in applicable:
+            text += f"<small>{_whole(applicable[metric])} questions</small>"
+        cells.append(f'<span class="best">{text}</span>' if values[system] == best else text)
+    return [isolated(metric), *cells]
+
+
+def _metric_names(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    named = dict.fromkeys(
+        name
+        for summary in metrics.values()
+        for name, cell in summary.items()
+        if isinstance(cell, Mapping) and "value" in cell
+    )
+    return [name for name in METRICS if name in named] + [n for n in named if n not in METRICS]
+
+
+def _whole(value: Any) -> str:
+    return f"{int(value):,}" if is_number(value) else "\N{EN DASH}"
+
+
+def _difference_table(found: Sequence[Finding], system: str, baseline: str) -> str:
+    # One axis for all that is a share; metrics in nats and the like have their own.
+    def unit(one: Finding) -> str:
+        return one.metric if lower_is_better(one.metric) else ""
+
+    limits: dict[str, float] = {}
+    for one in found:
+        ends = max(abs(one.low), abs(one.high), abs(one.value))
+        limits[unit(one)] = max(limits.get(unit(one), 0.0), ends)
+    rows = []
+    for one in found:
+        label = f"{one.metric}: {interval(one.value, one.low, one.high)}, {one.state}"
+        bar = interval_bar(one.value, one.low, one.high, limit=limits[unit(one)], label=label)
+        between = f"{number(one.before)} \u2192 {number(one.after)}"
+        rows.append(
+            [
+                isolated(one.metric),
+                _state(one),
+                f"<b>{signed(one.value)}</b><small>[{signed(one.low)}, {signed(one.high)}]</small>",
+                f'<span class="{one.state}">{bar}</span>',
+                between,
+                _p_value(one.p_value),
+                _whole(one.n),
+            ]
+        )
+    headers = ["metric", "", "difference", "around zero", "from \u2192 to", "p", "questions"]
+    headers[1] = '<span class="soft">verdict</span>'
+    return table(
+        headers,
+        rows,
+        caption=(
+            f"{system} minus {baseline} on the same questions, 95 % bootstrap interval, and p of a"
+            " paired sign-flip test. Each line stands alone: nothing is corrected for their number."
+        ),
+        name="differences",
+    )
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    return "&lt; .001" if value < 0.001 else number(value)

@@ -1,0 +1,1 @@
+"""Causal decoders: Llama, SmolLM2, Mistral, Qwen, Gemma 3."""

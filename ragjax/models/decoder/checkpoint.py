@@ -1,0 +1,198 @@
+"""Which checkpoint tensor fills which parameter of a causal decoder."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ragjax.models.decoder.config import DecoderConfig
+from ragjax.models.decoder.model import init_params
+from ragjax.models.decoder.trainable import join_layers
+from ragjax.models.files.key_table import KeyRule, apply_key_table, named_tensors, transpose
+
+# Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
+_LINEAR = {
+    "query": ("self_attn.q_proj", "attn_q"),
+    "key": ("self_attn.k_proj", "attn_k"),
+    "value": ("self_attn.v_proj", "attn_v"),
+    "output": ("self_attn.o_proj", "attn_output"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+_NORMS = {
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "feed_forward_norm": ("post_attention_layernorm", "ffn_norm"),
+}
+_HEAD_NORMS = {
+    "query_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "key_norm": ("self_attn.k_norm", "attn_k_norm"),
+}
+_SANDWICH_NORMS = {
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "attention_output_norm": ("post_attention_layernorm", "post_attention_norm"),
+    "feed_forward_norm": ("pre_feedforward_layernorm", "ffn_norm"),
+    "feed_forward_output_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+}
+# Where a Hugging Face folder keeps the text model, and its unembedding: alone, or beside a vision
+# tower as the hub's Gemma 3 files have it and as transformers 5 names it in memory.
+_PREFIXES = {
+    "model.": "lm_head.weight",
+    "language_model.model.": "language_model.lm_head.weight",
+    "model.language_model.": "lm_head.weight",
+}
+_VISION = ("vision_tower.*", "multi_modal_projector.*")
+
+
+class _Names(NamedTuple):
+    """What the tensors of one kind of file are called."""
+
+    column: int  # of the tables above
+    layer: str  # prefix of the layers, {} in the place of the number
+    embedding: str
+    final_norm: str
+    unembedding: str
+
+
+_GGUF = _Names(1, "blk.{}.", "token_embd.weight", "output_norm.weight", "output.weight")
+
+
+def params_from_huggingface(
+    config: DecoderConfig, tensors: Mapping[str, np.ndarray], *, source: str | Path
+) -> dict[str, Any]:
+    """Fills the parameters from tensors named as in a Hugging Face folder.
+
+    Args:
+        config: Sizes.
+        tensors: Tensor name to array.
+        source: Folder they came from, for the messages.
+
+    Returns:
+        Parameters as `ragjax.models.decoder.model` describes them, float32.
+
+    Raises:
+        ValueError: A tensor is missing, left over or of another shape.
+    """
+    prefix = next(
+        (prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in tensors), "model."
+    )
+    names = _huggingface_names(prefix)
+    # transformers before 4.31 stored the rotary frequencies; a tied head may be stored twice.
+    ignored = [f"{names.layer}self_attn.rotary_emb.inv_freq"]
+    ignored += [names.unembedding] if config.tie_embeddings else []
+    if prefix != "model.":
+        ignored += [*_VISION, *(f"model.{pattern}" for pattern in _VISION)]
+    table = _key_table(config, names, permuted=False)
+    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+
+
+def params_from_gguf(
+    config: DecoderConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    permuted: bool,
+    source: str | Path,
+) -> dict[str, Any]:
+    """Fills the parameters from dequantised tensors named as in a GGUF file.
+
+    Args:
+        config: Sizes.
+        tensors: Tensor name to float array.
+        permuted: True: the rows of q and k pair neighbouring entries (llama.cpp's `llama`
+            architecture) and are put back into the order that half-rotation needs.
+        source: File they came from, for the messages.
+
+    Returns:
+        Parameters as `ragjax.models.decoder.model` describes them, float32.
+
+    Raises:
+        ValueError: A tensor is missing, left over or of another shape.
+    """
+    table = _key_table(config, _GGUF, permuted=permuted)
+    # The factors of the rotary frequencies are part of the configuration.
+    ignored = ["rope_freqs.weight"]
+    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+
+
+def params_to_huggingface(config: DecoderConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Names the parameters as a Hugging Face folder does: the inverse of the loader.
+
+    Args:
+        config: Sizes.
+        params: Parameters; the layers in one stack or several.
+
+    Returns:
+        Tensor name to contiguous float array, ready for `safetensors.numpy.save_file`.
+    """
+    return named_tensors(join_layers(params), huggingface_key_table(config))
+
+
+def huggingface_key_table(config: DecoderConfig) -> dict[str, KeyRule]:
+    """Returns where each tensor of a Hugging Face folder goes."""
+    return _key_table(config, _huggingface_names("model."), permuted=False)
+
+
+def _huggingface_names(prefix: str) -> _Names:
+    return _Names(
+        0,
+        f"{prefix}layers.{{}}.",
+        f"{prefix}embed_tokens.weight",
+        f"{prefix}norm.weight",
+        _PREFIXES[prefix],
+    )
+
+
+def _shapes(config: DecoderConfig) -> dict[str, Any]:
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def _key_table(config: DecoderConfig, names: _Names, *, permuted: bool) -> dict[str, KeyRule]:
+    heads = {"query": config.num_heads, "key": config.num_kv_heads}
+    biased = dict.fromkeys(("query", "key", "value"), config.qkv_bias)
+    biased |= dict.fromkeys(("gate", "up", "down"), config.feed_forward_bias)
+    biased["output"] = config.output_bias
+    # GGUF files store the finished scales.
+    offset = config.family.norm_offset if names is _GGUF else 0.0
+    norm = _subtract(offset) if offset else _unchanged
+    table = {
+        names.embedding: KeyRule("embed/embedding"),
+        names.final_norm: KeyRule("final_norm/scale", norm),
+    }
+    for name, columns in _LINEAR.items():
+        restore = _unpermute(heads[name]) if permuted and name in heads else _unchanged
+        stem = names.layer + columns[names.column]
+        table[f"{stem}.weight"] = KeyRule(f"layers/{name}/kernel", _then(restore, transpose))
+        if biased[name]:
+            table[f"{stem}.bias"] = KeyRule(f"layers/{name}/bias", restore)
+    norms = _SANDWICH_NORMS if config.family.sandwich_norms else _NORMS
+    for name, columns in (norms | (_HEAD_NORMS if config.family.query_key_norm else {})).items():
+        stem = names.layer + columns[names.column]
+        table[f"{stem}.weight"] = KeyRule(f"layers/{name}/scale", norm)
+    if not config.tie_embeddings:
+        table[names.unembedding] = KeyRule("unembed/kernel", transpose)
+    return table
+
+
+def _subtract(offset: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda tensor: tensor - np.float32(offset)
+
+
+def _unchanged(tensor: np.ndarray) -> np.ndarray:
+    return tensor
+
+
+def _then(
+    first: Callable[[np.ndarray], np.ndarray], second: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda tensor: second(first(tensor))
+
+
+def _unpermute(num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
+    def restore(tensor: np.ndarray) -> np.ndarray:
+        pairs = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(tensor.shape)
+
+    return restore

@@ -1,0 +1,30 @@
+"""Causal decoders as a family: what loading, training, generation and export need of them."""
+
+from ragjax.models.decoder import model as decoder
+from ragjax.models.decoder.cache import CachedDecoder
+from ragjax.models.decoder.checkpoint import (
+    huggingface_key_table,
+    params_from_huggingface,
+    params_to_huggingface,
+)
+from ragjax.models.decoder.config import (
+    MODEL_TYPES,
+    format_huggingface_config,
+    parse_huggingface_config,
+)
+from ragjax.models.decoder.trainable import merge_trainable, split_trainable
+from ragjax.models.families import LMFamily
+
+FAMILY = LMFamily(
+    model_types=MODEL_TYPES,
+    parse_config=parse_huggingface_config,
+    format_config=format_huggingface_config,
+    load_params=params_from_huggingface,
+    save_params=params_to_huggingface,
+    token_log_probs=decoder.token_log_probs,
+    make_decoder=CachedDecoder,
+    split_trainable=split_trainable,
+    merge_trainable=merge_trainable,
+    packed_token_log_probs=decoder.packed_token_log_probs,
+    key_table=huggingface_key_table,
+)

@@ -1,0 +1,105 @@
+"""Publishes a model folder: written beside its name, read back, only then renamed into place."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ragjax.models.export.weights import Weights, check_weights, write_weights
+
+_MARGIN = 1 << 20  # bytes left free, for what the file system itself needs
+
+
+class ModelFolder(NamedTuple):
+    """What a folder is going to hold."""
+
+    files: Mapping[str, str]  # path in the folder -> text
+    weights: Mapping[str, Weights]  # path of a subfolder, "" for the folder itself -> its tensors
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every file, by its path in the folder."""
+        sizes = {path: len(text.encode()) for path, text in self.files.items()}
+        for place, weights in self.weights.items():
+            prefix = f"{place}/" if place else ""
+            sizes |= {prefix + shard.file: shard.size for shard in weights.shards}
+            if weights.index is not None:
+                sizes[f"{prefix}model.safetensors.index.json"] = len(weights.index.encode())
+        return dict(sorted(sizes.items()))
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    folder: Path
+    sizes: dict[str, int]  # bytes of every file, by its path in the folder
+    num_tensors: int  # read back and found equal, bit for bit
+
+
+def check_destination(folder: Path, *, size: int = 0) -> None:
+    """Check that a folder can be made: nothing is there yet, and the disk has room.
+
+    Args:
+      folder: may exist if it is empty.
+      size: bytes that are going to be written.
+
+    Raises:
+      ValueError: there is something at that path.
+      OSError: not enough room.
+    """
+    folder = folder.absolute()
+    if folder.is_dir():
+        if found := sorted(path.name for path in folder.iterdir()):
+            raise ValueError(
+                f"{folder} is not empty (it holds {', '.join(found[:3])}); nothing is overwritten, "
+                "give another folder"
+            )
+    elif folder.exists():
+        raise ValueError(f"{folder} is a file; give a folder")
+    existing = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size + _MARGIN:
+        raise OSError(
+            f"{folder}: {size / 1e6:,.0f} MB are to be written, {free / 1e6:,.0f} MB are free there"
+        )
+
+
+def publish(contents: ModelFolder, folder: Path) -> Exported:
+    """Write a folder so that it is there whole, or not at all.
+
+    A process that is killed leaves a hidden folder `.NAME.*.partial` beside, and nothing else.
+
+    Args:
+      contents: what to write.
+      folder: must not exist, or be empty; parents are made.
+
+    Raises:
+      ValueError, OSError: as `check_destination`; also where a file reads back differently.
+    """
+    folder = folder.absolute()
+    sizes = contents.sizes()
+    check_destination(folder, size=sum(sizes.values()))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    scratch.mkdir()
+    try:
+        for path, text in contents.files.items():
+            _write_text(scratch / path, text)
+        num_tensors = 0
+        for place, weights in contents.weights.items():
+            (scratch / place).mkdir(exist_ok=True)
+            write_weights(weights, scratch / place)
+            num_tensors += check_weights(weights, scratch / place)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Exported(folder, sizes, num_tensors)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,133 @@
+"""The text files of a language model's folder, as transformers writes them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ragjax.models.export.base import BaseModel
+from ragjax.models.export.card import Card, Use, format_card
+from ragjax.models.export.tokenizer import (
+    check_tokenizer,
+    to_json,
+    tokenizer_files,
+    with_first_token,
+)
+from ragjax.models.language_model import LanguageModel
+
+# Not of this checkpoint any more, or not to be trusted.
+_DROPPED = ("auto_map", "quantization_config", "transformers_version", "_name_or_path", "dtype")
+
+
+def language_model_files(
+    lm: LanguageModel, base: BaseModel, card: Card, *, dtype: str
+) -> dict[str, str]:
+    """Make every file but the weights.
+
+    Args:
+      lm: architecture and tokenizer.
+      base: what the base model's files say.
+      card: what the caller knows.
+      dtype: of the weights.
+
+    Returns:
+      File name → contents.
+    """
+    check_tokenizer(lm.tokenizer, lm.config.vocab_size)
+    config = model_config(base, lm.family, lm.config, dtype=dtype)
+    ids = _token_ids(lm, base)
+    names = {
+        f"{role}_token": lm.tokenizer.id_to_token(index[0] if isinstance(index, list) else index)
+        for role, index in ids.items()
+    }
+    config |= {f"{role}_token_id": index for role, index in ids.items()}
+    generation = {k: v for k, v in base.generation_config.items() if k not in _DROPPED}
+    for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        if config.get(name) is not None:
+            generation.setdefault(name, config[name])
+    generation |= {f"{role}_token_id": index for role, index in ids.items()}
+    return {
+        **base.notices,
+        "config.json": to_json(config),
+        "generation_config.json": to_json(generation),
+        **tokenizer_files(
+            with_first_token(lm.tokenizer, lm.bos_id),
+            base,
+            tokens=names,
+            max_length=lm.max_length,
+        ),
+        "README.md": format_card(card, base, _use(lm, config), title=_title(base)),
+    }
+
+
+def model_config(base: BaseModel, family: Any, config: Any, *, dtype: str) -> dict[str, Any]:
+    """Make the contents of config.json.
+
+    Args:
+      base: what the base model's files say.
+      family: `EncoderFamily` or `LMFamily`.
+      config: sizes of the exported model.
+      dtype: of the weights.
+
+    Returns:
+      The base model's own file where it describes this model, else what the family writes.
+    """
+    plain: dict[str, Any] = family.format_config(config)
+    if base.config.get("model_type") == plain["model_type"] and _describes(base, family, config):
+        kept = {name: value for name, value in base.config.items() if name not in _DROPPED}
+        plain = kept | {"architectures": plain["architectures"]}
+    # Older versions of transformers know only this name for it, newer ones both.
+    return plain | {"torch_dtype": dtype}
+
+
+def auto_class(lm: LanguageModel) -> str:
+    """Return the class of transformers that loads the exported folder."""
+    return "AutoModelForSeq2SeqLM" if lm.family.has_encoder else "AutoModelForCausalLM"
+
+
+def _describes(base: BaseModel, family: Any, config: Any) -> bool:
+    # transformers 5 moves some fields of config.json to generation_config.json.
+    declared = {name: value for name, value in base.config.items() if value is not None}
+    try:
+        return family.parse_config({**base.generation_config, **declared}) == config
+    except ValueError:
+        return False
+
+
+def _token_ids(lm: LanguageModel, base: BaseModel) -> dict[str, Any]:
+    """Return the ids of the special tokens by role: bos, eos, pad."""
+    ids: dict[str, Any] = {"pad": lm.pad_id}
+    if lm.eos_ids:
+        ids["eos"] = lm.eos_ids[0] if len(lm.eos_ids) == 1 else list(lm.eos_ids)
+    bos = lm.bos_id
+    for declared in (base.generation_config, base.config):
+        bos = declared.get("bos_token_id") if bos is None else bos
+    if isinstance(bos, int):
+        ids["bos"] = bos
+    return ids
+
+
+def _title(base: BaseModel) -> str:
+    return f"{base.source.rpartition('/')[2]}, a language model exported from ragjax"
+
+
+def _use(lm: LanguageModel, config: Mapping[str, Any]) -> Use:
+    auto = auto_class(lm)
+    task = "text2text-generation" if lm.family.has_encoder else "text-generation"
+    return Use(
+        library="transformers",
+        pipeline=task,
+        tags=("ragjax", "retrieval-augmented-generation"),
+        summary=(
+            f"A language model of type `{config['model_type']}` for up to {lm.max_length:,} tokens."
+        ),
+        examples={
+            "transformers": (
+                f"from transformers import {auto}, AutoTokenizer\n\n"
+                f'model = {auto}.from_pretrained("FOLDER")\n'
+                'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+            ),
+            "ragjax": (
+                "from ragjax.models import load_language_model\n\n"
+                'lm = load_language_model("FOLDER")'
+            ),
+        },
+    )

@@ -1,0 +1,1 @@
+"""Reading checkpoints: where they are, their configs, tokenizers and tensors."""

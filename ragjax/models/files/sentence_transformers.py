@@ -1,0 +1,269 @@
+"""Reads what a sentence-transformers folder says about the use of its encoder.
+
+Folders of sentence-transformers 2 to 6 are read; nothing of that package is imported.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ragjax.models.files.config import read_json
+from ragjax.models.files.key_table import KeyRule, apply_key_table, read_safetensors, transpose
+from ragjax.models.layers.head import ACTIVATIONS, Dense, Normalize, Step
+from ragjax.models.layers.pooling import POOLINGS
+from ragjax.models.layers.stacks import Params
+
+logger = logging.getLogger(__name__)
+
+_QUERY_PROMPTS = ("query",)
+_DOC_PROMPTS = ("document", "passage", "corpus")
+# Until version 5: one switch per mode. In the order in which several are concatenated.
+_OLD_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+# What well-known models were trained with though their folders do not say so:
+# (hub id, query prefix, document prefix), from their model cards.
+_BGE = "Represent this sentence for searching relevant passages: "
+_KNOWN_PROMPTS = (
+    (
+        r"intfloat/(e5-(small|base|large)(-v2|-unsupervised)?|multilingual-e5-(small|base|large))",
+        "query: ",
+        "passage: ",
+    ),
+    (r"BAAI/bge-(small|base|large)-en(-v1\.5)?", _BGE, ""),
+    (r"BAAI/bge-(small|base|large)-zh(-v1\.5)?", "为这个句子生成表示以用于检索相关文章：", ""),
+    (r"mixedbread-ai/mxbai-embed-large-v1", _BGE, ""),
+    (r"Snowflake/snowflake-arctic-embed-(xs|s|m|l)", _BGE, ""),
+    (r"nomic-ai/modernbert-embed-base", "search_query: ", "search_document: "),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a folder says about the use of its encoder; None where it says nothing."""
+
+    folder: Path  # of the transformer: the folder itself, or one below it
+    pooling: str | None  # modes joined by "+"
+    steps: tuple[Step, ...]  # what follows the pooling
+    projection: Params  # parameters of the Dense steps, as `ragjax.models.layers.head` numbers them
+    max_length: int | None  # tokens per text
+    lowercase: bool
+    query_prefix: str | None
+    doc_prefix: str | None
+    truncate_dim: int | None
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Read the sentence-transformers files of a folder.
+
+    Args:
+      folder: a Hugging Face model folder; with `modules.json` it is a sentence-transformers one.
+
+    Raises:
+      FileNotFoundError: the weights of a Dense module are missing.
+      ValueError: a file is damaged or asks for what ragjax does not compute; names it.
+    """
+    file = folder / "modules.json"
+    transformer, pooling = folder, None
+    steps: list[Step] = []
+    projection: Params = {}
+    for path, name in _modules(file):
+        if name == "Transformer":
+            transformer = path
+        elif name == "Pooling":
+            pooling = _read_pooling(path / "config.json")
+        elif name == "Normalize":
+            _check_place(path / "config.json", read_json(path / "config.json"))
+            steps.append(Normalize())
+        else:
+            dense, params = _read_dense(path)
+            projection[str(len(projection))] = params
+            steps.append(dense)
+    settings = _read_settings(transformer)
+    declared = read_json(folder / "config_sentence_transformers.json")
+    query_prefix, doc_prefix = _prompts(folder / "config_sentence_transformers.json", declared)
+    return Recipe(
+        folder=transformer,
+        pooling=pooling,
+        steps=tuple(steps),
+        projection=projection,
+        max_length=settings.get("max_seq_length"),
+        lowercase=bool(settings.get("do_lower_case")),
+        query_prefix=query_prefix,
+        doc_prefix=doc_prefix,
+        truncate_dim=_truncate_dim(folder / "config_sentence_transformers.json", declared),
+    )
+
+
+def known_prompts(names: Sequence[str | None]) -> tuple[str, str] | None:
+    """Look up the prefixes that a well-known model was trained with.
+
+    Args:
+      names: where the model may be named: the source as the user gave it, `_name_or_path`.
+
+    Returns:
+      (query prefix, document prefix), None for a model that the table does not list.
+    """
+    for name in names:
+        # The hub's cache keeps ORG/NAME in models--ORG--NAME/snapshots/REVISION.
+        place = re.sub(r"models--([^/]+?)--([^/]+)/snapshots/.*", r"\1/\2", name or "")
+        for pattern, query_prefix, doc_prefix in _KNOWN_PROMPTS:
+            if re.fullmatch(rf"(.*[/:])?{pattern}(@.*)?/?", place):
+                return query_prefix, doc_prefix
+    return None
+
+
+def _modules(file: Path) -> list[tuple[Path, str]]:
+    """Return the folder and the kind of each module, in the order in which they run."""
+    found = []
+    for module in read_json(file, list):
+        kind = str(module.get("type", "")) if isinstance(module, Mapping) else repr(module)
+        path = str(module.get("path", "")) if isinstance(module, Mapping) else ""
+        name = kind.rpartition(".")[2]
+        if name not in ("Transformer", "Pooling", "Normalize", "Dense"):
+            raise ValueError(
+                f"{file}: module {kind!r} is not supported; a Transformer followed by Pooling, "
+                "Dense and Normalize is"
+            )
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"{file}: path {path!r} of module {kind!r} leaves the folder")
+        found.append((file.parent / path, name))
+    names = [name for _, name in found]
+    if names and (names[:2] != ["Transformer", "Pooling"] or len(set(names[:2]) & {*names[2:]})):
+        raise ValueError(
+            f"{file}: modules {names} are not supported; one Transformer, then one Pooling, then "
+            "any of Dense and Normalize are"
+        )
+    return found
+
+
+def _read_pooling(path: Path) -> str:
+    """Return the pooling that a Pooling module is set to, modes joined by "+"."""
+    config = read_json(path)
+    modes = [mode for key, mode in _OLD_POOLINGS.items() if config.get(key)]
+    unknown = [
+        key
+        for key, on in config.items()
+        if key.startswith("pooling_mode_") and on and key not in _OLD_POOLINGS
+    ]
+    if mode := config.get("pooling_mode"):
+        modes, unknown = (mode if isinstance(mode, list) else [mode]), []
+    modes = [*modes, *unknown] or ["mean"]
+    if any(not isinstance(mode, str) or mode not in POOLINGS for mode in modes):
+        raise ValueError(
+            f"{path}: pooling {modes} is not supported; modes of {', '.join(POOLINGS)} are"
+        )
+    if config.get("include_prompt") is False:
+        raise ValueError(
+            f"{path}: include_prompt is false: pooling that leaves out the tokens of the prompt is "
+            "not supported, as encode(params, tokens) does not see where a prompt ends"
+        )
+    return "+".join(modes)
+
+
+def _read_dense(folder: Path) -> tuple[Dense, Params]:
+    """Read one Dense module: what it does and its parameters."""
+    path = folder / "config.json"
+    config = read_json(path)
+    _check_place(path, config)
+    if config.get("use_residual"):
+        raise ValueError(f"{path}: use_residual is true, which is not supported")
+    sizes = [config.get(field) for field in ("in_features", "out_features")]
+    if not all(isinstance(size, int) and 0 < size < 2**31 for size in sizes):
+        raise ValueError(
+            f"{path}: in_features and out_features must be positive whole numbers, got {sizes}"
+        )
+    declared = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = declared.rpartition(".")[2]
+    if not declared.startswith("torch.nn.") or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{path}: activation_function {declared!r} is not supported; those of torch.nn named "
+            f"{', '.join(ACTIVATIONS)} are"
+        )
+    dense = Dense(
+        inputs=sizes[0],
+        outputs=sizes[1],
+        use_bias=bool(config.get("bias", True)),
+        activation=activation,
+    )
+    params = apply_key_table(
+        read_safetensors(folder), dense_key_table(dense), dense_shapes(dense), source=folder
+    )
+    return dense, params
+
+
+def dense_key_table(dense: Dense) -> dict[str, KeyRule]:
+    """Return where each tensor of a Dense module's file goes."""
+    table = {"linear.weight": KeyRule("kernel", transpose)}
+    return table | ({"linear.bias": KeyRule("bias")} if dense.use_bias else {})
+
+
+def dense_shapes(dense: Dense) -> dict[str, np.ndarray]:
+    """Return the parameters of a Dense module as arrays of the right shape that hold nothing."""
+
+    def empty(*shape: int) -> np.ndarray:
+        return np.broadcast_to(np.float32(0), shape)
+
+    bias = {"bias": empty(dense.outputs)} if dense.use_bias else {}
+    return {"kernel": empty(dense.inputs, dense.outputs)} | bias
+
+
+def _check_place(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a module that works on something else than the pooled embedding."""
+    for field in ("module_input_name", "module_output_name"):
+        if (name := config.get(field) or "sentence_embedding") != "sentence_embedding":
+            raise ValueError(f"{path}: {field} {name!r} is not supported, sentence_embedding is")
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return `max_seq_length` and `do_lower_case` of a Transformer module."""
+    # Old versions named the file after the model: sentence_roberta_config.json, ...
+    files = [folder / "sentence_bert_config.json", *sorted(folder.glob("sentence_*_config.json"))]
+    path = next((file for file in files if file.is_file()), files[0])
+    settings = read_json(path)
+    if settings.get("max_seq_length") is None:
+        # From version 6 on, the tokenizer alone holds it; 1e30 stands for no limit.
+        tokenizer = read_json(folder / "tokenizer_config.json")
+        settings["max_seq_length"] = tokenizer.get("model_max_length")
+    length = settings["max_seq_length"]
+    if length is not None and (not isinstance(length, int | float) or length < 1):
+        raise ValueError(f"{path}: max_seq_length must be a positive number, got {length!r}")
+    return settings
+
+
+def _prompts(path: Path, declared: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return the texts put before queries and documents, as encode_query and encode_document do."""
+    prompts = declared.get("prompts") or {}
+    if not isinstance(prompts, Mapping) or any(
+        not isinstance(text, str | None) for text in prompts.values()
+    ):
+        raise ValueError(f"{path}: prompts must be an object of texts, got {prompts!r}")
+    default_name = declared.get("default_prompt_name")
+    if default_name is not None and default_name not in prompts:
+        raise ValueError(
+            f"{path}: default_prompt_name {default_name!r} is not one of the prompts "
+            f"{sorted(prompts)}"
+        )
+    default = None if default_name is None else prompts[default_name] or ""
+
+    def first(names: Sequence[str]) -> str | None:
+        return next((prompts[name] or "" for name in names if name in prompts), default)
+
+    return first(_QUERY_PROMPTS), first(_DOC_PROMPTS)
+
+
+def _truncate_dim(path: Path, declared: Mapping[str, Any]) -> int | None:
+    size = declared.get("truncate_dim")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"{path}: truncate_dim must be a positive whole number, got {size!r}")
+    return size

@@ -1,0 +1,1 @@
+"""Layers shared by the architectures, and the trees they are made of."""

@@ -1,0 +1,218 @@
+"""Fusion-in-Decoder: contexts encoded one by one, a decoder that attends to all of them at once.
+
+    log_probs = fusion_token_log_probs(lm.config, lm.params, batch)  # [B, T], trains the reader
+    mass = fusion_attention_mass(lm.config, lm.params, batch)        # [B, K]
+    target = ragjax.losses.lsr_target(mass, temperature=0.1)         # ADist, for the retriever
+    decoder = fusion_decoder(lm.config)                              # for ragjax.generation
+
+For T5 and BART. Shapes: B questions, K contexts each, L context slots, T target slots, A all heads
+of all layers, E hidden. A context without tokens is as if it were not there.
+
+References:
+    Izacard and Grave, 2021, "Leveraging Passage Retrieval with Generative Models for Open Domain
+    Question Answering", section 3.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from ragjax.losses import attention_mass
+from ragjax.models.seq2seq.cache import CachedSeq2Seq, Prefilled, start
+from ragjax.models.seq2seq.layers import KeyValues, Layer
+from ragjax.models.seq2seq.model import (
+    Observer,
+    Params,
+    Seq2SeqConfig,
+    check_batch,
+    decode,
+    encode,
+    shift_right,
+    target_log_probs,
+)
+
+
+class FusionBatch(NamedTuple):
+    """The contexts of each question and its target."""
+
+    context_ids: Array  # [B, K, L] int32, each context with its question; padded on either side
+    context_mask: Array  # [B, K, L] bool, True = real token
+    target_ids: Array  # [B, T] int32, padded on the right
+    target_mask: Array  # [B, T] bool, True = token counts
+
+
+class FusionAttention(NamedTuple):
+    """What `ragjax.losses.attention_mass` takes."""
+
+    attention: Array  # [B, A, T, K, L] float32, cross-attention probabilities
+    value_norms: Array  # [B, A, K, L] float32, norms of the value vectors
+
+
+def fusion_token_log_probs(
+    config: Seq2SeqConfig, params: Params, batch: FusionBatch, *, remat: bool = False
+) -> Array:
+    """Scores the target tokens given all contexts: log p(y_t | c_1 … c_K, y_<t).
+
+    Encoding costs K·L², decoding attends to K·L states; a causal decoder would need (K·L)².
+
+    Args:
+        config: Sizes.
+        params: Parameters, the same as for one context.
+        batch: Contexts and targets.
+        remat: True: recompute each layer in the backward pass.
+
+    Returns:
+        `[B, T]` float32 in nats, exactly 0 where `target_mask` is False.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+
+    Gradients:
+        With respect to `params`; a context without tokens contributes nothing.
+    """
+    check_batch(batch, context_rank=3)
+    encoded, mask = _encode(config, params, batch.context_ids, batch.context_mask, remat=remat)
+    return target_log_probs(
+        config, params, encoded, mask, batch.target_ids, batch.target_mask, remat=remat
+    )
+
+
+def fusion_attention(config: Seq2SeqConfig, params: Params, batch: FusionBatch) -> FusionAttention:
+    """Returns how much each target token attends to each context token, at every head and layer.
+
+    `fusion_attention_mass` needs far less memory where only its sum is wanted.
+
+    Args:
+        config: Sizes.
+        params: Parameters.
+        batch: Contexts and targets.
+
+    Returns:
+        Probabilities `[B, A, T, K, L]`, layer by layer, when y_t is predicted; and the norms of
+        the value vectors `[B, A, K, L]`. Both are without meaning for a question whose contexts
+        are all empty.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    check_batch(batch, context_rank=3)
+    questions, contexts, length = batch.context_ids.shape
+    per_context = (contexts, length)
+
+    def observe(layer: Layer, asked: Array, memory: KeyValues) -> FusionAttention:
+        return _look(layer, asked, memory, batch)
+
+    seen = _observe(config, params, batch, observe)  # leaves [N, B, H, ...]
+    attention, norms = (leaf.swapaxes(0, 1) for leaf in seen)
+    slots = attention.shape[3]
+    return FusionAttention(
+        attention.reshape(questions, -1, slots, *per_context),
+        norms.reshape(questions, -1, *per_context),
+    )
+
+
+def fusion_attention_mass(config: Seq2SeqConfig, params: Params, batch: FusionBatch) -> Array:
+    """Scores each context by the attention paid to it, weighted by the values' norms (ADist).
+
+    Equals `ragjax.losses.attention_mass` of `fusion_attention`, one layer at a time.
+
+    Args:
+        config: Sizes.
+        params: Parameters.
+        batch: Contexts and targets.
+
+    Returns:
+        `[B, K]` float32, 0 for a context without tokens; `ragjax.losses.lsr_target` makes the
+        retriever's target of it.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+
+    References:
+        Izacard et al., 2023, "Atlas: Few-shot Learning with Retrieval Augmented Language Models",
+        section 2.2 (attention distillation).
+    """
+    check_batch(batch, context_rank=3)
+
+    def observe(layer: Layer, asked: Array, memory: KeyValues) -> Array:
+        return attention_mass(
+            *_look(layer, asked, memory, batch),
+            context_mask=batch.context_mask,
+            token_mask=batch.target_mask,
+        )
+
+    return _observe(config, params, batch, observe).mean(axis=0)
+
+
+@dataclass(frozen=True)
+class FusionDecoder(CachedSeq2Seq):
+    """Generates one answer a question from all its contexts; hashable.
+
+    As the `decoder` of `ragjax.generation.generate_greedy`, with contexts `[B, K, L]`: everything
+    after `prefill` is that of one long context.
+    """
+
+    def prefill(self, params: Params, ids: Array, mask: Array, *, cache_length: int) -> Prefilled:
+        """Reads the contexts of each question and returns the logits of the answer's first token.
+
+        Args:
+            params: Parameters.
+            ids: `[B, K, L]` int32, padded on either side.
+            mask: `[B, K, L]` bool, True = real token.
+            cache_length: K plus the number of tokens to append: `ids.shape[1]` and the tokens, as
+                for a single context.
+
+        Returns:
+            Logits `[B, V]` and the cache.
+
+        Raises:
+            ValueError: `cache_length` is below K, or the shapes differ.
+        """
+        if ids.ndim != 3 or ids.shape != mask.shape or min(ids.shape[1:]) < 1:
+            raise ValueError(
+                f"ids and mask must both be [B, K >= 1, L >= 1], got {ids.shape} and {mask.shape}"
+            )
+        if cache_length < ids.shape[1]:
+            raise ValueError(
+                f"cache_length={cache_length} is below the number of contexts ({ids.shape[1]})"
+            )
+        encoded, joined = _encode(self.config, params, ids, mask)
+        return start(self.config, params, encoded, joined, slots=cache_length - ids.shape[1] + 1)
+
+
+def fusion_decoder(config: Seq2SeqConfig) -> FusionDecoder:
+    """Returns what `ragjax.generation` calls a decoder, reading K contexts a question.
+
+    Args:
+        config: Sizes of a T5 or BART model: `LanguageModel.config`.
+    """
+    return FusionDecoder(config)
+
+
+def _encode(
+    config: Seq2SeqConfig, params: Params, ids: Array, mask: Array, *, remat: bool = False
+) -> tuple[Array, Array]:
+    """Encodes each context alone; returns the states `[B, K * L, E]` and their mask."""
+    questions, contexts, length = ids.shape
+    flat = encode(config, params, ids.reshape(-1, length), mask.reshape(-1, length), remat=remat)
+    return flat.reshape(questions, contexts * length, -1), mask.reshape(questions, -1)
+
+
+def _observe(config: Seq2SeqConfig, params: Params, batch: FusionBatch, observer: Observer) -> Any:
+    encoded, mask = _encode(config, params, batch.context_ids, batch.context_mask)
+    ids = shift_right(config, batch.target_ids)
+    return decode(config, params, ids, memory=encoded, memory_mask=mask, observe=observer)[2]
+
+
+def _look(layer: Layer, asked: Array, memory: KeyValues, batch: FusionBatch) -> FusionAttention:
+    """Returns one layer's attention `[B, H, T, K, L]` and value norms `[B, H, K, L]`."""
+    questions, contexts, length = batch.context_mask.shape
+    mask = batch.context_mask.reshape(questions, 1, 1, -1)
+    attention = layer.cross_attention.weights(asked, memory, mask=mask)
+    norms = jnp.linalg.norm(memory.values.astype(jnp.float32), axis=-1)
+    return FusionAttention(
+        attention.reshape(*attention.shape[:3], contexts, length),
+        norms.reshape(*norms.shape[:2], contexts, length),
+    )

@@ -1,0 +1,417 @@
+"""What all encoder-decoder models here share: encoding contexts, scoring targets.
+
+Shapes: R rows, L context slots, T target slots, S slots that are attended to, N layers, E hidden,
+H heads, D head width, V vocabulary. Parameters are a nested dict of arrays:
+
+    {"embed": {"embedding": [V, E]},
+     "encoder": {"layers": {...}, ...}, "decoder": {"layers": {...}, ...},
+     "unembed": {"kernel": [E, V]},                     (absent where embeddings are tied)
+     "final_bias": {"bias": [1, V]}}                    (absent where it is zero)
+
+The leaves of "layers" are identical layers stacked on axis 0, which `nnx_trees.over_layers` runs. A
+side's "layers" may also be a tuple of such stacks, run in turn (`seq2seq_training`).
+
+References:
+    Vaswani et al., 2017, "Attention Is All You Need", section 3.
+"""
+
+import abc
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from ragjax.losses import chunked_token_log_probs
+from ragjax.models.inputs import LMBatch
+from ragjax.models.layers import stacks as nnx_trees
+from ragjax.models.layers.stacks import over_layers
+from ragjax.models.seq2seq.layers import KeyValues, Layer
+
+ENCODER, DECODER = "encoder", "decoder"
+Params = dict[str, Any]
+# (layer, what asks the cross-attention [R, T, E], its keys and values [R, H, L, D]) -> any pytree.
+Observer = Callable[[Layer, Array, KeyValues], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(abc.ABC):
+    """Sizes of an encoder-decoder model and what its family does in its own way; hashable.
+
+    Attributes:
+        vocab_size: Rows of the embedding table.
+        hidden_size: Width of the residual stream.
+        num_layers: Layers of the decoder.
+        num_encoder_layers: Layers of the encoder.
+        max_positions: Longest context and longest target in tokens.
+        decoder_start_id: Token that the decoder reads before the first target.
+        forced_first_id: The only token that a generated answer may begin with, or None. Scores
+            are not touched by it.
+        tie_embeddings: True: the unembedding is the embedding table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_encoder_layers: int
+    max_positions: int
+    decoder_start_id: int
+    forced_first_id: int | None = None
+    tie_embeddings: bool = True
+
+    def check_sizes(self, *names: str) -> None:
+        """Refuses fields below 1.
+
+        Raises:
+            ValueError: One of the named fields, or of the common ones, is not positive, or a token
+                id is outside the vocabulary.
+        """
+        common = ("vocab_size", "hidden_size", "num_layers", "num_encoder_layers", "max_positions")
+        for name in (*common, *names):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("decoder_start_id", "forced_first_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{name} must be a token id below vocab_size = {self.vocab_size}, got {value}"
+                )
+
+    @abc.abstractmethod
+    def make_layer(self, side: str, rngs: nnx.Rngs) -> Layer:
+        """Makes one layer of `ENCODER` or `DECODER` with random weights."""
+
+    @abc.abstractmethod
+    def init_outer(self, side: str, key: Array) -> Params:
+        """Draws the parameters of a side that stand outside its layers."""
+
+    @abc.abstractmethod
+    def enter(self, outer: Params, side: str, embedded: Array, positions: Array) -> Array:
+        """Turns token embeddings `[R, T, E]` at positions `[R, T]` into the first hidden states."""
+
+    @abc.abstractmethod
+    def leave(self, outer: Params, side: str, hidden: Array) -> Array:
+        """Turns the last layer's hidden states `[R, T, E]` into the side's output."""
+
+    @abc.abstractmethod
+    def position_bias(
+        self, outer: Params, side: str, query_slots: Array, key_slots: Array
+    ) -> Array | None:
+        """Returns what positions add to self-attention's scores, `[1, H, T, S]`, or None."""
+
+    @property
+    def position_limit(self) -> int | None:
+        """Most slots that a side has positions for; None: as many as there are."""
+        return None
+
+    @property
+    @abc.abstractmethod
+    def output_scale(self) -> float:
+        """Factor of the decoder's output before the unembedding."""
+
+
+def init_params(config: Seq2SeqConfig, key: Array) -> Params:
+    """Draws random float32 parameters, in the layout of the module docstring.
+
+    Args:
+        config: Sizes.
+        key: A `jax.random` key.
+
+    Returns:
+        Nested dict of arrays.
+    """
+    embed_key, unembed_key, *side_keys = jax.random.split(key, 4)
+    shape = (config.vocab_size, config.hidden_size)
+    params: Params = {"embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape)}}
+    sizes = {ENCODER: config.num_encoder_layers, DECODER: config.num_layers}
+    for (side, num_layers), side_key in zip(sizes.items(), side_keys, strict=True):
+        keys = jax.random.split(side_key, num_layers + 1)
+
+        def init_layer(layer_key: Array, side: str = side) -> Params:
+            return nnx_trees.split(config.make_layer(side, nnx.Rngs(layer_key)))[1]
+
+        layers = jax.vmap(init_layer)(keys[1:])
+        params[side] = {**config.init_outer(side, keys[0]), "layers": layers}
+    if not config.tie_embeddings:
+        params["unembed"] = {"kernel": 0.02 * jax.random.normal(unembed_key, shape[::-1])}
+    return params
+
+
+def token_log_probs(
+    config: Seq2SeqConfig, params: Params, batch: LMBatch, *, remat: bool = False
+) -> Array:
+    """Scores the target tokens given their context: log p(y_t | c, y_<t).
+
+    The encoder reads the context, wherever it is padded; the decoder reads `decoder_start_id` and
+    the targets. Exactly the given target ids are scored: tokenise them as the model was trained
+    (T5: ending with </s>; BART: <s> … </s>), and contexts likewise.
+
+    Args:
+        config: Sizes.
+        params: Parameters.
+        batch: Contexts padded on either side and right-padded targets, `[R, L]` and `[R, T]`.
+        remat: True: recompute each layer in the backward pass instead of keeping its
+            intermediate values (less memory, about a third more work).
+
+    Returns:
+        `[R, T]` float32 in nats, exactly 0 where `target_mask` is False.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+
+    Gradients:
+        With respect to `params`; a row whose context is empty still has a finite gradient.
+    """
+    check_batch(batch)
+    encoded = encode(config, params, batch.context_ids, batch.context_mask, remat=remat)
+    return target_log_probs(
+        config,
+        params,
+        encoded,
+        batch.context_mask,
+        batch.target_ids,
+        batch.target_mask,
+        remat=remat,
+    )
+
+
+def encode(
+    config: Seq2SeqConfig, params: Params, ids: Array, mask: Array, *, remat: bool = False
+) -> Array:
+    """Reads contexts.
+
+    Args:
+        config: Sizes.
+        params: Parameters.
+        ids: `[R, L]` int32.
+        mask: `[R, L]` bool, True = real token; the real tokens of a row stand together.
+        remat: True: recompute each layer in the backward pass.
+
+    Returns:
+        `[R, L, E]`, in the dtype of the parameters; padded slots are finite and without meaning.
+    """
+    outer = params[ENCODER]
+    # Counted from the first real token: the same on whichever side a row is padded.
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    slots = jnp.arange(ids.shape[1])
+    bias = config.position_bias(outer, ENCODER, slots, slots)
+    graphdef = _layer_structure(config, ENCODER)
+    attended = mask[:, None, None, :]
+
+    def apply(hidden: Array, layer_params: Any) -> tuple[Array, None]:
+        layer = nnx_trees.merge(graphdef, layer_params)
+        return layer.encode(hidden, mask=attended, bias=bias), None
+
+    hidden = config.enter(outer, ENCODER, _embed(params, ids), positions)
+    for stack in layer_stacks(outer):
+        hidden, _ = over_layers(apply, hidden, stack, remat=remat)
+    return config.leave(outer, ENCODER, hidden)
+
+
+def target_log_probs(
+    config: Seq2SeqConfig,
+    params: Params,
+    memory: Array | KeyValues,
+    memory_mask: Array,
+    target_ids: Array,
+    target_mask: Array,
+    *,
+    remat: bool = False,
+) -> Array:
+    """Scores targets after contexts that have been encoded.
+
+    Args:
+        config: Sizes.
+        params: Parameters.
+        memory: The encoder's output `[R, L, E]`, or `remember` of it.
+        memory_mask: `[R, L]` bool, True = token of the context.
+        target_ids: `[R, T]` int32, right-padded.
+        target_mask: `[R, T]` bool, True = token counts.
+        remat: True: recompute each layer in the backward pass.
+
+    Returns:
+        `[R, T]` float32 in nats, 0 where masked.
+    """
+    hidden, _, _ = decode(
+        config,
+        params,
+        shift_right(config, target_ids),
+        memory=memory,
+        memory_mask=memory_mask,
+        remat=remat,
+    )
+    table = _unembedding(params)
+    if "final_bias" in params:
+        # One more hidden unit, always 1, adds the bias to the logits of every block.
+        bias = params["final_bias"]["bias"].astype(table.dtype)
+        table = jnp.concatenate([table, bias.T], axis=1)
+        hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
+    return chunked_token_log_probs(hidden, table, target_ids, mask=target_mask)
+
+
+def decode(
+    config: Seq2SeqConfig,
+    params: Params,
+    ids: Array,
+    *,
+    memory: Array | KeyValues,
+    memory_mask: Array,
+    past: KeyValues | None = None,
+    past_length: Array | None = None,
+    remat: bool = False,
+    observe: Observer | None = None,
+) -> tuple[Array, KeyValues, Any]:
+    """Runs the decoder over tokens that follow those of `past`.
+
+    Args:
+        config: Sizes.
+        params: Parameters.
+        ids: `[R, T]` int32, what the decoder reads.
+        memory: The encoder's output `[R, L, E]`, or `remember` of it.
+        memory_mask: `[R, L]` bool, True = token of the context.
+        past: Keys and values of earlier slots, leaves `[N, R, H, C, D]`, or None.
+        past_length: `[]` int32, how many of the C slots are filled; with `past`.
+        remat: True: recompute each layer in the backward pass.
+        observe: Looks at each layer's cross-attention.
+
+    Returns:
+        Output `[R, T, E]` ready for the unembedding, keys and values of the T slots with leaves
+        `[N, R, H, T, D]`, and what `observe` returned, stacked over the layers on axis 0.
+    """
+    outer, length = params[DECODER], ids.shape[1]
+    first = jnp.zeros((), jnp.int32) if past_length is None else past_length
+    slots = first + jnp.arange(length)
+    allowed, key_slots = jnp.tril(jnp.ones((length, length), bool)), slots
+    if past is not None:
+        earlier = jnp.arange(past.keys.shape[3])
+        filled = jnp.broadcast_to((earlier < first)[None, :], (length, earlier.shape[0]))
+        allowed = jnp.concatenate([filled, allowed], axis=1)
+        key_slots = jnp.concatenate([earlier, slots])
+    bias = config.position_bias(outer, DECODER, slots, key_slots)
+    graphdef = _layer_structure(config, DECODER)
+    given = memory if isinstance(memory, KeyValues) else None
+    attended = memory_mask[:, None, None, :]
+
+    def apply(hidden: Array, inputs: Any) -> tuple[Array, Any]:
+        layer_params, layer_past, layer_memory = inputs
+        layer = nnx_trees.merge(graphdef, layer_params)
+        if layer_memory is None:
+            layer_memory = layer.remember(memory)
+        result = layer.decode(
+            hidden,
+            allowed=allowed[None, None],
+            bias=bias,
+            past=layer_past,
+            memory=layer_memory,
+            memory_mask=attended,
+        )
+        seen = observe(layer, result.cross_input, layer_memory) if observe else None
+        return result.hidden, (result.known, seen)
+
+    positions = jnp.broadcast_to(slots[None, :], ids.shape)
+    hidden = config.enter(outer, DECODER, _embed(params, ids), positions)
+    parts, start = [], 0
+    for stack in layer_stacks(outer):
+        stop = start + jax.tree.leaves(stack)[0].shape[0]
+        some = jax.tree.map(lambda leaf: leaf[start:stop], (past, given))  # noqa: B023  (called at once)
+        hidden, part = over_layers(apply, hidden, (stack, *some), remat=remat)
+        parts.append(part)
+        start = stop
+    new, seen = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    hidden = config.leave(outer, DECODER, hidden)
+    return hidden * jnp.asarray(config.output_scale, hidden.dtype), new, seen
+
+
+def remember(config: Seq2SeqConfig, params: Params, encoded: Array) -> KeyValues:
+    """Projects the encoder's output to the keys and values of every layer's cross-attention.
+
+    Args:
+        config: Sizes.
+        params: Parameters.
+        encoded: `[R, L, E]`.
+
+    Returns:
+        Leaves `[N, R, H, L, D]`.
+    """
+    graphdef = _layer_structure(config, DECODER)
+
+    def project(carry: None, layer_params: Any) -> tuple[None, KeyValues]:
+        return carry, nnx_trees.merge(graphdef, layer_params).remember(encoded)
+
+    parts = [over_layers(project, None, stack)[1] for stack in layer_stacks(params[DECODER])]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def logits(params: Params, hidden: Array) -> Array:
+    """Multiplies the decoder's output `[..., E]` by the unembedding.
+
+    Args:
+        params: Parameters.
+        hidden: `[..., E]`, as `decode` returns it.
+
+    Returns:
+        `[..., V]` float32.
+    """
+    contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
+    scores = lax.dot_general(
+        hidden, _unembedding(params), contracted, preferred_element_type=jnp.float32
+    )
+    if "final_bias" not in params:
+        return scores
+    bias = params["final_bias"]["bias"].astype(jnp.float32)
+    return scores + bias.reshape((1,) * (scores.ndim - 1) + bias.shape[1:])
+
+
+def shift_right(config: Seq2SeqConfig, target_ids: Array) -> Array:
+    """Returns what the decoder reads to predict `target_ids` `[R, T]`: the start token first."""
+    start = jnp.full((target_ids.shape[0], 1), config.decoder_start_id, target_ids.dtype)
+    return jnp.concatenate([start, target_ids[:, :-1]], axis=1)
+
+
+def layer_stacks(side: Params) -> tuple[Params, ...]:
+    """Returns a side's stacks of layers in the order in which they run."""
+    layers = side["layers"]
+    return tuple(layers) if isinstance(layers, tuple | list) else (layers,)
+
+
+def check_batch(batch: Any, *, context_rank: int = 2) -> None:
+    """Refuses contexts and targets that do not fit together.
+
+    Args:
+        batch: `LMBatch`, or `FusionBatch` with `context_rank` 3.
+        context_rank: Axes of the contexts.
+
+    Raises:
+        ValueError: Says which shapes were received.
+    """
+    for name, rank in (("context", context_rank), ("target", 2)):
+        ids, mask = getattr(batch, f"{name}_ids"), getattr(batch, f"{name}_mask")
+        if ids.ndim != rank or ids.shape != mask.shape or min(ids.shape[1:]) < 1:
+            expected = "[rows, length >= 1]" if rank == 2 else "[rows, contexts >= 1, length >= 1]"
+            raise ValueError(
+                f"{name}_ids and {name}_mask must both have one shape {expected}, got {ids.shape} "
+                f"and {mask.shape}"
+            )
+    if batch.context_ids.shape[0] != batch.target_ids.shape[0]:
+        raise ValueError(
+            f"as many contexts as targets are needed, got {batch.context_ids.shape[0]} and "
+            f"{batch.target_ids.shape[0]} rows"
+        )
+
+
+def _embed(params: Params, ids: Array) -> Array:
+    return params["embed"]["embedding"][ids]
+
+
+def _unembedding(params: Params) -> Array:
+    """Returns the table `[V, E]` whose rows give the logits."""
+    return params["unembed"]["kernel"].T if "unembed" in params else params["embed"]["embedding"]
+
+
+@functools.lru_cache
+def _layer_structure(config: Seq2SeqConfig, side: str) -> Any:
+    return nnx_trees.abstract(lambda: config.make_layer(side, nnx.Rngs(0)))[0]

@@ -1,0 +1,193 @@
+"""Tiny random text encoders and their tokenizer, built in memory: no files, no network."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from ragjax.models.decoder.config import DecoderConfig
+from ragjax.models.encoder import TextEncoder, build_encoder
+from ragjax.models.encoders import bert, dpr, modernbert, roberta
+from ragjax.models.encoders import causal as decoder_encoder
+from ragjax.models.families import EncoderFamily
+from ragjax.models.files.key_table import KeyRule, named_tensors
+from ragjax.models.layers.stacks import Params, abstract
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'-_()"
+_MAX_POSITIONS = 64  # tokens
+_SIZES: dict[str, Any] = {
+    "vocab_size": len(_SPECIAL) + len(_CHARACTERS),
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "max_positions": _MAX_POSITIONS,
+}
+
+
+class _Tiny(NamedTuple):
+    """A family and what is special about its tiny model."""
+
+    family: EncoderFamily
+    config: Any
+    normalized: bool = True
+
+
+_FAMILIES = {
+    "bert": _Tiny(bert.FAMILY, bert.BertConfig(**_SIZES)),
+    # Compared by dot product, and not in a sentence-transformers folder.
+    "dpr": _Tiny(dpr.FAMILY, dpr.DprConfig(**_SIZES, projection_size=12), normalized=False),
+    "roberta": _Tiny(
+        roberta.FAMILY, roberta.RobertaConfig(**_SIZES, type_vocab_size=1, padding_id=0)
+    ),
+    "modernbert": _Tiny(
+        modernbert.FAMILY,
+        modernbert.ModernBertConfig(
+            **_SIZES | {"num_layers": 3}, global_layers=(True, False, True), local_attention=8
+        ),
+    ),
+    "qwen3": _Tiny(
+        decoder_encoder.FAMILY,
+        DecoderConfig(**_SIZES, num_kv_heads=1, head_dim=8, model_type="qwen3"),
+    ),
+}
+
+
+def tiny_encoder(seed: int = 0, family: str = "bert") -> TextEncoder:
+    """Make an encoder of two or three layers with random weights and a tokenizer of characters.
+
+    Any text can be tokenised: lower-cased, one token per letter or digit (`[UNK]` for others).
+
+    Args:
+      seed: of the weights; equal seeds give bit-equal weights.
+      family: "bert", "dpr", "roberta", "modernbert" or "qwen3".
+
+    Returns:
+      An encoder with the pooling of its family: mean-pooled and normalised embeddings `[B, 16]`,
+      but CLS `[B, 12]` for "dpr" (not normalised) and the last token for "qwen3".
+
+    Raises:
+      ValueError: unknown family.
+    """
+    if family not in _FAMILIES:
+        raise ValueError(f"family {family!r} is not one of {', '.join(_FAMILIES)}")
+    tiny = _FAMILIES[family]
+    name = f"tiny_encoder({seed})" if family == "bert" else f"tiny_encoder({seed}, {family!r})"
+    return build_encoder(
+        tiny.family,
+        tiny.config,
+        random_params(tiny.family, tiny.config, seed),
+        _tokenizer(),
+        pad_id=0,
+        pooling=tiny.family.default_pooling,
+        normalized=tiny.normalized,
+        max_length=_MAX_POSITIONS,
+        source=name,
+    )
+
+
+def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Path:
+    """Write `tiny_encoder(seed, family)` as a folder that `load_encoder` reads.
+
+    Args:
+      folder: made where it does not exist.
+      seed: of the weights.
+      family: as for `tiny_encoder`; a sentence-transformers folder for all but "dpr".
+
+    Returns:
+      `folder`.
+    """
+    encoder = tiny_encoder(seed, family)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = encoder.family.key_table(encoder.config)
+    save_file(huggingface_tensors(encoder.params, table), folder / "model.safetensors")
+    encoder.tokenizer.save(str(folder / "tokenizer.json"))
+    settings = encoder.family.format_config(encoder.config) | {"pad_token_id": encoder.pad_id}
+    _write_json(folder / "config.json", settings)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": encoder.max_length}
+    _write_json(folder / "tokenizer_config.json", special)
+    if family == "dpr":
+        return folder
+    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    _write_json(folder / "modules.json", modules)
+    switches = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}
+    pooling = {
+        "word_embedding_dimension": encoder.embedding_size,
+        "pooling_mode_mean_tokens": False,
+        switches[encoder.pooling]: True,
+    }
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
+    return folder
+
+
+def huggingface_tensors(
+    params: Params, table: Mapping[str, KeyRule] = bert.KEY_TABLE
+) -> dict[str, np.ndarray]:
+    """Name an encoder's parameters as Hugging Face does, layer by layer.
+
+    Args:
+      params: parameters of the family's module.
+      table: `family.key_table(config)`.
+
+    Returns:
+      Tensor name → C-contiguous float32 array.
+    """
+    return named_tensors(params, table)
+
+
+def random_params(family: EncoderFamily, config: Any, seed: int, *, vary: bool = False) -> Params:
+    """Draw parameters with numpy: a module's own initialisation compiles for seconds.
+
+    Args:
+      family: architecture.
+      config: its sizes.
+      seed: equal seeds give bit-equal parameters.
+      vary: True = biases and the scales of norms are random too, for comparisons.
+
+    Returns:
+      Nested dict of float32 arrays.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        constants = {"scale": 1.0, "bias": 0.0}
+        constant = constants.get(path[-1].key)
+        if constant is not None and not vary:
+            return jnp.full(leaf.shape, constant)
+        # BERT's deviation of 0.02 leaves all embeddings almost parallel.
+        return jnp.asarray(rng.normal(constant or 0.0, 0.2, leaf.shape), jnp.float32)
+
+    _, shapes = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def _tokenizer() -> Tokenizer:
+    vocab = {token: i for i, token in enumerate([*_SPECIAL, *_CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    return tokenizer
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

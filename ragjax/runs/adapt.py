@@ -1,0 +1,173 @@
+"""Dual training from documents and questions to a before/after table, resumable at any point."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ragjax.index import Bm25Index, SearchResult
+from ragjax.losses import target_entropy
+from ragjax.runs.compare.systems import evaluate_run
+from ragjax.runs.folder import _CONFIG
+from ragjax.runs.forecast import duration, estimate_cost
+from ragjax.runs.indexes import Retriever, build_bm25, build_towers, search
+from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.files import to_dict
+from ragjax.runs.options.shared import fingerprint
+from ragjax.runs.report.page import data_name, report_run
+from ragjax.runs.teacher import Teacher, score_candidates, target_log_probs, teacher_of
+from ragjax.runs.train.language_model import train_lm
+from ragjax.runs.train.live import train_live
+from ragjax.runs.train.retriever import (
+    BatchOf,
+    Lessons,
+    fixed_lessons,
+    labelled_lessons,
+    train_retriever,
+)
+from ragjax.runs.workspace import (
+    Report,
+    Workspace,
+    gold_sets,
+    open_workspace,
+    question_rows,
+    tower_params,
+    tree_fingerprint,
+)
+from ragjax.training.files import write_json
+from ragjax.training.loop import StopFlag
+from ragjax.training.score_cache import ResultCache, Score
+
+
+def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dict[str, Any]:
+    """Runs every stage that is not done yet and returns what `metrics.json` holds.
+
+    Args:
+        config: Options; the caller has checked `config.output` (`check_output`).
+        stop: Looked at between batches.
+        report: Shows one line to the user.
+    """
+    started = time.perf_counter()
+    folder = Path(config.output)
+    workspace = open_workspace(config, folder, stop=stop, report=report)
+    # Only now: a run whose input was refused leaves nothing that would refuse the next one.
+    write_json(folder / _CONFIG, {"fingerprint": fingerprint(config), "config": to_dict(config)})
+    report(estimate_cost(workspace).describe())
+    with workspace.timed("index before"):
+        bm25 = build_bm25(workspace)
+        params = tower_params(workspace)
+        before = build_towers(workspace, bm25, params, 0)
+    lm = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
+    if "lm" in config.stages:
+        with workspace.timed("language model"):
+            candidates = _candidates(workspace, before, config.language_model.documents)
+            adapted = train_lm(workspace, workspace.questions["train"], candidates)
+            lm = teacher_of(workspace, adapted, tree_fingerprint(adapted))
+    after = before
+    if "retriever" in config.stages:
+        after = _adapt_retriever(workspace, bm25, params, before, lm)
+    with workspace.timed("evaluation"):
+        metrics = evaluate_run(workspace, bm25, before, after, lm)
+    with workspace.timed("report"):
+        title = f"Adaptation to {data_name(config.data)}"
+        report_run(workspace, before, after, lm, title=title, target=config.retriever)
+    took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
+    report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
+    return metrics
+
+
+def dry_run(config: AdaptConfig, *, folder: Path, stop: StopFlag, report: Report = print) -> None:
+    """Reads the data, loads the models, measures their speed and prints what a run would cost."""
+    workspace = open_workspace(config, folder, stop=stop, report=report)
+    report(estimate_cost(workspace).describe())
+
+
+def _candidates(workspace: Workspace, retriever: Retriever, count: int) -> SearchResult:
+    """Returns the best documents of the training questions by the hybrid, the best there is."""
+    return search(workspace, retriever, workspace.questions["train"], count).hybrid
+
+
+def _adapt_retriever(
+    workspace: Workspace,
+    bm25: Bm25Index,
+    params: dict[str, Any],
+    before: Retriever,
+    lm: Teacher,
+) -> Retriever:
+    config = workspace.config.retriever
+    if workspace.config.refresh.mode != "off":
+        known = [workspace.config.score_cache] if workspace.config.score_cache else []
+        cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=known)
+        with workspace.timed("retriever"):
+            params = train_live(workspace, bm25, before, params, lm, cache)
+        return _build_after(workspace, bm25, params, 1)
+    retriever = before
+    known = [workspace.config.score_cache] if workspace.config.score_cache else []
+    for number in range(config.rounds):
+        lessons = (
+            _labelled_round(workspace, retriever, number)
+            if config.objective == "dpr"
+            else _taught_round(workspace, retriever, number, lm, known)
+        )
+        with workspace.timed("retriever"):
+            questions = workspace.questions["train"]
+            params = train_retriever(workspace, number, params, questions, lessons)
+        retriever = _build_after(workspace, bm25, params, number + 1)
+    return retriever
+
+
+def _build_after(
+    workspace: Workspace, bm25: Bm25Index, params: Mapping[str, Any], version: int
+) -> Retriever:
+    with workspace.timed("index after"):
+        return build_towers(workspace, bm25, params, version)
+
+
+def _taught_round(
+    workspace: Workspace, retriever: Retriever, number: int, lm: Teacher, known: list[str]
+) -> BatchOf:
+    """Lets the language model score the candidates of all questions."""
+    config = workspace.config.retriever
+    with workspace.timed("teacher"):
+        path = workspace.folder / "scores" / f"{number}.jsonl"
+        cache = ResultCache(path, Score, earlier=known)
+        known.append(str(path))
+        candidates = _candidates(workspace, retriever, config.candidates)
+        questions = workspace.questions["train"]
+        scores = score_candidates(workspace, lm, questions, candidates, cache)
+        targets = target_log_probs(config, scores, candidates)
+        _report_target(workspace, targets, candidates)
+    return fixed_lessons(workspace, number, candidates, targets)
+
+
+def _labelled_round(workspace: Workspace, retriever: Retriever, number: int) -> BatchOf:
+    """Takes the relevance judgements, and what the dense index finds as hard negatives."""
+    questions = workspace.questions["train"]
+    config = workspace.config.retriever
+    found = search(workspace, retriever, questions, config.negative_depth).dense
+    gold = gold_sets(workspace)
+
+    def batch_of(step: int) -> Lessons:
+        rows = question_rows(workspace, number, len(questions), step)
+        part = SearchResult(found.doc_ids[rows], found.scores[rows], found.mask[rows])
+        chosen = [gold[row] for row in rows]
+        seed = (workspace.config.seed + number, step)
+        return labelled_lessons(part, chosen, config.candidates, seed=seed)
+
+    return batch_of
+
+
+def _report_target(workspace: Workspace, targets: np.ndarray, candidates: SearchResult) -> None:
+    """Says how sharp the target is, and what to change where it teaches nothing."""
+    entropy = target_entropy(targets, doc_mask=candidates.mask)
+    mean = float(np.asarray(entropy.normalized).mean())
+    workspace.report(f"teacher: entropy of p_LSR is {mean:.2f} of its maximum")
+    if mean >= 0.98:
+        workspace.report(
+            "warning: the target is uniform and teaches nothing; lower --retriever.temperature or"
+            " use --retriever.score log_prob_per_token"
+        )
+    elif mean <= 0.02:
+        workspace.report("warning: the target is a single document; raise --retriever.temperature")

@@ -1,0 +1,1 @@
+"""Answering questions from a corpus: retrieval, reading, attribution, display."""

@@ -1,0 +1,269 @@
+"""A question beside its documents as token ids, in few fixed shapes that are known beforehand.
+
+Shapes: K documents, L prompt slots, T answer tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ragjax.data import DataError, DocumentTokens, PromptBuilder, PromptTemplate
+from ragjax.runs.system import System
+
+# Question lengths, in tokens, that have a shape of their own; then `question_tokens`.
+_QUESTION_TOKENS = (24, 40)
+# Prompts of short documents need not be padded to the longest one's length.
+_SHORT_PROMPTS = (64, 96, 128)
+# Only so many documents are looked at for the longest.
+_MEASURED_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions:
+    """How much is read and written.
+
+    Attributes:
+        documents: K, documents read for a question, at least 1.
+        document_tokens: Tokens read of each document.
+        question_tokens: Tokens read of a question, at most half of what the model can read.
+        max_new_tokens: T, tokens of an answer.
+        windows: Parts of a passage that are left out in turn to find what carries the answer.
+    """
+
+    documents: int = 4
+    document_tokens: int = 96
+    question_tokens: int = 128
+    max_new_tokens: int = 16
+    windows: int = 4
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field that is out of range."""
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Prompt(NamedTuple):
+    """A question beside each of its documents, as token ids."""
+
+    question: str  # as it is read, that is, perhaps cut
+    docs: tuple[int, ...]  # corpus rows, at most K
+    contexts: list[list[int]]  # one per document
+    places: list[tuple[int, int]]  # in each context: first token of the document, and its tokens
+    joined: list[int]  # the context with all documents; empty: they do not fit
+    closed_book: list[int]  # the context without a document
+    log_weights: np.ndarray  # [K] float32, log p_R, -inf where there is no document
+    notes: tuple[str, ...]  # what was cut
+
+
+class Prompts:
+    """Makes prompts, and knows how long they can be.
+
+    Attributes:
+        system: What answers.
+        options: How much is read and written.
+        prompts: Joins token ids.
+        documents: Token ids of the corpus.
+        tokenizer: The language model's; spells special tokens out, as `prompts` does.
+        rows: K, fewer than asked for where the corpus is small.
+        question_limit: Tokens read of a question.
+        lengths: L of prompts with one document, rising.
+        closed_lengths: L of prompts without a document.
+        concat_lengths: L of prompts with all documents.
+        suffix_lengths: Of what follows a document: the rest of the prompt, and the answer.
+        cache_length: Slots for any prompt with one document, and the answer.
+    """
+
+    def __init__(self, system: System, options: ReaderOptions) -> None:
+        """Finds the shapes that questions of this corpus need.
+
+        Raises:
+            ValueError: The model's context has no room for a question, documents and an answer.
+        """
+        workspace = system.workspace
+        lm = workspace.lm
+        self.system, self.options = system, options
+        self.prompts = _prompt_builder(system, options)
+        self.documents = DocumentTokens(self.prompts, workspace.dataset.corpus)
+        self.tokenizer = Tokenizer.from_str(lm.tokenizer.to_str())
+        self.tokenizer.encode_special_tokens = True
+        self.rows = min(options.documents, system.size)
+        self._fixed = len(self.prompts.context("", [[]]))
+        self._fixed_closed = len(self.prompts.context(""))
+        limit = self.prompts.max_context_length
+        self.question_limit = min(options.question_tokens, max(1, (limit - self._fixed) // 2))
+        longest = self._longest_document() + self._fixed
+        questions = [n for n in _QUESTION_TOKENS if n < self.question_limit]
+        questions.append(self.question_limit)
+        self.lengths = _ladder(_SHORT_PROMPTS, [longest + n for n in questions], limit)
+        self.closed_lengths = _ladder((), [self._fixed_closed + n for n in questions], limit)
+        separators = (self.rows - 1) * len(
+            self.tokenizer.encode(self.prompts.template.separator, add_special_tokens=False)
+        )
+        all_documents = self._fixed + separators + self.rows * (longest - self._fixed)
+        self.concat_lengths = _ladder((), [all_documents + n for n in questions], limit)
+        # What follows a document: the rest of the context, and the answer.
+        self.suffix_lengths = tuple(self._fixed + n + self.max_target for n in questions)
+        self.cache_length = self.lengths[-1] + self.max_target
+
+    @property
+    def max_target(self) -> int:
+        """T, tokens of an answer with those that begin it."""
+        return self.prompts.max_target_length
+
+    def prompt(self, question: str, docs: Sequence[int], doc_scores: Sequence[float]) -> Prompt:
+        """Puts a question beside each of its documents.
+
+        Args:
+            question: Its text; what is too long is cut, and noted.
+            docs: Corpus rows, best first; the first K are read.
+            doc_scores: Logits of p_R.
+
+        Raises:
+            ValueError: The question is blank.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty; write at least one word")
+        question, notes = self._cut_question(question)
+        docs = tuple(int(doc) for doc in docs[: self.rows])
+        tokens = self.documents.get(docs)
+        contexts = [self.prompts.context(question, [ids]) for ids in tokens]
+        around = self.prompts.context(question, [[]])
+        weights = np.full(self.rows, -np.inf, np.float32)
+        if docs:
+            scores = np.asarray(doc_scores[: len(docs)], np.float32)
+            weights[: len(docs)] = scores - np.logaddexp.reduce(scores)
+        closed = self.prompts.context(question)
+        return Prompt(
+            question=question,
+            docs=docs,
+            contexts=contexts,
+            places=[
+                _document_place(context, around, ids)
+                for context, ids in zip(contexts, tokens, strict=True)
+            ],
+            joined=self._joined(question, tokens),
+            closed_book=closed,
+            log_weights=weights,
+            notes=notes,
+        )
+
+    def _cut_question(self, question: str) -> tuple[str, tuple[str, ...]]:
+        """Returns as much of a question as is read, and a note if that is not all."""
+        question = question.strip()  # else what is left of a long one may be blank
+        encoding = self.tokenizer.encode(question, add_special_tokens=False)
+        cut = question
+        if len(encoding) > self.question_limit:
+            cut = question[: encoding.offsets[self.question_limit - 1][1]]
+        # Cut short, or beside the template, a text may take more tokens than it did.
+        while (excess := self._excess(cut)) > 0:
+            cut = cut[: -max(1, excess // 4)]  # no character takes more than 4 tokens
+        if cut == question:
+            return question, ()
+        read = len(self.tokenizer.encode(cut, add_special_tokens=False))
+        note = f"the question has {len(encoding)} tokens; the language model reads the first {read}"
+        return cut, (note,)
+
+    def _excess(self, question: str) -> int:
+        """Returns how many tokens a question has beyond those that the shapes hold."""
+        try:
+            beside = len(self.prompts.context(question, [[]])) - self._fixed
+            alone = len(self.prompts.context(question)) - self._fixed_closed
+        except DataError:  # beyond what the model can read
+            return self.question_limit
+        return max(beside, alone) - self.question_limit
+
+    def warm_up_prompts(self) -> Iterator[Prompt]:
+        """Yields prompts that together need every shape; what stands in them means nothing."""
+        ladders = (
+            self.lengths, self.closed_lengths, self.suffix_lengths, self.concat_lengths
+        )  # fmt: skip
+        count = max(map(len, ladders))
+        padded = [(ladder[0],) * (count - len(ladder)) + ladder for ladder in ladders]
+        for length, closed, suffix, joined in zip(*padded, strict=True):
+            after = min(suffix - self.max_target, length - 1)
+            yield Prompt(
+                question="",
+                docs=(0,),
+                contexts=[[0] * length],
+                places=[(0, length - after)],
+                joined=[0] * joined,
+                closed_book=[0] * closed,
+                log_weights=np.where(np.arange(self.rows) == 0, 0, -np.inf).astype(np.float32),
+                notes=(),
+            )
+
+    def fitting_length(self, contexts: Sequence[Sequence[int]]) -> int:
+        """Returns L, the length that the contexts of single documents are padded to."""
+        return fitting(self.lengths, max(map(len, contexts)))
+
+    def concat_length(self, needed: int) -> int:
+        """Returns the length that a context of all documents together is padded to."""
+        return fitting(self.concat_lengths, needed)
+
+    def _joined(self, question: str, tokens: Sequence[np.ndarray]) -> list[int]:
+        try:
+            return self.prompts.context(question, tokens)
+        except DataError:  # there is no room for a token of each
+            return []
+
+    def _longest_document(self) -> int:
+        corpus = self.system.workspace.dataset.corpus
+        if len(corpus) > _MEASURED_DOCUMENTS:
+            return self.prompts.template.max_document_tokens
+        return max(map(len, self.documents.get(range(len(corpus)))))
+
+
+def fitting(lengths: Sequence[int], needed: int) -> int:
+    """Returns the smallest of the lengths that holds what is needed."""
+    return min(length for length in lengths if length >= needed)
+
+
+def _prompt_builder(system: System, options: ReaderOptions) -> PromptBuilder:
+    lm = system.workspace.lm
+    template = PromptTemplate(
+        max_document_tokens=options.document_tokens, max_answer_tokens=options.max_new_tokens
+    )
+    try:
+        builder = PromptBuilder(
+            lm.tokenizer,
+            template=template,
+            max_length=lm.max_length,
+            pad_id=lm.pad_id,
+            bos_id=lm.bos_id,
+            context_end_ids=lm.text_format.context_end_ids,
+            target_start_ids=lm.text_format.target_start_ids,
+        )
+        # Room for a token of each document and of the question.
+        builder.context("?", [[0]])
+    except DataError as error:
+        raise ValueError(
+            f"--max_new_tokens {options.max_new_tokens} leaves no room for a question and a"
+            f" document in the {lm.max_length} tokens that {lm.source} takes; give fewer"
+        ) from error
+    return builder
+
+
+def _ladder(short: Sequence[int], others: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Returns the lengths to pad to, rising, none above the limit."""
+    lengths = {min(length, limit) for length in others}
+    lowest = min(lengths)
+    return tuple(sorted(lengths | {length for length in short if length < lowest - 8}))
+
+
+def _document_place(
+    context: Sequence[int], without: Sequence[int], document: np.ndarray
+) -> tuple[int, int]:
+    """Returns where a document's tokens begin in a context, and how many of them are there."""
+    size = len(context) - len(without)
+    wanted = [int(index) for index in document[:size]]
+    for start in range(len(without) + 1):
+        if list(context[start : start + size]) == wanted and [
+            *context[:start],
+            *context[start + size :],
+        ] == list(without):
+            return start, size
+    raise AssertionError("a context is its document between two parts of the template")

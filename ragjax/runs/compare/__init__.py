@@ -1,0 +1,1 @@
+"""Comparing systems: answers, measures, robustness, results."""

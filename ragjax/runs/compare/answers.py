@@ -1,0 +1,276 @@
+"""Answers of the language model over retrieved documents, each computed once.
+
+Q requests, K documents each, L prompt slots.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ragjax.data import LengthBatch, Question
+from ragjax.generation import generate_ensemble, score_and_generate
+from ragjax.generation.rag_sequence import (
+    generate_rag_sequence_fast,
+    generate_rag_sequence_thorough,
+)
+from ragjax.generation.rag_token import generate_rag_token
+from ragjax.losses import rag_sequence_loss, rag_token_loss
+from ragjax.models.inputs import LMBatch
+from ragjax.runs.options.shared import EvaluationConfig
+from ragjax.runs.teacher import Teacher, context_batches, pack_batch
+from ragjax.runs.workspace import Workspace
+from ragjax.training.score_cache import ResultCache, result_key
+
+# A language model that was not adapted often begins its answer on a new line; taking that line
+# break for the end of an empty answer would make the baselines look worse than they are.
+_MIN_NEW_TOKENS = 1
+
+
+class Request(NamedTuple):
+    """A question with the documents to answer it from."""
+
+    question: Question
+    docs: tuple[int, ...]  # corpus rows, best first; none: closed book
+    doc_scores: tuple[float, ...]  # logits of p_R of those documents
+
+
+class Answer(NamedTuple):
+    """What the language model says, and how surprising the right answer is to it."""
+
+    prediction: str
+    nll: float | None  # nats per token of the first right answer; None where there is none
+    # Of the generated tokens, the one that ends the answer included; None: not recorded.
+    log_prob: float | None = None  # nats
+    num_tokens: int | None = None
+
+
+def answer_requests(
+    workspace: Workspace, model: Teacher, requests: Sequence[Request], cache: ResultCache[Answer]
+) -> list[Answer]:
+    """Answers each request; requests that read the same prompt are answered once.
+
+    A request without documents is answered closed book, in every mode.
+
+    Args:
+        workspace: Data, prompts, options.
+        model: The language model that answers.
+        requests: Q requests.
+        cache: Answers known already; new ones are added batch by batch. Answers that were kept
+            without their probability are computed again.
+
+    Returns:
+        Q answers.
+    """
+    keys = [_key(workspace, model, request) for request in requests]
+    unique = dict(zip(keys, requests, strict=True))  # in order of first mention
+    apart = workspace.config.evaluation.mode != "concat"
+    # A prompt without documents is short: together with the others it would only add shapes.
+    for has_docs in (False, True):
+        chosen = {key: request for key, request in unique.items() if bool(request.docs) == has_docs}
+        if chosen:
+            compute = _answer_apart if apart and has_docs else _answer_concatenated
+            compute(workspace, model, list(chosen), list(chosen.values()), cache)
+    answers = [cache.get(key) for key in keys]
+    return [answer for answer in answers if answer is not None]
+
+
+def stop_ids(workspace: Workspace) -> tuple[int, ...]:
+    """Returns the tokens that end an answer: end of text, and every token with a line break."""
+    lm = workspace.lm
+    vocabulary = lm.tokenizer.get_vocab(with_added_tokens=True).values()
+    texts = lm.tokenizer.decode_batch([[index] for index in sorted(vocabulary)])
+    breaks = [index for index, text in zip(sorted(vocabulary), texts, strict=True) if "\n" in text]
+    return tuple(sorted({*lm.eos_ids, *breaks}))
+
+
+def _key(workspace: Workspace, model: Teacher, request: Request) -> str:
+    evaluation = workspace.config.evaluation
+    corpus = workspace.dataset.corpus
+    scores = [round(score, 6) for score in request.doc_scores]
+    mode = evaluation.mode if request.docs else "closed_book"
+    beams = [evaluation.beams] if mode.startswith("rag_") else []
+    return result_key(
+        model.fingerprint,
+        repr(workspace.prompts.template),
+        mode,
+        [_MIN_NEW_TOKENS, evaluation.max_new_tokens, *beams],
+        request.question.text,
+        list(request.question.answers[:1]),
+        [corpus.id_of(row) for row in request.docs],
+        scores if evaluation.mode != "concat" else [],
+    )
+
+
+def _is_known(cache: ResultCache[Answer], key: str) -> bool:
+    answer = cache.get(key)
+    return answer is not None and answer.log_prob is not None
+
+
+def _targets(workspace: Workspace, requests: Sequence[Request]) -> list[list[int]]:
+    return [
+        workspace.prompts.target(request.question.answers[0]) if request.question.answers else []
+        for request in requests
+    ]
+
+
+def _answer_concatenated(
+    workspace: Workspace,
+    model: Teacher,
+    keys: Sequence[str],
+    requests: Sequence[Request],
+    cache: ResultCache[Answer],
+) -> None:
+    contexts = [
+        workspace.prompts.context(r.question.text, workspace.documents.get(r.docs))
+        for r in requests
+    ]
+    targets = _targets(workspace, requests)
+    stops = stop_ids(workspace)
+    with tqdm(total=len(requests), desc="answers", unit=" prompts", file=sys.stderr) as progress:
+        for batch in context_batches(workspace, [len(context) for context in contexts]):
+            if not all(_is_known(cache, keys[row]) for row in batch.rows):
+                rows = batch.rows.tolist()
+                packed = pack_batch(workspace, batch, contexts, [targets[row] for row in rows])
+                result = score_and_generate(
+                    workspace.lm.decoder,
+                    model.params,
+                    *packed,
+                    max_new_tokens=workspace.config.evaluation.max_new_tokens,
+                    stop_ids=stops,
+                    min_new_tokens=_MIN_NEW_TOKENS,
+                )
+                nlls = -np.asarray(result.token_log_probs).sum(axis=1)
+                _store(workspace, cache, [keys[r] for r in rows], result.generated, nlls,
+                       [len(targets[r]) for r in rows])  # fmt: skip
+            progress.update(len(batch.rows))
+            workspace.stop.check()
+
+
+class _Reading(NamedTuple):
+    """How documents that are read apart make one answer, and its likelihood."""
+
+    generate: Callable[..., Any]
+    loss: Callable[..., jax.Array]  # (doc_scores, log_probs, *, doc_mask, token_mask) -> [B] nats
+
+
+def _reading(evaluation: EvaluationConfig) -> _Reading:
+    if evaluation.mode == "ensemble":
+        return _Reading(generate_ensemble, rag_sequence_loss)
+    generate, loss = {
+        "rag_token": (generate_rag_token, rag_token_loss),
+        "rag_sequence_fast": (generate_rag_sequence_fast, rag_sequence_loss),
+        "rag_sequence_thorough": (generate_rag_sequence_thorough, rag_sequence_loss),
+    }[evaluation.mode]
+    return _Reading(functools.partial(generate, beams=evaluation.beams), loss)
+
+
+def _answer_apart(
+    workspace: Workspace,
+    model: Teacher,
+    keys: Sequence[str],
+    requests: Sequence[Request],
+    cache: ResultCache[Answer],
+) -> None:
+    reading = _reading(workspace.config.evaluation)
+    count = max(len(request.docs) for request in requests)
+    contexts = [
+        [workspace.prompts.context(r.question.text, workspace.documents.get([d])) for d in r.docs]
+        for r in requests
+    ]
+    targets = _targets(workspace, requests)
+    stops = stop_ids(workspace)
+    score = jax.jit(workspace.lm.token_log_probs)
+    longest = [max(map(len, group)) for group in contexts]
+    with tqdm(total=len(requests), desc="answers", unit=" questions", file=sys.stderr) as progress:
+        for batch in _question_batches(workspace, longest, count):
+            rows = batch.rows.tolist()
+            if not all(_is_known(cache, keys[row]) for row in rows):
+                packed, scores, mask = _pack_groups(
+                    workspace, batch, contexts, targets, requests, count
+                )
+                shape = (batch.batch_size, count, -1)
+                generated = reading.generate(
+                    workspace.lm.decoder,
+                    model.params,
+                    packed.context_ids.reshape(shape),
+                    packed.context_mask.reshape(shape),
+                    scores,
+                    doc_mask=mask,
+                    max_new_tokens=workspace.config.evaluation.max_new_tokens,
+                    stop_ids=stops,
+                    min_new_tokens=_MIN_NEW_TOKENS,
+                )
+                log_probs = score(model.params, packed).reshape(shape)
+                token_mask = packed.target_mask.reshape(shape)[:, 0]
+                nlls = reading.loss(scores, log_probs, doc_mask=mask, token_mask=token_mask)
+                _store(workspace, cache, [keys[r] for r in rows], generated, np.asarray(nlls),
+                       [len(targets[r]) for r in rows])  # fmt: skip
+            progress.update(len(rows))
+            workspace.stop.check()
+
+
+def _question_batches(
+    workspace: Workspace, longest: Sequence[int], count: int
+) -> list[LengthBatch]:
+    return [
+        LengthBatch(batch.rows[start : start + size], batch.length, size)
+        for batch in context_batches(workspace, longest)
+        for size in [max(1, batch.batch_size // count)]
+        for start in range(0, len(batch.rows), size)
+    ]
+
+
+def _pack_groups(
+    workspace: Workspace,
+    batch: LengthBatch,
+    contexts: Sequence[Sequence[Sequence[int]]],
+    targets: Sequence[Sequence[int]],
+    requests: Sequence[Request],
+    count: int,
+) -> tuple[LMBatch, jax.Array, jax.Array]:
+    flat_contexts: list[Sequence[int]] = []
+    flat_targets: list[Sequence[int]] = []
+    scores = np.zeros((batch.batch_size, count), np.float32)
+    mask = np.zeros((batch.batch_size, count), bool)
+    for place in range(batch.batch_size):
+        row = batch.rows[place] if place < len(batch.rows) else None
+        group = [] if row is None else list(contexts[row])[:count]
+        flat_contexts += group + [[]] * (count - len(group))
+        flat_targets += [[] if row is None else targets[row]] * count
+        mask[place, : len(group)] = True
+        if row is not None:
+            scores[place, : len(group)] = requests[row].doc_scores[:count]
+    packed = workspace.prompts.pack(flat_contexts, flat_targets, context_length=batch.length)
+    return LMBatch(*map(jnp.asarray, packed)), jnp.asarray(scores), jnp.asarray(mask)
+
+
+def _store(
+    workspace: Workspace,
+    cache: ResultCache[Answer],
+    keys: Sequence[str],
+    generated: Any,
+    nlls: np.ndarray,
+    lengths: Sequence[int],
+) -> None:
+    ids, ends = np.asarray(generated.ids), np.asarray(generated.lengths)
+    log_probs = np.asarray(generated.log_probs, np.float64)
+    if ids.ndim == 3:  # several answers to each question, best first
+        ids, ends, log_probs = ids[:, 0], ends[:, 0], log_probs[:, 0]
+    texts = workspace.lm.tokenizer.decode_batch(
+        [row[:end].tolist() for row, end in zip(ids, ends, strict=True)]
+    )
+    # What ends an answer is none of its tokens, but was generated unless the limit came first.
+    counts = np.minimum(ends + 1, ids.shape[1]).tolist()
+    answers = [
+        Answer(text.strip(), float(nll) / length if length else None, min(log_prob, 0.0), count)
+        for text, nll, length, log_prob, count in zip(
+            texts, nlls, lengths, log_probs.tolist(), counts, strict=False
+        )
+    ]
+    cache.put(keys, answers[: len(keys)])

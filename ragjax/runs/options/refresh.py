@@ -1,0 +1,123 @@
+"""Options of how fresh the index is while its encoders train."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from ragjax.refresh.triggers import parse_trigger
+from ragjax.runs.options.checks import at_least, fraction, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshConfig:
+    """How fresh the index is that a step retrieves from, while its encoders train.
+
+    Attributes:
+      mode: `off`: the candidates of every question are retrieved once, before each round. The
+        others retrieve for each step with the live query encoder: `frozen` from the index of the
+        start, `query_only` likewise while only the query encoder trains, `rerank` from it but
+        ranked again by the live document encoder, `sync` from an index that is built again while
+        training waits, `async` from one that is built again in the background.
+      every: When `sync` and `async` build again: steps (`20`), ranges of steps
+        (`0-1000:500,1000-:2000`), `asap`, `drift:0.05` (mean change of an embedding, looked at
+        every 50 steps; `drift:0.05/10`: every 10) or `never`.
+      adopt_after: Steps from exporting the parameters to the index that they make serving, the
+        same in every run; -1: as soon as it is ready (`async`).
+      max_lag: Most steps that the index may lag behind the encoder; 0: no limit.
+      on_lag: What happens beyond that: training waits, a warning, or the run stops.
+      overfetch: Documents considered for each one that is returned, where they are ranked again:
+        by `rerank`, or with BM25 (not with the objective `dpr`).
+      partial: Share of the documents encoded in a refresh, those first that training retrieves
+        most and that changed most; 1 encodes all.
+      full_every: With `partial` below 1, every so many refreshes encode all documents.
+      index: Kind of index; `auto` goes by size and memory.
+      devices: Encode on this many of the last local devices, training on the others; 0: share.
+      workers: Encode in other processes, started by hand with `experiments/refresh_worker.py`.
+      deadline_seconds: Longest build of an index; 0: no limit.
+      on_failure: What a refresh that failed for good does: the run stops, or a warning.
+      keep: Generations of the index kept on disk, at least 3.
+    """
+
+    mode: Literal["off", "frozen", "query_only", "rerank", "sync", "async"] = "off"
+    every: str = "20"
+    adopt_after: int = -1
+    max_lag: int = 0
+    on_lag: Literal["wait", "warn", "stop"] = "wait"
+    overfetch: int = 4
+    partial: float = 1.0
+    full_every: int = 4
+    index: Literal["auto", "exact", "scann"] = "auto"
+    devices: int = 0
+    workers: bool = False
+    deadline_seconds: float = 0.0
+    on_failure: Literal["stop", "warn"] = "stop"
+    keep: int = 3
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        at_least(self, -1, "adopt_after")
+        at_least(self, 0, "max_lag", "devices", "deadline_seconds")
+        at_least(self, 1, "overfetch", "full_every")
+        at_least(self, 3, "keep")
+        positive(self, "partial")
+        fraction(self, "partial")
+        try:
+            parse_trigger(self.every, measure=lambda params, snapshot: 0.0)
+        except ValueError as error:
+            raise ValueError(f"every: {error}") from error
+        if self.partial < 1 and self.adopt_after > 0:
+            raise ValueError(
+                f"partial={self.partial:g} depends on what was retrieved, so a resumed run is"
+                f" another, which adopt_after={self.adopt_after} rules out; leave one of them out"
+            )
+        if self.workers and self.devices:
+            raise ValueError("workers encode on their own devices; give devices or workers")
+
+
+# Modes in which a field does something; elsewhere it would do nothing without a word.
+_ACTS_IN = {
+    "every": ("sync", "async"),
+    "adopt_after": ("async",),
+    "max_lag": ("sync", "async"),
+    "partial": ("sync", "async"),
+    "devices": ("sync", "async"),
+    "workers": ("sync", "async"),
+}
+_LIVE = ("frozen", "query_only", "rerank", "sync", "async")
+# How and where an index is built, or what happens when that fails, but not what it holds: a run may
+# be continued with other values.
+NO_RESULT = ("devices", "workers", "keep", "deadline_seconds", "on_failure", "on_lag")
+
+
+def check_used(refresh: RefreshConfig) -> None:
+    """Raises ValueError for an option that does nothing in the chosen mode."""
+    for option in dataclasses.fields(refresh):
+        modes = _ACTS_IN.get(option.name, _LIVE)
+        value = getattr(refresh, option.name)
+        if option.name != "mode" and value != option.default and refresh.mode not in modes:
+            raise ValueError(
+                f"refresh.{option.name}={value!r} does nothing with refresh.mode {refresh.mode};"
+                f" add --refresh.mode {modes[-1]}, or leave it out"
+            )
+
+
+def check_freshness(mode: str, *, train: str, doc_learning_rate: float) -> None:
+    """Raises ValueError for a mode that does not go with which encoders are trained.
+
+    Args:
+        mode: `refresh.mode`.
+        train: `retriever.train`.
+        doc_learning_rate: `retriever.doc_learning_rate`.
+    """
+    if mode == "query_only" and train != "query":
+        raise ValueError(
+            "refresh.mode query_only trains the query encoder alone; add --retriever.train query"
+        )
+    still = train in ("query", "none") or (train == "both" and doc_learning_rate == 0)
+    if mode in ("sync", "async", "rerank") and still:
+        remedy = "" if train == "none" else " query_only --retriever.train query"
+        raise ValueError(
+            f"refresh.mode {mode} is for a document encoder that changes, and retriever.train"
+            f" {train} with doc_learning_rate {doc_learning_rate:g} leaves it as it is; use"
+            f" --refresh.mode{remedy or ' frozen'}"
+        )

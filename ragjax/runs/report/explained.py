@@ -1,0 +1,248 @@
+"""p_R beside p_LSR on a few test questions, computed once and kept in `explained.json`.
+
+K candidates of a question.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ragjax.data import Corpus, Question
+from ragjax.evaluation.report.questions import (
+    Change,
+    Lookup,
+    PassageText,
+    by_answer,
+    by_passage,
+    changes,
+    select,
+    shown_documents,
+)
+from ragjax.evaluation.report.results import main_pair
+from ragjax.index import SearchResult
+from ragjax.runs.folder import RunFiles
+from ragjax.runs.indexes import Retriever
+from ragjax.runs.options.dual import RetrieverConfig
+from ragjax.runs.teacher import Teacher, score_candidates, target_log_probs
+from ragjax.runs.workspace import Workspace
+from ragjax.training.files import write_json
+from ragjax.training.score_cache import ResultCache, Score
+
+EXPLAINED = "explained.json"
+_EXPLAINED_QUESTIONS = 6
+_CANDIDATES = 6
+# Questions looked at in each direction before others fill the list up.
+_CHANGED_MOST = 2
+# Longest text kept of a passage: a report shows a few lines of it.
+_KEPT_CHARACTERS = 20_000
+
+
+def explain(
+    workspace: Workspace,
+    before: Retriever,
+    after: Retriever,
+    lm: Teacher,
+    *,
+    target: RetrieverConfig,
+) -> dict[str, Any]:
+    """Compares p_R before and after with p_LSR on a few test questions, in `explained.json`.
+
+    p_R(c|x) = softmax(scale · q·d), p_LSR(c) = softmax(g/τ) with g the score of the options and no
+    prior, and the posterior is p_R(c|x) p_LM(y|c∘x) over its sum, with p_R after; all over the
+    same candidates, the best of both retrievers. The scores of the language model are kept, so a
+    run that is cut and continued gives the same bytes.
+
+    Args:
+        workspace: Data, models and folder of the run; its predictions.jsonl is written.
+        before: The un-adapted retriever.
+        after: The adapted one.
+        lm: The language model that scores.
+        target: Options of p_LSR and p_R.
+
+    Returns:
+        What was written.
+    """
+    target = dataclasses.replace(target, prior_weight=0.0)
+    read = RunFiles(workspace.folder)
+    lines = read.lines("predictions.jsonl")
+    gold = _gold(workspace)
+    compared = read.mapping("differences.json").get("differences") or ()
+    pair = main_pair(read.mapping("metrics.json"), compared) or ("after", "before")
+    questions = _chosen(workspace, changes(lines, pair, gold))
+    described = _explained(workspace, before, after, lm, questions, gold, target)
+    lookup = corpus_lookup(workspace.dataset.corpus)
+    passages = shown_passages(lines, pair, gold, lookup)
+    for one in described:
+        for candidate in one["candidates"]:
+            passage = lookup(candidate["doc_id"])
+            passages |= {candidate["doc_id"]: passage} if passage else {}
+    explained = {
+        "settings": {
+            "score": target.score,
+            "temperature": target.temperature,
+            "scale": target.scale,
+        },
+        "counts": _encoded(workspace),
+        "questions": described,
+        "gold": gold,
+        "passages": {doc: passages[doc]._asdict() for doc in sorted(passages)},
+    }
+    write_json(workspace.folder / EXPLAINED, explained)
+    return explained
+
+
+def corpus_lookup(corpus: Corpus) -> Lookup:
+    """Returns a function from document id to its text; None for an id the corpus has not."""
+
+    def lookup(doc_id: str) -> PassageText | None:
+        if doc_id not in corpus:
+            return None
+        passage = corpus[corpus.row_of(doc_id)]
+        return PassageText(passage.title, passage.text[:_KEPT_CHARACTERS])
+
+    return lookup
+
+
+def shown_passages(
+    lines: Sequence[Mapping[str, Any]],
+    pair: tuple[str, str],
+    gold: Mapping[str, Sequence[str]],
+    lookup: Lookup,
+) -> dict[str, PassageText]:
+    """Returns the texts of the documents in the section on questions won and lost.
+
+    Args:
+        lines: Lines of predictions.jsonl.
+        pair: (system, baseline).
+        gold: Question id to relevant document ids.
+        lookup: Document id to its text.
+    """
+    found = {doc: lookup(doc) for doc in shown_documents(lines, pair, gold)}
+    return {doc: passage for doc, passage in found.items() if passage is not None}
+
+
+def _encoded(workspace: Workspace) -> dict[str, int]:
+    """Returns how many documents there are and were encoded for the indexes that are compared."""
+    documents = len(workspace.doc_ids)
+    versions = sum(path.is_dir() for path in (workspace.folder / "index").glob("*"))
+    return {
+        "documents in the corpus": documents,
+        "documents encoded for the indexes before and after": documents * versions,
+    }
+
+
+def _gold(workspace: Workspace) -> dict[str, list[str]]:
+    judged = workspace.dataset.qrels["test"]
+    return {
+        question.id: sorted(doc for doc, grade in judged[question.id].items() if grade > 0)
+        for question in workspace.questions["test"]
+    }
+
+
+def _chosen(workspace: Workspace, found: Sequence[Change]) -> list[Question]:
+    """Returns questions with an answer: those that changed most, then the first ones."""
+    known = {question.id: question for question in workspace.questions["test"] if question.answers}
+    able = [change for change in found if change.line.get("id") in known]
+    first = [select(able, by, _CHANGED_MOST) for by in (by_passage, by_answer)]
+    ids = [str(one.line["id"]) for s in first for one in (*s.won, *s.lost)]
+    ids = list(dict.fromkeys([*ids, *known]))
+    return [known[id] for id in ids[:_EXPLAINED_QUESTIONS]]
+
+
+class _Scores(NamedTuple):
+    rows: list[int]  # candidates of one question, corpus rows
+    before: np.ndarray  # [K] q·d of each
+    after: np.ndarray  # [K]
+
+
+def _candidate_scores(
+    workspace: Workspace, before: Retriever, after: Retriever, questions: Sequence[Question]
+) -> list[_Scores]:
+    """Returns the best documents of both retrievers, taken in turn, and what both think of them."""
+    sides = []
+    for retriever in (before, after):
+        queries = workspace.encode_queries(retriever.query_params, questions)
+        found = retriever.dense.search(queries, min(_CANDIDATES, len(retriever.embeddings)))
+        sides.append((retriever, queries, found))
+    scores = []
+    for place in range(len(questions)):
+        listed = [found.doc_ids[place][found.mask[place]].tolist() for _, _, found in sides]
+        turns = (row for pair in zip(*listed, strict=False) for row in pair)
+        rows = list(dict.fromkeys(map(int, turns)))[:_CANDIDATES]
+        values = [
+            np.asarray(retriever.embeddings[rows], np.float64) @ queries[place].astype(np.float64)
+            for retriever, queries, _ in sides
+        ]
+        scores.append(_Scores(rows, *values))
+    return scores
+
+
+def _explained(
+    workspace: Workspace,
+    before: Retriever,
+    after: Retriever,
+    lm: Teacher,
+    questions: Sequence[Question],
+    gold: Mapping[str, Sequence[str]],
+    target: RetrieverConfig,
+) -> list[dict[str, Any]]:
+    if not questions:
+        return []
+    scores = _candidate_scores(workspace, before, after, questions)
+    most = max(len(one.rows) for one in scores)
+    doc_ids = np.zeros((len(questions), most), np.int32)
+    mask = np.zeros((len(questions), most), bool)
+    for place, one in enumerate(scores):
+        doc_ids[place, : len(one.rows)] = one.rows
+        mask[place, : len(one.rows)] = True
+    candidates = SearchResult(doc_ids, np.zeros(mask.shape, np.float32), mask)
+    cache = ResultCache(workspace.folder / "scores" / "explained.jsonl", Score)
+    taught = score_candidates(workspace, lm, questions, candidates, cache)
+    targets = np.exp(target_log_probs(target, taught, candidates).astype(np.float64))
+    described = []
+    for place, (question, one) in enumerate(zip(questions, scores, strict=True)):
+        count = len(one.rows)
+        log_probs = taught.log_probs[place, :count].astype(np.float64)
+        views = {
+            "target": targets[place, :count],
+            "before": _softmax(target.scale * one.before),
+            "after": _softmax(target.scale * one.after),
+            "posterior": _softmax(target.scale * one.after + log_probs),
+        }
+        described.append(
+            {
+                "id": question.id,
+                "question": question.text,
+                "answers": list(question.answers),
+                "candidates": [
+                    _described(workspace, row, gold[question.id], log_probs[slot], views, slot)
+                    for slot, row in enumerate(one.rows)
+                ],
+            }
+        )
+    return described
+
+
+def _described(
+    workspace: Workspace,
+    row: int,
+    relevant: Sequence[str],
+    log_prob: float,
+    views: Mapping[str, np.ndarray],
+    slot: int,
+) -> dict[str, Any]:
+    doc_id = workspace.dataset.corpus.id_of(row)
+    shares = {name: round(float(values[slot]), 5) for name, values in views.items()}
+    return {
+        "doc_id": doc_id,
+        "relevant": doc_id in relevant,
+        "log_prob": round(float(log_prob), 4),
+        **shares,
+    }
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max())
+    return shifted / shifted.sum()

@@ -1,0 +1,294 @@
+"""A question-answering system that can be opened: data, retriever and language model.
+
+    system = open_system(Path("runs/adapt"))
+    retrieved = retrieve(system, ["what is a pytree?"], 4, by=by_hybrid)
+
+B questions, K documents each, N documents in all.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ragjax.data import Corpus, Dataset, Question
+from ragjax.index import Bm25Index, HybridQueries, SearchResult
+from ragjax.index.base import empty_result
+from ragjax.models.encoder import load_encoder
+from ragjax.models.inputs import Tokens
+from ragjax.models.language_model import load_language_model
+from ragjax.refresh import encode_token_ids
+from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
+from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.saved import (
+    Adapted,
+    FinishedRun,
+    adapted_encoder,
+    adapted_language_model,
+    open_run,
+)
+from ragjax.runs.workspace import Report, Workspace, choose_questions, make_workspace, read_data
+from ragjax.training.loop import StopFlag
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """What answers questions.
+
+    Attributes:
+        workspace: Data, tokenizers and options.
+        bm25: The lexical index.
+        retriever: The dense index, its query encoder, and the hybrid of both indexes.
+        lm_params: Parameters of `workspace.lm`, adapted or not, in the dtype that it computes in.
+        scale: p_R = softmax(scale · cosine).
+        name: What the user gave, for messages.
+    """
+
+    workspace: Workspace
+    bm25: Bm25Index
+    retriever: Retriever
+    lm_params: Any
+    scale: float
+    name: str
+
+    @property
+    def size(self) -> int:
+        """Number of documents N."""
+        return len(self.workspace.dataset.corpus)
+
+
+class Retrieved(NamedTuple):
+    """The documents of each question, and how much the retriever believes in each."""
+
+    found: SearchResult
+    doc_scores: np.ndarray  # [B, K] float32, logits of p_R; 0 where masked
+
+
+class Queries(NamedTuple):
+    """B questions as text and as the query encoder sees them."""
+
+    texts: Sequence[str]
+    embeddings: np.ndarray  # [B, D] float32
+
+
+# (system, queries, k) -> the k best documents of each question.
+Search = Callable[[System, Queries, int], SearchResult]
+
+
+def open_system(folder: Path, *, stop: StopFlag | None = None, report: Report = print) -> System:
+    """Opens what a run adapted; what it did not adapt is as it was.
+
+    Its stored embeddings serve again, so nothing is encoded but the dev questions that choose the
+    weight of the hybrid.
+
+    Args:
+        folder: Output folder of a finished run.
+        stop: Looked at while a corpus is encoded.
+        report: Shows one line to the user.
+
+    Raises:
+        FileNotFoundError: There is no run, or its data or models are not there any more.
+        ValueError: The run has not ended, or its files do not belong together.
+    """
+    run = open_run(folder)
+    config: Any = run.config
+    query, doc = run_towers(run)
+    lm = run_language_model(run)
+    dataset = read_data(config, folder, report)
+    workspace = make_workspace(
+        config,
+        folder,
+        dataset,
+        choose_questions(config, dataset),
+        query.model,
+        lm.model,
+        stop=stop or StopFlag(),
+        report=report,
+    )
+    version = _newest_index(folder) if adapts_retriever(config) else 0
+    return _assemble(workspace, query.params, doc.params, lm.params, version, str(folder))
+
+
+def open_base_system(
+    config: RunConfig, *, cache: Path, stop: StopFlag | None = None, report: Report = print
+) -> System:
+    """Opens documents and un-adapted models.
+
+    Args:
+        config: `data` (a folder in the BEIR layout; `corpus.jsonl` alone is enough), `encoder`,
+            `lm`, `prompt` and the scale of the retriever.
+        cache: Folder for the prepared corpus and its embeddings, which a later call finds again;
+            other data or another encoder get a place of their own in it.
+        stop: Looked at while the corpus is encoded.
+        report: Shows one line to the user.
+
+    Raises:
+        FileNotFoundError, ValueError: Data or models cannot be used.
+    """
+    settings: Any = config
+    dataset = _documents(settings, cache, report)
+    encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+    lm = load_language_model(config.lm)
+    dev = dataset.questions.get("dev", ())[: config.data_options.dev_questions]
+    identity = (
+        f"{encoder.fingerprint} {encoder.max_length} {config.compute_dtype}"
+        f" {dataset.corpus.fingerprint}"
+    )
+    workspace = make_workspace(
+        settings,
+        cache / hashlib.sha256(identity.encode()).hexdigest()[:16],
+        dataset,
+        {"train": (), "dev": dev, "test": dataset.questions.get("test", ())},
+        encoder,
+        lm,
+        stop=stop or StopFlag(),
+        report=report,
+    )
+    params = encoder.params
+    return _assemble(workspace, params, params, lm.params, 0, config.data or "Python packages")
+
+
+def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) -> Retrieved:
+    """Returns the k best documents of each question, and the logits of p_R.
+
+    Whatever finds the documents, p_R is the dense retriever's; see `doc_logits`.
+
+    Args:
+        system: What answers.
+        questions: B texts.
+        k: Documents per question; beyond N the rest is masked.
+        by: `by_dense`, `by_bm25` or `by_hybrid`.
+
+    Returns:
+        `[B, k]` documents and logits. A question may have fewer, or none: BM25 finds only
+        documents that share a word with it. With k = 0 nothing is retrieved.
+
+    Raises:
+        ValueError: k is negative.
+    """
+    if k < 0:
+        raise ValueError(f"k must be at least 0 documents, got {k}")
+    if k == 0:
+        return Retrieved(empty_result(len(questions), 0), np.zeros((len(questions), 0), np.float32))
+    asked = [Question(id=str(row), text=text) for row, text in enumerate(questions)]
+    embeddings = system.workspace.encode_queries(system.retriever.query_params, asked)
+    count = min(k, system.size)
+    found = by(system, Queries(questions, embeddings), count)
+    scores = doc_logits(system.retriever, embeddings, found, scale=system.scale)
+    spare = empty_result(len(questions), k)
+    for field, part in zip(spare, found, strict=True):
+        field[:, :count] = part
+    return Retrieved(spare, np.pad(scores, ((0, 0), (0, k - count))))
+
+
+def encode_query_of(system: System, num_tokens: int) -> None:
+    """Encodes a query of so many tokens, so that the first real one compiles nothing."""
+    workspace = system.workspace
+    encode_token_ids(
+        workspace.encoder.encode,
+        system.retriever.query_params,
+        [[workspace.encoder.pad_id] * num_tokens],
+        pad_id=workspace.encoder.pad_id,
+        options=workspace.encode_options(),
+        make_tokens=Tokens,
+    )
+
+
+def by_dense(system: System, queries: Queries, k: int) -> SearchResult:
+    """Finds documents by the similarity of embeddings."""
+    return system.retriever.dense.search(queries.embeddings, k)
+
+
+def by_bm25(system: System, queries: Queries, k: int) -> SearchResult:
+    """Finds documents by the words they share with the question; there may be none."""
+    return system.bm25.search(queries.texts, k)
+
+
+def by_hybrid(system: System, queries: Queries, k: int) -> SearchResult:
+    """Finds documents by both, as weighted on the dev questions."""
+    both = HybridQueries(queries.embeddings, queries.texts)
+    return system.retriever.hybrid.search(both, k)
+
+
+SEARCHES: dict[str, Search] = {"dense": by_dense, "bm25": by_bm25, "hybrid": by_hybrid}
+
+
+def adapts_retriever(config: Any) -> bool:
+    """Tells whether a run with these options adapts the retriever."""
+    return "retriever" in _stages(config) and config.retriever.train != "none"
+
+
+def adapts_language_model(config: Any) -> bool:
+    """Tells whether a run with these options adapts the language model."""
+    return "lm" in _stages(config) and getattr(config.language_model, "train", True)
+
+
+def _stages(config: Any) -> tuple[str, ...]:
+    # An end-to-end run has no stages: it trains what its options do not hold constant.
+    return getattr(config, "stages", ("lm", "retriever"))
+
+
+def run_towers(run: FinishedRun) -> tuple[Adapted, Adapted]:
+    """Returns the query and the document encoder of a run; see `adapted_encoder`."""
+    config = run.config
+    if not adapts_retriever(config):
+        encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+        return Adapted(encoder, encoder.params), Adapted(encoder, encoder.params)
+    if config.retriever.train == "shared":
+        both = adapted_encoder(run, "encoder")
+        return both, both
+    return adapted_encoder(run, "query"), adapted_encoder(run, "doc")
+
+
+def run_language_model(run: FinishedRun) -> Adapted:
+    """Returns the language model of a run; see `adapted_language_model`."""
+    if adapts_language_model(run.config):
+        return adapted_language_model(run)
+    lm = load_language_model(run.config.lm)
+    return Adapted(lm, lm.params)
+
+
+def _newest_index(folder: Path) -> int:
+    numbers = [int(path.name) for path in (folder / "index").glob("*") if path.name.isdecimal()]
+    if not numbers or max(numbers) == 0:
+        raise ValueError(
+            f"{folder}: no index of the adapted encoder there; the same command finishes the run"
+        )
+    return max(numbers)
+
+
+def _documents(config: Any, cache: Path, report: Report) -> Dataset:
+    """Reads a corpus with the questions and judgements that lie beside it, if any."""
+    source = Path(config.data)
+    if not config.data or (source / "qrels").is_dir():
+        return read_data(config, cache, report)
+    corpus = Corpus.open(
+        source, cache=cache / "data" / "cache", on_bad_row=config.data_options.on_bad_row
+    )
+    return Dataset(name=source.name, corpus=corpus, questions={}, qrels={})
+
+
+def _assemble(
+    workspace: Workspace,
+    query_params: Any,
+    doc_params: Any,
+    lm_params: Any,
+    version: int,
+    name: str,
+) -> System:
+    bm25 = build_bm25(workspace)
+    retriever = build_retriever(
+        workspace, bm25, version=version, query_params=query_params, doc_params=doc_params
+    )
+    settings: Any = workspace.config
+    return System(
+        workspace=workspace,
+        bm25=bm25,
+        retriever=retriever,
+        lm_params=workspace.in_compute_dtype(lm_params),
+        scale=settings.retriever.scale,
+        name=name,
+    )

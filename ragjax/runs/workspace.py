@@ -1,0 +1,367 @@
+"""What every stage of a dual-training run shares: the data, the models and where things are kept.
+
+Q questions, N documents, D embedding size.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from ragjax.data import (
+    Dataset,
+    DocumentTokens,
+    PromptBuilder,
+    PromptTemplate,
+    Question,
+    batch_rows,
+    buckets_up_to,
+    encode_texts,
+    passage_text,
+    read_beir,
+    truncation_note,
+    write_python_docs,
+)
+from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_options
+from ragjax.models.inputs import Tokens
+from ragjax.models.language_model import LanguageModel, load_language_model
+from ragjax.models.layers.stacks import cast_floats
+from ragjax.refresh import EncodeOptions, encode_token_ids
+from ragjax.runs.folder import add_seconds
+from ragjax.runs.options.dual import AdaptConfig
+from ragjax.training.loop import MetricsLog, StopFlag
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Data, models and folders of one run; made once, read by every stage.
+
+    Attributes:
+        config: Options of the run.
+        folder: Output folder.
+        dataset: Corpus, questions, relevance judgements.
+        questions: Questions used, by split ("train", "dev", "test"), after the caps of the config.
+        encoder: The un-adapted text encoder.
+        lm: The un-adapted language model.
+        prompts: Turns (documents, question, answer) into token ids, for scoring and answering.
+        documents: Token ids of the documents for the language model.
+        doc_ids: Encoder token ids of the documents, N lists.
+        metrics: Per-step metrics.
+        stop: Set by a signal.
+        report: Shows one line to the user.
+        seconds: Wall-clock seconds by stage, filled as the stages end.
+    """
+
+    config: AdaptConfig
+    folder: Path
+    dataset: Dataset
+    questions: dict[str, tuple[Question, ...]]
+    encoder: TextEncoder
+    lm: LanguageModel
+    prompts: PromptBuilder
+    documents: DocumentTokens
+    doc_ids: list[list[int]]
+    metrics: MetricsLog
+    stop: StopFlag
+    report: Report
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Announces a stage and keeps how long it took."""
+        self.stop.check()
+        self.report(f"\n== {stage}")
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+            add_seconds(self.folder, stage, took)
+
+    def gold_rows(self, split: str) -> list[dict[int, int]]:
+        """Returns corpus row to grade for the questions used of a split."""
+        judged = self.dataset.qrels[split]
+        corpus = self.dataset.corpus
+        return [
+            {corpus.row_of(doc_id): grade for doc_id, grade in judged[question.id].items()}
+            for question in self.questions[split]
+        ]
+
+    def query_ids(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Returns the encoder's token ids of questions, with the encoder's query prefix."""
+        texts = [self.encoder.query_prefix + question.text for question in questions]
+        length = self.encoder.max_length
+        return encode_texts(self.encoder.tokenizer, texts, max_length=length).ids
+
+    def encode_queries(self, params: Any, questions: Sequence[Question]) -> np.ndarray:
+        """Returns query embeddings `[Q, D]` float32."""
+        return encode_token_ids(
+            self.encoder.encode,
+            params,
+            self.query_ids(questions),
+            pad_id=self.encoder.pad_id,
+            options=self.encode_options(),
+            make_tokens=Tokens,
+        )
+
+    def encode_options(self) -> EncodeOptions:
+        """Returns how texts are grouped for the encoder."""
+        return EncodeOptions(batch_tokens=self.config.encode_tokens, buckets=self.buckets())
+
+    def in_compute_dtype(self, params: Any) -> Any:
+        """Returns the language model's parameters in the dtype that it computes in."""
+        if self.config.compute_dtype == "float32":
+            return params
+        return cast_floats(params, self.config.compute_dtype)
+
+    def training_encode(self) -> Encode:
+        """Returns `encode` as training runs it: recomputing its layers if the options say so."""
+        if not self.config.retriever.remat:
+            return self.encoder.encode
+        dtype = _cast_dtype(self.config)
+        return with_options(self.encoder, remat=True, compute_dtype=dtype).encode
+
+    def buckets(self) -> tuple[int, ...]:
+        """Returns the lengths, in tokens, that encoder inputs are padded to."""
+        return buckets_up_to(self.encoder.max_length, EncodeOptions().buckets)
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """Returns a digest of a tree of arrays: names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def open_workspace(
+    config: AdaptConfig, folder: Path, *, stop: StopFlag, report: Report = print
+) -> Workspace:
+    """Reads the data, loads the models and checks that they fit each other.
+
+    Args:
+        config: Options of the run.
+        folder: Output folder; the prepared corpus goes to its sub-folder `data`.
+        stop: Looked at between stages.
+        report: Shows one line to the user.
+
+    Raises:
+        ValueError, FileNotFoundError: For data or models that cannot be used, before any
+            expensive work.
+    """
+    if config.score_cache and not Path(config.score_cache).is_file():
+        raise ValueError(f"--score_cache {config.score_cache}: no such file")
+    dataset = read_data(config, folder, report)
+    questions = choose_questions(config, dataset)
+    encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+    lm = load_language_model(config.lm)
+    _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
+    _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)
+    return make_workspace(config, folder, dataset, questions, encoder, lm, stop=stop, report=report)
+
+
+def make_workspace(
+    config: AdaptConfig,
+    folder: Path,
+    dataset: Dataset,
+    questions: dict[str, tuple[Question, ...]],
+    encoder: TextEncoder,
+    lm: LanguageModel,
+    *,
+    stop: StopFlag,
+    report: Report = print,
+) -> Workspace:
+    """Puts data and models that are read already together; tokenises the corpus for the encoder.
+
+    Args:
+        config: Options of the run.
+        folder: Output folder.
+        dataset: Corpus, questions, relevance judgements.
+        questions: Those of them that are used, by split.
+        encoder: The un-adapted text encoder.
+        lm: The un-adapted language model.
+        stop: Looked at between stages.
+        report: Shows one line to the user.
+    """
+    encoder = _in_compute_dtype(encoder, config)
+    report(
+        f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions"
+    )
+    report(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
+    texts = [encoder.doc_prefix + passage_text(passage) for passage in dataset.corpus]
+    encoded = encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length)
+    note = truncation_note(
+        encoded.num_truncated, len(texts), max_length=encoder.max_length, what="documents"
+    )
+    if note:
+        report(f"note: {note} for the encoder")
+    prompts = make_prompts(config, lm)
+    return Workspace(
+        config=config,
+        folder=folder,
+        dataset=dataset,
+        questions=questions,
+        encoder=encoder,
+        lm=lm,
+        prompts=prompts,
+        documents=DocumentTokens(prompts, dataset.corpus),
+        doc_ids=encoded.ids,
+        metrics=MetricsLog(folder / "metrics.jsonl"),
+        stop=stop,
+        report=report,
+    )
+
+
+def _cast_dtype(config: AdaptConfig) -> str | None:
+    return None if config.compute_dtype == "float32" else config.compute_dtype
+
+
+def _in_compute_dtype(encoder: TextEncoder, config: AdaptConfig) -> TextEncoder:
+    """Returns the encoder as the run uses it; embeddings of another dtype are another encoder's."""
+    if (dtype := _cast_dtype(config)) is None:
+        return encoder
+    identity = hashlib.sha256(f"{encoder.fingerprint} {dtype}".encode()).hexdigest()
+    encoder = with_options(encoder, compute_dtype=dtype)
+    return dataclasses.replace(encoder, fingerprint=identity)
+
+
+def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
+    if asked > sizes.num_layers:
+        raise ValueError(
+            f"--{flag}.train_layers {asked}: {source} has {sizes.num_layers} layers; 0 trains all"
+        )
+
+
+def read_data(config: AdaptConfig, folder: Path, report: Report) -> Dataset:
+    """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
+    options = config.data_options
+    source = Path(config.data) if config.data else folder / "data" / "python-docs"
+    if not config.data and not (source / "corpus.jsonl").is_file():
+        write_python_docs(source)
+    dataset = read_beir(
+        source,
+        cache=folder / "data" / "cache",
+        fields=_fields(options.fields),
+        on_bad_row=options.on_bad_row,
+        dev_fraction=config.dev_fraction,
+    )
+    for note in dataset.notes:
+        report(f"note: {note}")
+    return dataset
+
+
+def _fields(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value.strip()):
+            raise ValueError(f"--data_options.fields {text!r}: expected id=docid,text=contents")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def choose_questions(config: AdaptConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
+    """Returns the questions of a run by split, after its caps.
+
+    Raises:
+        ValueError: There are none to train on, or none to test on.
+    """
+    caps = config.data_options
+    limits = {"train": caps.train_questions, "dev": caps.dev_questions, "test": caps.test_questions}
+    chosen: dict[str, tuple[Question, ...]] = {}
+    for split, limit in limits.items():
+        known = dataset.questions.get(split, ())
+        if split == "train":
+            # Nothing can be learnt from a question without an answer: p_LM(y|c∘x) needs a y.
+            known = tuple(question for question in known if question.answers)
+        if not known and split != "dev":
+            need = "answers and " if split == "train" else ""
+            raise ValueError(
+                f"{dataset.name}: no {split} questions with {need}relevance judgements; add"
+                f" qrels/{split}.tsv and answers in queries.jsonl"
+            )
+        # A seeded order, so that a cap takes a fair sample and a larger cap a larger one.
+        count = len(known) if split == "test" and limit == 0 else min(limit, len(known))
+        order = batch_rows(config.seed, 0, num_examples=len(known), batch_size=len(known))
+        chosen[split] = tuple(known[row] for row in order[:count]) if known else ()
+    return chosen
+
+
+def make_prompts(
+    config: AdaptConfig, lm: LanguageModel, *, end_id: int | None = None
+) -> PromptBuilder:
+    """Returns the prompt builder of a run; with `end_id`, targets end with that token."""
+    return PromptBuilder(
+        lm.tokenizer,
+        template=PromptTemplate(
+            max_document_tokens=config.prompt.document_tokens,
+            max_answer_tokens=config.prompt.answer_tokens,
+        ),
+        max_length=lm.max_length,
+        pad_id=lm.pad_id,
+        bos_id=lm.bos_id,
+        end_id=end_id,
+        context_end_ids=lm.text_format.context_end_ids,
+        target_start_ids=lm.text_format.target_start_ids,
+    )
+
+
+def _size(params: Any) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return f"{count / 1e6:.0f} M parameters"
+
+
+Rows: TypeAlias = NDArray[np.int64]
+
+
+def answer_end_id(workspace: Workspace) -> int | None:
+    """Returns what the model is trained to end targets with, else a newline, if it is one token."""
+    if (end_id := workspace.lm.text_format.target_end_id) is not None:
+        return end_id
+    ids = workspace.lm.tokenizer.encode("\n", add_special_tokens=False).ids
+    return ids[0] if len(ids) == 1 else None
+
+
+def tower_params(workspace: Workspace) -> dict[str, Any]:
+    """Returns un-adapted towers by name: one `shared` tower, or `query` and `doc` apart."""
+    params = workspace.encoder.params
+    if workspace.config.retriever.train == "shared":
+        return {"shared": params}
+    return {"query": params, "doc": params}
+
+
+def question_rows(workspace: Workspace, round_number: int, num_questions: int, step: int) -> Rows:
+    """Returns the questions `[B]` of a step, a pure function of the seed and the step."""
+    return batch_rows(
+        workspace.config.seed + round_number,
+        step,
+        num_examples=num_questions,
+        batch_size=workspace.config.retriever.batch_size,
+    )
+
+
+def cut_ids(ids: list[int], length: int) -> list[int]:
+    """Cuts token ids, keeping the last one: an encoder expects its closing [SEP]."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+def bucket_of(workspace: Workspace, length: int) -> int:
+    """Returns the length that an encoder's batch is padded to."""
+    return next(bucket for bucket in workspace.buckets() if bucket >= length)
+
+
+def gold_sets(workspace: Workspace) -> list[frozenset[int]]:
+    """Returns the relevant corpus rows of each training question."""
+    judged = workspace.gold_rows("train")
+    return [frozenset(row for row, grade in rows.items() if grade > 0) for rows in judged]

@@ -1,0 +1,57 @@
+"""A whole run, and its teacher, with an encoder-decoder as the language model."""
+
+import json
+
+import numpy as np
+import pytest
+from test_adapt import run
+from test_teacher import plain_score, some_candidates
+
+from ragjax.models.testing.seq2seq import write_tiny_seq2seq
+from ragjax.runs.options.dual import AdaptConfig, LMConfig
+from ragjax.runs.options.shared import DataConfig
+from ragjax.runs.teacher import Teacher, score_candidates
+from ragjax.runs.workspace import answer_end_id, open_workspace
+from ragjax.training.loop import StopFlag
+from ragjax.training.score_cache import ResultCache, Score
+
+
+@pytest.fixture(scope="module")
+def t5_inputs(tiny_inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5")
+    write_tiny_seq2seq(folder)
+    return tiny_inputs | {"lm": str(folder)}
+
+
+@pytest.mark.slow
+def test_unpacked_scores_are_those_of_each_pair_alone(t5_inputs, tmp_path, rng):
+    config = AdaptConfig(
+        **t5_inputs,
+        data_options=DataConfig(train_questions=5),
+        language_model=LMConfig(train_layers=1),
+        score_tokens=1024,
+    )
+    workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda _: None)
+    assert answer_end_id(workspace) == 257
+    questions = workspace.questions["train"]
+    found = some_candidates(rng, len(questions), documents=9)
+    teacher = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    cache = ResultCache(tmp_path / "s.jsonl", Score)
+    scores = score_candidates(workspace, teacher, questions, found, cache)
+    for q, k in np.argwhere(found.mask):
+        expected = plain_score(workspace, questions[q], int(found.doc_ids[q, k]))
+        assert scores.log_probs[q, k] == pytest.approx(expected, abs=1e-3)
+    assert (scores.log_probs[~found.mask] == 0).all()
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_a_t5_ends_with_metrics(t5_inputs, tiny_flags, tmp_path):
+    flags = [*tiny_flags, f"--lm={t5_inputs['lm']}", "--retriever.rounds=1"]
+    code, _, err = run(flags, tmp_path / "run")
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"before", "after"} <= set(metrics)
+    assert np.isfinite(metrics["after"]["answer_nll"]["value"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert {"lm", "retriever-0"} <= {step["stage"] for step in steps}

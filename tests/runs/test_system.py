@@ -1,0 +1,228 @@
+"""A system that is opened holds what a run adapted, or models as they are, and retrieves."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.data import pad_right
+from ragjax.models import Tokens, load_encoder, load_language_model
+from ragjax.runs import indexes as retrieval
+from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run
+from ragjax.runs.system import (
+    SEARCHES,
+    adapts_language_model,
+    adapts_retriever,
+    by_bm25,
+    by_dense,
+    by_hybrid,
+    open_base_system,
+    open_system,
+    retrieve,
+)
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "adapt.py"
+QUESTION = "what does the green owl like?"
+
+
+def silent(line):
+    """Reports to nobody."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_inputs):
+    return open_base_system(
+        AdaptConfig(**tiny_inputs), cache=tmp_path_factory.mktemp("cache"), report=silent
+    )
+
+
+def embed(encoder, params, text):
+    ids = encoder.tokenizer.encode(text).ids[: encoder.max_length]
+    padded = pad_right([ids], length=encoder.max_length, pad_id=encoder.pad_id)
+    tokens = Tokens(jnp.asarray(padded.ids), jnp.asarray(padded.mask))
+    return np.asarray(jax.jit(encoder.encode)(params, tokens), np.float64)[0]
+
+
+@pytest.mark.parametrize("name", ["dense", "bm25", "hybrid"])
+def test_logits_are_the_scaled_cosines_whatever_found_the_documents(base, tiny_inputs, name):
+    found, doc_scores = retrieve(base, [QUESTION, "the red cat"], 3, by=SEARCHES[name])
+    encoder = load_encoder(tiny_inputs["encoder"])
+    corpus = base.workspace.dataset.corpus
+    assert found.mask.all()
+    for row, text in enumerate([QUESTION, "the red cat"]):
+        query = embed(encoder, encoder.params, text)
+        for column, doc in enumerate(found.doc_ids[row]):
+            passage = corpus[int(doc)]
+            document = embed(encoder, encoder.params, f"{passage.title}\n{passage.text}")
+            expected = 20 * query @ document / np.linalg.norm(query) / np.linalg.norm(document)
+            assert doc_scores[row, column] == pytest.approx(expected, abs=1e-3)
+
+
+def test_each_way_of_searching_is_its_own_index(base):
+    by_word = retrieve(base, ["elk"], 8, by=by_bm25).found
+    corpus = base.workspace.dataset.corpus
+    assert {corpus[int(doc)].title for doc in by_word.doc_ids[0]} == {"elk"}
+    dense = retrieve(base, [QUESTION], 80, by=by_dense)
+    assert np.all(np.diff(dense.doc_scores[0]) <= 1e-4)
+    both = retrieve(base, [QUESTION], 5, by=by_hybrid).found
+    assert both.scores[0].tolist() == sorted(both.scores[0].tolist(), reverse=True)
+    assert set(SEARCHES) == {"dense", "bm25", "hybrid"}
+
+
+def test_more_documents_than_there_are_leave_masked_places(base):
+    found, doc_scores = retrieve(base, [QUESTION], 85, by=by_dense)
+    assert found.doc_ids.shape == doc_scores.shape == (1, 85)
+    assert found.mask.sum() == 80
+    assert not found.mask[0, 80:].any()
+    assert sorted(found.doc_ids[0, :80].tolist()) == list(range(80))
+
+
+def test_no_matching_word_retrieves_nothing(base):
+    found, doc_scores = retrieve(base, ["zzz qqq"], 3, by=by_bm25)
+    assert not found.mask.any()
+    assert doc_scores.tolist() == [[0, 0, 0]]
+
+
+def test_no_documents_asked_for_are_none(base):
+    found, doc_scores = retrieve(base, [QUESTION, ""], 0, by=by_dense)
+    assert found.doc_ids.shape == doc_scores.shape == (2, 0)
+
+
+def test_a_negative_number_of_documents_is_refused(base):
+    with pytest.raises(ValueError, match="k must be at least 0 documents, got -1"):
+        retrieve(base, [QUESTION], -1, by=by_dense)
+
+
+def test_the_second_start_encodes_nothing(base, tiny_inputs, monkeypatch):
+    def encode(*arguments, **options):
+        raise AssertionError("the corpus was encoded again")
+
+    monkeypatch.setattr(retrieval, "encode_to_store", encode)
+    cache = base.workspace.folder.parent
+    again = open_base_system(AdaptConfig(**tiny_inputs), cache=cache, report=silent)
+    np.testing.assert_array_equal(again.retriever.embeddings, base.retriever.embeddings)
+
+
+def test_other_data_get_embeddings_of_their_own_in_one_cache(base, tiny_inputs, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "title": "", "text": "one fish"}\n')
+    cache = base.workspace.folder.parent
+    config = AdaptConfig(**tiny_inputs | {"data": str(tmp_path)})
+    other = open_base_system(config, cache=cache, report=silent)
+    assert other.size == 1
+    assert other.workspace.folder != base.workspace.folder
+    found = retrieve(other, ["fish"], 2, by=by_hybrid).found
+    assert found.mask.tolist() == [[True, False]]
+
+
+def test_documents_alone_are_enough_and_judged_questions_weigh_the_hybrid(
+    base, tiny_inputs, tmp_path
+):
+    lines = []
+    shutil.copy(Path(tiny_inputs["data"]) / "corpus.jsonl", tmp_path)
+    config = AdaptConfig(**tiny_inputs | {"data": str(tmp_path)})
+    alone = open_base_system(config, cache=tmp_path / "cache", report=lines.append)
+    assert alone.retriever.hybrid.dense_weight == 0.5
+    assert any("no dev questions" in line for line in lines)
+    assert len(base.workspace.questions["dev"]) == 27
+
+
+def test_missing_documents_are_named(tiny_inputs, tmp_path):
+    config = AdaptConfig(**tiny_inputs | {"data": str(tmp_path / "nowhere")})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_base_system(config, cache=tmp_path / "cache", report=silent)
+
+
+def adapt(flags, output):
+    spec = importlib.util.spec_from_file_location("adapt_for_system", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
+    spec.loader.exec_module(module)
+    assert module.main([*flags, f"--output={output}"]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_flags):
+    """A run that adapted both models, in two rounds, with two encoders."""
+    flags = [*tiny_flags, "--retriever.train=both", "--retriever.learning_rate=0.01"]
+    return adapt(flags, tmp_path_factory.mktemp("system") / "whole")
+
+
+@pytest.fixture(scope="module")
+def only_lm(tmp_path_factory, tiny_flags):
+    """A run that adapted the language model alone."""
+    flags = [*tiny_flags, "--stages", "lm"]
+    return adapt(flags, tmp_path_factory.mktemp("system") / "lm")
+
+
+@pytest.mark.slow
+def test_a_run_retrieves_as_it_did_when_it_was_evaluated(whole, monkeypatch):
+    def encode(*arguments, **options):
+        raise AssertionError("the corpus was encoded again")
+
+    monkeypatch.setattr(retrieval, "encode_to_store", encode)
+    system = open_system(whole, report=silent)
+    lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
+    texts = [line["question"] for line in lines]
+    corpus = system.workspace.dataset.corpus
+    for name, search in (("after", by_dense), ("hybrid", by_hybrid), ("bm25", by_bm25)):
+        found = retrieve(system, texts, 20, by=search).found
+        for row, line in enumerate(lines):
+            ids = [corpus.id_of(int(doc)) for doc in found.doc_ids[row][found.mask[row]]]
+            assert ids == line["systems"][name]["doc_ids"]
+
+
+@pytest.mark.slow
+def test_a_run_answers_with_its_adapted_models(whole, tiny_inputs):
+    system = open_system(whole, report=silent)
+    run = open_run(whole)
+    jax.tree.map(
+        np.testing.assert_array_equal, system.lm_params, adapted_language_model(run).params
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        system.retriever.query_params,
+        adapted_encoder(run, "query").params,
+    )
+    assert system.retriever.version == 2
+    assert system.name == str(whole)
+
+
+@pytest.mark.slow
+def test_what_a_run_did_not_adapt_is_as_it_was(only_lm, tiny_inputs):
+    system = open_system(only_lm, report=silent)
+    base = load_encoder(tiny_inputs["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, system.retriever.query_params, base.params)
+    assert system.retriever.version == 0
+    before = jax.tree.leaves(load_language_model(tiny_inputs["lm"]).params)
+    after = jax.tree.leaves(system.lm_params)
+    assert any((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.slow
+def test_a_run_without_its_last_index_has_not_ended(whole, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    for number in (1, 2):
+        shutil.rmtree(copy / "index" / str(number))
+    with pytest.raises(ValueError, match="no index of the adapted encoder"):
+        open_system(copy, report=silent)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run there"):
+        open_system(tmp_path, report=silent)
+
+
+def test_options_tell_what_a_run_adapts():
+    assert adapts_retriever(AdaptConfig(stages=("retriever",)))
+    assert not adapts_language_model(AdaptConfig(stages=("retriever",)))
+    assert adapts_language_model(AdaptConfig(stages=("lm",)))
+    assert not adapts_retriever(AdaptConfig(stages=("lm",)))

@@ -1,0 +1,204 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.index import SearchResult
+from ragjax.models import LMBatch
+from ragjax.runs import teacher as teacher_module
+from ragjax.runs.compare.answers import Answer, Request, answer_requests
+from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
+from ragjax.runs.options.shared import DataConfig, EvaluationConfig
+from ragjax.runs.teacher import Teacher, TeacherScores, score_candidates, target_log_probs
+from ragjax.runs.train.retriever import Lessons, _batch_docs
+from ragjax.runs.workspace import open_workspace
+from ragjax.training.loop import StopFlag
+from ragjax.training.score_cache import ResultCache, Score
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_inputs, tmp_path_factory):
+    config = AdaptConfig(
+        **tiny_inputs,
+        data_options=DataConfig(train_questions=9),
+        evaluation=EvaluationConfig(max_new_tokens=4),
+        language_model=LMConfig(train_layers=1),
+        score_tokens=1024,
+    )
+    folder = tmp_path_factory.mktemp("workspace")
+    return open_workspace(config, folder, stop=StopFlag(), report=lambda _: None)
+
+
+@pytest.fixture
+def teacher(workspace):
+    return Teacher(workspace.lm.params, workspace.lm.fingerprint)
+
+
+def some_candidates(rng, count, *, documents):
+    ids = np.stack([rng.choice(documents, 4, replace=False) for _ in range(count)])
+    mask = np.ones(ids.shape, bool)
+    mask[0, 2:] = False
+    scores = np.where(mask, rng.normal(size=ids.shape), -np.inf).astype(np.float32)
+    return SearchResult(np.where(mask, ids, -1).astype(np.int32), scores, mask)
+
+
+def plain_score(workspace, question, doc):
+    """One pair alone, by the unpacked function."""
+    context = workspace.prompts.context(question.text, workspace.documents.get([doc]))
+    target = workspace.prompts.target(question.answers[0])
+    packed = workspace.prompts.pack([context], [target])
+    batch = LMBatch(*map(jnp.asarray, packed))
+    return float(workspace.lm.token_log_probs(workspace.lm.params, batch).sum())
+
+
+# Few documents share a row with many questions; many documents are read alone.
+@pytest.mark.parametrize("documents", [5, 60])
+def test_packed_scores_are_those_of_each_pair_alone(workspace, teacher, rng, tmp_path, documents):
+    questions = workspace.questions["train"]
+    found = some_candidates(rng, len(questions), documents=documents)
+    cache = ResultCache(tmp_path / "s.jsonl", Score)
+    scores = score_candidates(workspace, teacher, questions, found, cache)
+    for q, k in np.argwhere(found.mask):
+        expected = plain_score(workspace, questions[q], int(found.doc_ids[q, k]))
+        assert scores.log_probs[q, k] == pytest.approx(expected, abs=1e-3)
+    assert (scores.log_probs[~found.mask] == 0).all()
+    assert scores.lengths.tolist() == [
+        len(workspace.prompts.target(q.answers[0])) for q in questions
+    ]
+
+
+def test_known_scores_cost_no_forward_pass(workspace, teacher, rng, tmp_path, monkeypatch):
+    questions = workspace.questions["train"]
+    found = some_candidates(rng, len(questions), documents=20)
+    first = score_candidates(
+        workspace, teacher, questions, found, ResultCache(tmp_path / "s.jsonl", Score)
+    )
+
+    def forbidden(*_):
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr(teacher_module, "_score", forbidden)
+    for cache in (
+        ResultCache(tmp_path / "s.jsonl", Score),
+        ResultCache(tmp_path / "t.jsonl", Score, earlier=[tmp_path / "s.jsonl"]),
+    ):
+        again = score_candidates(workspace, teacher, questions, found, cache)
+        np.testing.assert_array_equal(again.log_probs, first.log_probs)
+
+
+def test_another_language_model_does_not_get_the_scores_of_this_one(
+    workspace, teacher, rng, tmp_path, monkeypatch
+):
+    questions = workspace.questions["train"]
+    found = some_candidates(rng, len(questions), documents=20)
+    cache = ResultCache(tmp_path / "s.jsonl", Score)
+    score_candidates(workspace, teacher, questions, found, cache)
+    known = len(cache)
+    score_candidates(workspace, teacher._replace(fingerprint="x"), questions, found, cache)
+    assert len(cache) == 2 * known
+
+
+def test_a_cut_scoring_continues_to_the_same_bits(workspace, teacher, rng, tmp_path):
+    questions = workspace.questions["train"]
+    found = some_candidates(rng, len(questions), documents=20)
+    path = tmp_path / "s.jsonl"
+    whole = score_candidates(workspace, teacher, questions, found, ResultCache(path, Score))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:11]) + lines[11][:9])
+    again = score_candidates(workspace, teacher, questions, found, ResultCache(path, Score))
+    np.testing.assert_array_equal(again.log_probs, whole.log_probs)
+
+
+def test_the_target_is_the_softmax_of_score_plus_weighted_z():
+    found = SearchResult(
+        np.array([[3, 1, 2], [4, 5, -1]], np.int32),
+        np.array([[3.0, 2.0, 1.0], [1.0, 0.5, -np.inf]], np.float32),
+        np.array([[True, True, True], [True, True, False]]),
+    )
+    scores = TeacherScores(
+        np.array([[-4.0, -2.0, -8.0], [-1.0, -3.0, 0.0]], np.float32), np.array([4, 2], np.int32)
+    )
+    config = RetrieverConfig(score="log_prob_per_token", temperature=0.5, prior_weight=0.2)
+    target = target_log_probs(config, scores, found)
+    for row, kept in ((0, [0, 1, 2]), (1, [0, 1])):
+        s = found.scores[row, kept].astype(float)
+        g = scores.log_probs[row, kept] / scores.lengths[row]
+        logits = (g + 0.2 * (s - s.mean()) / s.std()) / 0.5
+        np.testing.assert_allclose(
+            target[row, kept], logits - np.log(np.exp(logits).sum()), rtol=1e-5
+        )
+    assert target[1, 2] == -np.inf
+    without = dataclasses.replace(config, prior_weight=0.0)
+    g = scores.log_probs[0] / 4 / 0.5
+    np.testing.assert_allclose(
+        target_log_probs(without, scores, found)[0], g - np.log(np.exp(g).sum()), rtol=1e-5
+    )
+
+
+def test_a_batch_holds_its_candidates_once_and_random_documents_beside(rng):
+    found = some_candidates(rng, 6, documents=8)
+    rows = np.array([0, 3, 5])
+    empty = [frozenset()] * len(rows)
+    lessons = Lessons(found.doc_ids[rows], found.mask[rows], found.scores[rows], empty)
+    docs = _batch_docs(lessons, 12, 50, (0, 1))
+    wanted = {int(d) for d in found.doc_ids[rows][found.mask[rows]]}
+    assert wanted == set(docs[: len(wanted)])
+    assert len(set(docs)) == len(docs) == 12
+    assert docs == _batch_docs(lessons, 12, 50, (0, 1))
+    assert docs != _batch_docs(lessons, 12, 50, (0, 2))
+
+
+def request(workspace, row, docs):
+    question = workspace.questions["train"][row]
+    return Request(question, tuple(docs), tuple(-float(i) for i in range(len(docs))))
+
+
+@pytest.mark.parametrize("mode", ["concat", "ensemble"])
+def test_an_answer_depends_on_its_prompt_only_and_is_computed_once(
+    workspace, teacher, tmp_path, mode
+):
+    config = dataclasses.replace(
+        workspace.config, evaluation=EvaluationConfig(mode=mode, documents=2, max_new_tokens=4)
+    )
+    workspace = dataclasses.replace(workspace, config=config)
+    requests = [request(workspace, row, [row, row + 1]) for row in (0, 1, 2, 0)]
+    cache = ResultCache(tmp_path / "a.jsonl", Answer)
+    answers = answer_requests(workspace, teacher, requests, cache)
+    assert len(cache) == 3 and answers[0] == answers[3]
+    alone = answer_requests(
+        workspace, teacher, requests[1:2], ResultCache(tmp_path / "b.jsonl", Answer)
+    )
+    assert alone[0].prediction == answers[1].prediction
+    assert alone[0].nll == pytest.approx(answers[1].nll, abs=1e-4)
+
+
+def test_the_nll_of_an_answer_is_that_of_its_tokens(workspace, teacher, tmp_path):
+    cache = ResultCache(tmp_path / "a.jsonl", Answer)
+    (answer,) = answer_requests(workspace, teacher, [request(workspace, 0, [7])], cache)
+    question = workspace.questions["train"][0]
+    length = len(workspace.prompts.target(question.answers[0]))
+    expected = -plain_score(workspace, question, 7) / length
+    assert answer.nll == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_ensemble_nll_is_the_marginal_over_documents(workspace, teacher, tmp_path):
+    config = dataclasses.replace(
+        workspace.config, evaluation=EvaluationConfig(mode="ensemble", documents=2)
+    )
+    workspace = dataclasses.replace(workspace, config=config)
+    cache = ResultCache(tmp_path / "a.jsonl", Answer)
+    (answer,) = answer_requests(workspace, teacher, [request(workspace, 0, [7, 9])], cache)
+    question = workspace.questions["train"][0]
+    length = len(workspace.prompts.target(question.answers[0]))
+    weights = np.exp([0.0, -1.0]) / np.exp([0.0, -1.0]).sum()
+    probabilities = np.exp([plain_score(workspace, question, doc) / 1.0 for doc in (7, 9)])
+    expected = -np.log(weights @ probabilities) / length
+    assert answer.nll == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_packed_row_may_be_longer_than_any_context(workspace):
+    # It holds the targets too: a prompt that fills the model still finds a bucket.
+    longest = workspace.prompts.max_context_length + workspace.config.prompt.answer_tokens
+    batches = teacher_module.context_batches(workspace, [longest, 40])
+    assert [(batch.rows.tolist(), batch.length) for batch in batches] == [([0], longest), ([1], 64)]
