@@ -1,13 +1,30 @@
-"""Strict, offline, deterministic: eight fake CPU devices, no silent rank promotion."""
+"""Strict, offline, deterministic: eight fake CPU devices, no silent rank promotion.
 
+Tiny models compile far longer than they run. A session therefore compiles each program once, for
+its workers and the programs that tests start, and with little optimisation;
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do, and `JAX_COMPILATION_CACHE_DIR` keeps what
+was compiled from session to session.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
-# Before jax is imported anywhere: XLA reads these once.
+# Before jax is imported anywhere: it reads these once. Processes that tests start inherit them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="ragjax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    # Of the process that starts the workers: it ends last.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 import jax
 import numpy as np

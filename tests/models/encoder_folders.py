@@ -8,9 +8,6 @@ import numpy as np
 
 from ragjax.models import Tokens
 
-# The models are tiny: compiling them takes far longer than running them.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def tokenize(encoder, texts):
     rows = [encoder.tokenizer.encode(text).ids for text in texts]
@@ -26,7 +23,7 @@ def tokenize(encoder, texts):
 
 
 def embed(encoder, texts):
-    run = jax.jit(encoder.encode, compiler_options=QUICK)
+    run = jax.jit(encoder.encode)
     return np.asarray(run(encoder.params, tokenize(encoder, texts)))
 
 

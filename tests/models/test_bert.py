@@ -23,8 +23,6 @@ from ragjax.models.inputs import Tokens
 from ragjax.models.layers.stacks import abstract, merge, split
 from ragjax.models.testing.encoder import huggingface_tensors
 
-# The models are tiny: compiling them takes far longer than running them.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 CONFIG = BertConfig(
     vocab_size=50,
     hidden_size=24,
@@ -61,7 +59,7 @@ def params(rng):
 def run(config, params, tokens):
     graphdef, _ = abstract(lambda: Bert(config, rngs=nnx.Rngs(0)))
     encode = lambda params, tokens: merge(graphdef, params)(tokens)  # noqa: E731  (closes over the structure)
-    return jax.jit(encode, compiler_options=QUICK)(params, tokens)
+    return jax.jit(encode)(params, tokens)
 
 
 def numpy_bert(tensors, ids):
@@ -153,7 +151,7 @@ def test_the_layer_of_a_long_stack_is_compiled_once(params, tokens):
 def test_gradients_are_finite_with_a_text_without_tokens(params, tokens):
     graphdef, _ = abstract(lambda: Bert(CONFIG, rngs=nnx.Rngs(0)))
     compute = jax.grad(lambda params: (merge(graphdef, params)(tokens) ** 2).mean())
-    gradient = jax.jit(compute, compiler_options=QUICK)(params)
+    gradient = jax.jit(compute)(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["layers"]["query"]))
 

@@ -15,8 +15,6 @@ torch = pytest.importorskip("torch", reason="needs the [parity] extra")
 transformers = pytest.importorskip("transformers")
 
 VOCAB = 60
-# The models are tiny: compiling them takes far longer than running them.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -173,7 +171,7 @@ def test_embeddings_and_gradients_equal_pytorch(name, tmp_path):
         embeddings = encoder.encode(params, Tokens(jnp.asarray(ids), jnp.asarray(mask)))
         return jnp.sin(embeddings * weights).mean(), embeddings
 
-    run = jax.jit(jax.grad(scalar, has_aux=True), compiler_options=QUICK)
+    run = jax.jit(jax.grad(scalar, has_aux=True))
     gradient, embeddings = run(encoder.params)
     assert embeddings.shape == expected.shape == (4, encoder.embedding_size)
     np.testing.assert_allclose(embeddings, expected.detach().numpy(), atol=1e-4)

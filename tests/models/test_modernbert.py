@@ -38,12 +38,11 @@ OLD = {
     "local_rope_theta": 10000.0,
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def run(config, params, tokens):
     graphdef, _ = abstract(lambda: ModernBert(config, rngs=nnx.Rngs(0)))
-    encode = jax.jit(lambda params: merge(graphdef, params)(tokens), compiler_options=QUICK)
+    encode = jax.jit(lambda params: merge(graphdef, params)(tokens))
     return np.asarray(encode(params))
 
 

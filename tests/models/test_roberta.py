@@ -34,12 +34,11 @@ HUGGINGFACE = {
     "type_vocab_size": 1,
     "pad_token_id": 1,
 }
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def run(params, tokens):
     graphdef, _ = abstract(lambda: Roberta(CONFIG, rngs=nnx.Rngs(0)))
-    encode = jax.jit(lambda params: merge(graphdef, params)(tokens), compiler_options=QUICK)
+    encode = jax.jit(lambda params: merge(graphdef, params)(tokens))
     return np.asarray(encode(params))
 
 

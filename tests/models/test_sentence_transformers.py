@@ -16,7 +16,6 @@ from ragjax.models.testing import write_tiny_encoder
 
 TEXTS = ["a first text", "a second, longer text", "three"]
 PROMPTS = {"query": "q: ", "passage": "p: "}
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def write_json(path, value):
@@ -43,7 +42,7 @@ def embed(encoder, texts, prefix=""):
     mask = np.arange(max(map(len, rows)))[None] < np.array([[len(row)] for row in rows])
     ids = np.full(mask.shape, encoder.pad_id, np.int32)
     ids[mask] = np.concatenate(rows)
-    run = jax.jit(encoder.encode, compiler_options=QUICK)
+    run = jax.jit(encoder.encode)
     return np.asarray(run(encoder.params, Tokens(jnp.asarray(ids), jnp.asarray(mask))))
 
 
