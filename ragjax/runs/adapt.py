@@ -17,7 +17,7 @@ from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import fingerprint
 from ragjax.runs.report.page import data_name, report_run
-from ragjax.runs.teacher import Teacher, score_candidates, target_log_probs, teacher_of
+from ragjax.runs.teacher import score_candidates, target_log_probs
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import train_live
 from ragjax.runs.train.retriever import (
@@ -28,13 +28,13 @@ from ragjax.runs.train.retriever import (
     train_retriever,
 )
 from ragjax.runs.workspace import (
+    FrozenLM,
     Report,
     Workspace,
     gold_sets,
     open_workspace,
     question_rows,
     tower_params,
-    tree_fingerprint,
 )
 from ragjax.training.files import write_json
 from ragjax.training.loop import StopFlag
@@ -59,12 +59,12 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
         bm25 = build_bm25(workspace)
         params = tower_params(workspace)
         before = build_towers(workspace, bm25, params, 0)
-    lm = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
+    lm = workspace.base_lm()
     if "lm" in config.stages:
         with workspace.timed("language model"):
             candidates = _candidates(workspace, before, config.language_model.documents)
             adapted = train_lm(workspace, workspace.questions["train"], candidates)
-            lm = teacher_of(workspace, adapted, tree_fingerprint(adapted))
+            lm = workspace.adapted_lm(adapted)
     after = before
     if "retriever" in config.stages:
         after = _adapt_retriever(workspace, bm25, params, before, lm)
@@ -94,7 +94,7 @@ def _adapt_retriever(
     bm25: Bm25Index,
     params: dict[str, Any],
     before: Retriever,
-    lm: Teacher,
+    lm: FrozenLM,
 ) -> Retriever:
     config = workspace.config.retriever
     if workspace.config.refresh.mode != "off":
@@ -126,7 +126,7 @@ def _build_after(
 
 
 def _taught_round(
-    workspace: Workspace, retriever: Retriever, number: int, lm: Teacher, known: list[str]
+    workspace: Workspace, retriever: Retriever, number: int, lm: FrozenLM, known: list[str]
 ) -> BatchOf:
     """Lets the language model score the candidates of all questions."""
     config = workspace.config.retriever

@@ -42,8 +42,7 @@ from ragjax.runs.system import (
     run_language_model,
     run_towers,
 )
-from ragjax.runs.teacher import Teacher, teacher_of
-from ragjax.runs.workspace import Report, Workspace, make_workspace, read_data, tree_fingerprint
+from ragjax.runs.workspace import FrozenLM, Report, Workspace, make_workspace, read_data
 from ragjax.training.files import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache
@@ -339,7 +338,7 @@ def _retrieve(opened: Opened, split: str) -> _Found:
 
 
 def _systems(
-    opened: Opened, config: EvaluateConfig, found: _Found, base: Teacher, lm: Teacher
+    opened: Opened, config: EvaluateConfig, found: _Found, base: FrozenLM, lm: FrozenLM
 ) -> list[System]:
     """Returns the systems that are compared; p_R is the dense retriever's in all of them."""
     scale = opened.workspace.config.retriever.scale
@@ -361,17 +360,17 @@ def _systems(
     return [there[name] for name in system_names(config, adapts_lm=opened.adapts_lm)]
 
 
-def _readers(opened: Opened) -> tuple[Teacher, Teacher]:
+def _readers(opened: Opened) -> tuple[FrozenLM, FrozenLM]:
     """Returns the un-adapted language model and the adapted one, which may be the same."""
     workspace = opened.workspace
-    base = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
+    base = workspace.base_lm()
     if not opened.adapts_lm:
         return base, base
-    return base, teacher_of(workspace, opened.lm_params, tree_fingerprint(opened.lm_params))
+    return base, workspace.adapted_lm(opened.lm_params)
 
 
 def _measure_robustness(
-    opened: Opened, config: EvaluateConfig, found: _Found, lm: Teacher, cache: ResultCache[Answer]
+    opened: Opened, config: EvaluateConfig, found: _Found, lm: FrozenLM, cache: ResultCache[Answer]
 ) -> Robustness | None:
     workspace, rows = opened.workspace, answered_rows(opened.workspace, config.split)
     if not (config.robustness and rows):

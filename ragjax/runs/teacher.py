@@ -21,9 +21,7 @@ from ragjax.losses import (
 from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_row
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.options.dual import RetrieverConfig
-from ragjax.runs.workspace import (
-    Workspace,
-)
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, Score, result_key
 
 # Lengths in tokens that prompts are padded to: a document of the default 140 and a question fall
@@ -39,13 +37,6 @@ SCORES = {
 }
 
 
-class Teacher(NamedTuple):
-    """A frozen language model: its parameters and what identifies them."""
-
-    params: Any
-    fingerprint: str
-
-
 class TeacherScores(NamedTuple):
     """What the teacher thinks of each question's candidates."""
 
@@ -55,7 +46,7 @@ class TeacherScores(NamedTuple):
 
 def score_candidates(
     workspace: Workspace,
-    teacher: Teacher,
+    teacher: FrozenLM,
     questions: Sequence[Question],
     candidates: SearchResult,
     cache: ResultCache[Score],
@@ -95,7 +86,7 @@ def score_candidates(
 
 def score_step(
     workspace: Workspace,
-    teacher: Teacher,
+    teacher: FrozenLM,
     questions: Sequence[Question],
     candidates: SearchResult,
     cache: ResultCache[Score],
@@ -185,7 +176,7 @@ class _Work:
     def __init__(
         self,
         workspace: Workspace,
-        teacher: Teacher,
+        teacher: FrozenLM,
         questions: Sequence[Question],
         candidates: SearchResult,
     ):
@@ -333,7 +324,7 @@ def _found(cache: ResultCache[Score], key: str) -> Score:
 
 def _keys(
     workspace: Workspace,
-    teacher: Teacher,
+    teacher: FrozenLM,
     questions: Sequence[Question],
     pairs: Sequence[tuple[int, int]],
     rows: Sequence[int],
@@ -348,10 +339,3 @@ def _keys(
         answer = question.answers[0]
         keys.append(result_key(teacher.fingerprint, prompt, question.text, answer, texts[row]))
     return keys
-
-
-def teacher_of(workspace: Workspace, params: Any, fingerprint: str) -> Teacher:
-    """Returns a language model that scores and answers in the dtype of the run."""
-    dtype = workspace.config.compute_dtype
-    name = fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
-    return Teacher(workspace.in_compute_dtype(params), name)

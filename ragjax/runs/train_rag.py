@@ -14,9 +14,8 @@ from ragjax.runs.options.end_to_end import PROGRAM, RagConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import fingerprint
 from ragjax.runs.report.page import data_name, report_run
-from ragjax.runs.teacher import teacher_of
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
-from ragjax.runs.workspace import Report, Workspace, open_workspace, tower_params, tree_fingerprint
+from ragjax.runs.workspace import Report, Workspace, open_workspace, tower_params
 from ragjax.training.files import write_json
 from ragjax.training.loop import StopFlag
 
@@ -38,7 +37,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag, report: Report = print) -> d
         {"program": PROGRAM, "fingerprint": fingerprint(config), "config": to_dict(config)},
     )
     report(estimate_rag_cost(workspace, config).describe())
-    base = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
+    base = workspace.base_lm()
     with workspace.timed("index before"):
         bm25 = build_bm25(workspace)
         towers = tower_params(workspace)
@@ -47,7 +46,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag, report: Report = print) -> d
         trained = train_end_to_end(workspace, config, bm25, before, towers)
     lm = base
     if config.language_model.train:
-        lm = teacher_of(workspace, trained.lm_params, tree_fingerprint(trained.lm_params))
+        lm = workspace.adapted_lm(trained.lm_params)
     after = before
     if config.retriever.train != "none":
         with workspace.timed("index after"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -40,6 +40,13 @@ from ragjax.runs.options.dual import AdaptConfig
 from ragjax.training.loop import MetricsLog, StopFlag
 
 Report = Callable[[str], None]
+
+
+class FrozenLM(NamedTuple):
+    """Parameters of a language model that scores and answers, and what identifies them."""
+
+    params: Any  # in the dtype that they are computed in
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +131,19 @@ class Workspace:
         if self.config.compute_dtype == "float32":
             return params
         return cast_floats(params, self.config.compute_dtype)
+
+    def base_lm(self) -> FrozenLM:
+        """Returns the un-adapted language model as it scores and answers."""
+        return self._frozen(self.lm.params, self.lm.fingerprint)
+
+    def adapted_lm(self, params: Any) -> FrozenLM:
+        """Returns the language model with adapted parameters as it scores and answers."""
+        return self._frozen(params, tree_fingerprint(params))
+
+    def _frozen(self, params: Any, fingerprint: str) -> FrozenLM:
+        dtype = self.config.compute_dtype
+        name = fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
+        return FrozenLM(self.in_compute_dtype(params), name)
 
     def training_encode(self) -> Encode:
         """Returns `encode` as training runs it: recomputing its layers if the options say so."""

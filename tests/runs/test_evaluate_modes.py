@@ -18,7 +18,6 @@ from ragjax.runs.compare.measures import measure_answer, passages_read
 from ragjax.runs.compare.systems import answer_cache
 from ragjax.runs.evaluate import open_evaluation
 from ragjax.runs.options.evaluate import EvaluateConfig
-from ragjax.runs.teacher import Teacher
 from ragjax.training.loop import StopFlag
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "evaluate.py"
@@ -90,7 +89,7 @@ def in_mode(opened, folder, **evaluation):
 
 
 def answers_in(workspace, requests):
-    teacher = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    teacher = workspace.base_lm()
     return answer_requests(workspace, teacher, requests, answer_cache(workspace))
 
 

@@ -18,7 +18,6 @@ from ragjax.runs.compare.answers import Answer, Request, answer_requests
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run
-from ragjax.runs.teacher import Teacher
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache
@@ -136,7 +135,7 @@ def test_the_language_model_answers_as_in_the_run(export, runs, tmp_path, name):
     lines = [line for line in lines if "answer_nll" in line["systems"]["after"]["metrics"]]
     questions = {question.id: question for question in workspace.questions["test"]}
     requests = [Request(questions[line["id"]], (), ()) for line in lines]
-    teacher = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    teacher = workspace.base_lm()
     answers = answer_requests(workspace, teacher, requests, ResultCache(tmp_path / "c", Answer))
     written = [line["systems"]["closed_book_lm_half"]["metrics"]["answer_nll"] for line in lines]
     assert len(lines) == 6

@@ -21,7 +21,7 @@ from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import fingerprint
-from ragjax.runs.teacher import Teacher, score_candidates, score_step
+from ragjax.runs.teacher import score_candidates, score_step
 from ragjax.runs.train import retriever as stages
 from ragjax.runs.train.live import open_labelled, open_refresher, refresh_options, workspace_task
 from ragjax.runs.train.retriever import labelled_lessons, train_retriever
@@ -203,7 +203,7 @@ def test_scores_of_a_step_are_those_of_the_whole_and_computed_once(make, base, t
         np.array([[0, 1, 2], [2, 1, 9], [0, 5, 6], [7, 8, -1]], np.int32),
         np.zeros((4, 3), np.float32), np.array([[True] * 3] * 3 + [[True, True, False]]),
     )  # fmt: skip
-    lm = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    lm = workspace.base_lm()
     whole = score_candidates(
         workspace, lm, questions, candidates, ResultCache(tmp_path / "a.jsonl", Score)
     )

@@ -24,12 +24,11 @@ from ragjax.runs.options.end_to_end import (
 )
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig
-from ragjax.runs.teacher import Teacher
 from ragjax.runs.train import end_to_end as rag_stage
 from ragjax.runs.train.batches import RagBatches, total_steps
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, make_terms, train_end_to_end
 from ragjax.runs.trainable import split_models
-from ragjax.runs.workspace import open_workspace, tower_params
+from ragjax.runs.workspace import FrozenLM, open_workspace, tower_params
 from ragjax.training import end_to_end as e2e
 from ragjax.training.live import Retrieved
 from ragjax.training.loop import Interrupted, MetricsLog, StopFlag
@@ -530,7 +529,7 @@ def test_the_marginal_likelihood_is_the_sum_over_documents_by_hand(opened, tmp_p
     given = retrieved(workspace, rows=2).found
     given.scores[:] = [[0.3, 0.1, 0.2], [0.0, 0.5, 0.1]]
     given.mask[1, 2] = False
-    teacher = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    teacher = workspace.base_lm()
     cache = ResultCache(tmp_path / "s.jsonl", Score)
     nll = marginal_nll(workspace, teacher, questions, given, cache)
     scores = json.loads(json.dumps([s._asdict() for s in cache._results.values()]))
@@ -549,7 +548,7 @@ def test_the_marginal_likelihood_is_the_sum_over_documents_by_hand(opened, tmp_p
 def test_dev_is_compared_and_written_down(opened, start, tmp_path):
     _, workspace = opened
     workspace = dataclasses.replace(workspace, folder=tmp_path)
-    teacher = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    teacher = workspace.base_lm()
     side = Side("before", start[2], teacher)
     result = evaluate_dev(workspace, side, side._replace(name="after"))
     assert json.loads((tmp_path / "dev.json").read_text()) == result
@@ -570,7 +569,7 @@ def test_every_system_of_the_table_weighs_documents_by_the_dense_retriever(
         systems_module, "evaluate_systems", lambda _, systems: heard.extend(systems)
     )
     monkeypatch.setattr(systems_module, "write_results", lambda *_: {})
-    base, other = (Teacher(workspace.lm.params, name) for name in (workspace.lm.fingerprint, "b"))
+    base, other = (FrozenLM(workspace.lm.params, name) for name in (workspace.lm.fingerprint, "b"))
     systems_module.evaluate_run(workspace, bm25, before, before, other)
     asked = workspace.encode_queries(before.query_params, workspace.questions["test"])
     read = {system.name: system for system in heard if system.lm and system.found}

@@ -10,7 +10,7 @@ from test_teacher import plain_score, some_candidates
 from ragjax.models.testing.seq2seq import write_tiny_seq2seq
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.options.shared import DataConfig
-from ragjax.runs.teacher import Teacher, score_candidates
+from ragjax.runs.teacher import score_candidates
 from ragjax.runs.workspace import answer_end_id, open_workspace
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
@@ -35,7 +35,7 @@ def test_unpacked_scores_are_those_of_each_pair_alone(t5_inputs, tmp_path, rng):
     assert answer_end_id(workspace) == 257
     questions = workspace.questions["train"]
     found = some_candidates(rng, len(questions), documents=9)
-    teacher = Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    teacher = workspace.base_lm()
     cache = ResultCache(tmp_path / "s.jsonl", Score)
     scores = score_candidates(workspace, teacher, questions, found, cache)
     for q, k in np.argwhere(found.mask):

@@ -10,7 +10,7 @@ from ragjax.runs import teacher as teacher_module
 from ragjax.runs.compare.answers import Answer, Request, answer_requests
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
-from ragjax.runs.teacher import Teacher, TeacherScores, score_candidates, target_log_probs
+from ragjax.runs.teacher import TeacherScores, score_candidates, target_log_probs
 from ragjax.runs.train.retriever import Lessons, _batch_docs
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
@@ -32,7 +32,7 @@ def workspace(tiny_inputs, tmp_path_factory):
 
 @pytest.fixture
 def teacher(workspace):
-    return Teacher(workspace.lm.params, workspace.lm.fingerprint)
+    return workspace.base_lm()
 
 
 def some_candidates(rng, count, *, documents):

@@ -23,8 +23,8 @@ from ragjax.generation.rag_token import generate_rag_token
 from ragjax.losses import rag_sequence_loss, rag_token_loss
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.options.shared import EvaluationConfig
-from ragjax.runs.teacher import Teacher, context_batches, pack_batch
-from ragjax.runs.workspace import Workspace
+from ragjax.runs.teacher import context_batches, pack_batch
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, result_key
 
 # A language model that was not adapted often begins its answer on a new line; taking that line
@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
 
 def answer_requests(
-    workspace: Workspace, model: Teacher, requests: Sequence[Request], cache: ResultCache[Answer]
+    workspace: Workspace, model: FrozenLM, requests: Sequence[Request], cache: ResultCache[Answer]
 ) -> list[Answer]:
     """Answers each request; requests that read the same prompt are answered once.
 
@@ -89,7 +89,7 @@ def stop_ids(workspace: Workspace) -> tuple[int, ...]:
     return tuple(sorted({*lm.eos_ids, *breaks}))
 
 
-def _key(workspace: Workspace, model: Teacher, request: Request) -> str:
+def _key(workspace: Workspace, model: FrozenLM, request: Request) -> str:
     evaluation = workspace.config.evaluation
     corpus = workspace.dataset.corpus
     scores = [round(score, 6) for score in request.doc_scores]
@@ -121,7 +121,7 @@ def _targets(workspace: Workspace, requests: Sequence[Request]) -> list[list[int
 
 def _answer_concatenated(
     workspace: Workspace,
-    model: Teacher,
+    model: FrozenLM,
     keys: Sequence[str],
     requests: Sequence[Request],
     cache: ResultCache[Answer],
@@ -172,7 +172,7 @@ def _reading(evaluation: EvaluationConfig) -> _Reading:
 
 def _answer_apart(
     workspace: Workspace,
-    model: Teacher,
+    model: FrozenLM,
     keys: Sequence[str],
     requests: Sequence[Request],
     cache: ResultCache[Answer],

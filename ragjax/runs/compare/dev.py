@@ -19,8 +19,8 @@ from ragjax.evaluation import (
 from ragjax.index import SearchResult
 from ragjax.losses import rag_sequence_loss
 from ragjax.runs.indexes import Retriever, search
-from ragjax.runs.teacher import Teacher, score_candidates
-from ragjax.runs.workspace import Workspace
+from ragjax.runs.teacher import score_candidates
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.files import write_json
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -34,7 +34,7 @@ class Side(NamedTuple):
 
     name: str
     retriever: Retriever
-    lm: Teacher
+    lm: FrozenLM
 
 
 def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str, Any] | None:
@@ -83,7 +83,7 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
 
 def marginal_nll(
     workspace: Workspace,
-    lm: Teacher,
+    lm: FrozenLM,
     questions: Sequence[Question],
     found: SearchResult,
     cache: ResultCache[Score],

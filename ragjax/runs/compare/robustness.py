@@ -13,8 +13,7 @@ from ragjax.index import SearchResult
 from ragjax.runs.compare.answers import Answer, Request, answer_requests
 from ragjax.runs.compare.systems import Measure, as_json
 from ragjax.runs.indexes import Retriever
-from ragjax.runs.teacher import Teacher
-from ragjax.runs.workspace import Workspace
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache
 
 METRICS = ("exact_match", "f1", "answer_nll")
@@ -37,7 +36,7 @@ class Robustness(NamedTuple):
 
 def answer_conditions(
     workspace: Workspace,
-    lm: Teacher,
+    lm: FrozenLM,
     retriever: Retriever,
     found: SearchResult,
     cache: ResultCache[Answer],

@@ -27,10 +27,7 @@ from ragjax.runs.indexes import (
     doc_logits,
     search,
 )
-from ragjax.runs.teacher import Teacher, teacher_of
-from ragjax.runs.workspace import (
-    Workspace,
-)
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.files import write_json, write_text
 from ragjax.training.score_cache import ResultCache
 
@@ -69,7 +66,7 @@ class System(NamedTuple):
     """A language model reading what a retriever found."""
 
     name: str
-    lm: Teacher | None  # None: retrieval metrics only
+    lm: FrozenLM | None  # None: retrieval metrics only
     found: SearchResult | None  # None: closed book
     logits: np.ndarray | None = None  # [Q, K] of p_R, where the language model reads what was found
 
@@ -302,7 +299,7 @@ def evaluate_run(
     bm25: Bm25Index,
     before: Retriever,
     after: Retriever,
-    lm: Teacher,
+    lm: FrozenLM,
 ) -> dict[str, Any]:
     """Compares the systems of a run on its test questions and writes its results.
 
@@ -317,7 +314,7 @@ def evaluate_run(
         What `metrics.json` holds.
     """
     questions = workspace.questions["test"]
-    base = teacher_of(workspace, workspace.lm.params, workspace.lm.fingerprint)
+    base = workspace.base_lm()
     found_before = search(workspace, before, questions, SEARCH_DEPTH)
     found_after = search(workspace, after, questions, SEARCH_DEPTH)
     lexical = bm25.search([question.text for question in questions], SEARCH_DEPTH)

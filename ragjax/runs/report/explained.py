@@ -25,8 +25,8 @@ from ragjax.index import SearchResult
 from ragjax.runs.folder import RunFiles
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
-from ragjax.runs.teacher import Teacher, score_candidates, target_log_probs
-from ragjax.runs.workspace import Workspace
+from ragjax.runs.teacher import score_candidates, target_log_probs
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.files import write_json
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -43,7 +43,7 @@ def explain(
     workspace: Workspace,
     before: Retriever,
     after: Retriever,
-    lm: Teacher,
+    lm: FrozenLM,
     *,
     target: RetrieverConfig,
 ) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _explained(
     workspace: Workspace,
     before: Retriever,
     after: Retriever,
-    lm: Teacher,
+    lm: FrozenLM,
     questions: Sequence[Question],
     gold: Mapping[str, Sequence[str]],
     target: RetrieverConfig,

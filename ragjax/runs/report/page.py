@@ -18,8 +18,7 @@ from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.report.explained import EXPLAINED, explain, shown_passages
 from ragjax.runs.report.explained import corpus_lookup as corpus_lookup
 from ragjax.runs.saved import SYSTEM_NOTES
-from ragjax.runs.teacher import Teacher
-from ragjax.runs.workspace import Workspace
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.files import write_text
 
 
@@ -102,7 +101,7 @@ def report_run(
     workspace: Workspace,
     before: Retriever,
     after: Retriever,
-    lm: Teacher,
+    lm: FrozenLM,
     *,
     title: str,
     target: RetrieverConfig,

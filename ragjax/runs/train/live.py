@@ -27,10 +27,10 @@ from ragjax.refresh import (
 )
 from ragjax.runs.indexes import Retriever, corpus_task, live_search
 from ragjax.runs.options.refresh import RefreshConfig
-from ragjax.runs.teacher import Teacher, score_step, target_log_probs
+from ragjax.runs.teacher import score_step, target_log_probs
 from ragjax.runs.train.retriever import BatchOf, Lessons, labelled_lessons, train_retriever
 from ragjax.runs.trainable import retriever_parts, whole_towers
-from ragjax.runs.workspace import Workspace, gold_sets, question_rows
+from ragjax.runs.workspace import FrozenLM, Workspace, gold_sets, question_rows
 from ragjax.training.live import LiveRetrieval, refresh_trigger
 from ragjax.training.lsr import towers
 from ragjax.training.score_cache import ResultCache, Score
@@ -53,7 +53,7 @@ def train_live(
     bm25: Bm25Index,
     before: Retriever,
     params: dict[str, Any],
-    lm: Teacher,
+    lm: FrozenLM,
     cache: ResultCache[Score],
 ) -> dict[str, Any]:
     """Teaches the retriever from documents retrieved at each step with the towers of that moment.
@@ -63,7 +63,7 @@ def train_live(
         bm25: Lexical side of the candidates.
         before: The un-adapted retriever, whose embeddings are the first generation.
         params: Towers before training.
-        lm: Teacher of the LSR objectives.
+        lm: Scores the candidates of the LSR objectives.
         cache: Its scores, added to step by step.
 
     Returns:
@@ -110,7 +110,7 @@ def open_taught(
     bm25: Bm25Index,
     before: Retriever,
     params: dict[str, Any],
-    lm: Teacher,
+    lm: FrozenLM,
     cache: ResultCache[Score],
 ) -> LiveHalf:
     """Opens live retrieval of candidates that the language model scores; see `train_live`."""
