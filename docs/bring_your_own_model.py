@@ -49,7 +49,7 @@ def _pairs(docs, answers):  # every document with every answer, as an LMBatch of
     return LMBatch(docs.ids[rows], docs.mask[rows], *targets)
 
 
-# The language model learns to read first, as a pretrained one has.
+# The language model is trained to read first, in place of pretraining.
 optimizer = optax.adam(1e-2)
 train_step = make_train_step(make_lm_loss(token_log_probs), optimizer)
 state = init_state({"words": _draw(0, VOCAB, SIZE), "attention": _draw(1, SIZE)}, optimizer, seed=0)
