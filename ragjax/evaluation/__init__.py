@@ -14,12 +14,9 @@ from ragjax.evaluation.records import METRICS as METRICS
 from ragjax.evaluation.records import SYSTEMS as SYSTEMS
 from ragjax.evaluation.records import Comparison as Comparison
 from ragjax.evaluation.records import QuestionRecord as QuestionRecord
-from ragjax.evaluation.records import RecordWriter as RecordWriter
 from ragjax.evaluation.records import compare as compare
-from ragjax.evaluation.records import read_records as read_records
 from ragjax.evaluation.records import summarize as summarize
 from ragjax.evaluation.retrieval import ndcg as ndcg
-from ragjax.evaluation.retrieval import rank_by_score as rank_by_score
 from ragjax.evaluation.retrieval import recall_at_k as recall_at_k
 from ragjax.evaluation.retrieval import reciprocal_rank as reciprocal_rank
 from ragjax.evaluation.retrieval import retrieval_metrics as retrieval_metrics

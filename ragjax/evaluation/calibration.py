@@ -28,22 +28,20 @@ class ReliabilityBin(NamedTuple):
     count: int
 
 
-class RiskCoverage(NamedTuple):
-    """What is wrong among the most confident answers, the more of them are given."""
-
-    coverage: np.ndarray  # [Q] float64, share of questions answered, 1/Q ... 1
-    risk: np.ndarray  # [Q] float64, share of wrong answers among them
-
-
 class Calibration(NamedTuple):
     """How well a confidence fits the outcomes, with 95 % bootstrap intervals over the questions."""
 
     n: int
     accuracy: Interval
     confidence: Interval  # mean confidence
-    ece: Interval  # expected calibration error; biased upwards where bins hold few questions
-    brier: Interval
-    auroc: Interval | None  # None: all answers are right, or all wrong
+    # Over bins of equal mass; biased upwards where they hold few questions.
+    ece: Interval  # expected calibration error, sum_b n_b / n |accuracy_b - confidence_b|
+    brier: Interval  # mean of (confidence - correct)^2
+    # How often a right answer has a higher confidence than a wrong one, ties counting half;
+    # None: all answers are right, or all wrong.
+    auroc: Interval | None
+    # Area under the risk-coverage curve: the error rate of the most confident answers (in
+    # expectation over random orders of equal confidences), averaged over all coverages 1/Q ... 1.
     aurc: Interval  # lower is better; the error rate for a confidence that knows nothing
     reliability: tuple[ReliabilityBin, ...]
 
@@ -114,83 +112,6 @@ def reliability_table(
     return tuple(table)
 
 
-def expected_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, *, num_bins: int = 10
-) -> float:
-    """Computes ECE = sum_b n_b / n |accuracy_b - confidence_b| over bins of equal mass.
-
-    Args and Raises as in `reliability_table`.
-
-    Returns:
-        Fraction in [0, 1], 0 is best.
-
-    References:
-        Guo et al., On Calibration of Modern Neural Networks, 2017, section 2.
-    """
-    data = _sorted(confidence, correct)
-    return float(_ece(np.arange(data.n)[None, :], data, num_bins)[0])
-
-
-def brier_score(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Computes the mean of (confidence - correct)^2.
-
-    Args and Raises as in `reliability_table`.
-
-    Returns:
-        Fraction in [0, 1], 0 is best.
-
-    References:
-        Brier, Verification of forecasts expressed in terms of probability, 1950.
-    """
-    data = _sorted(confidence, correct)
-    return float(((data.confidence - data.correct) ** 2).mean())
-
-
-def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Computes the chance that a right answer has a higher confidence than a wrong one.
-
-    Ties count half.
-
-    Args and Raises as in `reliability_table`.
-
-    Returns:
-        Fraction in [0, 1]; 0.5 tells nothing; NaN where all answers are right, or all wrong.
-    """
-    data = _sorted(confidence, correct)
-    return float(_auroc(np.arange(data.n)[None, :], data)[0])
-
-
-def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> RiskCoverage:
-    """Computes the error rate of the most confident answers, for every number of them.
-
-    Args and Raises as in `reliability_table`.
-
-    Returns:
-        Coverage and risk; risk is the expectation over random orders of equal confidences.
-
-    References:
-        El-Yaniv and Wiener, On the Foundations of Noise-free Selective Classification, 2010.
-    """
-    data = _sorted(confidence, correct)
-    risk = _risks(np.arange(data.n)[None, :], data)[0]
-    return RiskCoverage(np.arange(1, data.n + 1) / data.n, risk)
-
-
-def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Computes AURC, the mean of the risk over all coverages 1/Q ... 1.
-
-    Args and Raises as in `reliability_table`.
-
-    Returns:
-        Fraction in [0, 1], lower is better.
-
-    References:
-        Geifman, Uziel and El-Yaniv, Bias-Reduced Uncertainty Estimation for Deep Neural
-        Classifiers, 2019, section 2.
-    """
-    return float(risk_coverage(confidence, correct).risk.mean())
-
-
 def calibrate(
     confidence: np.ndarray,
     correct: np.ndarray,
@@ -210,6 +131,13 @@ def calibrate(
 
     Raises:
         ValueError: No question is left, shapes differ, or a value is out of range.
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, 2017, section 2 (ECE).
+        Brier, Verification of forecasts expressed in terms of probability, 1950.
+        El-Yaniv and Wiener, On the Foundations of Noise-free Selective Classification, 2010.
+        Geifman, Uziel and El-Yaniv, Bias-Reduced Uncertainty Estimation for Deep Neural
+        Classifiers, 2019, section 2 (AURC).
     """
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")

@@ -1,23 +1,14 @@
-"""One JSON line per question and system, and what such lines sum up to.
-
-The file only grows, a whole line at a time, so that an interrupted evaluation continues with the
-questions it has not answered yet: `RecordWriter` drops the torn last line that a killed process
-can leave, and `read_records` ignores it.
+"""What each system did with each question, and what such records sum up to.
 
 Example:
-    with RecordWriter(folder / "predictions.jsonl") as writer:
-        done = {(record.system, record.id) for record in writer.existing}
-        writer.write(QuestionRecord(id="q1", system="after", question="...", metrics={"f1": 0.5}))
-    summarize([r for r in read_records(folder / "predictions.jsonl") if r.system == "after"])
+    records = [QuestionRecord(id="q1", system="after", question="...", metrics={"f1": 0.5})]
+    summarize(records)["f1"]  # {"value": 0.5, "low": 0.5, "high": 0.5}
 """
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,78 +95,6 @@ class Comparison(NamedTuple):
     system: str
     baseline: str
     difference: PairedDifference  # system - baseline
-
-
-class RecordWriter:
-    """Appends records to a file; one writer at a time.
-
-    Attributes:
-        existing: The complete records that the file held when it was opened.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        """Opens or creates the file and cuts off a torn last line.
-
-        Args:
-            path: The JSONL file; its folder must exist.
-
-        Raises:
-            ValueError: If a complete line of the file is not a record.
-            OSError: If the file cannot be opened.
-        """
-        self._path = Path(path)
-        self._file = open(self._path, "ab", buffering=0)
-        try:
-            content = self._path.read_bytes()
-            self.existing = _parse_lines(self._path, content)
-            self._file.truncate(content.rfind(b"\n") + 1)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def write(self, record: QuestionRecord) -> None:
-        """Appends one line in a single write.
-
-        Args:
-            record: The record.
-
-        Raises:
-            OSError: If the line does not fit on the disk; the file is then as before.
-        """
-        line = _to_line(record)
-        end = self._file.seek(0, os.SEEK_END)
-        written = self._file.write(line)
-        if written < len(line):
-            self._file.truncate(end)
-            raise OSError(f"{self._path}: wrote {written} of {len(line)} bytes; is the disk full?")
-
-    def close(self) -> None:
-        """Closes the file; what was written stays."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        """Returns the writer."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the file."""
-        self.close()
-
-
-def read_records(path: str | os.PathLike[str]) -> list[QuestionRecord]:
-    """Reads every complete line of a file of records.
-
-    Args:
-        path: The JSONL file.
-
-    Returns:
-        The records in the order of the file; a last line without a line end is ignored.
-
-    Raises:
-        ValueError: If a complete line is not a record; names the file and the line.
-        OSError: If the file cannot be read.
-    """
-    return _parse_lines(Path(path), Path(path).read_bytes())
 
 
 def summarize(
@@ -289,25 +208,3 @@ def _check_same_questions(
             f"{system} and {baseline} were asked different questions: {len(differing)} occur in "
             f"only one of them, such as {min(differing)!r}."
         )
-
-
-def _to_line(record: QuestionRecord) -> bytes:
-    content = dataclasses.asdict(record)
-    # Tuples of the record become JSON arrays. A lone surrogate, which no UTF-8 file can hold,
-    # becomes its JSON escape and so reads back as it was.
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", errors="backslashreplace") + b"\n"
-
-
-def _parse_lines(path: Path, content: bytes) -> list[QuestionRecord]:
-    complete = content[: content.rfind(b"\n") + 1]
-    records = []
-    for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
-        try:
-            records.append(QuestionRecord(**json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a record of one question as JSON, got "
-                f"{line[:60]!r} ({error}); remove the line or the file to compute it again."
-            ) from error
-    return records

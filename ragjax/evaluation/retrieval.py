@@ -121,20 +121,6 @@ def retrieval_metrics(rankings: Rankings, grades: Grades) -> dict[str, np.ndarra
     }
 
 
-def rank_by_score(scores: Mapping[str, float]) -> list[str]:
-    """Orders documents as trec_eval does: higher float32 score first, equal ones by id downwards.
-
-    The metrics take rankings as they were served; this is for runs that are kept as scores.
-
-    Args:
-        scores: Document id to score, higher is better.
-
-    Returns:
-        Document ids, best first.
-    """
-    return sorted(scores, key=lambda doc: (np.float32(scores[doc]), doc), reverse=True)
-
-
 def _check_cutoff(k: int) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")

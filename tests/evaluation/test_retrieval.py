@@ -6,7 +6,7 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.evaluation import ndcg, rank_by_score, recall_at_k, reciprocal_rank, retrieval_metrics
+from ragjax.evaluation import ndcg, recall_at_k, reciprocal_rank, retrieval_metrics
 
 DOCS = [f"d{number}" for number in range(30)]
 MEASURES = {"recall.1,5,20", "ndcg_cut.10", "recip_rank"}
@@ -16,6 +16,11 @@ TREC_NAMES = {
     "recall@20": "recall_20",
     "ndcg@10": "ndcg_cut_10",
 }
+
+
+def rank_by_score(scores: dict[str, float]) -> list[str]:
+    """As trec_eval orders: higher float32 score first, equal ones by id downwards."""
+    return sorted(scores, key=lambda doc: (np.float32(scores[doc]), doc), reverse=True)
 
 
 def trec_eval(run: dict[str, dict[str, float]], qrels: dict[str, dict[str, int]]):
