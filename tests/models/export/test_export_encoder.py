@@ -19,7 +19,7 @@ import yaml
 from ragjax.models import Tokens, load_encoder
 from ragjax.models.encoder import build_encoder
 from ragjax.models.export import export_encoder
-from ragjax.models.export import weights as safetensors_writer
+from ragjax.models.export import weights
 from ragjax.models.export.base import read_base
 from ragjax.models.export.card import Card, Use, format_card
 from ragjax.models.layers.head import Dense, Normalize, Truncate
@@ -325,7 +325,7 @@ def test_too_little_room_is_found_before_anything_is_written(tmp_path, monkeypat
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
-    write, written = safetensors_writer._payload, []
+    write, written = weights._payload, []
 
     def full(tensor, dtype):
         written.append(tensor)
@@ -333,7 +333,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(tensor, dtype)
 
-    monkeypatch.setattr(safetensors_writer, "_payload", full)
+    monkeypatch.setattr(weights, "_payload", full)
     with pytest.raises(OSError, match="No space left"):
         export_encoder(tiny_encoder(), tmp_path / "out")
     assert nothing_in(tmp_path)
@@ -364,14 +364,14 @@ def test_values_that_cannot_be_served_are_refused(tmp_path):
     ],
 )
 def test_a_file_that_reads_back_differently_is_not_published(tmp_path, monkeypatch, spoil, message):
-    write, written = safetensors_writer._payload, []
+    write, written = weights._payload, []
 
     def corrupt(tensor, dtype):
         written.append(tensor)
         data = write(tensor, dtype)
         return spoil(data) if len(written) == 8 else data
 
-    monkeypatch.setattr(safetensors_writer, "_payload", corrupt)
+    monkeypatch.setattr(weights, "_payload", corrupt)
     with pytest.raises(OSError, match=message):
         export_encoder(encoder_of("bert"), tmp_path / "out")
     assert nothing_in(tmp_path)
@@ -390,16 +390,16 @@ def test_options_are_checked(tmp_path, options, message):
 def test_a_killed_export_leaves_no_folder(tmp_path):
     script = f"""
 import os, signal
-from ragjax.models import safetensors_writer
+from ragjax.models.export import weights
 from ragjax.models.export import export_encoder
 from ragjax.models.testing import tiny_encoder
-write, written = safetensors_writer._payload, []
+write, written = weights._payload, []
 def payload(tensor, dtype):
     written.append(tensor)
     if len(written) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(tensor, dtype)
-safetensors_writer._payload = payload
+weights._payload = payload
 export_encoder(tiny_encoder(), {str(tmp_path / "out")!r})
 """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

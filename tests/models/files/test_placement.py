@@ -19,7 +19,7 @@ from ragjax.models.files.key_table import KeyRule, apply_key_table, read_safeten
 from ragjax.models.files.placement import Placement, loading_as
 from ragjax.models.files.safetensors import StoredTensor
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "loading.py"
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "loading.py"
 LAYERS = 4
 TABLE = {
     "embed.weight": KeyRule("embed/embedding"),

@@ -332,7 +332,7 @@ def test_names_of_a_checkpoint_round_trip(model):
 
 def test_stored_pytorch_log_probs():
     """The file, weights included, was made by data/make_llama_reference.py."""
-    path = Path(__file__).parent / "data" / "llama_reference.npz"
+    path = Path(__file__).parents[1] / "data" / "llama_reference.npz"
     with np.load(path, allow_pickle=False) as stored:
         arrays = dict(stored)
     config = parse_huggingface_config(json.loads(str(arrays.pop("config"))))

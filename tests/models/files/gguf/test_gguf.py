@@ -16,7 +16,7 @@ from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_
 from ragjax.models.files.gguf.model import read_gguf
 from ragjax.models.testing.language_model import tiny_decoder_config
 
-REFERENCE = Path(__file__).parent / "data" / "smollm2_reference.json"
+REFERENCE = Path(__file__).parents[2] / "data" / "smollm2_reference.json"
 END, USER = "<|im_end|>", "<keep me>"
 TEXTS = [
     "The capital of France is Paris.",
