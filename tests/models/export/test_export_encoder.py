@@ -18,8 +18,7 @@ import yaml
 
 from ragjax.models import Tokens, load_encoder
 from ragjax.models.encoder import build_encoder
-from ragjax.models.export import export_encoder
-from ragjax.models.export import weights
+from ragjax.models.export import export_encoder, weights
 from ragjax.models.export.base import read_base
 from ragjax.models.export.card import Card, Use, format_card
 from ragjax.models.layers.head import Dense, Normalize, Truncate
