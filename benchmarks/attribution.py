@@ -31,13 +31,12 @@ from ragjax.evaluation import bootstrap_interval, paired_difference
 from ragjax.runs.ask.asker import Asker
 from ragjax.runs.ask.decoding import decode_ensemble
 from ragjax.runs.ask.prompts import ReaderOptions
-from ragjax.runs.options.dual import AdaptConfig
-from ragjax.runs.options.shared import DataConfig
+from ragjax.runs.options.shared import DataConfig, RunConfig
 from ragjax.runs.system import SEARCHES, System, open_base_system, open_system, retrieve
 
 BAD_INPUT = 2
 RANKED_FIRST = "ranked first"
-_DEFAULTS = AdaptConfig()
+_DEFAULTS = RunConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

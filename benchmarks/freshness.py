@@ -211,10 +211,11 @@ class Bench:
         print("warm-up", flush=True)
         flags = dataclasses.replace(self._flags, questions=2 * self._flags.batch_size, epochs=1)
         for arm in ("rerank", "query_only"):
-            workspace = self._open(arm_config(flags, arm, 0), "warm-up")
+            config = arm_config(flags, arm, 0)
+            workspace = self._open(config, "warm-up")
             questions = dict(workspace.questions)
             questions["train"] = questions["train"][: flags.questions]
-            self._run(dataclasses.replace(workspace, questions=questions), [])
+            self._run(dataclasses.replace(workspace, questions=questions), config.retriever, [])
 
     def measure_unadapted(self) -> None:
         """Appends the quality of the encoder that every arm starts from."""
@@ -235,7 +236,7 @@ class Bench:
             {round(steps * (i + 1) / self._flags.points) for i in range(self._flags.points)}
         )
         started = time.process_time()
-        rows, points = self._run(workspace, at)
+        rows, points = self._run(workspace, config.retriever, at)
         processor = time.process_time() - started
         result: dict[str, Any] = {
             "key": self.key(arm, seed), "arm": arm, "seed": seed, "steps": steps,
@@ -315,15 +316,17 @@ class Bench:
         )  # fmt: skip
 
     def _run(
-        self, workspace: Workspace, at: Sequence[int]
+        self, workspace: Workspace, config: RetrieverConfig, at: Sequence[int]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Trains; returns the metrics of each step and the towers after the steps in `at`."""
         params = tower_params(workspace)
-        half = open_labelled(workspace, params, self._before)
+        half = open_labelled(workspace, config, params, self._before)
         observed = _Observed(half.retrieval, at)
         with closing(half.retrieval.refresher):
             questions = workspace.questions["train"]
-            trained = train_retriever(workspace, 0, params, questions, half.batch_of, observed)
+            trained = train_retriever(
+                workspace, config, 0, params, questions, half.batch_of, observed
+            )
         if at:
             observed.keep(at[-1], *towers(trained, None))
         lines = (workspace.folder / "metrics.jsonl").read_text("utf-8").splitlines()

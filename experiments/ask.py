@@ -41,12 +41,11 @@ from ragjax.runs.ask.view import (
     reply_as_json,
     safe_text,
 )
-from ragjax.runs.options.dual import AdaptConfig
-from ragjax.runs.options.shared import PromptConfig
+from ragjax.runs.options.shared import PromptConfig, RunConfig
 from ragjax.runs.system import SEARCHES, System, open_base_system, open_system
 
 BAD_INPUT, INTERRUPTED = 2, 130
-_DEFAULTS = AdaptConfig()
+_DEFAULTS = RunConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from ragjax.runs.compare.systems import evaluate_run
 from ragjax.runs.folder import _CONFIG
 from ragjax.runs.forecast import duration, estimate_cost
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers, search
-from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import fingerprint
 from ragjax.runs.report.page import data_name, report_run
@@ -51,28 +51,29 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
     """
     started = time.perf_counter()
     folder = Path(config.output)
-    workspace = open_workspace(config, folder, stop=stop, report=report)
+    workspace = _open(config, folder, stop, report)
     # Only now: a run whose input was refused leaves nothing that would refuse the next one.
     write_json(folder / _CONFIG, {"fingerprint": fingerprint(config), "config": to_dict(config)})
-    report(estimate_cost(workspace).describe())
+    report(estimate_cost(workspace, config).describe())
     with workspace.timed("index before"):
         bm25 = build_bm25(workspace)
         params = tower_params(workspace)
         before = build_towers(workspace, bm25, params, 0)
     lm = workspace.base_lm()
-    if "lm" in config.stages:
+    if config.trains_lm:
         with workspace.timed("language model"):
             candidates = _candidates(workspace, before, config.language_model.documents)
-            adapted = train_lm(workspace, workspace.questions["train"], candidates)
+            questions = workspace.questions["train"]
+            adapted = train_lm(workspace, config.language_model, questions, candidates)
             lm = workspace.adapted_lm(adapted)
     after = before
-    if "retriever" in config.stages:
-        after = _adapt_retriever(workspace, bm25, params, before, lm)
+    if config.trains_retriever:
+        after = _adapt_retriever(workspace, config, bm25, params, before, lm)
     with workspace.timed("evaluation"):
         metrics = evaluate_run(workspace, bm25, before, after, lm)
     with workspace.timed("report"):
         title = f"Adaptation to {data_name(config.data)}"
-        report_run(workspace, before, after, lm, title=title, target=config.retriever)
+        report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
     took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
     report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
     return metrics
@@ -80,8 +81,14 @@ def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dic
 
 def dry_run(config: AdaptConfig, *, folder: Path, stop: StopFlag, report: Report = print) -> None:
     """Reads the data, loads the models, measures their speed and prints what a run would cost."""
-    workspace = open_workspace(config, folder, stop=stop, report=report)
-    report(estimate_cost(workspace).describe())
+    workspace = _open(config, folder, stop, report)
+    report(estimate_cost(workspace, config).describe())
+
+
+def _open(config: AdaptConfig, folder: Path, stop: StopFlag, report: Report) -> Workspace:
+    if config.score_cache and not Path(config.score_cache).is_file():
+        raise ValueError(f"--score_cache {config.score_cache}: no such file")
+    return open_workspace(config, folder, stop=stop, report=report)
 
 
 def _candidates(workspace: Workspace, retriever: Retriever, count: int) -> SearchResult:
@@ -91,29 +98,29 @@ def _candidates(workspace: Workspace, retriever: Retriever, count: int) -> Searc
 
 def _adapt_retriever(
     workspace: Workspace,
+    config: AdaptConfig,
     bm25: Bm25Index,
     params: dict[str, Any],
     before: Retriever,
     lm: FrozenLM,
 ) -> Retriever:
-    config = workspace.config.retriever
-    if workspace.config.refresh.mode != "off":
-        known = [workspace.config.score_cache] if workspace.config.score_cache else []
+    options = config.retriever
+    known = [config.score_cache] if config.score_cache else []
+    if config.refresh.mode != "off":
         cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=known)
         with workspace.timed("retriever"):
-            params = train_live(workspace, bm25, before, params, lm, cache)
+            params = train_live(workspace, options, bm25, before, params, lm, cache)
         return _build_after(workspace, bm25, params, 1)
     retriever = before
-    known = [workspace.config.score_cache] if workspace.config.score_cache else []
-    for number in range(config.rounds):
+    for number in range(options.rounds):
         lessons = (
-            _labelled_round(workspace, retriever, number)
-            if config.objective == "dpr"
-            else _taught_round(workspace, retriever, number, lm, known)
+            _labelled_round(workspace, options, retriever, number)
+            if options.objective == "dpr"
+            else _taught_round(workspace, options, retriever, number, lm, known)
         )
         with workspace.timed("retriever"):
             questions = workspace.questions["train"]
-            params = train_retriever(workspace, number, params, questions, lessons)
+            params = train_retriever(workspace, options, number, params, questions, lessons)
         retriever = _build_after(workspace, bm25, params, number + 1)
     return retriever
 
@@ -126,10 +133,14 @@ def _build_after(
 
 
 def _taught_round(
-    workspace: Workspace, retriever: Retriever, number: int, lm: FrozenLM, known: list[str]
+    workspace: Workspace,
+    config: RetrieverConfig,
+    retriever: Retriever,
+    number: int,
+    lm: FrozenLM,
+    known: list[str],
 ) -> BatchOf:
     """Lets the language model score the candidates of all questions."""
-    config = workspace.config.retriever
     with workspace.timed("teacher"):
         path = workspace.folder / "scores" / f"{number}.jsonl"
         cache = ResultCache(path, Score, earlier=known)
@@ -137,20 +148,21 @@ def _taught_round(
         candidates = _candidates(workspace, retriever, config.candidates)
         questions = workspace.questions["train"]
         scores = score_candidates(workspace, lm, questions, candidates, cache)
-        targets = target_log_probs(config, scores, candidates)
+        targets = target_log_probs(config.target, scores, candidates)
         _report_target(workspace, targets, candidates)
-    return fixed_lessons(workspace, number, candidates, targets)
+    return fixed_lessons(workspace, number, candidates, targets, batch_size=config.batch_size)
 
 
-def _labelled_round(workspace: Workspace, retriever: Retriever, number: int) -> BatchOf:
+def _labelled_round(
+    workspace: Workspace, config: RetrieverConfig, retriever: Retriever, number: int
+) -> BatchOf:
     """Takes the relevance judgements, and what the dense index finds as hard negatives."""
     questions = workspace.questions["train"]
-    config = workspace.config.retriever
     found = search(workspace, retriever, questions, config.negative_depth).dense
     gold = gold_sets(workspace)
 
     def batch_of(step: int) -> Lessons:
-        rows = question_rows(workspace, number, len(questions), step)
+        rows = question_rows(workspace, number, len(questions), step, batch_size=config.batch_size)
         part = SearchResult(found.doc_ids[rows], found.scores[rows], found.mask[rows])
         chosen = [gold[row] for row in rows]
         seed = (workspace.config.seed + number, step)

@@ -26,7 +26,6 @@ from ragjax.runs.compare.systems import (
 )
 from ragjax.runs.forecast import duration, encoder_rate, lm_rate, padded_tokens
 from ragjax.runs.indexes import Rankings, Retriever, build_bm25, build_retriever, doc_logits, search
-from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.evaluate import (
     EvaluateConfig,
     evaluation_fingerprint,
@@ -34,11 +33,10 @@ from ragjax.runs.options.evaluate import (
     system_names,
 )
 from ragjax.runs.options.files import to_dict
+from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, write_report
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.system import (
-    adapts_language_model,
-    adapts_retriever,
     run_language_model,
     run_towers,
 )
@@ -129,8 +127,8 @@ def open_evaluation(
     """
     run = open_run(Path(config.run)) if config.run else None
     options = run_options(config, run)
-    adapted_lm = run is not None and adapts_language_model(run.config)
-    adapted_retriever = run is not None and adapts_retriever(run.config)
+    adapted_lm = run is not None and run.config.trains_lm
+    adapted_retriever = run is not None and run.config.trains_retriever
     system_names(config, adapts_lm=adapted_lm)  # raises before the data are read
     dataset = read_data(options, folder, report)
     questions = _choose_questions(config, options, dataset)
@@ -164,7 +162,7 @@ def open_evaluation(
 
 
 def _choose_questions(
-    config: EvaluateConfig, options: AdaptConfig, dataset: Dataset
+    config: EvaluateConfig, options: RunConfig, dataset: Dataset
 ) -> dict[str, tuple[Question, ...]]:
     """Returns the questions of the split, in the order of a run: the first of both are the same."""
     known = dataset.questions.get(config.split, ())

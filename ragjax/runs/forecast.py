@@ -18,6 +18,7 @@ from ragjax.refresh import (
     forecast_refresh,
     parse_trigger,
 )
+from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.shared import LearningConfig
 from ragjax.runs.teacher import context_batches
@@ -75,19 +76,18 @@ class Cost(NamedTuple):
         return "\n".join(lines)
 
 
-def estimate_cost(workspace: Workspace) -> Cost:
+def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     """Measures both models on a few real texts and forecasts the run.
 
     Compiling for the measurement is not lost: the run uses the same shapes.
     """
-    config = workspace.config
     encode_rate = encoder_rate(workspace)
     score_rate = lm_rate(workspace)
     lm, retriever, evaluation = config.language_model, config.retriever, config.evaluation
     train = len(workspace.questions["train"])
     answered = sum(bool(q.answers) for q in workspace.questions["test"])
     answered = min(answered, config.data_options.answer_questions)
-    adapts_lm, adapts_retriever = "lm" in config.stages, "retriever" in config.stages
+    adapts_lm, adapts_retriever = config.trains_lm, config.trains_retriever
 
     doc_tokens = padded_tokens(workspace)
     mean_doc = float(np.mean([len(ids) for ids in workspace.doc_ids]))
@@ -276,7 +276,7 @@ def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
     questions = steps * training.batch_size
     read = batches.num_retrieved + training.null_document
     encoded = read + bool(config.objective.contrastive_weight)
-    learns, teaches = config.language_model.train, config.retriever.train != "none"
+    learns, teaches = config.trains_lm, config.trains_retriever
     lm_work = 1 + learns * backward_forwards(config.language_model, workspace.lm.config, BACKWARD)
     encoder_work = ENCODER_FORWARDS + teaches * backward_forwards(
         config.retriever, workspace.encoder.config, ENCODER_BACKWARD

@@ -1,6 +1,5 @@
 """Reads what a finished run adapted: its encoder towers, its language model, its record."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import PROGRAM, RagConfig
 from ragjax.runs.options.files import from_dict, to_dict
-from ragjax.runs.options.refresh import RefreshConfig
+from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.trainable import (
     END_TO_END,
     Trained,
@@ -44,9 +43,8 @@ class FinishedRun(NamedTuple):
     """A folder that `experiments/adapt.py` or `experiments/train_rag.py` made."""
 
     folder: Path
-    config: AdaptConfig  # of an end-to-end run: what stands in for it, with what learnt as stages
+    config: RunConfig  # AdaptConfig or RagConfig
     metrics: Mapping[str, Any] | None  # by system; None: the run was not evaluated to its end
-    rag: RagConfig | None = None  # of an end-to-end run
 
 
 class Adapted(NamedTuple):
@@ -79,22 +77,8 @@ def open_run(folder: Path) -> FinishedRun:
             f"{folder} was made by {program}; give the --output folder of a run of"
             " experiments/adapt.py or experiments/train_rag.py"
         )
-    metrics = _read_metrics(folder)
-    if program == PROGRAM:
-        rag = from_dict(RagConfig(), values, path)
-        return FinishedRun(folder, _stages_of(rag), metrics, rag)
-    return FinishedRun(folder, from_dict(AdaptConfig(), values, path), metrics)
-
-
-def _stages_of(rag: RagConfig) -> AdaptConfig:
-    """Returns what stands in for an end-to-end run, its stages being the models that learnt."""
-    learnt = {"lm": rag.language_model.train, "retriever": rag.retriever.train != "none"}
-    config = rag.stand_in()
-    if not learnt["retriever"]:
-        config = dataclasses.replace(config, refresh=RefreshConfig(), stages=("lm",))
-    elif not learnt["lm"]:
-        config = dataclasses.replace(config, stages=("retriever",))
-    return config
+    config = from_dict(RagConfig() if program == PROGRAM else AdaptConfig(), values, path)
+    return FinishedRun(folder, config, _read_metrics(folder))
 
 
 def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
@@ -110,10 +94,9 @@ def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
         OSError: The base encoder is not there any more.
     """
     config = run.config
-    if "retriever" not in config.stages:
+    if not config.trains_retriever:
         raise ValueError(
-            f"{run.folder}: this run adapted the language model only (stages"
-            f" {' '.join(config.stages)}); export --what language_model"
+            f"{run.folder}: this run adapted the language model only; export --what language_model"
         )
     shared = config.retriever.train == "shared"
     if tower == "encoder" and not shared:
@@ -122,11 +105,11 @@ def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
             f" {config.retriever.train}); export --what query_encoder and --what doc_encoder"
         )
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
-    names = ("shared",) if shared else ("query", "doc")
-    towers: dict[str, Any] = dict.fromkeys(names, encoder.params)
-    if run.rag is not None:
-        trained = _trained_end_to_end(run, run.rag, load_language_model(config.lm), towers)
+    towers: dict[str, Any] = dict.fromkeys(config.retriever.tower_names, encoder.params)
+    if isinstance(config, RagConfig):
+        trained = _trained_end_to_end(run, config, load_language_model(config.lm), towers)
         return Adapted(encoder, trained.towers["shared" if shared else tower])
+    assert isinstance(config, AdaptConfig), "there are two kinds of runs"
     # Adapters, and layers that learn on top of frozen ones, are relative to the round before.
     for number in range(config.retriever.rounds):
         seed = config.seed + number
@@ -147,17 +130,16 @@ def adapted_language_model(run: FinishedRun) -> Adapted:
         OSError: The base model is not there any more.
     """
     config = run.config
-    if "lm" not in config.stages:
+    if not config.trains_lm:
         raise ValueError(
-            f"{run.folder}: this run adapted the retriever only (stages {' '.join(config.stages)});"
-            " export --what encoder, query_encoder or doc_encoder"
+            f"{run.folder}: this run adapted the retriever only; export --what encoder,"
+            " query_encoder or doc_encoder"
         )
     lm = load_language_model(config.lm)
-    if run.rag is not None:
+    if isinstance(config, RagConfig):
         encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
-        names = ("shared",) if config.retriever.train == "shared" else ("query", "doc")
-        towers = dict.fromkeys(names, encoder.params)
-        return Adapted(lm, _trained_end_to_end(run, run.rag, lm, towers).lm_params)
+        towers = dict.fromkeys(config.retriever.tower_names, encoder.params)
+        return Adapted(lm, _trained_end_to_end(run, config, lm, towers).lm_params)
     parts = lm_parts(config.language_model, lm.family, lm.params, seed=config.seed)
     trained = _restore(run, "lm", parts.trainable)
     return Adapted(lm, parts.merge(trained, parts.frozen))
@@ -202,7 +184,7 @@ def run_card(run: FinishedRun, adapted: Adapted, what: str, *, license: str | No
             f"{data}: at most {caps.train_questions:,} training questions (seed {config.seed}) and"
             " no test question. Nothing is recorded about the licence of the data."
         ),
-        recipe=to_dict(run.rag or config),
+        recipe=to_dict(config),
         program=_script(run),
         metrics=metrics or None,
         columns=columns,
@@ -225,7 +207,7 @@ def _read_metrics(folder: Path) -> dict[str, Any] | None:
 
 
 def _script(run: FinishedRun) -> str:
-    return "experiments/adapt.py" if run.rag is None else "experiments/train_rag.py"
+    return f"experiments/{'train_rag' if isinstance(run.config, RagConfig) else 'adapt'}.py"
 
 
 def _restore(run: FinishedRun, stage: str, template: Any) -> Any:

@@ -94,7 +94,7 @@ def open_system(folder: Path, *, stop: StopFlag | None = None, report: Report = 
         ValueError: The run has not ended, or its files do not belong together.
     """
     run = open_run(folder)
-    config: Any = run.config
+    config = run.config
     query, doc = run_towers(run)
     lm = run_language_model(run)
     dataset = read_data(config, folder, report)
@@ -108,7 +108,7 @@ def open_system(folder: Path, *, stop: StopFlag | None = None, report: Report = 
         stop=stop or StopFlag(),
         report=report,
     )
-    version = _newest_index(folder) if adapts_retriever(config) else 0
+    version = _newest_index(folder) if config.trains_retriever else 0
     return _assemble(workspace, query.params, doc.params, lm.params, version, str(folder))
 
 
@@ -128,8 +128,7 @@ def open_base_system(
     Raises:
         FileNotFoundError, ValueError: Data or models cannot be used.
     """
-    settings: Any = config
-    dataset = _documents(settings, cache, report)
+    dataset = _documents(config, cache, report)
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     lm = load_language_model(config.lm)
     dev = dataset.questions.get("dev", ())[: config.data_options.dev_questions]
@@ -138,7 +137,7 @@ def open_base_system(
         f" {dataset.corpus.fingerprint}"
     )
     workspace = make_workspace(
-        settings,
+        config,
         cache / hashlib.sha256(identity.encode()).hexdigest()[:16],
         dataset,
         {"train": (), "dev": dev, "test": dataset.questions.get("test", ())},
@@ -216,25 +215,10 @@ def by_hybrid(system: System, queries: Queries, k: int) -> SearchResult:
 SEARCHES: dict[str, Search] = {"dense": by_dense, "bm25": by_bm25, "hybrid": by_hybrid}
 
 
-def adapts_retriever(config: Any) -> bool:
-    """Tells whether a run with these options adapts the retriever."""
-    return "retriever" in _stages(config) and config.retriever.train != "none"
-
-
-def adapts_language_model(config: Any) -> bool:
-    """Tells whether a run with these options adapts the language model."""
-    return "lm" in _stages(config) and getattr(config.language_model, "train", True)
-
-
-def _stages(config: Any) -> tuple[str, ...]:
-    # An end-to-end run has no stages: it trains what its options do not hold constant.
-    return getattr(config, "stages", ("lm", "retriever"))
-
-
 def run_towers(run: FinishedRun) -> tuple[Adapted, Adapted]:
     """Returns the query and the document encoder of a run; see `adapted_encoder`."""
     config = run.config
-    if not adapts_retriever(config):
+    if not config.trains_retriever:
         encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
         return Adapted(encoder, encoder.params), Adapted(encoder, encoder.params)
     if config.retriever.train == "shared":
@@ -245,7 +229,7 @@ def run_towers(run: FinishedRun) -> tuple[Adapted, Adapted]:
 
 def run_language_model(run: FinishedRun) -> Adapted:
     """Returns the language model of a run; see `adapted_language_model`."""
-    if adapts_language_model(run.config):
+    if run.config.trains_lm:
         return adapted_language_model(run)
     lm = load_language_model(run.config.lm)
     return Adapted(lm, lm.params)
@@ -260,7 +244,7 @@ def _newest_index(folder: Path) -> int:
     return max(numbers)
 
 
-def _documents(config: Any, cache: Path, report: Report) -> Dataset:
+def _documents(config: RunConfig, cache: Path, report: Report) -> Dataset:
     """Reads a corpus with the questions and judgements that lie beside it, if any."""
     source = Path(config.data)
     if not config.data or (source / "qrels").is_dir():
@@ -283,12 +267,11 @@ def _assemble(
     retriever = build_retriever(
         workspace, bm25, version=version, query_params=query_params, doc_params=doc_params
     )
-    settings: Any = workspace.config
     return System(
         workspace=workspace,
         bm25=bm25,
         retriever=retriever,
         lm_params=workspace.in_compute_dtype(lm_params),
-        scale=settings.retriever.scale,
+        scale=workspace.config.retriever.scale,
         name=name,
     )

@@ -20,7 +20,7 @@ from ragjax.losses import (
 )
 from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_row
 from ragjax.models.inputs import LMBatch
-from ragjax.runs.options.dual import RetrieverConfig
+from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, Score, result_key
 
@@ -109,18 +109,18 @@ def score_step(
 
 
 def target_log_probs(
-    config: RetrieverConfig, scores: TeacherScores, candidates: SearchResult
+    target: LsrTarget, scores: TeacherScores, candidates: SearchResult
 ) -> np.ndarray:
     """Returns log p_LSR `[Q, K]` float32 of the candidates.
 
-    log p_LSR = log_softmax((g + w · z) / τ), with g the score function of the config and z the
+    log p_LSR = log_softmax((g + w · z) / τ), with g the score function and z the
     z-score of the candidates' retrieval scores (w = 0 gives the papers' target).
     """
-    g = np.asarray(SCORES[config.score](scores.log_probs, scores.lengths))
-    if config.prior_weight:
-        g = g + np.float32(config.prior_weight) * _z_scores(candidates)
+    g = np.asarray(SCORES[target.score](scores.log_probs, scores.lengths))
+    if target.prior_weight:
+        g = g + np.float32(target.prior_weight) * _z_scores(candidates)
     return np.asarray(
-        lsr_target(g, temperature=config.temperature, doc_mask=candidates.mask), np.float32
+        lsr_target(g, temperature=target.temperature, doc_mask=candidates.mask), np.float32
     )
 
 

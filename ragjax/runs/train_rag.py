@@ -1,6 +1,5 @@
 """End-to-end training from documents and questions to a before/after table, resumable."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from ragjax.runs.compare.dev import Side, evaluate_dev
 from ragjax.runs.compare.systems import evaluate_run
 from ragjax.runs.forecast import duration, estimate_rag_cost
 from ragjax.runs.indexes import build_bm25, build_towers, source_rows
-from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.options.end_to_end import PROGRAM, RagConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import fingerprint
@@ -45,10 +43,10 @@ def train_rag(config: RagConfig, *, stop: StopFlag, report: Report = print) -> d
     with workspace.timed("end to end"):
         trained = train_end_to_end(workspace, config, bm25, before, towers)
     lm = base
-    if config.language_model.train:
+    if config.trains_lm:
         lm = workspace.adapted_lm(trained.lm_params)
     after = before
-    if config.retriever.train != "none":
+    if config.trains_retriever:
         with workspace.timed("index after"):
             after = build_towers(workspace, bm25, trained.towers, 1)
     with workspace.timed("dev"):
@@ -57,17 +55,10 @@ def train_rag(config: RagConfig, *, stop: StopFlag, report: Report = print) -> d
         metrics = evaluate_run(workspace, bm25, before, after, lm)
     with workspace.timed("report"):
         title = f"End-to-end training on {data_name(config.data)}"
-        report_run(workspace, before, after, lm, title=title, target=_target(config))
+        report_run(workspace, before, after, lm, title=title, target=config.objective.target)
     took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
     report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
     return metrics
-
-
-def _target(config: RagConfig) -> RetrieverConfig:
-    """Returns what p_LSR of the report compares: attention is of all documents at once."""
-    score = config.objective.score
-    shown = "log_prob_per_token" if score == "attention" else score
-    return dataclasses.replace(config.stand_in().retriever, score=shown)
 
 
 def dry_run(config: RagConfig, *, folder: Path, stop: StopFlag, report: Report = print) -> None:
@@ -79,7 +70,7 @@ def dry_run(config: RagConfig, *, folder: Path, stop: StopFlag, report: Report =
 def _open(config: RagConfig, folder: Path, stop: StopFlag, report: Report) -> Workspace:
     """Opens the workspace and checks what only the loaded data and models can tell."""
     choose_devices(config)
-    workspace = open_workspace(config.stand_in(), folder, stop=stop, report=report)
+    workspace = open_workspace(config, folder, stop=stop, report=report)
     make_reader(workspace, config)
     if config.training.same_source == "drop":
         source_rows(workspace.dataset.corpus, workspace.questions["train"])

@@ -36,7 +36,7 @@ from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.refresh import EncodeOptions, encode_token_ids
 from ragjax.runs.folder import add_seconds
-from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.shared import RunConfig
 from ragjax.training.loop import MetricsLog, StopFlag
 
 Report = Callable[[str], None]
@@ -69,7 +69,7 @@ class Workspace:
         seconds: Wall-clock seconds by stage, filled as the stages end.
     """
 
-    config: AdaptConfig
+    config: RunConfig
     folder: Path
     dataset: Dataset
     questions: dict[str, tuple[Question, ...]]
@@ -168,7 +168,7 @@ def tree_fingerprint(tree: Any) -> str:
 
 
 def open_workspace(
-    config: AdaptConfig, folder: Path, *, stop: StopFlag, report: Report = print
+    config: RunConfig, folder: Path, *, stop: StopFlag, report: Report = print
 ) -> Workspace:
     """Reads the data, loads the models and checks that they fit each other.
 
@@ -182,8 +182,6 @@ def open_workspace(
         ValueError, FileNotFoundError: For data or models that cannot be used, before any
             expensive work.
     """
-    if config.score_cache and not Path(config.score_cache).is_file():
-        raise ValueError(f"--score_cache {config.score_cache}: no such file")
     dataset = read_data(config, folder, report)
     questions = choose_questions(config, dataset)
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
@@ -194,7 +192,7 @@ def open_workspace(
 
 
 def make_workspace(
-    config: AdaptConfig,
+    config: RunConfig,
     folder: Path,
     dataset: Dataset,
     questions: dict[str, tuple[Question, ...]],
@@ -245,11 +243,11 @@ def make_workspace(
     )
 
 
-def _cast_dtype(config: AdaptConfig) -> str | None:
+def _cast_dtype(config: RunConfig) -> str | None:
     return None if config.compute_dtype == "float32" else config.compute_dtype
 
 
-def _in_compute_dtype(encoder: TextEncoder, config: AdaptConfig) -> TextEncoder:
+def _in_compute_dtype(encoder: TextEncoder, config: RunConfig) -> TextEncoder:
     """Returns the encoder as the run uses it; embeddings of another dtype are another encoder's."""
     if (dtype := _cast_dtype(config)) is None:
         return encoder
@@ -265,7 +263,7 @@ def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
         )
 
 
-def read_data(config: AdaptConfig, folder: Path, report: Report) -> Dataset:
+def read_data(config: RunConfig, folder: Path, report: Report) -> Dataset:
     """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
     options = config.data_options
     source = Path(config.data) if config.data else folder / "data" / "python-docs"
@@ -291,7 +289,7 @@ def _fields(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def choose_questions(config: AdaptConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
+def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
     """Returns the questions of a run by split, after its caps.
 
     Raises:
@@ -319,7 +317,7 @@ def choose_questions(config: AdaptConfig, dataset: Dataset) -> dict[str, tuple[Q
 
 
 def make_prompts(
-    config: AdaptConfig, lm: LanguageModel, *, end_id: int | None = None
+    config: RunConfig, lm: LanguageModel, *, end_id: int | None = None
 ) -> PromptBuilder:
     """Returns the prompt builder of a run; with `end_id`, targets end with that token."""
     return PromptBuilder(
@@ -355,19 +353,18 @@ def answer_end_id(workspace: Workspace) -> int | None:
 
 def tower_params(workspace: Workspace) -> dict[str, Any]:
     """Returns un-adapted towers by name: one `shared` tower, or `query` and `doc` apart."""
-    params = workspace.encoder.params
-    if workspace.config.retriever.train == "shared":
-        return {"shared": params}
-    return {"query": params, "doc": params}
+    return dict.fromkeys(workspace.config.retriever.tower_names, workspace.encoder.params)
 
 
-def question_rows(workspace: Workspace, round_number: int, num_questions: int, step: int) -> Rows:
+def question_rows(
+    workspace: Workspace, round_number: int, num_questions: int, step: int, *, batch_size: int
+) -> Rows:
     """Returns the questions `[B]` of a step, a pure function of the seed and the step."""
     return batch_rows(
         workspace.config.seed + round_number,
         step,
         num_examples=num_questions,
-        batch_size=workspace.config.retriever.batch_size,
+        batch_size=batch_size,
     )
 
 

@@ -77,10 +77,13 @@ def train(workspace, params=None):
     """Trains the retriever half; returns the towers and the metrics of each step."""
     params = params or tower_params(workspace)
     before = embeddings_of(workspace, workspace.encoder.params)
-    half = open_labelled(workspace, params, before)
+    half = open_labelled(workspace, workspace.config.retriever, params, before)
     with closing(half.retrieval.refresher):
         questions = workspace.questions["train"]
-        trained = train_retriever(workspace, 0, params, questions, half.batch_of, half.retrieval)
+        trained = train_retriever(
+            workspace, workspace.config.retriever, 0, params, questions, half.batch_of,
+            half.retrieval,
+        )  # fmt: skip
     lines = (workspace.folder / "metrics.jsonl").read_text().splitlines()
     return trained, [json.loads(line) for line in lines]
 
@@ -304,14 +307,14 @@ def test_where_and_how_an_index_is_built_may_change_when_a_run_is_continued():
 
 def test_the_forecast_says_what_refreshing_costs_before_the_start(make):
     workspace, _ = make(mode="async", every="2")
-    described = estimate_cost(workspace).describe()
+    described = estimate_cost(workspace, workspace.config).describe()
     assert "refresh: every 2 steps, 80 documents in about" in described
     assert "the index lags" in described
     assert "on top of the training time" in described
     workspace, _ = make("spare", mode="async", every="2", devices=2)
-    assert "on spare devices" in estimate_cost(workspace).describe()
+    assert "on spare devices" in estimate_cost(workspace, workspace.config).describe()
     workspace, _ = make("frozen", mode="frozen")
-    assert estimate_cost(workspace).refresh is None
+    assert estimate_cost(workspace, workspace.config).refresh is None
 
 
 def start(flags, output):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.end_to_end import (
     ObjectiveConfig,
     RagConfig,
@@ -14,7 +15,7 @@ from ragjax.runs.options.end_to_end import (
 )
 from ragjax.runs.options.files import load_config_file
 from ragjax.runs.options.refresh import RefreshConfig
-from ragjax.runs.options.shared import EvaluationConfig
+from ragjax.runs.options.shared import RunConfig
 
 FROZEN = RefreshConfig(mode="frozen")
 
@@ -82,27 +83,26 @@ def test_options_at_odds_are_refused_with_the_remedy(make, words):
         assert word in str(error.value)
 
 
-def test_the_stand_in_carries_what_the_shared_parts_read():
-    config = RagConfig(
-        data="d",
-        seed=3,
-        evaluation=EvaluationConfig(documents=2, mode="ensemble"),
-        training=TrainingConfig(documents=5, batch_size=4, epochs=2),
-        language_model=ReaderConfig(learning_rate=1e-3, train_layers=2, lora_rank=4, remat=True),
-        retriever=TowersConfig(
-            scale=10, train="both", doc_learning_rate=0.5, doc_tokens=64, lora_rank=2
+@pytest.mark.parametrize(
+    ("config", "lm", "retriever", "towers"),
+    [
+        (RunConfig(), False, False, ("shared",)),
+        (AdaptConfig(), True, True, ("shared",)),
+        (AdaptConfig(stages=("lm",)), True, False, ("shared",)),
+        (AdaptConfig(stages=("retriever",)), False, True, ("shared",)),
+        (AdaptConfig(retriever=RetrieverConfig(train="both")), True, True, ("query", "doc")),
+        (RagConfig(), True, True, ("shared",)),
+        (
+            RagConfig(retriever=TowersConfig(train="query"), refresh=FROZEN),
+            True, True, ("query", "doc"),
         ),
-    )
-    other = config.stand_in()
-    assert (other.data, other.seed, other.evaluation) == ("d", 3, config.evaluation)
-    assert other.refresh.mode == "async"
-    model, retriever = other.language_model, other.retriever
-    assert (model.learning_rate, model.train_layers, model.lora_rank, model.remat) == (
-        1e-3, 2, 4, True,
-    )  # fmt: skip
-    assert (retriever.scale, retriever.train, retriever.doc_tokens) == (10, "both", 64)
-    assert (retriever.doc_learning_rate, retriever.lora_rank) == (0.5, 2)
-    assert (retriever.candidates, retriever.batch_size, retriever.epochs) == (5, 4, 2)
+        (RagConfig(retriever=TowersConfig(train="none"), refresh=FROZEN), True, False, ("shared",)),
+        (RagConfig(language_model=ReaderConfig(train=False)), False, True, ("shared",)),
+    ],
+)  # fmt: skip
+def test_shared_code_reads_what_is_trained_from_every_config(config, lm, retriever, towers):
+    assert (config.trains_lm, config.trains_retriever) == (lm, retriever)
+    assert config.retriever.tower_names == towers
 
 
 def test_every_option_has_a_help_text():

@@ -50,7 +50,7 @@ def make_config(inputs, output, **changes):
 
 def open_for(config, folder):
     folder.mkdir(exist_ok=True)
-    return open_workspace(config.stand_in(), folder, stop=StopFlag(), report=lambda _: None)
+    return open_workspace(config, folder, stop=StopFlag(), report=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def train(opened, start, folder, *, stop=None, **changes):
     folder.mkdir(exist_ok=True)
     workspace = dataclasses.replace(
         workspace,
-        config=config.stand_in(),
+        config=config,
         folder=folder,
         metrics=MetricsLog(folder / "metrics.jsonl"),
         stop=stop or StopFlag(),

@@ -18,8 +18,6 @@ from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run
 from ragjax.runs.system import (
     SEARCHES,
-    adapts_language_model,
-    adapts_retriever,
     by_bm25,
     by_dense,
     by_hybrid,
@@ -219,10 +217,3 @@ def test_a_run_without_its_last_index_has_not_ended(whole, tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run there"):
         open_system(tmp_path, report=silent)
-
-
-def test_options_tell_what_a_run_adapts():
-    assert adapts_retriever(AdaptConfig(stages=("retriever",)))
-    assert not adapts_language_model(AdaptConfig(stages=("retriever",)))
-    assert adapts_language_model(AdaptConfig(stages=("lm",)))
-    assert not adapts_retriever(AdaptConfig(stages=("lm",)))

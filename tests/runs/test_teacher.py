@@ -120,7 +120,7 @@ def test_the_target_is_the_softmax_of_score_plus_weighted_z():
         np.array([[-4.0, -2.0, -8.0], [-1.0, -3.0, 0.0]], np.float32), np.array([4, 2], np.int32)
     )
     config = RetrieverConfig(score="log_prob_per_token", temperature=0.5, prior_weight=0.2)
-    target = target_log_probs(config, scores, found)
+    target = target_log_probs(config.target, scores, found)
     for row, kept in ((0, [0, 1, 2]), (1, [0, 1])):
         s = found.scores[row, kept].astype(float)
         g = scores.log_probs[row, kept] / scores.lengths[row]
@@ -129,7 +129,7 @@ def test_the_target_is_the_softmax_of_score_plus_weighted_z():
             target[row, kept], logits - np.log(np.exp(logits).sum()), rtol=1e-5
         )
     assert target[1, 2] == -np.inf
-    without = dataclasses.replace(config, prior_weight=0.0)
+    without = config.target._replace(prior_weight=0.0)
     g = scores.log_probs[0] / 4 / 0.5
     np.testing.assert_allclose(
         target_log_probs(without, scores, found)[0], g - np.log(np.exp(g).sum()), rtol=1e-5

@@ -163,7 +163,7 @@ def test_adapters_resume_bit_for_bit_and_leave_the_frozen_weights_alone(tiny_inp
     )
     questions = workspace.questions["train"]
     found = search(workspace, retriever, questions, 1).hybrid
-    adapted = train_lm(workspace, questions, found)
+    adapted = train_lm(workspace, config.language_model, questions, found)
     assert adapted["embed"]["embedding"] is lm.params["embed"]["embedding"]
     merged = lm.family.save_params(lm.config, lora.merge(adapted))
     names = {name for name, tensor in before.items() if not np.array_equal(tensor, merged[name])}
@@ -172,8 +172,9 @@ def test_adapters_resume_bit_for_bit_and_leave_the_frozen_weights_alone(tiny_inp
     assert not any("norm" in name for name in names)
     cut = dataclasses.replace(workspace, folder=tmp_path / "cut", stop=StopAfter(1))
     with pytest.raises(Interrupted):
-        train_lm(cut, questions, found)
-    resumed = train_lm(dataclasses.replace(cut, stop=StopFlag()), questions, found)
+        train_lm(cut, config.language_model, questions, found)
+    cut = dataclasses.replace(cut, stop=StopFlag())
+    resumed = train_lm(cut, config.language_model, questions, found)
     jax.tree.map(np.testing.assert_array_equal, adapted, resumed)
 
 
@@ -182,7 +183,7 @@ def test_adapters_are_forecast_to_cost_less(tiny_inputs, tmp_path):
     def cost(**options):
         config = tiny_config(tiny_inputs, tmp_path, compute_dtype="float32", **options)
         workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda line: None)
-        return estimate_cost(workspace)
+        return estimate_cost(workspace, config)
 
     whole = cost(language_model=LMConfig(train_layers=0), retriever=RetrieverConfig())
     adapters = cost()

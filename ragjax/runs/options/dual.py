@@ -5,7 +5,7 @@ from typing import Literal
 
 from ragjax.runs.options.checks import at_least, check_accumulate, fraction, positive
 from ragjax.runs.options.refresh import check_freshness, check_used
-from ragjax.runs.options.shared import LearningConfig, RunConfig, TowersConfig
+from ragjax.runs.options.shared import LearningConfig, LsrTarget, RunConfig, TowersConfig
 
 Stage = Literal["lm", "retriever"]
 
@@ -91,6 +91,11 @@ class RetrieverConfig(TowersConfig):
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
+    @property
+    def target(self) -> LsrTarget:
+        """Options of p_LSR."""
+        return LsrTarget(self.score, self.temperature, self.prior_weight)
+
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         super().__post_init__()
@@ -121,6 +126,16 @@ class AdaptConfig(RunConfig):
     score_cache: str = ""
     language_model: LMConfig = field(default_factory=LMConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+
+    @property
+    def trains_lm(self) -> bool:
+        """Whether the language model is trained."""
+        return "lm" in self.stages
+
+    @property
+    def trains_retriever(self) -> bool:
+        """Whether an encoder of the retriever is trained."""
+        return "retriever" in self.stages
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""

@@ -4,9 +4,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ragjax.runs.options.checks import at_least, check_accumulate, fraction, positive
-from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig, check_freshness, check_used
-from ragjax.runs.options.shared import EvaluationConfig, LearningConfig, RunConfig, TowersConfig
+from ragjax.runs.options.shared import (
+    EvaluationConfig,
+    LearningConfig,
+    LsrTarget,
+    RunConfig,
+    TowersConfig,
+)
 
 PROGRAM = "train_rag"
 """What the `config.json` of an end-to-end run says that it is of."""
@@ -61,6 +66,12 @@ class ObjectiveConfig:
     )
     temperature: float = 0.3
     contrastive_weight: float = 0.0
+
+    @property
+    def target(self) -> LsrTarget:
+        """Options of p_LSR over single documents; attention is of all documents at once."""
+        score = "log_prob_per_token" if self.score == "attention" else self.score
+        return LsrTarget(score, self.temperature)
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""
@@ -148,6 +159,16 @@ class RagConfig(RunConfig):
         default_factory=lambda: EvaluationConfig(documents=4, mode="ensemble")
     )
 
+    @property
+    def trains_lm(self) -> bool:
+        """Whether the language model is trained."""
+        return self.language_model.train
+
+    @property
+    def trains_retriever(self) -> bool:
+        """Whether an encoder of the retriever is trained."""
+        return self.retriever.train != "none"
+
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         super().__post_init__()
@@ -212,33 +233,3 @@ class RagConfig(RunConfig):
                 " the batch's negatives; add --objective.negatives none"
                 " --objective.contrastive_weight 0, or use --language_model.remat"
             )
-
-    def stand_in(self) -> AdaptConfig:
-        """Returns the options as the parts shared with dual training read them."""
-        model, retriever = self.language_model, self.retriever
-        shared = {name: getattr(self, name) for name in RunConfig.__dataclass_fields__}
-        learning = LearningConfig.__dataclass_fields__
-        training = self.training
-        return AdaptConfig(
-            **shared,
-            language_model=LMConfig(
-                **{name: getattr(model, name) for name in learning},
-                questions=self.data_options.train_questions,
-                documents=training.documents,
-                epochs=training.epochs,
-                batch_size=training.batch_size,
-            ),
-            retriever=RetrieverConfig(
-                **{name: getattr(retriever, name) for name in learning},
-                scale=retriever.scale,
-                # Without training there is one tower as well as two.
-                train="shared" if retriever.train == "none" else retriever.train,
-                doc_tokens=retriever.doc_tokens,
-                doc_learning_rate=retriever.doc_learning_rate,
-                candidates=training.documents,
-                epochs=training.epochs,
-                batch_size=training.batch_size,
-                temperature=self.objective.temperature,
-                prior_weight=0.0,
-            ),
-        )

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
 from ragjax.runs.options.checks import at_least
-from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.files import to_dict
-from ragjax.runs.options.shared import Mode
+from ragjax.runs.options.shared import Mode, RunConfig
 from ragjax.runs.saved import FinishedRun
 
 SystemName = Literal[
@@ -123,7 +122,7 @@ class EvaluateConfig:
             run_options(self, None)
 
 
-def run_options(config: EvaluateConfig, run: FinishedRun | None) -> AdaptConfig:
+def run_options(config: EvaluateConfig, run: FinishedRun | None) -> RunConfig:
     """Returns the options of the run with those of the evaluation in their place.
 
     Args:
@@ -133,7 +132,7 @@ def run_options(config: EvaluateConfig, run: FinishedRun | None) -> AdaptConfig:
     Raises:
         ValueError: The two do not go together; the message names the field.
     """
-    base = AdaptConfig() if run is None else dataclasses.replace(run.config, score_cache="")
+    base = RunConfig() if run is None else run.config
     changes: dict[str, Any] = {
         name: value
         for name in ("data", "encoder", "lm", "seed", "encode_tokens", "score_tokens")
@@ -184,12 +183,12 @@ def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[SystemName
 def evaluation_fingerprint(config: EvaluateConfig, run: FinishedRun | None) -> str:
     """Returns a digest of everything that decides the result (not where it is written)."""
     values = {k: v for k, v in to_dict(config).items() if k not in ("output", "run")}
-    adapted = [to_dict(part) for part in (run.config, run.rag) if part] if run else None
+    adapted = [to_dict(run.config)] if run else None
     text = json.dumps([values, adapted, config.run and str(Path(config.run).resolve())])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _evaluation(config: EvaluateConfig, base: AdaptConfig) -> Any:
+def _evaluation(config: EvaluateConfig, base: RunConfig) -> Any:
     given = {
         name: value
         for name in ("documents", "mode", "beams", "max_new_tokens", "resamples")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ragjax.runs.options.checks import at_least, fraction, positive
 from ragjax.runs.options.files import to_dict
@@ -137,6 +137,11 @@ class TowersConfig(LearningConfig):
     learning_rate: float = 5e-5
     doc_learning_rate: float = -1.0
 
+    @property
+    def tower_names(self) -> tuple[str, ...]:
+        """Names of the towers: one for queries and documents, or one for each."""
+        return ("query", "doc") if self.train in ("query", "both") else ("shared",)
+
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
@@ -144,9 +149,21 @@ class TowersConfig(LearningConfig):
         positive(self, "scale")
 
 
+class LsrTarget(NamedTuple):
+    """Options of the target that the language model gives the retriever.
+
+    p_LSR = softmax((score + prior_weight · z) / temperature) over a question's candidates, with z
+    the z-scores of their retrieval scores.
+    """
+
+    score: str
+    temperature: float
+    prior_weight: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every kind of run has.
+    """Options that every kind of run has; with these alone both models are used as they are.
 
     Attributes:
       data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
@@ -168,6 +185,8 @@ class RunConfig:
       prompt: What the language model reads.
       refresh: How fresh the index is while the retriever trains.
       evaluation: How the systems are compared.
+      language_model: How much of the language model is trained.
+      retriever: Which encoders of the retriever are trained, and the scale of p_R.
     """
 
     data: str = ""
@@ -185,6 +204,18 @@ class RunConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    language_model: LearningConfig = field(default_factory=LearningConfig)
+    retriever: TowersConfig = field(default_factory=TowersConfig)
+
+    @property
+    def trains_lm(self) -> bool:
+        """Whether the language model is trained."""
+        return False
+
+    @property
+    def trains_retriever(self) -> bool:
+        """Whether an encoder of the retriever is trained."""
+        return False
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""

@@ -3,7 +3,6 @@
 K candidates of a question.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from ragjax.evaluation.report.results import main_pair
 from ragjax.index import SearchResult
 from ragjax.runs.folder import RunFiles
 from ragjax.runs.indexes import Retriever
-from ragjax.runs.options.dual import RetrieverConfig
+from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.teacher import score_candidates, target_log_probs
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.files import write_json
@@ -45,7 +44,7 @@ def explain(
     after: Retriever,
     lm: FrozenLM,
     *,
-    target: RetrieverConfig,
+    target: LsrTarget,
 ) -> dict[str, Any]:
     """Compares p_R before and after with p_LSR on a few test questions, in `explained.json`.
 
@@ -59,12 +58,12 @@ def explain(
         before: The un-adapted retriever.
         after: The adapted one.
         lm: The language model that scores.
-        target: Options of p_LSR and p_R.
+        target: Options of p_LSR.
 
     Returns:
         What was written.
     """
-    target = dataclasses.replace(target, prior_weight=0.0)
+    target = target._replace(prior_weight=0.0)
     read = RunFiles(workspace.folder)
     lines = read.lines("predictions.jsonl")
     gold = _gold(workspace)
@@ -82,7 +81,7 @@ def explain(
         "settings": {
             "score": target.score,
             "temperature": target.temperature,
-            "scale": target.scale,
+            "scale": workspace.config.retriever.scale,
         },
         "counts": _encoded(workspace),
         "questions": described,
@@ -186,7 +185,7 @@ def _explained(
     lm: FrozenLM,
     questions: Sequence[Question],
     gold: Mapping[str, Sequence[str]],
-    target: RetrieverConfig,
+    target: LsrTarget,
 ) -> list[dict[str, Any]]:
     if not questions:
         return []
@@ -201,15 +200,16 @@ def _explained(
     cache = ResultCache(workspace.folder / "scores" / "explained.jsonl", Score)
     taught = score_candidates(workspace, lm, questions, candidates, cache)
     targets = np.exp(target_log_probs(target, taught, candidates).astype(np.float64))
+    scale = workspace.config.retriever.scale
     described = []
     for place, (question, one) in enumerate(zip(questions, scores, strict=True)):
         count = len(one.rows)
         log_probs = taught.log_probs[place, :count].astype(np.float64)
         views = {
             "target": targets[place, :count],
-            "before": _softmax(target.scale * one.before),
-            "after": _softmax(target.scale * one.after),
-            "posterior": _softmax(target.scale * one.after + log_probs),
+            "before": _softmax(scale * one.before),
+            "after": _softmax(scale * one.after),
+            "posterior": _softmax(scale * one.after + log_probs),
         }
         described.append(
             {

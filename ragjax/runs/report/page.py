@@ -14,7 +14,7 @@ from ragjax.evaluation.report.questions import Lookup, PassageText
 from ragjax.evaluation.report.results import main_pair
 from ragjax.runs.folder import REPORT, RunFiles, read_cost
 from ragjax.runs.indexes import Retriever
-from ragjax.runs.options.dual import RetrieverConfig
+from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.report.explained import EXPLAINED, explain, shown_passages
 from ragjax.runs.report.explained import corpus_lookup as corpus_lookup
 from ragjax.runs.saved import SYSTEM_NOTES
@@ -104,7 +104,7 @@ def report_run(
     lm: FrozenLM,
     *,
     title: str,
-    target: RetrieverConfig,
+    target: LsrTarget,
     sections: Sequence[Section] = (),
 ) -> Path:
     """Explains a few test questions and draws the report of a run whose results are written.
@@ -115,7 +115,7 @@ def report_run(
         after: The adapted one.
         lm: The language model that teaches.
         title: Heading.
-        target: Options of p_LSR (`score`, `temperature`) and of p_R (`scale`).
+        target: Options of p_LSR.
         sections: Further parts.
 
     Returns:

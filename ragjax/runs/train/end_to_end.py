@@ -140,7 +140,7 @@ def train_end_to_end(
             info={"num_steps": steps},
             host=host,
             describe_batch=lambda step: "questions " + ", ".join(
-                questions[row].id for row in _rows(workspace, step)
+                questions[row].id for row in _rows(workspace, config, step)
             ),
         )  # fmt: skip
     params = on_one_device(state.params)
@@ -236,8 +236,9 @@ def _cast(workspace: Workspace, function: Callable[[Any, Any], Any]) -> Callable
     return lambda params, batch: function(workspace.in_compute_dtype(params), batch)
 
 
-def _rows(workspace: Workspace, step: int) -> Any:
-    return question_rows(workspace, 0, len(workspace.questions["train"]), step)
+def _rows(workspace: Workspace, config: RagConfig, step: int) -> Any:
+    count, batch_size = len(workspace.questions["train"]), config.training.batch_size
+    return question_rows(workspace, 0, count, step, batch_size=batch_size)
 
 
 def _optimizer(config: RagConfig, parts: SplitModels, steps: int) -> Any:
@@ -286,7 +287,7 @@ def _open_retrieval(
         encode_queries=lambda params, rows: workspace.encode_queries(
             params, [questions[row] for row in rows]
         ),
-        rows_at=lambda step: _rows(workspace, step),
+        rows_at=lambda step: _rows(workspace, config, step),
         k=k,
         search=search,
         embeddings=before.embeddings,

@@ -23,12 +23,16 @@ from ragjax.training.steps import init_state, make_train_step
 
 
 def train_lm(
-    workspace: Workspace, questions: Sequence[Question], candidates: SearchResult
+    workspace: Workspace,
+    config: LMConfig,
+    questions: Sequence[Question],
+    candidates: SearchResult,
 ) -> dict[str, Any]:
     """Fine-tunes the language model on each question with each of its documents.
 
     Args:
-        workspace: Data, models, options.
+        workspace: Data and models.
+        config: Options of the stage.
         questions: Q training questions, with answers.
         candidates: `[Q, K]` documents, of which the best `documents` are used.
 
@@ -36,7 +40,6 @@ def train_lm(
         The adapted parameters, sharing the frozen ones with `workspace.lm`; with LoRA the adapters
         lie beside the weights (`ragjax.models.lora.merge` folds them in).
     """
-    config = workspace.config.language_model
     rows = lm_rows(config, candidates)
     steps = num_steps(num_examples=len(rows), batch_size=config.batch_size, epochs=config.epochs)
     lm = workspace.lm
@@ -57,7 +60,7 @@ def train_lm(
         steps,
         step,
         init_state(parts.trainable, optimizer, workspace.config.seed),
-        _lm_batches(workspace, questions, rows),
+        _lm_batches(workspace, config, questions, rows),
         frozen=parts.frozen,
         index_version=0,
     )
@@ -75,7 +78,10 @@ def lm_rows(config: LMConfig, candidates: SearchResult) -> list[tuple[int, int]]
 
 
 def _lm_batches(
-    workspace: Workspace, questions: Sequence[Question], rows: Sequence[tuple[int, int]]
+    workspace: Workspace,
+    config: LMConfig,
+    questions: Sequence[Question],
+    rows: Sequence[tuple[int, int]],
 ) -> Callable[[int], LMBatch]:
     # Something ends the answer: the model learns to stop where generation stops.
     prompts = make_prompts(workspace.config, workspace.lm, end_id=answer_end_id(workspace))
@@ -84,7 +90,6 @@ def _lm_batches(
     ]
     targets = [prompts.target(questions[q].answers[0]) for q, _ in rows]
     length = max(map(len, contexts))
-    config = workspace.config.language_model
 
     def batch_at(step: int) -> LMBatch:
         chosen = batch_rows(

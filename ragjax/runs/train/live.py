@@ -26,6 +26,7 @@ from ragjax.refresh import (
     parse_trigger,
 )
 from ragjax.runs.indexes import Retriever, corpus_task, live_search
+from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.teacher import score_step, target_log_probs
 from ragjax.runs.train.retriever import BatchOf, Lessons, labelled_lessons, train_retriever
@@ -50,6 +51,7 @@ class LiveHalf(NamedTuple):
 
 def train_live(
     workspace: Workspace,
+    config: RetrieverConfig,
     bm25: Bm25Index,
     before: Retriever,
     params: dict[str, Any],
@@ -60,6 +62,7 @@ def train_live(
 
     Args:
         workspace: Data, models, options; `refresh.mode` says how fresh the index is.
+        config: Options of the stage.
         bm25: Lexical side of the candidates.
         before: The un-adapted retriever, whose embeddings are the first generation.
         params: Towers before training.
@@ -70,30 +73,35 @@ def train_live(
         The towers after training.
     """
     questions = workspace.questions["train"]
-    if workspace.config.retriever.objective == "dpr":
+    if config.objective == "dpr":
         # Labels need the dense index's own mistakes; a teacher the best candidates there are.
-        half = open_labelled(workspace, params, before.embeddings)
+        half = open_labelled(workspace, config, params, before.embeddings)
     else:
-        half = open_taught(workspace, bm25, before, params, lm, cache)
+        half = open_taught(workspace, config, bm25, before, params, lm, cache)
     with closing(half.retrieval.refresher):
-        return train_retriever(workspace, 0, params, questions, half.batch_of, host=half.retrieval)
+        return train_retriever(
+            workspace, config, 0, params, questions, half.batch_of, host=half.retrieval
+        )
 
 
 def open_labelled(
-    workspace: Workspace, params: dict[str, Any], embeddings: NDArray[np.float32]
+    workspace: Workspace,
+    config: RetrieverConfig,
+    params: dict[str, Any],
+    embeddings: NDArray[np.float32],
 ) -> LiveHalf:
     """Opens live retrieval of hard negatives for the relevance judgements (`dpr`).
 
     Args:
         workspace: Data, models, options.
+        config: Options of the stage.
         params: Towers before training.
         embeddings: `[N, D]` of the documents with them.
 
     Returns:
         The host's side, whose refresher the caller closes, and the lessons.
     """
-    config = workspace.config.retriever
-    retrieval = _open(workspace, params, embeddings, None, 1.0, k=config.negative_depth)
+    retrieval = _open(workspace, config, params, embeddings, None, 1.0, k=config.negative_depth)
     gold = gold_sets(workspace)
 
     def batch_of(step: int) -> Lessons:
@@ -107,6 +115,7 @@ def open_labelled(
 
 def open_taught(
     workspace: Workspace,
+    config: RetrieverConfig,
     bm25: Bm25Index,
     before: Retriever,
     params: dict[str, Any],
@@ -117,18 +126,19 @@ def open_taught(
     questions = workspace.questions["train"]
     retrieval = _open(
         workspace,
+        config,
         params,
         before.embeddings,
         bm25,
         before.hybrid.dense_weight,
-        k=workspace.config.retriever.candidates,
+        k=config.candidates,
     )
 
     def batch_of(step: int) -> Lessons:
         _, rows, found = retrieval.retrieved(step)
         chosen = [questions[row] for row in rows]
         scores = score_step(workspace, lm, chosen, found, cache)
-        targets = target_log_probs(workspace.config.retriever, scores, found)
+        targets = target_log_probs(config.target, scores, found)
         return Lessons(found.doc_ids, found.mask, targets, [frozenset()] * len(rows))
 
     return LiveHalf(retrieval, batch_of)
@@ -136,6 +146,7 @@ def open_taught(
 
 def _open(
     workspace: Workspace,
+    config: RetrieverConfig,
     params: dict[str, Any],
     embeddings: NDArray[np.float32],
     bm25: Bm25Index | None,
@@ -144,7 +155,6 @@ def _open(
     k: int,
 ) -> LiveRetrieval:
     questions = workspace.questions["train"]
-    config = workspace.config.retriever
     task = workspace_task(workspace)
     parts = retriever_parts(config, params, seed=workspace.config.seed)
     live: list[LiveRetrieval] = []  # filled below: its parts look at its parameters
@@ -155,7 +165,9 @@ def _open(
         encode_queries=lambda params, rows: workspace.encode_queries(
             params, [questions[row] for row in rows]
         ),
-        rows_at=lambda step: question_rows(workspace, 0, len(questions), step),
+        rows_at=lambda step: question_rows(
+            workspace, 0, len(questions), step, batch_size=config.batch_size
+        ),
         k=min(k, len(workspace.doc_ids)),
         search=live_search(
             workspace,

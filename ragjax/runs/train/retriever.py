@@ -30,6 +30,7 @@ _OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss, "dpr": pdist_loss}
 
 def train_retriever(
     workspace: Workspace,
+    config: RetrieverConfig,
     round_number: int,
     params: dict[str, Any],
     questions: Sequence[Question],
@@ -39,7 +40,8 @@ def train_retriever(
     """Teaches the retriever one round.
 
     Args:
-        workspace: Data, models, options.
+        workspace: Data and models.
+        config: Options of the stage.
         round_number: From 0; each round has its own checkpoints and batches.
         params: Towers before the round.
         questions: Q training questions.
@@ -49,7 +51,6 @@ def train_retriever(
     Returns:
         The towers after the round.
     """
-    config = workspace.config.retriever
     steps = retriever_steps(config, len(questions))
     parts = retriever_parts(config, params, seed=workspace.config.seed + round_number)
     rates = {k: config.learning_rate for k in parts.trainable}
@@ -71,7 +72,7 @@ def train_retriever(
         steps,
         make_train_step(loss, optimizer),
         init_state(parts.trainable, optimizer, workspace.config.seed + round_number),
-        _lsr_batches(workspace, round_number, questions, batch_of),
+        _lsr_batches(workspace, config, round_number, questions, batch_of),
         frozen=parts.frozen,
         index_version=round_number,
         host=host,
@@ -100,11 +101,13 @@ def fixed_lessons(
     round_number: int,
     candidates: SearchResult,
     targets: NDArray[np.float32],
+    *,
+    batch_size: int,
 ) -> BatchOf:
     """Returns lessons from candidates `[Q, K]` and targets `[Q, K]` known before the round."""
 
     def batch_of(step: int) -> Lessons:
-        rows = question_rows(workspace, round_number, len(targets), step)
+        rows = question_rows(workspace, round_number, len(targets), step, batch_size=batch_size)
         empty = [frozenset[int]()] * len(rows)
         return Lessons(candidates.doc_ids[rows], candidates.mask[rows], targets[rows], empty)
 
@@ -143,15 +146,20 @@ def labelled_lessons(
 
 
 def _lsr_batches(
-    workspace: Workspace, round_number: int, questions: Sequence[Question], batch_of: BatchOf
+    workspace: Workspace,
+    config: RetrieverConfig,
+    round_number: int,
+    questions: Sequence[Question],
+    batch_of: BatchOf,
 ) -> Callable[[int], LsrBatch]:
-    config = workspace.config.retriever
     query_ids = workspace.query_ids(questions)
     query_length = bucket_of(workspace, max(map(len, query_ids)))
     seed = workspace.config.seed + round_number
 
     def batch_at(step: int) -> LsrBatch:
-        rows = question_rows(workspace, round_number, len(questions), step)
+        rows = question_rows(
+            workspace, round_number, len(questions), step, batch_size=config.batch_size
+        )
         lessons = batch_of(step)
         num_docs = lessons.mask.size
         docs = _batch_docs(lessons, num_docs, len(workspace.doc_ids), (seed, step))
