@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from ragjax.data import PromptBuilder, PromptTemplate, passage_text, read_beir
-from ragjax.generation import generate_greedy
+from ragjax.generation import Limits, Prompts, generate_greedy
 from ragjax.models import DEFAULT_LM, LanguageModel, load_language_model
 from ragjax.models.decoder.checkpoint import params_to_huggingface
 from ragjax.models.decoder.config import DecoderConfig
@@ -56,13 +56,6 @@ class Flags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     rounds: int = 5
     torch: bool = True
-
-
-class Prompts(NamedTuple):
-    """What both read; R = questions * documents."""
-
-    ids: np.ndarray  # int32 [R, L], left-padded
-    mask: np.ndarray  # bool [R, L], True = real token
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,12 +98,12 @@ def compare(flags: Flags) -> None:
 
 
 def make_prompts(model: LanguageModel, flags: Flags) -> Prompts:
-    """Returns one prompt for each document of each question."""
+    """Returns one prompt `[L]` for each document of each question."""
     if flags.data is None:
         rng = np.random.default_rng(0)
         shape = (flags.questions * flags.documents, flags.context_tokens)
         ids = rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
-        return Prompts(ids, np.ones(shape, bool))
+        return Prompts(jnp.asarray(ids), jnp.ones(shape, bool))
     template = PromptTemplate(max_answer_tokens=flags.new_tokens)
     builder = PromptBuilder(
         model.tokenizer,
@@ -134,19 +127,16 @@ def make_prompts(model: LanguageModel, flags: Flags) -> Prompts:
             for ids in builder.encode_documents(texts).ids:
                 contexts.append(builder.context(question.text, [ids]))
     packed = builder.pack(contexts, [[]] * len(contexts), context_length=max(map(len, contexts)))
-    return Prompts(packed.context_ids, packed.context_mask)
+    return Prompts(jnp.asarray(packed.context_ids), jnp.asarray(packed.context_mask))
 
 
 def ragjax_run(model: LanguageModel, prompts: Prompts, flags: Flags) -> Callable[[], np.ndarray]:
     """Returns a function that gives the new tokens `[R, T]`."""
-    ids, mask = jnp.asarray(prompts.ids), jnp.asarray(prompts.mask)
+    limits = Limits(max_new_tokens=flags.new_tokens, stop_ids=())
     params = cast_floats(model.params, flags.dtype)
 
     def run() -> np.ndarray:
-        found = generate_greedy(
-            model.decoder, params, ids, mask, max_new_tokens=flags.new_tokens, stop_ids=()
-        )
-        return np.asarray(found.ids)
+        return np.asarray(generate_greedy(model.decoder, params, prompts, limits).ids)
 
     return run
 
@@ -181,8 +171,8 @@ def transformers_run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reference = reference.to(device, getattr(torch, flags.dtype))  # pyrefly: ignore  (wrapped)
     given: dict[str, Any] = {
-        "input_ids": torch.tensor(prompts.ids.astype(np.int64), device=device),
-        "attention_mask": torch.tensor(prompts.mask.astype(np.int64), device=device),
+        "input_ids": torch.tensor(np.asarray(prompts.ids, np.int64), device=device),
+        "attention_mask": torch.tensor(np.asarray(prompts.mask, np.int64), device=device),
     }
     options = {"do_sample": False, "pad_token_id": model.pad_id, "use_cache": True}
 

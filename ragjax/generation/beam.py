@@ -1,4 +1,4 @@
-"""Beam search in batches, over one prompt a row.
+"""Beam search in batches, over one prompt an answer or over the documents of a question.
 
 Hypotheses are kept as in transformers with `early_stopping=False`: of the `beams` best
 continuations of a step, those that end are finished, with the score log p / length ** penalty,
@@ -6,11 +6,11 @@ where the length counts the stop token; the `beams` best that do not end go on. 
 it has `beams` finished hypotheses none of which the best unfinished one would beat if it ended
 now. At the limit of tokens, the best continuations count as finished.
 
-Shapes: R rows, L prompt slots, T new tokens, V vocabulary; `beams` hypotheses a row.
+Shapes: B answers, K documents each, L prompt slots, T new tokens, V vocabulary; `beams`
+hypotheses an answer.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,51 +18,43 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ragjax.generation.compiled import jit_decoding
-from ragjax.generation.decoder import Decoder, Prefilled
-from ragjax.generation.greedy import read_prompts, without_stops
+from ragjax.generation.decoder import Decoder
+from ragjax.generation.prompts import (
+    Limits,
+    PrefilledPrompts,
+    Prompts,
+    prefill_documents,
+    prefill_rows,
+)
 
 
 class BeamResult(NamedTuple):
     """The best answers to each prompt, best first."""
 
-    ids: Array  # [R, beams, T] int32; 0 after the end
-    lengths: Array  # [R, beams] int32, tokens before the stop token
-    log_probs: Array  # [R, beams] float32 nats, of all tokens, a generated stop token included
-    scores: Array  # [R, beams] float32, what they are ordered by; -inf: there is no such answer
+    ids: Array  # [B, beams, T] int32; 0 after the end
+    lengths: Array  # [B, beams] int32, tokens before the stop token
+    log_probs: Array  # [B, beams] float32 nats, of all tokens, a generated stop token included
+    scores: Array  # [B, beams] float32, what they are ordered by; -inf: there is no such answer
 
 
 class Hypotheses(NamedTuple):
     """Finished sequences, best first, with the tokens that ended them."""
 
-    ids: Array  # [R, beams, T] int32, stop token included; 0 after it
-    sizes: Array  # [R, beams] int32, stop token included; 0: there is no such sequence
-    log_probs: Array  # [R, beams] float32 nats; -inf: there is no such sequence
-    scores: Array  # [R, beams] float32
+    ids: Array  # [B, beams, T] int32, stop token included; 0 after it
+    sizes: Array  # [B, beams] int32, stop token included; 0: there is no such sequence
+    log_probs: Array  # [B, beams] float32 nats; -inf: there is no such sequence
+    scores: Array  # [B, beams] float32
 
 
-class BeamSteps(NamedTuple):
-    """What beam search needs of a model."""
-
-    mix: Callable[[Array], Array]  # the decoder's logits -> log-probabilities [R, beams, V]
-    advance: Callable[[Any, Array], Prefilled]  # (cache, token ids [R, beams]) -> the next state
-    reorder: Callable[[Any, Array], Any]  # (cache, beams [R, beams] to go on from) -> cache
-
-
-@functools.partial(
-    jit_decoding,
-    static_argnames=("decoder", "beams", "max_new_tokens", "stop_ids", "min_new_tokens"),
-)
+@functools.partial(jit_decoding, static_argnames=("decoder", "limits", "beams"))
 def generate_beam(
     decoder: Decoder,
     params: Any,
-    context_ids: Array,
-    context_mask: Array,
+    prompts: Prompts,
+    limits: Limits,
     *,
     beams: int,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    length_penalty: float = 1.0,
-    min_new_tokens: int = 0,
+    length_penalty: float | Array = 1.0,
 ) -> BeamResult:
     """Searches for the most likely answers to each prompt.
 
@@ -72,203 +64,131 @@ def generate_beam(
     Args:
         decoder: The language model's functions; hashable.
         params: Its parameters.
-        context_ids: `[R, L]` int32, left-padded.
-        context_mask: `[R, L]` bool, True = real token.
-        beams: Hypotheses a row, at least 1.
-        max_new_tokens: T, at least 1.
-        stop_ids: Tokens that end an answer.
+        prompts: One an answer, `[B, L]`.
+        limits: Where answers end.
+        beams: Hypotheses an answer, at least 1.
         length_penalty: Power of the length by which log-probabilities are divided: 0 orders by
             probability, above 0 favours long answers.
-        min_new_tokens: Stop tokens are not chosen before this many tokens.
 
     Returns:
         The best `beams` answers to each prompt.
 
     Raises:
-        ValueError: `beams` or `max_new_tokens` is below 1.
+        ValueError: The prompts are those of documents, or `beams` is below 1.
 
     References:
         Wu et al., 2016, "Google's Neural Machine Translation System", section 7 (with the length
         alone as penalty).
     """
-    prefilled = read_prompts(
-        decoder, params, context_ids, context_mask, max_new_tokens=max_new_tokens
-    )
-    rows, slots = context_ids.shape[:2]
-    found = search_prompts(
-        decoder,
-        params,
-        prefilled,
-        prompt_slots=slots,
-        rows=rows,
-        beams=beams,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        length_penalty=length_penalty,
-        min_new_tokens=min_new_tokens,
-    )
-    return strip_stops(found, stop_ids)
+    prefilled = prefill_rows(decoder, params, prompts, limits)
+    found = beam_search(prefilled, limits, beams=beams, length_penalty=length_penalty)
+    return strip_stops(found, limits)
 
 
-def search_prompts(
+@functools.partial(jit_decoding, static_argnames=("decoder", "limits", "beams"))
+def generate_rag_token(
     decoder: Decoder,
     params: Any,
-    prefilled: Prefilled,
+    prompts: Prompts,
+    limits: Limits,
     *,
-    prompt_slots: int,
-    rows: int,
     beams: int,
-    **options: Any,
-) -> Hypotheses:
-    """Searches with one prompt a row that has been read; options as `beam_search` takes them."""
+    length_penalty: float | Array = 1.0,
+) -> BeamResult:
+    """Searches for the most likely answers under the mixture over documents (RAG-Token).
 
-    def mix(logits: Array) -> Array:
-        return jax.nn.log_softmax(logits).reshape(rows, beams, -1)
-
-    return beam_search(
-        beam_steps(decoder, params, mix, docs=1, prompt_slots=prompt_slots),
-        repeat_prompts(decoder, prefilled, beams),
-        rows=rows,
-        beams=beams,
-        **options,
-    )
-
-
-def beam_steps(
-    decoder: Decoder,
-    params: Any,
-    mix: Callable[[Array], Array],
-    *,
-    docs: int,
-    prompt_slots: int,
-) -> BeamSteps:
-    """Binds a decoder whose rows are (question, document, beam), the beam fastest.
+    The mixture is p(y_t) = sum_k p_R(k) p_LM(y_t | c_k, x, y_<t). With one beam it gives what
+    `generate_ensemble` gives.
 
     Args:
-        decoder: The language model's functions.
+        decoder: The language model's functions; hashable.
         params: Its parameters.
-        mix: Maps logits `[R * docs * beams, V]` to log-probabilities `[R, beams, V]`.
-        docs: Documents a question, whose rows all get the same tokens.
-        prompt_slots: L.
+        prompts: One per document, `[B, K, L]`.
+        limits: Where answers end.
+        beams: Hypotheses a question, at least 1.
+        length_penalty: As in `generate_beam`.
+
+    Returns:
+        The best `beams` answers to each question; log-probabilities are those of the mixture.
+
+    Raises:
+        ValueError: The shapes do not fit together, or `beams` is below 1.
+
+    References:
+        Lewis et al., 2020, "Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks",
+        section 2.5 (RAG-Token).
     """
-
-    def advance(cache: Any, token_ids: Array) -> Prefilled:
-        return decoder.decode_step(params, cache, jnp.repeat(token_ids, docs, axis=0).reshape(-1))
-
-    def reorder(cache: Any, parents: Array) -> Any:
-        questions, beams = parents.shape
-        first = jnp.arange(questions * docs, dtype=jnp.int32)[:, None] * beams
-        rows = first + jnp.repeat(parents, docs, axis=0)
-        return decoder.reorder(cache, rows.reshape(-1), prompt_slots=prompt_slots)
-
-    return BeamSteps(mix, advance, reorder)
-
-
-def repeat_prompts(decoder: Decoder, prefilled: Prefilled, beams: int) -> Prefilled:
-    """Returns logits and cache with each row of the prompts `beams` times."""
-    if beams < 1:
-        raise ValueError(f"beams must be at least 1, got {beams}")
-    return _Repeated(
-        jnp.repeat(prefilled.logits, beams, axis=0), decoder.repeat(prefilled.cache, beams)
-    )
+    prefilled = prefill_documents(decoder, params, prompts, limits)
+    found = beam_search(prefilled, limits, beams=beams, length_penalty=length_penalty)
+    return strip_stops(found, limits)
 
 
 def beam_search(
-    steps: BeamSteps,
-    prefilled: Prefilled,
-    *,
-    rows: int,
-    beams: int,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    length_penalty: float | Array = 1.0,
-    min_new_tokens: int = 0,
+    prompts: PrefilledPrompts, limits: Limits, *, beams: int, length_penalty: float | Array
 ) -> Hypotheses:
     """Alternates between choosing continuations and appending them, until no row can improve.
 
+    The decoder's rows are (answer, document, beam), the beam fastest.
+
     Args:
-        steps: The model.
-        prefilled: State after the prompts, each row as often as there are beams.
-        rows: R.
-        beams: Hypotheses a row.
-        max_new_tokens: T.
-        stop_ids: Tokens that end an answer.
+        prompts: State after the prompts.
+        limits: Where answers end.
+        beams: Hypotheses an answer.
         length_penalty: See `generate_beam`.
-        min_new_tokens: Stop tokens are not chosen before this many tokens.
 
     Returns:
-        Finished sequences `[R, beams, T]`, best first.
+        Finished sequences `[B, beams, T]`, best first.
+
+    Raises:
+        ValueError: `beams` is below 1.
     """
-    is_stop = _is_stop(stop_ids)
+    if beams < 1:
+        raise ValueError(f"beams must be at least 1, got {beams}")
 
     def unfinished(state: _SearchState) -> Array:
-        return (state.step < max_new_tokens) & jnp.any(state.open)
+        return (state.step < limits.max_new_tokens) & jnp.any(state.open)
 
     def extend(state: _SearchState, logits: Array, cache: Any) -> _SearchState:
-        log_probs = steps.mix(logits)
-        log_probs = without_stops(log_probs, stop_ids, where=state.step < min_new_tokens)
-        totals = state.log_probs[:, :, None] + log_probs  # [R, beams, V]
-        at_limit = state.step + 1 == max_new_tokens
-        divisor = (state.step + 1).astype(jnp.float32) ** length_penalty
-        best = _continue(state, totals)
-        ends = (is_stop(best.last) | at_limit) & state.open[:, None]
-        finished = _merge(state.finished, best, ends, divisor, state.step + 1)
-        live = _continue(state, without_stops(totals, stop_ids, where=True))
-        improvable = live.log_probs[:, 0] / divisor > jnp.min(finished.scores, axis=1)
-        return _SearchState(
-            step=state.step + 1,
-            open=state.open & improvable,
-            ids=live.ids,
-            log_probs=live.log_probs,
-            parents=live.parents,
-            last=live.last,
-            finished=finished,
-            cache=cache,
-        )
+        return _extend(state, prompts.mix(logits, beams), cache, limits, length_penalty)
 
     def advance_and_extend(state: _SearchState) -> _SearchState:
-        following = steps.advance(steps.reorder(state.cache, state.parents), state.last)
+        first = jnp.arange(prompts.answers * prompts.docs, dtype=jnp.int32)[:, None] * beams
+        rows = first + jnp.repeat(state.parents, prompts.docs, axis=0)
+        cache = prompts.decoder.reorder(state.cache, rows.reshape(-1), prompt_slots=prompts.slots)
+        following = prompts.advance(cache, state.last)
         return extend(state, following.logits, following.cache)
 
-    state = extend(_first_state(rows, beams, max_new_tokens), prefilled.logits, prefilled.cache)
+    start = _first_state(prompts.answers, beams, limits.max_new_tokens)
+    logits = jnp.repeat(prompts.state.logits, beams, axis=0)
+    state = extend(start, logits, prompts.decoder.repeat(prompts.state.cache, beams))
     return lax.while_loop(unfinished, advance_and_extend, state).finished
 
 
-def strip_stops(found: Hypotheses, stop_ids: tuple[int, ...]) -> BeamResult:
-    """Takes the stop tokens out of sequences `[R, beams, T]`."""
+def strip_stops(found: Hypotheses, limits: Limits) -> BeamResult:
+    """Takes the stop tokens out of sequences `[B, beams, T]`."""
     slots = jnp.arange(found.ids.shape[-1], dtype=jnp.int32)[None, None]
     last = jnp.sum(jnp.where(slots == found.sizes[..., None] - 1, found.ids, 0), axis=-1)
-    lengths = found.sizes - ((found.sizes > 0) & _is_stop(stop_ids)(last))
+    lengths = found.sizes - ((found.sizes > 0) & limits.is_stop(last))
     ids = jnp.where(slots < lengths[..., None], found.ids, 0)
     return BeamResult(ids, lengths, found.log_probs, found.scores)
 
 
-class _Repeated(NamedTuple):
-    logits: Array
-    cache: Any
-
-
 class _SearchState(NamedTuple):
     step: Array  # [] int32
-    open: Array  # [R] bool, True = an unfinished hypothesis may still be among the best
-    ids: Array  # [R, beams, T] int32, of the unfinished hypotheses
-    log_probs: Array  # [R, beams] float32; -inf: no such hypothesis
-    parents: Array  # [R, beams] int32, whose answer in the cache they go on from
-    last: Array  # [R, beams] int32, the token chosen last
+    open: Array  # [B] bool, True = an unfinished hypothesis may still be among the best
+    ids: Array  # [B, beams, T] int32, of the unfinished hypotheses
+    log_probs: Array  # [B, beams] float32; -inf: no such hypothesis
+    parents: Array  # [B, beams] int32, whose answer in the cache they go on from
+    last: Array  # [B, beams] int32, the token chosen last
     finished: Hypotheses
     cache: Any
 
 
 class _Continued(NamedTuple):
-    ids: Array  # [R, beams, T]
-    log_probs: Array  # [R, beams], in falling order
-    parents: Array  # [R, beams]
-    last: Array  # [R, beams]
-
-
-def _is_stop(stop_ids: tuple[int, ...]) -> Callable[[Array], Array]:
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    return lambda token_ids: jnp.isin(token_ids, stops)
+    ids: Array  # [B, beams, T]
+    log_probs: Array  # [B, beams], in falling order
+    parents: Array  # [B, beams]
+    last: Array  # [B, beams]
 
 
 def _first_state(rows: int, beams: int, max_new_tokens: int) -> _SearchState:
@@ -288,8 +208,28 @@ def _first_state(rows: int, beams: int, max_new_tokens: int) -> _SearchState:
     )
 
 
+def _extend(
+    state: _SearchState,
+    log_probs: Array,
+    cache: Any,
+    limits: Limits,
+    length_penalty: float | Array,
+) -> _SearchState:
+    """Continues the hypotheses by tokens of log-probabilities `[B, beams, V]`."""
+    log_probs = limits.without_stops(log_probs, where=state.step < limits.min_new_tokens)
+    totals = state.log_probs[:, :, None] + log_probs  # [B, beams, V]
+    step = state.step + 1
+    divisor = step.astype(jnp.float32) ** length_penalty
+    best = _continue(state, totals)
+    ends = limits.is_stop(best.last) | (step == limits.max_new_tokens)
+    finished = _merge(state.finished, best, ends & state.open[:, None], divisor, step)
+    live = _continue(state, limits.without_stops(totals, where=True))
+    improvable = live.log_probs[:, 0] / divisor > jnp.min(finished.scores, axis=1)
+    return _SearchState(step, state.open & improvable, *live, finished, cache)
+
+
 def _continue(state: _SearchState, totals: Array) -> _Continued:
-    """Appends the best tokens by their totals `[R, beams, V]`."""
+    """Appends the best tokens by their totals `[B, beams, V]`."""
     rows, beams, vocabulary = totals.shape
     log_probs, flat = lax.top_k(totals.reshape(rows, -1), beams)
     parents, last = jnp.divmod(flat.astype(jnp.int32), vocabulary)

@@ -1,9 +1,10 @@
-"""Multiple choice: how likely each given answer is, and four ways to compare answers.
+"""Scoring given answers: many under prompts read once, and multiple choice with its comparisons.
 
-    scored = score_choices(decoder, params, context_ids, context_mask, choice_ids, choice_mask, ...)
+    scored = score_choices(decoder, params, prompts, choice_ids, choice_mask)
     best = per_byte(scored.log_probs, num_bytes).argmax(axis=1)
 
-Shapes: B questions, K documents each, L prompt slots, C choices, T choice slots.
+Shapes: B questions, K documents each, L prompt slots, C choices, R rows, H answers each, T slots of
+an answer or choice.
 """
 
 import functools
@@ -11,11 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from ragjax.generation.decoder import Decoder
-from ragjax.generation.ensemble import doc_log_weights
-from ragjax.generation.rescore import score_answers
+from ragjax.generation.decoder import Decoder, Prefilled
+from ragjax.generation.prompts import Limits, Prompts, prefill_rows, split_documents
 
 
 class ChoiceScores(NamedTuple):
@@ -28,29 +28,17 @@ class ChoiceScores(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
 def score_choices(
-    decoder: Decoder,
-    params: Any,
-    context_ids: Array,
-    context_mask: Array,
-    choice_ids: Array,
-    choice_mask: Array,
-    *,
-    doc_scores: Array | None = None,
-    doc_mask: Array | None = None,
+    decoder: Decoder, params: Any, prompts: Prompts, choice_ids: Array, choice_mask: Array
 ) -> ChoiceScores:
     """Scores every choice after every document's prompt; each prompt is read once.
 
     Args:
         decoder: The language model's functions; hashable.
         params: Its parameters.
-        context_ids: `[B, K, L]` int32, left-padded prompts; K = 1 for one prompt a question.
-        context_mask: `[B, K, L]` bool, True = real token.
+        prompts: One per document, `[B, K, L]`; K = 1 for one prompt a question.
         choice_ids: `[B, C, T]` int32, right-padded, with the special tokens of the model's text
             format.
         choice_mask: `[B, C, T]` bool, True = token counts.
-        doc_scores: `[B, K]` float, logits of p_R; None: all documents count the same.
-        doc_mask: `[B, K]` bool, True = there is a document; None: all there. Without any
-            document, all K prompts count the same.
 
     Returns:
         Log-probabilities of the choices.
@@ -58,23 +46,57 @@ def score_choices(
     Raises:
         ValueError: The shapes do not fit together.
     """
-    if context_ids.ndim != 3 or choice_ids.ndim != 3 or choice_ids.shape[0] != context_ids.shape[0]:
+    if choice_ids.ndim != 3 or choice_ids.shape[0] != prompts.ids.shape[0]:
         raise ValueError(
-            "context_ids [B, K, L] and choice_ids [B, C, T] are needed, got "
-            f"{context_ids.shape} and {choice_ids.shape}"
+            "prompts [B, K, L] and choice_ids [B, C, T] are needed, got "
+            f"{prompts.ids.shape} and {choice_ids.shape}"
         )
-    questions, docs, length = context_ids.shape
-    if doc_scores is None:
-        doc_scores = jnp.zeros((questions, docs), jnp.float32)
-    log_weights = doc_log_weights(doc_scores, doc_mask=doc_mask)
-    flat = (array.reshape(-1, length) for array in (context_ids, context_mask))
-    prefilled = decoder.prefill(params, *flat, cache_length=length)
+    nothing_new = Limits(max_new_tokens=1, stop_ids=())
+    rows, log_weights = split_documents(prompts)
+    prefilled = prefill_rows(decoder, params, rows, nothing_new)
+    docs = log_weights.shape[1]
     repeated = (jnp.repeat(array, docs, axis=0) for array in (choice_ids, choice_mask))
-    scores = score_answers(decoder, params, prefilled, *repeated).sum(axis=-1)
-    scores = scores.reshape(questions, docs, -1).swapaxes(1, 2)
+    scores = score_answers(decoder, params, prefilled.state, *repeated).sum(axis=-1)
+    scores = scores.reshape(-1, docs, scores.shape[-1]).swapaxes(1, 2)
     scores = jnp.where(log_weights[:, None, :] > -jnp.inf, scores, -jnp.inf)
     marginal = jax.nn.logsumexp(log_weights[:, None, :] + scores, axis=-1)
     return ChoiceScores(marginal, scores, log_weights)
+
+
+def score_answers(
+    decoder: Decoder,
+    params: Any,
+    prefilled: Prefilled,
+    target_ids: Array,
+    target_mask: Array,
+    *,
+    count: int | Array | None = None,
+) -> Array:
+    """Scores several answers to each prompt, one at a time: no prompt is copied.
+
+    Args:
+        decoder: The language model's functions.
+        params: Its parameters.
+        prefilled: R prompts that have been read; not changed.
+        target_ids: `[R, H, T]` int32, right-padded.
+        target_mask: `[R, H, T]` bool, True = token counts.
+        count: Only the first this many of the H answers are scored; None: all.
+
+    Returns:
+        `[R, H, T]` float32 log-probabilities in nats, 0 where masked or not scored.
+    """
+    rows, answers, slots = target_ids.shape
+
+    def score(index: Array | int, scores: Array) -> Array:
+        ids, mask = (
+            lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False)
+            for array in (target_ids, target_mask)
+        )
+        new = decoder.score(params, prefilled, ids, mask)
+        return lax.dynamic_update_index_in_dim(scores, new, index, axis=1)
+
+    start = jnp.zeros((rows, answers, slots), jnp.float32)
+    return lax.fori_loop(0, answers if count is None else count, score, start)
 
 
 def total(log_probs: Array) -> Array:

@@ -1,6 +1,6 @@
 """Answers token by token, as they come: for one question, over one document or several.
 
-    tokens = stream_greedy(decoder, params, context_ids, context_mask, doc_scores, ...)
+    tokens = stream_greedy(decoder, params, prompts, limits)
     for piece in decode_stream(tokenizer, tokens):
         print(piece, end="", flush=True)
 
@@ -9,105 +9,78 @@ donated to it; steps, and questions whose prompts are padded to the same shape, 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 from tokenizers import Tokenizer
 
 from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder, Prefilled
-from ragjax.generation.ensemble import doc_log_weights, mix_log_probs
-from ragjax.generation.greedy import choose_best, read_prompts, without_stops
-from ragjax.generation.sampling import check_sampling, sampler
+from ragjax.generation.greedy import choose_best
+from ragjax.generation.prompts import Limits, Prompts, mix_log_probs, prompt_log_weights
+from ragjax.generation.sampling import Sampling, sampler
 
 # What decoders put in place of bytes that are not a whole character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-def stream_greedy(
-    decoder: Decoder,
-    params: Any,
-    context_ids: Array,
-    context_mask: Array,
-    doc_scores: Array,
-    *,
-    doc_mask: Array | None = None,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    min_new_tokens: int = 0,
-) -> Iterator[int]:
+class Step(NamedTuple):
+    """The next token of an answer."""
+
+    token_id: Array  # [] int32
+    doc_log_probs: Array  # [K] float32 nats, log p_LM(token | c_k, x, y so far) of each document
+    prefilled: Prefilled  # K rows, read up to the token before this one
+
+
+def stream_greedy(decoder: Decoder, params: Any, prompts: Prompts, limits: Limits) -> Iterator[int]:
     """Yields the tokens that `generate_ensemble` gives one question, each once it is known.
 
     Args:
         decoder: The language model's functions; hashable.
         params: Its parameters.
-        context_ids: `[K, L]` int32, left-padded prompts, one per document; K = 1 for one prompt.
-        context_mask: `[K, L]` bool, True = real token.
-        doc_scores: `[K]` float, logits of p_R.
-        doc_mask: `[K]` bool, True = there is a document; None: all there. Without any document,
-            all K prompts count the same.
-        max_new_tokens: At least 1.
-        stop_ids: Tokens that end an answer; they are not yielded.
-        min_new_tokens: Stop tokens are not chosen before this many tokens.
+        prompts: Of one question: as in `generate_ensemble` without the axis B, `[K, L]`; K = 1 for
+            one prompt.
+        limits: Where the answer ends; stop tokens are not yielded.
 
     Returns:
         Iterator over token ids.
 
     Raises:
-        ValueError: The shapes do not fit together, or `max_new_tokens` is below 1.
+        ValueError: The shapes do not fit together.
     """
-    options = _Options(decoder, _take_best, stop_ids, min_new_tokens)
-    return _stream(options, params, context_ids, context_mask, doc_scores, doc_mask,
-                   max_new_tokens, None)  # fmt: skip
+    return _stream(decoder, params, prompts, limits, Partial(choose_best))
 
 
 def stream_sampled(
     decoder: Decoder,
     params: Any,
-    context_ids: Array,
-    context_mask: Array,
-    doc_scores: Array,
-    key: Array,
+    prompts: Prompts,
+    limits: Limits,
     *,
-    doc_mask: Array | None = None,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    min_new_tokens: int = 0,
+    key: Array,
+    sampling: Sampling,
 ) -> Iterator[int]:
     """Yields the tokens that `generate_ensemble_sampled` draws for one question with key `[1]`.
 
     Args:
         decoder: The language model's functions; hashable.
         params: Its parameters.
-        context_ids: `[K, L]` int32, as in `stream_greedy`, like all that is not named here.
-        context_mask: `[K, L]` bool.
-        doc_scores: `[K]` float.
+        prompts: Of one question, `[K, L]`, as in `stream_greedy`.
+        limits: Where the answer ends; stop tokens are not yielded.
         key: A `jax.random` key; the same key draws the same answer.
-        doc_mask: `[K]` bool or None.
-        temperature: As in `generate_sampled`.
-        top_k: As in `generate_sampled`.
-        top_p: As in `generate_sampled`.
-        max_new_tokens: At least 1.
-        stop_ids: Tokens that end an answer.
-        min_new_tokens: Stop tokens are not drawn before this many tokens.
+        sampling: How tokens are drawn.
 
     Returns:
         Iterator over token ids.
 
     Raises:
-        ValueError: The shapes do not fit together, or an option is out of its range.
+        ValueError: The shapes do not fit together.
     """
-    check_sampling(temperature, top_k, top_p)
-    options = _Options(decoder, _Draw(top_k, top_p), stop_ids, min_new_tokens)
-    state = _DrawState(key[None], jnp.asarray(temperature, jnp.float32))
-    return _stream(options, params, context_ids, context_mask, doc_scores, doc_mask,
-                   max_new_tokens, state)  # fmt: skip
+    return _stream(decoder, params, prompts, limits, sampler(key[None], sampling))
 
 
 def decode_stream(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
@@ -153,112 +126,79 @@ class TextStream:
         return piece
 
 
-# (state, log-probabilities [1, V], step) -> token id [1]
-_StatefulChoose = Callable[[Any, Array, Array], Array]
+def decode_steps(
+    decoder: Decoder,
+    params: Any,
+    prefilled: Prefilled,
+    log_weights: Array,
+    choose: Partial,
+    limits: Limits,
+) -> Iterator[Step]:
+    """Yields the tokens of an answer, a stop token included.
+
+    Args:
+        decoder: The language model's functions; hashable.
+        params: Its parameters.
+        prefilled: The prompts of one question: K rows, with room for the answer. Its cache, like
+            that of each step, is used up by the step that follows.
+        log_weights: `[K]` float32, log p_R.
+        choose: `(log-probabilities [1, V], step) -> token ids [1]`; a pytree.
+        limits: Where the answer ends.
+    """
+    first = _choose(prefilled.logits, 0, log_weights, choose, limits)
+    step = Step(first[0], first[1], prefilled)
+    for place in range(1, limits.max_new_tokens):
+        yield step
+        if int(step.token_id) in limits.stop_ids:
+            return
+        cache = step.prefilled.cache
+        step = _advance(decoder, params, cache, step.token_id, place, log_weights, choose, limits)
+    yield step
 
 
-class _Options(NamedTuple):
-    """What a program is compiled for, beside shapes; hashable."""
-
-    decoder: Decoder
-    choose: _StatefulChoose
-    stop_ids: tuple[int, ...]
-    min_new_tokens: int
-
-
-class _DrawState(NamedTuple):
-    keys: Array  # [1]
-    temperature: Array  # [] float32
-
-
-@dataclass(frozen=True)
-class _Draw:
-    top_k: int
-    top_p: float
-
-    def __call__(self, state: _DrawState, log_probs: Array, step: Array) -> Array:
-        choose = sampler(
-            state.keys, temperature=state.temperature, top_k=self.top_k, top_p=self.top_p
-        )
-        return choose(log_probs, step)
-
-
-def _take_best(state: None, log_probs: Array, step: Array) -> Array:
-    del state
-    return choose_best(log_probs, step)
-
-
-class _Stepped(NamedTuple):
-    token_id: Array  # [] int32
-    step: Array  # [] int32, of the next token
-    cache: Any
+@functools.partial(jit_decoding, static_argnames=("decoder", "cache_length"))
+def prefill(
+    decoder: Decoder, params: Any, ids: Array, mask: Array, *, cache_length: int
+) -> Prefilled:
+    """Reads left-padded prompts `[R, L]` as `Decoder.prefill` does, compiled."""
+    return decoder.prefill(params, ids, mask, cache_length=cache_length)
 
 
 def _stream(
-    options: _Options,
-    params: Any,
-    context_ids: Array,
-    context_mask: Array,
-    doc_scores: Array,
-    doc_mask: Array | None,
-    max_new_tokens: int,
-    state: Any,
+    decoder: Decoder, params: Any, prompts: Prompts, limits: Limits, choose: Partial
 ) -> Iterator[int]:
-    if context_ids.ndim != 2 or context_ids.shape[:1] != doc_scores.shape:
-        raise ValueError(
-            "context_ids [K, L] and doc_scores [K] of one question are needed, got "
-            f"{context_ids.shape} and {doc_scores.shape}"
-        )
-    mask = None if doc_mask is None else jnp.asarray(doc_mask)[None]
-    log_weights = doc_log_weights(jnp.asarray(doc_scores)[None], doc_mask=mask)
-    stepped = _begin(options, params, context_ids, context_mask, log_weights, state, max_new_tokens)
-    return _go_on(options, params, stepped, log_weights, state, max_new_tokens)
+    log_weights = prompt_log_weights(prompts, axes="K, L")
+    length = limits.cache_length(prompts.ids.shape[1])
+    prefilled = prefill(decoder, params, prompts.ids, prompts.mask, cache_length=length)
+    steps = decode_steps(decoder, params, prefilled, log_weights, choose, limits)
+    tokens = (int(step.token_id) for step in steps)
+    return (token for token in tokens if token not in limits.stop_ids)
 
 
-def _go_on(
-    options: _Options,
+# The cache holds the prompts and grows in place.
+@functools.partial(jit_decoding, static_argnames=("decoder", "limits"), donate_argnames="cache")
+def _advance(
+    decoder: Decoder,
     params: Any,
-    stepped: _Stepped,
+    cache: Any,
+    token_id: Array,
+    place: int | Array,
     log_weights: Array,
-    state: Any,
-    max_new_tokens: int,
-) -> Iterator[int]:
-    for left in range(max_new_tokens - 1, -1, -1):
-        token_id = int(stepped.token_id)
-        if token_id in options.stop_ids:
-            return
-        yield token_id
-        if left:
-            stepped = _append(options, params, stepped, log_weights, state)
+    choose: Partial,
+    limits: Limits,
+) -> Step:
+    token_ids = jnp.broadcast_to(token_id, log_weights.shape)
+    prefilled = decoder.decode_step(params, cache, token_ids)
+    chosen = _choose(prefilled.logits, place, log_weights, choose, limits)
+    return Step(chosen[0], chosen[1], prefilled)
 
 
-@functools.partial(jit_decoding, static_argnames=("options", "max_new_tokens"))
-def _begin(
-    options: _Options,
-    params: Any,
-    ids: Array,
-    mask: Array,
-    log_weights: Array,
-    state: Any,
-    max_new_tokens: int,
-) -> _Stepped:
-    prefilled = read_prompts(options.decoder, params, ids, mask, max_new_tokens=max_new_tokens)
-    return _choose(options, prefilled, log_weights, state, jnp.zeros((), jnp.int32))
-
-
-@functools.partial(jit_decoding, static_argnames="options", donate_argnames="stepped")
-def _append(
-    options: _Options, params: Any, stepped: _Stepped, log_weights: Array, state: Any
-) -> _Stepped:
-    token_ids = jnp.broadcast_to(stepped.token_id[None], log_weights.shape[1:])
-    prefilled = options.decoder.decode_step(params, stepped.cache, token_ids)
-    return _choose(options, prefilled, log_weights, state, stepped.step)
-
-
+@functools.partial(jit_decoding, static_argnames="limits")
 def _choose(
-    options: _Options, prefilled: Prefilled, log_weights: Array, state: Any, step: Array
-) -> _Stepped:
-    log_probs = mix_log_probs(prefilled.logits[None], log_weights)
-    early = step < options.min_new_tokens
-    allowed = without_stops(log_probs, options.stop_ids, where=early)
-    return _Stepped(options.choose(state, allowed, step)[0], step + 1, prefilled.cache)
+    logits: Array, place: int | Array, log_weights: Array, choose: Partial, limits: Limits
+) -> tuple[Array, Array]:
+    """Returns a token `[]` and its log-probability beside each document `[K]`."""
+    log_probs = mix_log_probs(logits[None], log_weights[None])
+    allowed = limits.without_stops(log_probs, where=place < limits.min_new_tokens)
+    token_id = choose(allowed, place)[0]
+    return token_id, jax.nn.log_softmax(logits, axis=-1)[:, token_id]

@@ -6,6 +6,7 @@ import generation_reference as reference
 import numpy as np
 import pytest
 
+from ragjax.generation import Limits, Prompts
 from ragjax.models.testing.language_model import tiny_language_model
 
 
@@ -20,6 +21,20 @@ class Setting(NamedTuple):
     weights: np.ndarray  # their softmax
     stop_ids: tuple[int, ...]  # some answers end early, others do not
     next_token: Any  # (prompt, answer) -> [V] log-probabilities
+
+    @property
+    def rows(self):
+        """One prompt an answer."""
+        return Prompts(self.ids, self.mask)
+
+    @property
+    def by_doc(self):
+        """Two questions with two documents each."""
+        return Prompts(*reference.by_document((self.ids, self.mask)), self.scores)
+
+    def limits(self, **changes):
+        """Limits that some answers reach and others do not."""
+        return Limits(**{"max_new_tokens": reference.NEW, "stop_ids": self.stop_ids, **changes})
 
 
 def make_setting(family):

@@ -7,21 +7,27 @@ import jax
 import numpy as np
 import pytest
 
-from ragjax.generation import generate_beam, generate_greedy
+from ragjax.generation import Limits, Prompts, generate_beam, generate_greedy
 from ragjax.models.layers.stacks import cast_floats
 
 BEAMS = 3
 
 
-def search(setting, ids, mask, **changes):
-    options = {"beams": BEAMS, "max_new_tokens": reference.NEW, "stop_ids": setting.stop_ids}
+def search(setting, prompts, *, beams=BEAMS, length_penalty=1.0, **limits):
     model = setting.model
-    return generate_beam(model.decoder, model.params, ids, mask, **{**options, **changes})
+    return generate_beam(
+        model.decoder,
+        model.params,
+        prompts,
+        setting.limits(**limits),
+        beams=beams,
+        length_penalty=length_penalty,
+    )
 
 
 def check_against_full_forwards(setting, **options):
     """Compares every hypothesis of every row; returns the lengths, stop tokens included."""
-    found = search(setting, setting.ids, setting.mask, **options)
+    found = search(setting, setting.rows, **options)
     penalty, least = options.get("length_penalty", 1.0), options.get("min_new_tokens", 0)
     sizes = []
     for row, prompt in enumerate(setting.prompts):
@@ -62,19 +68,18 @@ def test_stop_tokens_may_be_forbidden_at_first(causal):
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])
 def test_one_beam_is_greedy(setting, request):
     setting = request.getfixturevalue(setting)
-    beam = search(setting, setting.ids, setting.mask, beams=1)
-    model, options = setting.model, {"max_new_tokens": reference.NEW, "stop_ids": setting.stop_ids}
-    greedy = generate_greedy(model.decoder, model.params, setting.ids, setting.mask, **options)
+    beam = search(setting, setting.rows, beams=1)
+    model = setting.model
+    greedy = generate_greedy(model.decoder, model.params, setting.rows, setting.limits())
     np.testing.assert_array_equal(beam.ids[:, 0], greedy.ids)
     np.testing.assert_array_equal(beam.lengths[:, 0], greedy.lengths)
     np.testing.assert_allclose(beam.log_probs[:, 0], greedy.log_probs, rtol=1e-6)
 
 
 def test_neighbours_and_padding_change_nothing(causal, rng):
-    whole = search(causal, causal.ids, causal.mask)
+    whole = search(causal, causal.rows)
     order = np.array([2, 0, 0, 3])
-    ids, mask = reference.pad([causal.prompts[row] for row in order], rng)
-    moved = search(causal, ids, mask)
+    moved = search(causal, Prompts(*reference.pad([causal.prompts[row] for row in order], rng)))
     for name, expected in whole._asdict().items():
         np.testing.assert_allclose(getattr(moved, name), expected[order], rtol=1e-5, err_msg=name)
 
@@ -85,11 +90,9 @@ def test_parameters_in_bfloat16(causal):
     found = generate_beam(
         causal.model.decoder,
         narrow,
-        causal.ids,
-        causal.mask,
+        causal.rows,
+        causal.limits(max_new_tokens=2),
         beams=2,
-        max_new_tokens=2,
-        stop_ids=causal.stop_ids,
     )
     for row, prompt in enumerate(causal.prompts):
         expected = reference.beam_reference(
@@ -112,14 +115,14 @@ def test_more_beams_than_there_are_first_tokens(causal):
             return read._replace(logits=jax.numpy.where(allowed, read.logits, -np.inf))
 
     decoder = TwoTokens(causal.model.config)
-    options = {"beams": BEAMS, "max_new_tokens": 1, "stop_ids": ()}
-    found = generate_beam(decoder, causal.model.params, causal.ids, causal.mask, **options)
+    limits = Limits(max_new_tokens=1, stop_ids=())
+    found = generate_beam(decoder, causal.model.params, causal.rows, limits, beams=BEAMS)
     assert np.isfinite(found.log_probs).tolist() == [[True, True, False]] * reference.ROWS
     assert found.lengths.tolist() == [[1, 1, 0]] * reference.ROWS
 
 
 def test_bad_options_are_refused(causal):
     with pytest.raises(ValueError, match="beams must be at least 1, got 0"):
-        search(causal, causal.ids, causal.mask, beams=0)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        search(causal, causal.ids, causal.mask, max_new_tokens=0)
+        search(causal, causal.rows, beams=0)
+    with pytest.raises(ValueError, match=r"doc_scores and doc_mask must be None .*\(2, 2, 10\)"):
+        search(causal, causal.by_doc)

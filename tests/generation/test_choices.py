@@ -16,8 +16,8 @@ def choices(rng):
 
 
 def score(setting, choices, **options):
-    model, contexts = setting.model, reference.by_document((setting.ids, setting.mask))
-    return score_choices(model.decoder, model.params, *contexts, *choices, **options)
+    model, prompts = setting.model, setting.by_doc._replace(**{"doc_scores": None, **options})
+    return score_choices(model.decoder, model.params, prompts, *choices)
 
 
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])

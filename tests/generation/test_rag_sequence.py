@@ -8,6 +8,8 @@ import pytest
 from rag_reference import make_rag
 
 from ragjax.generation import (
+    Limits,
+    Prompts,
     generate_beam,
     generate_rag_sequence_fast,
     generate_rag_sequence_thorough,
@@ -16,14 +18,10 @@ from ragjax.generation import (
 BEAMS = 2
 
 
-def search(setting, function, *, scores=None, **changes):
-    options = {"beams": BEAMS, "max_new_tokens": reference.NEW, "stop_ids": setting.stop_ids}
+def search(setting, function, **changes):
+    prompts = setting.by_doc._replace(**changes)
     return function(
-        setting.model.decoder,
-        setting.model.params,
-        *reference.by_document((setting.ids, setting.mask)),
-        setting.scores if scores is None else scores,
-        **{**options, **changes},
+        setting.model.decoder, setting.model.params, prompts, setting.limits(), beams=BEAMS
     )
 
 
@@ -86,22 +84,14 @@ def test_both_ways_equal_brute_force(setting, request):
 
 def alike(setting):
     """Questions whose documents agree: each sequence is found twice."""
-    ids, mask = reference.by_document((setting.ids, setting.mask))
-    return ids[:, :1].repeat(2, axis=1), mask[:, :1].repeat(2, axis=1)
+    prompts = setting.by_doc
+    return {name: getattr(prompts, name)[:, :1].repeat(2, axis=1) for name in ("ids", "mask")}
 
 
 @pytest.mark.slow
 def test_a_sequence_that_both_documents_propose_is_there_once(causal):
     for function in (generate_rag_sequence_thorough, generate_rag_sequence_fast):
-        found = function(
-            causal.model.decoder,
-            causal.model.params,
-            *alike(causal),
-            causal.scores,
-            beams=BEAMS,
-            max_new_tokens=reference.NEW,
-            stop_ids=causal.stop_ids,
-        )
+        found = search(causal, function, **alike(causal))
         assert found.counts.tolist() == [BEAMS, BEAMS]
         # Both documents say the same, so the mixture does, too.
         np.testing.assert_allclose(
@@ -128,14 +118,12 @@ def test_fast_is_never_above_thorough(causal, seq2seq):
 
 @pytest.mark.slow
 def test_with_one_document_it_is_the_plain_search(causal):
-    ids, mask = causal.ids, causal.mask
-    options = {"beams": BEAMS, "max_new_tokens": reference.NEW, "stop_ids": causal.stop_ids}
-    args = causal.model.decoder, causal.model.params
-    found = generate_rag_sequence_thorough(
-        *args, ids[:, None], mask[:, None], np.full((4, 1), 3.0, np.float32), **options
-    )
+    args, limits = (causal.model.decoder, causal.model.params), causal.limits()
+    scores = np.full((4, 1), 3.0, np.float32)
+    single = Prompts(causal.ids[:, None], causal.mask[:, None], scores)
+    found = generate_rag_sequence_thorough(*args, single, limits, beams=BEAMS)
     # Without a penalty both order by log-probability.
-    plain = generate_beam(*args, ids, mask, **options, length_penalty=1.0)
+    plain = generate_beam(*args, causal.rows, limits, beams=BEAMS, length_penalty=1.0)
     order = np.argsort(-np.asarray(plain.log_probs), axis=1)
     np.testing.assert_allclose(
         found.log_probs, np.take_along_axis(np.asarray(plain.log_probs), order, 1), rtol=1e-4
@@ -147,7 +135,7 @@ def test_with_one_document_it_is_the_plain_search(causal):
 @pytest.mark.slow
 def test_masked_documents_neither_propose_nor_score(causal):
     scores = np.array([[0.0, 40.0], [5.0, -5.0]], np.float32)
-    options = {"scores": scores, "doc_mask": np.array([[True, False], [False, False]])}
+    options = {"doc_scores": scores, "doc_mask": np.array([[True, False], [False, False]])}
     for place, function in enumerate((generate_rag_sequence_thorough, generate_rag_sequence_fast)):
         found = search(causal, function, **options)
         expected = brute_force(causal, causal.prompts[:1], [1.0])[place]
@@ -180,13 +168,9 @@ def test_the_answers_are_those_of_transformers(tmp_path, forced_start):
     found = generate_rag_sequence_thorough(
         lm.decoder,
         lm.params,
-        rag.ids,
-        rag.mask,
-        rag.scores,
+        Prompts(rag.ids, rag.mask, rag.scores),
+        Limits(max_new_tokens=rag.new_tokens, stop_ids=lm.eos_ids, min_new_tokens=2),
         beams=beams,
-        max_new_tokens=rag.new_tokens,
-        stop_ids=lm.eos_ids,
-        min_new_tokens=2,
     )
     answers = reference.answers_of(found.ids[:, :returned], found.lengths[:, :returned])
     assert answers == [rag.answer(row) for row in expected.tolist()]

@@ -5,19 +5,15 @@ import numpy as np
 import pytest
 from rag_reference import make_rag
 
-from ragjax.generation import generate_ensemble, generate_rag_token
+from ragjax.generation import Limits, Prompts, generate_ensemble, generate_rag_token
 
 BEAMS = 3
 
 
-def search(setting, *, scores=None, **changes):
-    options = {"beams": BEAMS, "max_new_tokens": reference.NEW, "stop_ids": setting.stop_ids}
+def search(setting, *, beams=BEAMS, **changes):
+    prompts = setting.by_doc._replace(**changes)
     return generate_rag_token(
-        setting.model.decoder,
-        setting.model.params,
-        *reference.by_document((setting.ids, setting.mask)),
-        setting.scores if scores is None else scores,
-        **{**options, **changes},
+        setting.model.decoder, setting.model.params, prompts, setting.limits(), beams=beams
     )
 
 
@@ -45,10 +41,8 @@ def test_one_beam_is_the_ensemble(causal):
     expected = generate_ensemble(
         causal.model.decoder,
         causal.model.params,
-        *reference.by_document((causal.ids, causal.mask)),
-        causal.scores,
-        max_new_tokens=reference.NEW,
-        stop_ids=causal.stop_ids,
+        causal.by_doc,
+        causal.limits(),
     )
     np.testing.assert_array_equal(found.ids[:, 0], expected.ids)
     np.testing.assert_array_equal(found.lengths[:, 0], expected.lengths)
@@ -58,7 +52,7 @@ def test_one_beam_is_the_ensemble(causal):
 @pytest.mark.slow
 def test_masked_documents_do_not_vote_and_none_at_all_count_the_same(causal):
     huge = np.array([[0.0, 50.0], [-30.0, 60.0]], np.float32)
-    found = search(causal, scores=huge, doc_mask=np.array([[True, False], [False, False]]))
+    found = search(causal, doc_scores=huge, doc_mask=np.array([[True, False], [False, False]]))
     cases = [(causal.prompts[:1], [1.0]), (causal.prompts[2:], [0.5, 0.5])]
     for question, (prompts, weights) in enumerate(cases):
         expected = reference.beam_reference(
@@ -92,12 +86,9 @@ def test_the_answers_are_those_of_transformers(tmp_path, beams, penalty):
     found = generate_rag_token(
         lm.decoder,
         lm.params,
-        rag.ids,
-        rag.mask,
-        rag.scores,
+        Prompts(rag.ids, rag.mask, rag.scores),
+        Limits(max_new_tokens=rag.new_tokens, stop_ids=lm.eos_ids),
         beams=beams,
-        max_new_tokens=rag.new_tokens,
-        stop_ids=lm.eos_ids,
         length_penalty=penalty,
     )
     answers = reference.answers_of(found.ids, found.lengths)

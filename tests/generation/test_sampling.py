@@ -5,7 +5,13 @@ import jax
 import numpy as np
 import pytest
 
-from ragjax.generation import generate_ensemble_sampled, generate_sampled
+from ragjax.generation import (
+    Limits,
+    Prompts,
+    Sampling,
+    generate_ensemble_sampled,
+    generate_sampled,
+)
 from ragjax.generation.sampling import sampler
 
 DRAWS = 4000
@@ -14,7 +20,7 @@ DRAWS = 4000
 def draw(log_probs, **options):
     """Draws many times from one distribution `[V]`; returns the frequencies."""
     keys = jax.random.split(jax.random.key(1), DRAWS)
-    choose = jax.jit(sampler(keys, **options))
+    choose = jax.jit(sampler(keys, Sampling(**options)))
     drawn = choose(np.tile(np.float32(log_probs), (DRAWS, 1)), np.int32(0))
     return np.bincount(drawn, minlength=len(log_probs)) / DRAWS
 
@@ -45,22 +51,24 @@ def test_what_is_not_allowed_is_not_drawn():
     assert found[[0, 2]].sum() == 0 and found[[1, 3]].min() > 0.4
 
 
-def sample(setting, ids, mask, key, **changes):
-    options = {"max_new_tokens": reference.NEW, "stop_ids": setting.stop_ids, "temperature": 1.0}
-    model = setting.model
-    return generate_sampled(model.decoder, model.params, ids, mask, key, **{**options, **changes})
+def sample(setting, prompts, key, *, temperature=1.0):
+    model, sampling = setting.model, Sampling(temperature=temperature)
+    limits = setting.limits()
+    return generate_sampled(
+        model.decoder, model.params, prompts, limits, key=key, sampling=sampling
+    )
 
 
 def test_rows_draw_by_their_own_numbers(causal, rng):
     key = jax.random.key(3)
-    whole = sample(causal, causal.ids, causal.mask, key)
+    whole = sample(causal, causal.rows, key)
     others = [*causal.prompts[:2], [7], [8, 9]]
-    changed = sample(causal, *reference.pad(others, rng), key)
+    changed = sample(causal, Prompts(*reference.pad(others, rng)), key)
     for name in ("ids", "lengths"):
         np.testing.assert_array_equal(getattr(whole, name)[:2], getattr(changed, name)[:2])
-    again = sample(causal, causal.ids, causal.mask, jax.random.key(4))
+    again = sample(causal, causal.rows, jax.random.key(4))
     assert not np.array_equal(whole.ids, again.ids)
-    same = sample(causal, causal.ids[[0] * 4], causal.mask[[0] * 4], key)
+    same = sample(causal, Prompts(causal.ids[[0] * 4], causal.mask[[0] * 4]), key)
     assert len({tuple(row) for row in np.asarray(same.ids).tolist()}) > 1
 
 
@@ -68,15 +76,15 @@ def test_rows_draw_by_their_own_numbers(causal, rng):
 def test_with_a_key_for_each_row_the_place_in_the_batch_does_not_matter(causal):
     keys = jax.random.split(jax.random.key(3), 4)
     order = np.array([3, 1, 0, 2])
-    whole = sample(causal, causal.ids, causal.mask, keys)
-    moved = sample(causal, causal.ids[order], causal.mask[order], keys[order])
+    whole = sample(causal, causal.rows, keys)
+    moved = sample(causal, Prompts(causal.ids[order], causal.mask[order]), keys[order])
     np.testing.assert_array_equal(moved.ids, np.asarray(whole.ids)[order])
-    with pytest.raises(ValueError, match=r"one for each of 4 rows, is needed, got shape \(3,\)"):
-        sample(causal, causal.ids, causal.mask, keys[:3])
+    with pytest.raises(ValueError, match=r"one for each of 4 rows, got shape \(3,\)"):
+        sample(causal, causal.rows, keys[:3])
 
 
 def test_log_probabilities_are_the_models_own(causal):
-    found = sample(causal, causal.ids, causal.mask, jax.random.key(5), temperature=0.7)
+    found = sample(causal, causal.rows, jax.random.key(5), temperature=0.7)
     for row, answer in enumerate(reference.answers_of(found.ids, found.lengths)):
         if len(answer) == reference.NEW:
             log_prob = reference.log_prob_of(
@@ -87,17 +95,15 @@ def test_log_probabilities_are_the_models_own(causal):
 
 @pytest.mark.slow
 def test_the_mixture_is_drawn_from(causal):
-    options = {"max_new_tokens": 1, "stop_ids": (), "temperature": 1.0}
-    ids, mask = reference.by_document((causal.ids, causal.mask))
     questions = 1000
+    rows = (np.repeat(array[:1], questions, axis=0) for array in causal.by_doc[:3])
     found = generate_ensemble_sampled(
         causal.model.decoder,
         causal.model.params,
-        np.repeat(ids[:1], questions, axis=0),
-        np.repeat(mask[:1], questions, axis=0),
-        np.repeat(causal.scores[:1], questions, axis=0),
-        jax.random.key(0),
-        **options,
+        Prompts(*rows),
+        Limits(max_new_tokens=1, stop_ids=()),
+        key=jax.random.key(0),
+        sampling=Sampling(temperature=1.0),
     )
     next_token = reference.mixture(causal.next_token, causal.prompts[:2], causal.weights[0])
     probs = np.exp(next_token([]))
@@ -119,4 +125,4 @@ def test_the_mixture_is_drawn_from(causal):
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sampler(jax.random.split(jax.random.key(0), 2), **options)
+        Sampling(**options)

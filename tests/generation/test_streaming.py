@@ -6,36 +6,28 @@ import numpy as np
 import pytest
 
 from ragjax.generation import (
+    Prompts,
+    Sampling,
     TextStream,
     decode_stream,
     generate_ensemble,
     generate_ensemble_sampled,
     stream_greedy,
     stream_sampled,
-    streaming,
 )
+from ragjax.generation.greedy import choose_best
+from ragjax.generation.streaming import decode_steps, prefill
 from ragjax.models.testing.language_model import tiny_tokenizer
 
 
-def arguments(setting, question):
-    ids, mask = reference.by_document((setting.ids, setting.mask))
+def arguments(setting, question, **changes):
+    prompts = Prompts(*(array[question] for array in setting.by_doc[:3]), **changes)
+    return setting.model.decoder, setting.model.params, prompts
+
+
+def batched(setting, function, **options):
     model = setting.model
-    return model.decoder, model.params, ids[question], mask[question], setting.scores[question]
-
-
-def options_of(setting, **changes):
-    return {"max_new_tokens": reference.NEW, "stop_ids": setting.stop_ids, **changes}
-
-
-def batched(setting, function, *keys, **options):
-    found = function(
-        setting.model.decoder,
-        setting.model.params,
-        *reference.by_document((setting.ids, setting.mask)),
-        setting.scores,
-        *keys,
-        **options,
-    )
+    found = function(model.decoder, model.params, setting.by_doc, setting.limits(), **options)
     return reference.answers_of(found.ids, found.lengths)
 
 
@@ -43,8 +35,8 @@ def batched(setting, function, *keys, **options):
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])
 def test_a_stream_is_the_ensembles_answer(setting, request):
     setting = request.getfixturevalue(setting)
-    expected = batched(setting, generate_ensemble, **options_of(setting))
-    streams = [stream_greedy(*arguments(setting, q), **options_of(setting)) for q in range(2)]
+    expected = batched(setting, generate_ensemble)
+    streams = [stream_greedy(*arguments(setting, q), setting.limits()) for q in range(2)]
     assert [list(stream) for stream in streams] == expected
 
 
@@ -55,14 +47,14 @@ def test_steps_and_questions_share_one_program(causal):
         if "backend_compile" in name:
             compiled.append(name)
 
-    options = options_of(causal, stop_ids=())
-    lengths = [len(list(stream_greedy(*arguments(causal, 0), **options)))]
+    limits = causal.limits(stop_ids=())
+    lengths = [len(list(stream_greedy(*arguments(causal, 0), limits)))]
     jax.monitoring.register_event_duration_secs_listener(hear)
     try:
         jax.jit(lambda x: x * 3 + 1)(np.ones(5))  # the listener hears
         heard = len(compiled)
         for question in (1, 0):
-            lengths.append(len(list(stream_greedy(*arguments(causal, question), **options))))
+            lengths.append(len(list(stream_greedy(*arguments(causal, question), limits))))
     finally:
         jax.monitoring.unregister_event_duration_listener(hear)
     assert lengths == [reference.NEW] * 3
@@ -70,51 +62,46 @@ def test_steps_and_questions_share_one_program(causal):
 
 
 def test_each_step_takes_the_cache_of_the_one_before(causal):
-    options = streaming._Options(causal.model.decoder, streaming._take_best, (), 0)
-    decoder, params, ids, mask, _ = arguments(causal, 0)
-    weights = np.full((1, 2), -np.log(2), np.float32)
-    begun = streaming._begin(options, params, ids, mask, weights, None, reference.NEW)
-    streaming._append(options, params, begun, weights, None)
-    assert all(leaf.is_deleted() for leaf in begun.cache.keys_values)
+    limits, model = causal.limits(stop_ids=()), causal.model
+    length = limits.cache_length(reference.SLOTS)
+    ids, mask = causal.ids[:2], causal.mask[:2]
+    prefilled = prefill(model.decoder, model.params, ids, mask, cache_length=length)
+    weights, best = np.full(2, -np.log(2), np.float32), jax.tree_util.Partial(choose_best)
+    steps = decode_steps(model.decoder, model.params, prefilled, weights, best, limits)
+    caches = [step.prefilled.cache for step in steps]
+    assert all(leaf.is_deleted() for cache in caches[:-1] for leaf in cache.keys_values)
+    assert len(caches) == reference.NEW and not caches[-1].keys_values[0].is_deleted()
 
 
 @pytest.mark.slow
 def test_a_sampled_stream_is_the_ensembles_draw(causal):
     keys = jax.random.split(jax.random.key(2), 2)
-    options = options_of(causal, temperature=1.3, top_k=20, top_p=0.9)
-    expected = batched(causal, generate_ensemble_sampled, keys, **options)
+    sampling = Sampling(temperature=1.3, top_k=20, top_p=0.9)
+    expected = batched(causal, generate_ensemble_sampled, key=keys, sampling=sampling)
     for question in range(2):
-        stream = stream_sampled(*arguments(causal, question), keys[question], **options)
+        options = {"key": keys[question], "sampling": sampling}
+        stream = stream_sampled(*arguments(causal, question), causal.limits(), **options)
         assert list(stream) == expected[question]
 
 
 def test_masked_documents_and_stop_tokens_are_left_out(causal):
-    decoder, params, ids, mask, scores = arguments(causal, 0)
+    given = arguments(causal, 0, doc_mask=np.array([True, False]))
     # Question 0 from its first document alone: the greedy answer to prompt 0.
     best = reference.beam_reference(
         lambda answer: causal.next_token(causal.prompts[0], answer), beams=1
     )[0][2]
-    shown = options_of(causal, stop_ids=(best[2],), doc_mask=np.array([True, False]))
-    assert (
-        list(stream_greedy(decoder, params, ids, mask, scores, **shown))
-        == best[: best.index(best[2])]
-    )
-    at_once = {**shown, "stop_ids": (best[0],)}
-    assert list(stream_greedy(decoder, params, ids, mask, scores, **at_once)) == []
-    later = stream_greedy(decoder, params, ids, mask, scores, **at_once, min_new_tokens=1)
+    third = causal.limits(stop_ids=(best[2],))
+    assert list(stream_greedy(*given, third)) == best[: best.index(best[2])]
+    assert list(stream_greedy(*given, causal.limits(stop_ids=(best[0],)))) == []
+    later = stream_greedy(*given, causal.limits(stop_ids=(best[0],), min_new_tokens=1))
     assert next(later) != best[0]
 
 
 def test_bad_arguments_are_refused_before_the_first_token(causal):
-    decoder, params, ids, mask, scores = arguments(causal, 0)
-    with pytest.raises(ValueError, match=r"of one question are needed, got \(2, 10\) and \(1,\)"):
-        stream_greedy(decoder, params, ids, mask, scores[:1], **options_of(causal))
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        stream_greedy(decoder, params, ids, mask, scores, max_new_tokens=0, stop_ids=())
-    with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
-        key = jax.random.key(0)
-        options = options_of(causal, temperature=0)
-        stream_sampled(decoder, params, ids, mask, scores, key, **options)
+    decoder, params, prompts = arguments(causal, 0)
+    few = prompts._replace(doc_scores=prompts.doc_scores[:1])
+    with pytest.raises(ValueError, match=r"\[K, L\].* \[K\] are needed, got .*doc_scores \(1,\)"):
+        stream_greedy(decoder, params, few, causal.limits())
 
 
 TEXTS = [

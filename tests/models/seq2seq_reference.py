@@ -113,7 +113,7 @@ def check_greedy(family, model, rng, **changes):
     """Greedy answers equal to `generate` of PyTorch, token by token until the end token."""
     import torch
 
-    from ragjax.generation import generate_greedy
+    from ragjax.generation import Limits, Prompts, generate_greedy
 
     config, params = our_model(family, model)
     config = dataclasses.replace(config, **changes)
@@ -127,10 +127,9 @@ def check_greedy(family, model, rng, **changes):
             do_sample=False,
             num_beams=1,
         )[:, 1:].numpy()
-    found = generate_greedy(
-        family.make_decoder(config), params, batch.context_ids, batch.context_mask,
-        max_new_tokens=new, stop_ids=(end,),
-    )  # fmt: skip
+    prompts = Prompts(batch.context_ids, batch.context_mask)
+    limits = Limits(max_new_tokens=new, stop_ids=(end,))
+    found = generate_greedy(family.make_decoder(config), params, prompts, limits)
     ids, lengths = np.asarray(found.ids), np.asarray(found.lengths)
     answers = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
     theirs = [row.tolist() for row in expected]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ragjax.data import passage_text
-from ragjax.generation import generate_ensemble, generate_greedy
+from ragjax.generation import Limits, Prompts, generate_ensemble, generate_greedy
 from ragjax.models.inputs import LMBatch
 from ragjax.models.testing import write_tiny_language_model
 from ragjax.runs.ask.asker import Answer, Asker, Span
@@ -154,12 +154,12 @@ def test_the_ensemble_writes_what_generate_ensemble_writes(asker):
     reference = generate_ensemble(
         asker.system.workspace.lm.decoder,
         asker.system.lm_params,
-        jnp.asarray([padded], jnp.int32),
-        jnp.asarray([mask]),
-        jnp.asarray([[1.0, 0.5, 0.2]]),
-        max_new_tokens=4,
-        stop_ids=asker.reader.stops,
-        min_new_tokens=1,
+        Prompts(
+            jnp.asarray([padded], jnp.int32),
+            jnp.asarray([mask]),
+            jnp.asarray([[1.0, 0.5, 0.2]]),
+        ),
+        Limits(max_new_tokens=4, stop_ids=asker.reader.limits.stop_ids, min_new_tokens=1),
     )
     size = int(reference.lengths[0])
     assert generated.ids == np.asarray(reference.ids)[0, :size].tolist()
@@ -181,11 +181,8 @@ def test_concatenation_writes_what_greedy_decoding_of_one_prompt_writes(asker):
     reference = generate_greedy(
         asker.system.workspace.lm.decoder,
         asker.system.lm_params,
-        jnp.asarray([context], jnp.int32),
-        jnp.ones((1, len(context)), bool),
-        max_new_tokens=4,
-        stop_ids=asker.reader.stops,
-        min_new_tokens=1,
+        Prompts(jnp.asarray([context], jnp.int32), jnp.ones((1, len(context)), bool)),
+        Limits(max_new_tokens=4, stop_ids=asker.reader.limits.stop_ids, min_new_tokens=1),
     )
     assert generated.ids == np.asarray(reference.ids)[0, : int(reference.lengths[0])].tolist()
 

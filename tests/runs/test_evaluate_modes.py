@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.generation import generate_greedy
+from ragjax.generation import Limits, Prompts, generate_greedy
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.compare.answers import Answer, Request, answer_requests, stop_ids
 from ragjax.runs.compare.measures import measure_answer, passages_read
@@ -108,10 +108,8 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(opened, tmp_path):
         context = workspace.prompts.context(request.question.text, documents)
         ids, mask = jnp.array([context], jnp.int32), jnp.ones((1, len(context)), bool)
         params = workspace.lm.params
-        result = generate_greedy(
-            workspace.lm.decoder, params, ids, mask,
-            max_new_tokens=3, stop_ids=stops, min_new_tokens=1,
-        )  # fmt: skip
+        limits = Limits(max_new_tokens=3, stop_ids=stops, min_new_tokens=1)
+        result = generate_greedy(workspace.lm.decoder, params, Prompts(ids, mask), limits)
         length = int(result.lengths[0])
         said = result.ids[0, :length].tolist()
         assert workspace.lm.tokenizer.decode(said).strip() == answer.prediction

@@ -8,18 +8,20 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from ragjax.data import pad_left
 from ragjax.generation import (
+    Prompts,
     generate_rag_sequence_fast,
     generate_rag_sequence_thorough,
     generate_rag_token,
 )
+from ragjax.generation.greedy import choose_best
+from ragjax.generation.streaming import decode_steps
 from ragjax.runs.ask.prompts import Prompt
 from ragjax.runs.ask.reader import Reader, Reading
 
-# An un-adapted model often begins its answer on a new line; that is no empty answer.
-_MIN_NEW_TOKENS = 1
 # Hypotheses of the ways that search.
 _BEAMS = 4
 
@@ -52,11 +54,7 @@ def decode_ensemble(reader: Reader, prompt: Prompt, listen: Listener) -> Generat
     References:
         Shi et al., REPLUG: Retrieval-Augmented Black-Box Language Models, 2023, section 3.2.
     """
-    steps = _greedy(reader, reader.read(prompt), _weights(reader, prompt), listen)
-    log_probs = np.zeros((reader.rows, reader.max_target), np.float32)
-    for place, column in enumerate(steps.log_probs):
-        log_probs[:, place] = column
-    return Generated(steps.ids, steps.ended, steps.reading, log_probs)
+    return _greedy(reader, reader.read(prompt), _weights(reader, prompt), listen)
 
 
 def decode_concat(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
@@ -71,8 +69,8 @@ def decode_concat(reader: Reader, prompt: Prompt, listen: Listener) -> Generated
     length = reader.concat_length(len(prompt.joined))
     slots = reader.concat_lengths[-1] + reader.max_target
     joined = reader.read_contexts([prompt.joined], rows=1, length=length, slots=slots)
-    steps = _greedy(reader, joined, np.zeros(1, np.float32), listen)
-    return Generated(steps.ids, steps.ended, reader.read(prompt), None)
+    written = _greedy(reader, joined, np.zeros(1, np.float32), listen)
+    return written._replace(reading=reader.read(prompt), token_log_probs=None)
 
 
 def decode_rag_sequence_thorough(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
@@ -104,28 +102,28 @@ DECODES: dict[str, Decode] = {
 }
 
 
-class _Steps(NamedTuple):
-    ids: list[int]
-    ended: bool
-    reading: Reading
-    log_probs: list[np.ndarray]  # [rows] of each token
-
-
-def _greedy(reader: Reader, reading: Reading, log_weights: np.ndarray, listen: Listener) -> _Steps:
-    weights = jnp.asarray(log_weights)
+def _greedy(
+    reader: Reader, reading: Reading, log_weights: np.ndarray, listen: Listener
+) -> Generated:
+    log_probs = np.zeros((len(log_weights), reader.max_target), np.float32)
     ids: list[int] = []
-    log_probs: list[np.ndarray] = []
-    choice = reader.first(reading, weights)
-    while True:
-        token = int(choice.token_id)
-        if token in reader.stops and len(ids) >= _MIN_NEW_TOKENS:
-            return _Steps(ids, True, reading, log_probs)
+    steps = decode_steps(
+        reader.system.workspace.lm.decoder,
+        reader.system.lm_params,
+        reading.prefilled,
+        jnp.asarray(log_weights),
+        Partial(choose_best),
+        reader.limits,
+    )
+    for step in steps:
+        reading = reading._replace(prefilled=step.prefilled)
+        token = int(step.token_id)
+        if token in reader.limits.stop_ids:
+            return Generated(ids, True, reading, log_probs)
+        log_probs[:, len(ids)] = step.doc_log_probs
         ids.append(token)
-        log_probs.append(np.asarray(choice.doc_log_probs))
         listen(ids)
-        if len(ids) == reader.max_target:
-            return _Steps(ids, False, reading, log_probs)
-        choice, reading = reader.advance(reading, choice, weights)
+    return Generated(ids, False, reading, log_probs)
 
 
 def _weights(reader: Reader, prompt: Prompt) -> np.ndarray:
@@ -142,17 +140,13 @@ def _searched(search: Callable[..., Any], reader: Reader, prompt: Prompt) -> Gen
     padded = pad_left([*contexts, *filler], length=length, pad_id=reader.prompts.pad_id)
     weights = _weights(reader, prompt)
     mask = np.isfinite(weights)
+    arrays = padded.ids, padded.mask, np.where(mask, weights, 0), mask
     found = search(
         reader.system.workspace.lm.decoder,
         reader.system.lm_params,
-        jnp.asarray(padded.ids)[None],
-        jnp.asarray(padded.mask)[None],
-        jnp.asarray(np.where(mask, weights, 0))[None],
-        doc_mask=jnp.asarray(mask)[None],
+        Prompts(*(jnp.asarray(array)[None] for array in arrays)),
+        reader.limits,
         beams=_BEAMS,
-        max_new_tokens=reader.max_target,
-        stop_ids=reader.stops,
-        min_new_tokens=_MIN_NEW_TOKENS,
     )
     size = int(found.lengths[0, 0])
     ids = np.asarray(found.ids)[0, 0, :size].tolist()

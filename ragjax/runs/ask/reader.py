@@ -13,21 +13,15 @@ import numpy as np
 from jax import Array
 
 from ragjax.data import pad_left, pad_right
-from ragjax.generation import Decoder, mix_log_probs
+from ragjax.generation import Decoder, Limits
 from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Prefilled
+from ragjax.generation.streaming import prefill
 from ragjax.models.decoder.cache import KVCache
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.ask.prompts import Prompt, Prompts, ReaderOptions, fitting
 from ragjax.runs.compare.answers import stop_ids
 from ragjax.runs.system import System
-
-
-class Choice(NamedTuple):
-    """The next token of an answer."""
-
-    token_id: Array  # [] int32
-    doc_log_probs: Array  # [K] float32 nats, log p_LM(token | c∘x, y so far) of each document
 
 
 class Reading(NamedTuple):
@@ -41,15 +35,18 @@ class Reader(Prompts):
     """Reads, scores and leaves out, each document once.
 
     Attributes:
-        stops: Tokens that end an answer.
+        limits: Where an answer ends.
     """
 
     def __init__(self, system: System, options: ReaderOptions) -> None:
         """Finds the shapes that questions of this corpus need; see `Prompts`."""
         super().__init__(system, options)
-        lm = system.workspace.lm
-        self.stops = stop_ids(system.workspace)
-        self._stop_mask = jnp.asarray(np.isin(np.arange(lm.config.vocab_size), self.stops))
+        self.limits = Limits(
+            max_new_tokens=self.max_target,
+            stop_ids=stop_ids(system.workspace),
+            # An un-adapted model often begins its answer on a new line; that is no empty answer.
+            min_new_tokens=1,
+        )
 
     def read(self, prompt: Prompt) -> Reading:
         """Reads a question beside each of its documents, or closed book if it has none."""
@@ -65,23 +62,8 @@ class Reader(Prompts):
         padded = pad_left([*contexts, *filler], length=length, pad_id=self.prompts.pad_id)
         lm = self.system.workspace.lm
         ids, mask = jnp.asarray(padded.ids), jnp.asarray(padded.mask)
-        return Reading(_read(lm.decoder, self.system.lm_params, ids, mask, slots), length)
-
-    def first(self, reading: Reading, weights: Array) -> Choice:
-        """Chooses the first token of an answer, which does not end it; `weights` `[K]`: log p_R."""
-        return _choose(reading.prefilled.logits, weights, self._stop_mask)
-
-    def advance(self, reading: Reading, choice: Choice, weights: Array) -> tuple[Choice, Reading]:
-        """Appends a token to every prompt and chooses the next; the old reading is used up."""
-        prefilled = reading.prefilled
-        chosen, prefilled = _advance(
-            self.system.workspace.lm.decoder,
-            self.system.lm_params,
-            prefilled.cache,
-            choice.token_id,
-            weights,
-        )
-        return chosen, Reading(prefilled, reading.width)
+        params = self.system.lm_params
+        return Reading(prefill(lm.decoder, params, ids, mask, cache_length=slots), length)
 
     def score(self, reading: Reading, target_ids: Sequence[int]) -> np.ndarray:
         """Scores one answer after every prompt that was read: `[K, T]` nats, 0 where padded."""
@@ -187,34 +169,11 @@ class Reader(Prompts):
     ) -> np.ndarray:
         width = keep.shape[1]
         padded = pad_left([context], length=width, pad_id=self.prompts.pad_id)
-        lm = self.system.workspace.lm
-        ids = jnp.asarray(np.repeat(padded.ids, len(keep), axis=0))
+        decoder, params = self.system.workspace.lm.decoder, self.system.lm_params
+        ids, mask = jnp.asarray(np.repeat(padded.ids, len(keep), axis=0)), jnp.asarray(keep)
         slots = width + self.max_target
-        prefilled = _read(lm.decoder, self.system.lm_params, ids, jnp.asarray(keep), slots)
+        prefilled = prefill(decoder, params, ids, mask, cache_length=slots)
         return self.score(Reading(prefilled, width), target_ids).sum(axis=1)
-
-
-@functools.partial(jit_decoding, static_argnames=("decoder", "slots"))
-def _read(decoder: Decoder, params: Any, ids: Array, mask: Array, slots: int) -> Any:
-    return decoder.prefill(params, ids, mask, cache_length=slots)
-
-
-@jit_decoding
-def _choose(logits: Array, log_weights: Array, banned: Array) -> Choice:
-    mixed = mix_log_probs(logits[None], log_weights[None])[0]
-    token_id = jnp.argmax(jnp.where(banned, -jnp.inf, mixed)).astype(jnp.int32)
-    return Choice(token_id, jax.nn.log_softmax(logits, axis=-1)[:, token_id])
-
-
-# The cache holds the prompts and grows in place.
-@functools.partial(jit_decoding, static_argnames="decoder", donate_argnames="cache")
-def _advance(
-    decoder: Decoder, params: Any, cache: Any, token_id: Array, log_weights: Array
-) -> tuple[Choice, Any]:
-    token_ids = jnp.broadcast_to(token_id, log_weights.shape)
-    prefilled = decoder.decode_step(params, cache, token_ids)
-    nothing = jnp.zeros(prefilled.logits.shape[1], bool)
-    return _choose(prefilled.logits, log_weights, nothing), prefilled
 
 
 @functools.partial(jit_decoding, static_argnames="decoder")

@@ -14,12 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ragjax.data import LengthBatch, Question
-from ragjax.generation import generate_ensemble, score_and_generate
-from ragjax.generation.rag_sequence import (
+from ragjax.generation import (
+    Limits,
+    Prompts,
+    generate_ensemble,
     generate_rag_sequence_fast,
     generate_rag_sequence_thorough,
+    generate_rag_token,
+    score_and_generate,
 )
-from ragjax.generation.rag_token import generate_rag_token
 from ragjax.losses import rag_sequence_loss, rag_token_loss
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.options.shared import EvaluationConfig
@@ -89,6 +92,14 @@ def stop_ids(workspace: Workspace) -> tuple[int, ...]:
     return tuple(sorted({*lm.eos_ids, *breaks}))
 
 
+def _limits(workspace: Workspace) -> Limits:
+    return Limits(
+        max_new_tokens=workspace.config.evaluation.max_new_tokens,
+        stop_ids=stop_ids(workspace),
+        min_new_tokens=_MIN_NEW_TOKENS,
+    )
+
+
 def _key(workspace: Workspace, model: FrozenLM, request: Request) -> str:
     evaluation = workspace.config.evaluation
     corpus = workspace.dataset.corpus
@@ -131,20 +142,13 @@ def _answer_concatenated(
         for r in requests
     ]
     targets = _targets(workspace, requests)
-    stops = stop_ids(workspace)
+    limits = _limits(workspace)
     with tqdm(total=len(requests), desc="answers", unit=" prompts", file=sys.stderr) as progress:
         for batch in context_batches(workspace, [len(context) for context in contexts]):
             if not all(_is_known(cache, keys[row]) for row in batch.rows):
                 rows = batch.rows.tolist()
                 packed = pack_batch(workspace, batch, contexts, [targets[row] for row in rows])
-                result = score_and_generate(
-                    workspace.lm.decoder,
-                    model.params,
-                    *packed,
-                    max_new_tokens=workspace.config.evaluation.max_new_tokens,
-                    stop_ids=stops,
-                    min_new_tokens=_MIN_NEW_TOKENS,
-                )
+                result = score_and_generate(workspace.lm.decoder, model.params, packed, limits)
                 nlls = -np.asarray(result.token_log_probs).sum(axis=1)
                 _store(workspace, cache, [keys[r] for r in rows], result.generated, nlls,
                        [len(targets[r]) for r in rows])  # fmt: skip
@@ -184,7 +188,7 @@ def _answer_apart(
         for r in requests
     ]
     targets = _targets(workspace, requests)
-    stops = stop_ids(workspace)
+    limits = _limits(workspace)
     score = jax.jit(workspace.lm.token_log_probs)
     longest = [max(map(len, group)) for group in contexts]
     with tqdm(total=len(requests), desc="answers", unit=" questions", file=sys.stderr) as progress:
@@ -195,17 +199,9 @@ def _answer_apart(
                     workspace, batch, contexts, targets, requests, count
                 )
                 shape = (batch.batch_size, count, -1)
-                generated = reading.generate(
-                    workspace.lm.decoder,
-                    model.params,
-                    packed.context_ids.reshape(shape),
-                    packed.context_mask.reshape(shape),
-                    scores,
-                    doc_mask=mask,
-                    max_new_tokens=workspace.config.evaluation.max_new_tokens,
-                    stop_ids=stops,
-                    min_new_tokens=_MIN_NEW_TOKENS,
-                )
+                ids, there = (array.reshape(shape) for array in packed[:2])
+                prompts = Prompts(ids, there, scores, mask)
+                generated = reading.generate(workspace.lm.decoder, model.params, prompts, limits)
                 log_probs = score(model.params, packed).reshape(shape)
                 token_mask = packed.target_mask.reshape(shape)[:, 0]
                 nlls = reading.loss(scores, log_probs, doc_mask=mask, token_mask=token_mask)

@@ -10,7 +10,7 @@ from test_bart import SIZES as BART_SIZES
 from test_t5 import GATED
 from test_t5 import SIZES as T5_SIZES
 
-from ragjax.generation import generate_greedy
+from ragjax.generation import Limits, Prompts, generate_greedy
 from ragjax.losses import attention_mass
 from ragjax.models.inputs import LMBatch
 from ragjax.models.seq2seq import bart, t5
@@ -165,10 +165,9 @@ def test_contexts_without_tokens_and_their_order_do_not_matter(model, batch):
 @pytest.mark.slow
 def test_greedy_answers_and_the_cache_are_those_of_full_forwards(model, batch):
     decoder, new = fusion_decoder(model.config), 5
-    result = generate_greedy(
-        decoder, model.params, batch.context_ids, batch.context_mask,
-        max_new_tokens=new, stop_ids=model.eos_ids,
-    )  # fmt: skip
+    prompts = Prompts(batch.context_ids, batch.context_mask)
+    limits = Limits(max_new_tokens=new, stop_ids=model.eos_ids)
+    result = generate_greedy(decoder, model.params, prompts, limits)
     assert result.lengths.tolist() == [new, new]
     answered = batch._replace(target_ids=result.ids, target_mask=np.ones((QUESTIONS, new), bool))
     score = jax.jit(functools.partial(fusion_token_log_probs, model.config))

@@ -12,7 +12,7 @@ from seq2seq_reference import make_batch, right_padded, torch_log_probs
 from tokenizers import Tokenizer
 
 from ragjax.data import PromptBuilder
-from ragjax.generation import score_and_generate
+from ragjax.generation import Limits, score_and_generate
 from ragjax.models import load_language_model
 from ragjax.models.inputs import LMBatch
 from ragjax.models.layers.stacks import cast_floats
@@ -164,9 +164,8 @@ def test_cached_decoding_equals_the_full_forward_at_every_step(model, rng):
 @pytest.mark.slow
 def test_scoring_with_the_cache_equals_scoring_without(model, rng):
     batch = make_batch(rng, vocab_size=256)
-    result = score_and_generate(
-        model.decoder, model.params, *batch, max_new_tokens=3, stop_ids=model.eos_ids
-    )
+    limits = Limits(max_new_tokens=3, stop_ids=model.eos_ids)
+    result = score_and_generate(model.decoder, model.params, batch, limits)
     np.testing.assert_allclose(result.token_log_probs, score(model, batch), atol=2e-5)
     assert result.generated.ids.shape == (4, 3)
 
