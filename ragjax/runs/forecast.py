@@ -1,9 +1,10 @@
 """What a run will cost, from the lengths of its texts and the measured speed of its models."""
 
+import functools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,31 +21,44 @@ from ragjax.refresh import (
 )
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
-from ragjax.runs.options.shared import LearningConfig
+from ragjax.runs.options.shared import LearningConfig, RunConfig
 from ragjax.runs.teacher import context_batches
 from ragjax.runs.train.batches import RagBatches, total_steps
 from ragjax.runs.train.retriever import retriever_steps
-from ragjax.runs.trainable import lm_parts, retriever_parts, split_models
-from ragjax.runs.workspace import Workspace, tower_params
+from ragjax.runs.trainable import lm_parts, retriever_parts
+from ragjax.runs.workspace import Workspace, bucket_of, tower_params
 
-# Work of a training step in forward passes. The encoder: one forward, one again for its chunks and
-# a backward that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the
-# backward of the layers that are trained.
-ENCODER_FORWARDS, ENCODER_BACKWARD = 2.0, 3.4
-BACKWARD = 2.0
-# Of a backward pass, the half that goes to the weights' own gradients, which adapters do without.
+# A training step in forward passes. The encoder: one forward pass, one more for its chunks, and a
+# backward pass that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the
+# backward pass of the trained layers.
+_ENCODER_FORWARD, _ENCODER_BACKWARD = 2.0, 3.4
+_LM_BACKWARD = 2.0
+# Share of a backward pass for the gradients of the weights, which adapters do without.
 _ADAPTER_SHARE = 0.5
-# Generated tokens are read one at a time, which keeps the processor less busy than a prompt does.
-DECODE_TOKEN = 3.0
-# Distinct prompts with documents that a question brings to the evaluation, for each of the two
-# language models: systems often retrieve the same document first.
-PROMPTS = 2.0
+# Tokens are generated one at a time, which keeps the processor less busy than a prompt does.
+_DECODE_TOKEN = 3.0
+# Distinct prompts with documents per answered question and language model: systems often retrieve
+# the same document first.
+_PROMPTS = 2.0
 # Template and question; and a language model's tokens for one of the encoder's.
-QUESTION_TOKENS = 28
-LM_TOKENS = 1.15
-COMPILE_SECONDS = 6.0
-COMPILED_SHAPES = 12
+_QUESTION_TOKENS = 28
+_LM_TOKENS = 1.15
+_COMPILE_SECONDS = 6.0
+_COMPILED_SHAPES = 12
 _CALIBRATION_ROWS = 8
+# Copies of the trained parameters on disk: with the optimizer's two moments, in two checkpoints.
+_CHECKPOINT_COPIES = 3 * 2
+# Stages that a training step consists of.
+_STEP_STAGES = ("reading", "teacher", "retriever")
+
+
+class Work(NamedTuple):
+    """Tokens that one stage puts through a model."""
+
+    stage: str
+    tokens: float
+    rate: float  # tokens a second in a forward pass
+    passes: float = 1.0  # forward passes that a token costs
 
 
 class Cost(NamedTuple):
@@ -59,13 +73,12 @@ class Cost(NamedTuple):
 
     def describe(self) -> str:
         """Returns a few lines for the user."""
-        total = sum(self.seconds.values())
-        stages = ", ".join(f"{name} {duration(s)}" for name, s in self.seconds.items() if s >= 1)
+        shown = {stage: s for stage, s in self.seconds.items() if s >= 1}
         lines = [
             "\n== forecast",
             f"{self.documents:,} documents to encode, {self.lm_forwards:,} prompts for the language"
             " model",
-            f"about {duration(total)} on this machine ({stages})",
+            f"about {_total(self.seconds, shown)}",
             f"about {self.bytes_on_disk / 2**20:,.0f} MiB on disk"
             f" ({self.free_bytes / 2**20:,.0f} MiB free)",
         ]
@@ -77,185 +90,89 @@ class Cost(NamedTuple):
 
 
 def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
-    """Measures both models on a few real texts and forecasts the run.
+    """Measures both models on a few real texts and forecasts a dual run.
 
     Compiling for the measurement is not lost: the run uses the same shapes.
     """
-    encode_rate = encoder_rate(workspace)
-    score_rate = lm_rate(workspace)
-    lm, retriever, evaluation = config.language_model, config.retriever, config.evaluation
+    texts = _Texts(workspace, config)
+    lm, retriever = config.language_model, config.retriever
     train = len(workspace.questions["train"])
-    answered = sum(bool(q.answers) for q in workspace.questions["test"])
-    answered = min(answered, config.data_options.answer_questions)
-    adapts_lm, adapts_retriever = config.trains_lm, config.trains_retriever
-
-    doc_tokens = padded_tokens(workspace)
-    mean_doc = float(np.mean([len(ids) for ids in workspace.doc_ids]))
-    question = QUESTION_TOKENS + config.prompt.answer_tokens
-    prompt = min(config.prompt.document_tokens, mean_doc * LM_TOKENS) + question
-    rounds = retriever.rounds if adapts_retriever else 0
-    taught = retriever.objective != "dpr"  # by the language model
-    pairs = train * retriever.candidates * rounds if taught else 0
-    lm_rows = min(lm.questions, train) * lm.documents * lm.epochs if adapts_lm else 0
-    teacher_tokens = pairs * prompt
+    rounds = retriever.rounds if config.trains_retriever else 0
+    pairs = train * retriever.candidates * rounds if retriever.objective != "dpr" else 0
+    scored = pairs * texts.prompt
     if workspace.lm.family.packed_token_log_probs is not None:
-        teacher_tokens = _packed_tokens(pairs, len(workspace.doc_ids), prompt - question, question)
-    lm_backward = backward_forwards(lm, workspace.lm.config, BACKWARD)
-    encoder_backward = backward_forwards(retriever, workspace.encoder.config, ENCODER_BACKWARD)
-    answers = answered * PROMPTS * (1 + adapts_lm)
-    decoded = DECODE_TOKEN * evaluation.max_new_tokens
-    per_answer = prompt + (evaluation.documents - 1) * config.prompt.document_tokens + decoded
-    closed_book = answered * (1 + adapts_lm) * (question + decoded)
-    longest = min(retriever.doc_tokens, max(map(len, workspace.doc_ids)))
-    lsr_length = next(bucket for bucket in workspace.buckets() if bucket >= longest)
-    lsr_tokens = train * (retriever.candidates * lsr_length + 32) * retriever.epochs * rounds
-    seconds = {
-        "encoding": doc_tokens * (1 + rounds) / encode_rate,
-        "language model": lm_rows * prompt * (1 + lm_backward) / score_rate,
-        "teacher": teacher_tokens / score_rate,
-        "retriever": lsr_tokens * (ENCODER_FORWARDS + encoder_backward) / encode_rate,
-        "evaluation": (answers * per_answer + closed_book) / score_rate,
-        "compiling": COMPILE_SECONDS * COMPILED_SHAPES,
-    }
-    disk = os.statvfs(workspace.folder)
-    free_bytes = disk.f_bavail * disk.f_frsize
-    refresh = None
-    if adapts_retriever and config.refresh.mode in ("sync", "async"):
-        steps = retriever_steps(retriever, train)
-        step_seconds = (seconds["retriever"] + seconds["teacher"]) / steps
-        rate = encode_rate * len(workspace.doc_ids) / doc_tokens
-        refresh = forecast_refreshes(workspace, steps, step_seconds, rate, free_bytes)
-        seconds["refreshes"] = refreshes(refresh, steps) * refresh.refresh_seconds
-    index_bytes = len(workspace.doc_ids) * workspace.encoder.embedding_size * 4 * (1 + rounds)
-    # What learns and the optimiser's two moments of it, in each of two checkpoints.
-    trained_lm = _trained_lm_bytes(workspace) * 3 * 2 if adapts_lm else 0
-    trained_towers = _trained_tower_bytes(workspace) * 3 * 2 * rounds
-    refreshed = refresh.bytes_on_disk if refresh else 0
-    return Cost(
-        documents=len(workspace.doc_ids) * (1 + rounds),
-        lm_forwards=int(pairs + lm_rows + answers),
-        seconds=seconds,
-        bytes_on_disk=int(index_bytes + trained_lm + trained_towers + refreshed),
-        free_bytes=free_bytes,
-        refresh=refresh,
+        # Pairs are packed behind their documents: as many as so many random draws would touch.
+        size = len(workspace.doc_ids)
+        touched = size * (1 - math.exp(-pairs / size))
+        scored = touched * texts.document + pairs * texts.question
+    rows = min(lm.questions, train) * lm.documents * lm.epochs if config.trains_lm else 0
+    length = bucket_of(workspace, min(retriever.doc_tokens, max(map(len, workspace.doc_ids))))
+    taught = train * (retriever.candidates * length + 32) * retriever.epochs * rounds
+    return _cost(
+        texts,
+        [
+            Work("language model", rows * texts.prompt, texts.lm_rate, texts.lm_passes),
+            Work("teacher", scored, texts.lm_rate),
+            Work("retriever", taught, texts.encoder_rate, texts.encoder_passes),
+        ],
+        encodings=1 + rounds,
+        prompts=pairs + rows,
+        steps=retriever_steps(retriever, train),
     )
 
 
-def backward_forwards(config: LearningConfig, sizes: Any, whole: float) -> float:
-    """Returns the work of a backward pass in forward passes, given that of one through it all."""
-    depth = config.train_layers / sizes.num_layers if config.train_layers else 1.0
-    return depth * (whole * (_ADAPTER_SHARE if config.lora_rank else 1.0) + config.remat)
-
-
-def _trained_lm_bytes(workspace: Workspace) -> int:
-    lm, options = workspace.lm, workspace.config.language_model
-
-    def trained(params: Any) -> Any:
-        return lm_parts(options, lm.family, params, seed=0).trainable
-
-    return tree_bytes(jax.eval_shape(trained, lm.params))
-
-
-def _trained_tower_bytes(workspace: Workspace) -> int:
-    def trained(towers: Any) -> Any:
-        return retriever_parts(workspace.config.retriever, towers, seed=0).trainable
-
-    return tree_bytes(jax.eval_shape(trained, tower_params(workspace)))
-
-
-def forecast_refreshes(
-    workspace: Workspace, steps: int, step_seconds: float, rate: float, free_bytes: int
-) -> RefreshForecast:
-    """Returns what keeping the index fresh costs; `rate` is in documents a second."""
-    config, size = workspace.config.refresh, len(workspace.doc_ids)
-    dim = workspace.encoder.embedding_size
-    kind = choose_index(size, dim).name if config.index == "auto" else config.index
-    # The drift trigger is never asked here, only for how often it fires: nobody can tell.
-    trigger = parse_trigger(config.every, measure=lambda params, snapshot: 0.0)
-    encoded = config.partial + (1 - config.partial) / config.full_every
-    return forecast_refresh(
-        documents=size,
-        dim=dim,
-        encode_documents_per_second=rate / encoded,
-        build_seconds=estimate_build_seconds(size, dim, kind),
-        step_seconds=step_seconds,
-        steps_between=trigger.steps_between(steps),
-        kept_generations=config.keep,
-        bytes_per_value=4.0 if kind == "exact" else 8.5,
-        parameter_bytes=tree_bytes(workspace.encoder.params),
-        shared_device=not (config.devices or config.workers),
-        free_bytes=free_bytes,
+def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
+    """Measures both models on a few real texts and forecasts an end-to-end run."""
+    texts = _Texts(workspace, config)
+    batches = RagBatches(workspace, config, lambda batch: batch)
+    steps = total_steps(workspace, config)
+    questions = steps * config.training.batch_size
+    read = questions * (batches.num_retrieved + config.training.null_document)
+    encoded = read + questions * bool(config.objective.contrastive_weight)
+    documents = encoded * batches.doc_tokens
+    scored = len(workspace.questions["dev"]) * config.evaluation.documents * 2
+    return _cost(
+        texts,
+        [
+            Work("reading", read * batches.context_tokens, texts.lm_rate, texts.lm_passes),
+            Work("retriever", documents, texts.encoder_rate, texts.encoder_passes),
+            Work("dev", scored * texts.prompt, texts.lm_rate),
+        ],
+        encodings=1 + config.trains_retriever,
+        prompts=read + scored,
+        steps=steps,
     )
 
 
-def refreshes(forecast: RefreshForecast, steps: int) -> float:
-    """Returns the refreshes of a run that take time from its training."""
-    if not forecast.shared_device:
-        return 0.0
-    return steps / max(forecast.steps_between or 1, forecast.fastest_steps)
+def describe_evaluation(
+    workspace: Workspace, split: str, systems: Sequence[str], *, encodings: int, distractors: int
+) -> str:
+    """Measures both models and returns how long an evaluation will take at most.
 
-
-def _packed_tokens(pairs: int, documents: int, document: float, question: float) -> float:
-    """Returns the tokens of pairs packed behind their documents.
-
-    As many distinct documents are expected as `pairs` random draws would touch.
+    Args:
+        workspace: Data, models, options.
+        split: Questions that are asked.
+        systems: Names of the systems that are compared.
+        encodings: Times that the corpus is encoded.
+        distractors: Of a prompt that measures robustness; 0: it is not measured.
     """
-    touched = documents * (1 - math.exp(-pairs / documents))
-    return touched * document + pairs * question
-
-
-def padded_tokens(workspace: Workspace) -> int:
-    """Returns the tokens of the whole corpus for the encoder, padding included."""
-    buckets = np.asarray(workspace.buckets())
-    lengths = np.asarray([len(ids) for ids in workspace.doc_ids])
-    return int(buckets[np.searchsorted(buckets, lengths)].sum())
-
-
-def encoder_rate(workspace: Workspace) -> float:
-    """Returns tokens encoded a second, from one batch in the length of most documents."""
-    lengths = [len(ids) for ids in workspace.doc_ids]
-    median = int(np.median(lengths))
-    length = next(bucket for bucket in workspace.buckets() if bucket >= median)
-    rows = max(1, min(64, workspace.config.encode_tokens // length))
-    tokens = Tokens(
-        jnp.full((rows, length), workspace.encoder.pad_id, jnp.int32),
-        jnp.ones((rows, length), bool),
+    texts = _Texts(workspace, workspace.config)
+    answered, read = texts.answered(split), texts.config.evaluation.documents
+    closed_book = sum(name.startswith("closed_book") for name in systems)
+    # Documents of each answer to a question.
+    answers = [0] * closed_book + [read] * (len(systems) - closed_book)
+    if distractors:
+        # Relevant passages alone, with distractors before and behind them, and distractors alone.
+        answers += [0, read, read + distractors, read + distractors, distractors]
+    prompts = answered * sum(map(texts.prompts_of, answers))
+    work = [Work("encoding", texts.corpus, texts.encoder_rate, encodings)]
+    if prompts:
+        work.append(Work("answers", answered * sum(map(texts.answer, answers)), texts.lm_rate))
+    return (
+        f"\n== forecast\n{len(workspace.questions[split]):,} questions of {split},"
+        f" {answered:,} of them answered; at most {prompts:,} prompts for the language model\n"
+        f"at most about {_total(_seconds(work))}, less what is known already and what systems share"
     )
-    encode = jax.jit(workspace.encoder.encode)
-    return rows * length / _best_seconds(lambda: encode(workspace.encoder.params, tokens))
-
-
-def lm_rate(workspace: Workspace) -> float:
-    """Returns tokens scored a second, from one batch of typical prompts."""
-    longest = workspace.prompts.max_context_length
-    typical = min(workspace.config.prompt.document_tokens + 30, longest)
-    batch = context_batches(workspace, [typical] * _CALIBRATION_ROWS)[0]
-    rows, targets = batch.batch_size, workspace.prompts.max_target_length
-    filler = LMBatch(
-        jnp.full((rows, batch.length), workspace.lm.pad_id, jnp.int32),
-        jnp.ones((rows, batch.length), bool),
-        jnp.full((rows, targets), workspace.lm.pad_id, jnp.int32),
-        jnp.ones((rows, targets), bool),
-    )
-    score = jax.jit(workspace.lm.token_log_probs)
-    params = workspace.in_compute_dtype(workspace.lm.params)
-    seconds = _best_seconds(lambda: score(params, filler))
-    return rows * (batch.length + targets) / seconds
-
-
-def _best_seconds(run: Callable[[], Any]) -> float:
-    jax.block_until_ready(run())  # compiles
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - started)
-    return float(np.mean(times))
-
-
-def tree_bytes(tree: Any) -> int:
-    """Returns the bytes of all arrays of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def duration(seconds: float) -> str:
@@ -267,64 +184,184 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
-    """Measures both models on a few real texts and forecasts the run; see `estimate_cost`."""
-    encode_rate, score_rate = encoder_rate(workspace), lm_rate(workspace)
-    training, evaluation = config.training, config.evaluation
-    batches = RagBatches(workspace, config, lambda batch: batch)
-    steps = total_steps(workspace, config)
-    questions = steps * training.batch_size
-    read = batches.num_retrieved + training.null_document
-    encoded = read + bool(config.objective.contrastive_weight)
-    learns, teaches = config.trains_lm, config.trains_retriever
-    lm_work = 1 + learns * backward_forwards(config.language_model, workspace.lm.config, BACKWARD)
-    encoder_work = ENCODER_FORWARDS + teaches * backward_forwards(
-        config.retriever, workspace.encoder.config, ENCODER_BACKWARD
-    )
-    corpus = padded_tokens(workspace)
-    dev = len(workspace.questions["dev"]) * evaluation.documents * 2
-    answered = sum(bool(q.answers) for q in workspace.questions["test"])
-    answered = min(answered, config.data_options.answer_questions)
-    mean_doc = float(np.mean([len(ids) for ids in workspace.doc_ids])) * LM_TOKENS
-    question = QUESTION_TOKENS + config.prompt.answer_tokens
-    prompt = min(config.prompt.document_tokens, mean_doc) + question
-    decoded = DECODE_TOKEN * evaluation.max_new_tokens
-    alone = evaluation.mode != "concat"  # each document in a prompt of its own
-    per_answer = evaluation.documents * (prompt + (decoded if alone else 0)) + (
-        0 if alone else decoded
-    )
-    answers = answered * PROMPTS * (1 + learns)
-    seconds = {
-        "encoding": corpus * (1 + teaches) / encode_rate,
-        "reading": questions * read * batches.context_tokens * lm_work / score_rate,
-        "retriever": questions * encoded * batches.doc_tokens * encoder_work / encode_rate,
-        "dev": dev * prompt / score_rate,
-        "evaluation": (answers * per_answer + answered * (1 + learns) * (question + decoded))
-        / score_rate,
-        "compiling": COMPILE_SECONDS * COMPILED_SHAPES,
-    }
+class _Texts:
+    """Mean lengths of the texts of a run, and the speed of its models; measured when first read.
+
+    Attributes:
+        document: Tokens of a document in a prompt.
+        question: Tokens of the rest of a prompt, the answer included.
+    """
+
+    def __init__(self, workspace: Workspace, config: RunConfig) -> None:
+        self.workspace, self.config = workspace, config
+        self._lengths = np.asarray([len(ids) for ids in workspace.doc_ids])
+        self.document = min(config.prompt.document_tokens, float(self._lengths.mean()) * _LM_TOKENS)
+        self.question = _QUESTION_TOKENS + config.prompt.answer_tokens
+
+    @property
+    def prompt(self) -> float:
+        """Tokens of a prompt with one document."""
+        return self.document + self.question
+
+    @functools.cached_property
+    def corpus(self) -> int:
+        """Tokens of all documents for the encoder, padding included."""
+        buckets = np.asarray(self.workspace.buckets())
+        return int(buckets[np.searchsorted(buckets, self._lengths)].sum())
+
+    @functools.cached_property
+    def encoder_rate(self) -> float:
+        """Tokens encoded a second, from one batch in the length of most documents."""
+        encoder = self.workspace.encoder
+        length = bucket_of(self.workspace, int(np.median(self._lengths)))
+        rows = max(1, min(64, self.config.encode_tokens // length))
+        tokens, encode = Tokens(*_filled(rows, length, encoder.pad_id)), jax.jit(encoder.encode)
+        return rows * length / _mean_seconds(lambda: encode(encoder.params, tokens))
+
+    @functools.cached_property
+    def lm_rate(self) -> float:
+        """Tokens scored a second, from one batch of typical prompts."""
+        workspace, lm, prompts = self.workspace, self.workspace.lm, self.workspace.prompts
+        typical = min(self.config.prompt.document_tokens + 30, prompts.max_context_length)
+        batch = context_batches(workspace, [typical] * _CALIBRATION_ROWS)[0]
+        rows, length, targets = batch.batch_size, batch.length, prompts.max_target_length
+        filler = LMBatch(*_filled(rows, length, lm.pad_id), *_filled(rows, targets, lm.pad_id))
+        score, params = jax.jit(lm.token_log_probs), workspace.in_compute_dtype(lm.params)
+        return rows * (length + targets) / _mean_seconds(lambda: score(params, filler))
+
+    @property
+    def lm_passes(self) -> float:
+        """A training step of the language model in forward passes."""
+        sizes = self.workspace.lm.config
+        backward = _backward(self.config.language_model, sizes, _LM_BACKWARD)
+        return 1 + self.config.trains_lm * backward
+
+    @property
+    def encoder_passes(self) -> float:
+        """A training step of the encoder in forward passes."""
+        sizes = self.workspace.encoder.config
+        backward = _backward(self.config.retriever, sizes, _ENCODER_BACKWARD)
+        return _ENCODER_FORWARD + self.config.trains_retriever * backward
+
+    def answered(self, split: str) -> int:
+        """Returns how many questions of a split the language model answers."""
+        with_answer = sum(bool(question.answers) for question in self.workspace.questions[split])
+        return min(with_answer, self.config.data_options.answer_questions)
+
+    def prompts_of(self, documents: int) -> int:
+        """Returns the prompts that an answer from so many documents takes."""
+        concatenated = self.config.evaluation.mode == "concat"
+        return 1 if concatenated else max(1, documents)
+
+    def answer(self, documents: int) -> float:
+        """Returns the tokens that an answer from so many documents takes."""
+        evaluation = self.config.evaluation
+        written = evaluation.max_new_tokens * (evaluation.beams if documents else 1)
+        prompt = self.question + _DECODE_TOKEN * written
+        return documents * self.document + self.prompts_of(documents) * prompt
+
+
+def _cost(
+    texts: _Texts, training: Sequence[Work], *, encodings: int, prompts: float, steps: int
+) -> Cost:
+    """Adds to the work of training what every run has: the index, its refreshes, the evaluation."""
+    workspace, config = texts.workspace, texts.config
+    size, read = len(workspace.doc_ids), config.evaluation.documents
+    answered = texts.answered("test") * (1 + config.trains_lm)
+    answer = _PROMPTS * texts.answer(read) + texts.answer(0)
+    work = [
+        Work("encoding", texts.corpus, texts.encoder_rate, encodings),
+        *training,
+        Work("evaluation", answered * answer, texts.lm_rate),
+    ]
+    seconds = _seconds(work) | {"compiling": _COMPILE_SECONDS * _COMPILED_SHAPES}
     disk = os.statvfs(workspace.folder)
     free_bytes = disk.f_bavail * disk.f_frsize
     refresh = None
     if config.refresh.mode in ("sync", "async"):
-        step_seconds = (seconds["reading"] + seconds["retriever"]) / steps
-        rate = encode_rate * len(workspace.doc_ids) / corpus
-        refresh = forecast_refreshes(workspace, steps, step_seconds, rate, free_bytes)
-        seconds["refreshes"] = refreshes(refresh, steps) * refresh.refresh_seconds
-    index_bytes = len(workspace.doc_ids) * workspace.encoder.embedding_size * 4 * (1 + teaches)
-    towers = tower_params(workspace)
-    trained = jax.eval_shape(
-        lambda lm, towers: split_models(config, workspace.lm.family, lm, towers).trainable,
-        workspace.lm.params,
-        towers,
+        step_seconds = sum(seconds.get(stage, 0.0) for stage in _STEP_STAGES) / steps
+        refresh = _refreshes(texts, steps, step_seconds, free_bytes)
+        if refresh.shared_device:
+            every = max(refresh.steps_between or 1, refresh.fastest_steps)
+            seconds["refreshes"] = steps / every * refresh.refresh_seconds
+    index_bytes = size * workspace.encoder.embedding_size * 4 * encodings
+    trained_bytes = (encodings - 1) * _num_bytes(
+        lambda towers: retriever_parts(config.retriever, towers, seed=0).trainable,
+        tower_params(workspace),
     )
-    # What learns and the optimiser's two moments of it, in each of two checkpoints.
-    checkpoints = tree_bytes(trained) * 3 * 2
+    if config.trains_lm:
+        lm = workspace.lm
+        trained_bytes += _num_bytes(
+            lambda params: lm_parts(config.language_model, lm.family, params, seed=0).trainable,
+            lm.params,
+        )
+    checkpoint_bytes = trained_bytes * _CHECKPOINT_COPIES
     return Cost(
-        documents=len(workspace.doc_ids) * (1 + teaches),
-        lm_forwards=int(questions * read + dev + answers * evaluation.documents),
+        documents=size * encodings,
+        lm_forwards=int(prompts + answered * _PROMPTS * texts.prompts_of(read)),
         seconds=seconds,
-        bytes_on_disk=int(index_bytes + checkpoints + (refresh.bytes_on_disk if refresh else 0)),
+        bytes_on_disk=index_bytes + checkpoint_bytes + (refresh.bytes_on_disk if refresh else 0),
         free_bytes=free_bytes,
         refresh=refresh,
     )
+
+
+def _refreshes(texts: _Texts, steps: int, step_seconds: float, free_bytes: int) -> RefreshForecast:
+    """Returns what keeping the index fresh costs."""
+    workspace, config, size = texts.workspace, texts.config.refresh, len(texts.workspace.doc_ids)
+    dim = workspace.encoder.embedding_size
+    kind = choose_index(size, dim).name if config.index == "auto" else config.index
+    # The drift trigger is never asked here, only for how often it fires: nobody can tell.
+    trigger = parse_trigger(config.every, measure=lambda params, snapshot: 0.0)
+    encoded = config.partial + (1 - config.partial) / config.full_every
+    return forecast_refresh(
+        documents=size,
+        dim=dim,
+        encode_documents_per_second=texts.encoder_rate * size / texts.corpus / encoded,
+        build_seconds=estimate_build_seconds(size, dim, kind),
+        step_seconds=step_seconds,
+        steps_between=trigger.steps_between(steps),
+        kept_generations=config.keep,
+        bytes_per_value=4.0 if kind == "exact" else 8.5,
+        parameter_bytes=_tree_bytes(workspace.encoder.params),
+        shared_device=not (config.devices or config.workers),
+        free_bytes=free_bytes,
+    )
+
+
+def _backward(config: LearningConfig, sizes: Any, whole: float) -> float:
+    """Returns a backward pass in forward passes, given that through all layers and weights."""
+    depth = config.train_layers / sizes.num_layers if config.train_layers else 1.0
+    return depth * (whole * (_ADAPTER_SHARE if config.lora_rank else 1.0) + config.remat)
+
+
+def _num_bytes(make: Callable[..., Any], *trees: Any) -> int:
+    """Returns the bytes of the arrays that `make` would return, without computing them."""
+    return _tree_bytes(jax.eval_shape(make, *trees))
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _filled(rows: int, length: int, pad_id: int) -> tuple[jax.Array, jax.Array]:
+    """Returns token ids and their mask, all of it real."""
+    return jnp.full((rows, length), pad_id, jnp.int32), jnp.ones((rows, length), bool)
+
+
+def _mean_seconds(run: Callable[[], Any], repeats: int = 2) -> float:
+    jax.block_until_ready(run())  # compiles
+    started = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(run())
+    return (time.perf_counter() - started) / repeats
+
+
+def _seconds(work: Sequence[Work]) -> dict[str, float]:
+    return {part.stage: part.tokens * part.passes / part.rate for part in work}
+
+
+def _total(seconds: dict[str, float], shown: dict[str, float] | None = None) -> str:
+    stages = seconds if shown is None else shown
+    parts = ", ".join(f"{stage} {duration(s)}" for stage, s in stages.items())
+    return f"{duration(sum(seconds.values()))} on this machine ({parts})"
