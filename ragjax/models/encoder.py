@@ -93,7 +93,7 @@ def load_encoder(
     dtype: Any = "float32",
     shardings: Any = None,
 ) -> TextEncoder:
-    """Load a text encoder of the families of BERT, DPR, RoBERTa, ModernBERT or a causal decoder.
+    """Loads a text encoder of the families of BERT, DPR, RoBERTa, ModernBERT or a causal decoder.
 
     What the arguments leave open is as the sentence-transformers files of the folder say where it
     has them (`modules.json`, ...); otherwise it is the pooling that the architecture is trained
@@ -101,25 +101,25 @@ def load_encoder(
     prefixes of their model cards. What was chosen without the folder saying so is logged.
 
     Args:
-      source: any source of `ragjax.models.files.sources.resolve_source`.
-      pooling: a key of `POOLINGS`, or several joined by "+"; None takes the folder's.
-      normalize: True scales embeddings to length 1 (after truncation); None does as the folder
-        says, before truncation as sentence-transformers does.
-      max_length: tokens per text, special tokens included; None takes the folder's.
-      query_prefix: text put before each query; None takes the folder's prompt.
-      doc_prefix: text put before each document; None takes the folder's prompt.
-      truncate_dim: dimensions to keep (Matryoshka); None takes the folder's.
-      dtype: of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
-      shardings: where the parameters go, see `ragjax.models.files.placement.sharding_of`; None: the
-        default device.
+        source: Any source of `ragjax.models.files.sources.resolve_source`.
+        pooling: A key of `POOLINGS`, or several joined by "+"; None takes the folder's.
+        normalize: True scales embeddings to length 1 (after truncation); None does as the folder
+            says, before truncation as sentence-transformers does.
+        max_length: Tokens per text, special tokens included; None takes the folder's.
+        query_prefix: Text put before each query; None takes the folder's prompt.
+        doc_prefix: Text put before each document; None takes the folder's prompt.
+        truncate_dim: Dimensions to keep (Matryoshka); None takes the folder's.
+        dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
+        shardings: Where the parameters go, see `ragjax.models.files.placement.sharding_of`; None:
+            the default device.
 
     Returns:
-      The encoder.
+        The encoder.
 
     Raises:
-      OSError: the source is not there or cannot be fetched.
-      ValueError: what is there is not a text encoder that ragjax supports; says which file and
-        field.
+        OSError: The source is not there or cannot be fetched.
+        ValueError: What is there is not a text encoder that ragjax supports; says which file and
+            field.
     """
     folder = resolve_source(source)
     if folder.is_file():
@@ -174,26 +174,26 @@ def build_encoder(
     lowercase: bool = False,
     source: str,
 ) -> TextEncoder:
-    """Put a `TextEncoder` together from its parts; the arguments are its fields.
+    """Puts a `TextEncoder` together from its parts; the arguments are its fields.
 
     Args:
-      family: architecture.
-      config: its sizes.
-      params: parameters; with those of the `Dense` steps under "projection".
-      tokenizer: adds its special tokens; neither truncates nor pads.
-      pad_id: token that fills up rows.
-      pooling: key of `POOLINGS`, or several joined by "+".
-      normalized: True or False: embeddings come out with length 1, or as they are, whatever the
-        steps say; None: as the steps say.
-      max_length: tokens per text.
-      steps: what follows the pooling.
-      query_prefix: text put before each query.
-      doc_prefix: text put before each document.
-      lowercase: whether the tokenizer was told to lower-case.
-      source: where the parts come from.
+        family: Architecture.
+        config: Its sizes.
+        params: Parameters; with those of the `Dense` steps under "projection".
+        tokenizer: Adds its special tokens; neither truncates nor pads.
+        pad_id: Token that fills up rows.
+        pooling: Key of `POOLINGS`, or several joined by "+".
+        normalized: True or False: embeddings come out with length 1, or as they are, whatever the
+            steps say; None: as the steps say.
+        max_length: Tokens per text.
+        steps: What follows the pooling.
+        query_prefix: Text put before each query.
+        doc_prefix: Text put before each document.
+        lowercase: Whether the tokenizer was told to lower-case.
+        source: Where the parts come from.
 
     Raises:
-      ValueError: unknown pooling, or a step that does not fit the embeddings that it gets.
+        ValueError: Unknown pooling, or a step that does not fit the embeddings that it gets.
     """
     steps = with_normalization(steps, normalized)
     size = output_size(steps, _pooled_size(config, pooling))
@@ -223,15 +223,15 @@ def build_encoder(
 def with_options(
     encoder: TextEncoder, *, remat: bool = False, compute_dtype: DTypeLike | None = None
 ) -> TextEncoder:
-    """Return the same encoder with an `encode` that computes in another way.
+    """Returns the same encoder with an `encode` that computes in another way.
 
     Args:
-      encoder: any encoder; options that it already has are dropped.
-      remat: as for `make_encode`.
-      compute_dtype: as for `make_encode`.
+        encoder: Any encoder; options that it already has are dropped.
+        remat: As for `make_encode`.
+        compute_dtype: As for `make_encode`.
 
     Returns:
-      An encoder with the same parameters (float32) and the same fingerprint.
+        An encoder with the same parameters (float32) and the same fingerprint.
     """
     encode = _make_encode(
         encoder.family,
@@ -253,23 +253,23 @@ def make_encode(
     remat: bool = False,
     compute_dtype: DTypeLike | None = None,
 ) -> Encode:
-    """Make the pure function from parameters and tokens to embeddings.
+    """Makes the pure function from parameters and tokens to embeddings.
 
     Args:
-      family: architecture.
-      config: its sizes.
-      pool: `(hidden [B, L, D], mask [B, L]) -> [B, D]`, for instance `pooling.mean_pool`.
-      finish: `(params.get("projection", {}), pooled [B, D] float32) -> [B, D']`, for instance
-        `head.apply_steps` of some steps.
-      remat: True = recompute each layer in the backward pass instead of keeping its intermediate
-        values: less memory, about a third more work.
-      compute_dtype: what the layers compute in, for instance `jnp.bfloat16`; None = the dtype of
-        the parameters. Parameters are converted inside `encode`, so that gradients arrive in their
-        own dtype; pooling and what follows it stay in float32.
+        family: Architecture.
+        config: Its sizes.
+        pool: `(hidden [B, L, D], mask [B, L]) -> [B, D]`, for instance `pooling.mean_pool`.
+        finish: `(params.get("projection", {}), pooled [B, D] float32) -> [B, D']`, for instance
+            `head.apply_steps` of some steps.
+        remat: True = recompute each layer in the backward pass instead of keeping its intermediate
+            values: less memory, about a third more work.
+        compute_dtype: What the layers compute in, for instance `jnp.bfloat16`; None = the dtype of
+            the parameters. Parameters are converted inside `encode`, so that gradients arrive in
+            their own dtype; pooling and what follows it stay in float32.
 
     Returns:
-      `encode(params, tokens) -> [B, D']` float32. A text without tokens gives a finite embedding
-      (zeros, unless `finish` adds to it), with finite gradients.
+        `encode(params, tokens) -> [B, D']` float32. A text without tokens gives a finite embedding
+        (zeros, unless `finish` adds to it), with finite gradients.
     """
     graphdef, _ = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
 
@@ -331,7 +331,7 @@ def _pooling(asked: str | None, recipe: Recipe, family: EncoderFamily, source: s
 def _steps(
     recipe: Recipe, asked: int | None, normalize: bool | None, pooled_size: int, source: str
 ) -> tuple[Step, ...]:
-    """Return what follows the pooling, with the truncation that was asked for or declared."""
+    """Returns what follows the pooling, with the truncation that was asked for or declared."""
     size = recipe.truncate_dim if asked is None else asked
     whole = output_size(recipe.steps, pooled_size)
     if size is None or size == whole or (asked is None and size > whole):
@@ -349,7 +349,7 @@ def _steps(
 def _prefixes(
     recipe: Recipe, query_prefix: str | None, doc_prefix: str | None, names: Sequence[Any]
 ) -> tuple[str, str]:
-    """Return the prefixes: as asked, else the folder's, else those of a well-known model."""
+    """Returns the prefixes: as asked, else the folder's, else those of a well-known model."""
     chosen = (
         recipe.query_prefix if query_prefix is None else query_prefix,
         recipe.doc_prefix if doc_prefix is None else doc_prefix,
@@ -372,7 +372,7 @@ def _prefixes(
 
 
 def _max_length(asked: int | None, recipe: Recipe, config: Any) -> int:
-    """Return the tokens per text: as asked, else the folder's, at most the model's positions."""
+    """Returns the tokens per text: as asked, else the folder's, at most the model's positions."""
     if asked is None:
         return int(min(recipe.max_length or config.max_positions, config.max_positions))
     if not 3 <= asked <= config.max_positions:

@@ -13,19 +13,9 @@ from flax import nnx
 from jax import Array
 
 from ragjax.models.files.key_table import KeyRule
-from ragjax.models.inputs import LMBatch, Tokens
+from ragjax.models.inputs import LMBatch
 from ragjax.models.layers.stacks import Params
-
-
-class EncoderModule(Protocol):
-    """A text encoder without its pooling."""
-
-    def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
-        """Compute the hidden states `[B, L, D]` of right-padded tokens.
-
-        With `remat`, each layer is computed again in the backward pass instead of kept.
-        """
-        ...
+from ragjax.models.trainable import Layout
 
 
 class EncoderFamily(NamedTuple):
@@ -34,7 +24,8 @@ class EncoderFamily(NamedTuple):
     model_types: tuple[str, ...]  # values of `model_type` in config.json
     parse_config: Callable[[Mapping[str, Any]], Any]  # config.json -> frozen dataclass, ValueError
     format_config: Callable[[Any], dict[str, Any]]  # its inverse: the contents of a config.json
-    make_module: Callable[[Any, nnx.Rngs], Any]  # config, rngs -> EncoderModule
+    # config, rngs -> module: (tokens, *, remat) -> hidden states [B, L, D] of right-padded tokens
+    make_module: Callable[[Any, nnx.Rngs], Any]
     key_table: Callable[[Any], dict[str, KeyRule]]  # config -> where each tensor goes
     canonical_key: Callable[[str], str]  # tensor name in any published file -> name in the table
     ignored_keys: tuple[str, ...]  # tensors that may be there and are no part of the encoder
@@ -54,8 +45,7 @@ class LMFamily(NamedTuple):
     save_params: Callable[[Any, Params], dict[str, np.ndarray]]  # config, params -> named tensors
     token_log_probs: "TokenLogProbs"
     make_decoder: Callable[[Any], Any]  # config -> what `ragjax.generation` calls a Decoder
-    split_trainable: "SplitTrainable"
-    merge_trainable: Callable[[Params, Params], Params]  # (trainable, frozen) -> params
+    layout: Layout  # for `ragjax.models.trainable.split_trainable`
     # Scores several answers behind one reading of a document; None where the family cannot.
     packed_token_log_probs: Callable[..., Array] | None = None
     # config -> where each tensor goes, so that an export names one layer at a time; None: it takes
@@ -71,7 +61,7 @@ class LoadParams(Protocol):
     def __call__(
         self, config: Any, tensors: Mapping[str, np.ndarray], *, source: str | Path
     ) -> Params:
-        """Return nested dicts of float32 arrays; ValueError where the tensors do not fit."""
+        """Returns nested dicts of float32 arrays; ValueError where the tensors do not fit."""
         ...
 
 
@@ -81,15 +71,5 @@ class TokenLogProbs(Protocol):
     def __call__(
         self, config: Any, params: Params, batch: LMBatch, *, remat: bool = False
     ) -> Array:
-        """Return `[R, T]` float32 in nats, exactly 0 where `target_mask` is False."""
-        ...
-
-
-class SplitTrainable(Protocol):
-    """Separates what learns from what stays."""
-
-    def __call__(
-        self, params: Params, num_layers: int | None, *, embeddings: bool = False
-    ) -> tuple[Params, Params]:
-        """Return (trainable, frozen): the top layers, all with None; and the embeddings."""
+        """Returns `[R, T]` float32 in nats, exactly 0 where `target_mask` is False."""
         ...

@@ -9,7 +9,7 @@ gradient is ever formed. The adapter lies in the node of its `Linear`, under "lo
 layers has adapters `[N, in, rank]`; where the layers are a tuple of stacks, so are the adapters.
 
 References:
-  Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
 """
 
 import fnmatch
@@ -29,25 +29,25 @@ Adapters = Any  # the nesting of the parameters, with nothing in it but the adap
 def init_adapters(
     params: Params, *, rank: int, alpha: float, targets: Sequence[str] = ("*",), key: Array
 ) -> Adapters:
-    """Make adapters that change nothing yet: "up" is zero.
+    """Makes adapters that change nothing yet: "up" is zero.
 
     Args:
-      params: parameters with their layers under a "layers" node; only linear layers in there are
-        adapted, not embeddings or output tables.
-      rank: of the added matrices, at least 1.
-      alpha: the scale is alpha / rank, so that another rank needs no other learning rate.
-      targets: patterns (`fnmatch`) of the names of linear layers, such as "query", or of their
-        paths, such as "decoder/layers/*" ("layers/1/*" in the second of several stacks); all of
-        them, as QLoRA found it best (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized
-        LLMs", 2023, section 4).
-      key: a `jax.random` key.
+        params: Parameters with their layers under a "layers" node; only linear layers in there are
+            adapted, not embeddings or output tables.
+        rank: Of the added matrices, at least 1.
+        alpha: The scale is alpha / rank, so that another rank needs no other learning rate.
+        targets: Patterns (`fnmatch`) of the names of linear layers, such as "query", or of their
+            paths, such as "decoder/layers/*" ("layers/1/*" in the second of several stacks); all of
+            them, as QLoRA found it best (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized
+            LLMs", 2023, section 4).
+        key: A `jax.random` key.
 
     Returns:
-      Nested dict that holds, for each adapted layer, "lora" with "down" `[in, rank]` (normal,
-      variance 1/in), "up" `[rank, out]` (zeros) and the constant "scale" `[]`; float32.
+        Nested dict that holds, for each adapted layer, "lora" with "down" `[in, rank]` (normal,
+        variance 1/in), "up" `[rank, out]` (zeros) and the constant "scale" `[]`; float32.
 
     Raises:
-      ValueError: the rank or alpha is out of range, or a pattern fits no linear layer.
+        ValueError: The rank or alpha is out of range, or a pattern fits no linear layer.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -79,31 +79,31 @@ def init_adapters(
 
 
 def attach(params: Params, adapters: Adapters) -> Params:
-    """Put adapters into parameters; the result goes wherever the parameters go.
+    """Puts adapters into parameters; the result goes wherever the parameters go.
 
     Args:
-      params: parameters without these adapters.
-      adapters: from `init_adapters`, or their updated copy.
+        params: Parameters without these adapters.
+        adapters: From `init_adapters`, or their updated copy.
 
     Returns:
-      Parameters with adapters. No array is copied, and a gradient with respect to `adapters` does
-      no work for the frozen kernels' own gradients.
+        Parameters with adapters. No array is copied, and a gradient with respect to `adapters` does
+        no work for the frozen kernels' own gradients.
 
     Raises:
-      ValueError: the adapters are of other parameters.
+        ValueError: The adapters are of other parameters.
     """
     return _attach(params, adapters, ())
 
 
 def merge(params: Params) -> Params:
-    """Fold the adapters into the kernels, for export and for fast inference.
+    """Folds the adapters into the kernels, for export and for fast inference.
 
     Args:
-      params: from `attach`, or without adapters.
+        params: From `attach`, or without adapters.
 
     Returns:
-      Parameters without adapters that compute the same up to rounding; kernels keep their dtype.
-      Arrays that have no adapter are not copied.
+        Parameters without adapters that compute the same up to rounding; kernels keep their dtype.
+        Arrays that have no adapter are not copied.
     """
     if isinstance(params, tuple | list):
         return type(params)(merge(part) for part in params)
@@ -116,11 +116,6 @@ def merge(params: Params) -> Params:
         scaled = product * adapter["scale"][..., None, None]
         merged["kernel"] = (kernel + scaled).astype(kernel.dtype)
     return merged
-
-
-def num_parameters(tree: Any) -> int:
-    """Return how many numbers a tree of arrays holds, for instance those of the adapters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _fits(path: str, pattern: str) -> bool:
@@ -152,7 +147,7 @@ def _map_linear_layers(
     node: Any,
     path: tuple[str, ...],
 ) -> Any:
-    """Return what `make` makes of each linear layer, in the nesting of the parameters."""
+    """Returns what `make` makes of each linear layer, in the nesting of the parameters."""
     if isinstance(node, tuple | list):
         return tuple(
             _map_linear_layers(make, part, (*path, str(number))) for number, part in enumerate(node)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 
 from ragjax.models import lora
-from ragjax.models.encoders import trainable as encoder_training
 from ragjax.models.families import LMFamily
+from ragjax.models.trainable import ENCODER, join_layers, merge_trainable, split_trainable
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.shared import LearningConfig, TowersConfig
 
@@ -39,16 +39,16 @@ def lm_parts(config: LearningConfig, family: LMFamily, params: Any, *, seed: int
         ValueError: The model has fewer layers.
     """
     embeddings = config.train_layers == 0 and config.lora_rank == 0
-    learning, frozen = family.split_trainable(
-        params, config.train_layers or None, embeddings=embeddings
+    learning, frozen = split_trainable(
+        params, family.layout, config.train_layers or None, embeddings=embeddings
     )
-    return _with_adapters(config, learning, frozen, family.merge_trainable, seed)
+    return _with_adapters(config, learning, frozen, seed)
 
 
 def tower_parts(config: TowersConfig, params: Any, *, seed: int) -> Parts:
     """Takes the encoder of one tower apart; see `lm_parts`."""
-    learning, frozen = encoder_training.split_trainable(params, config.train_layers or None)
-    return _with_adapters(config, learning, frozen, encoder_training.merge_trainable, seed)
+    learning, frozen = split_trainable(params, ENCODER, config.train_layers or None)
+    return _with_adapters(config, learning, frozen, seed)
 
 
 class Towers(NamedTuple):
@@ -102,30 +102,22 @@ def whole_towers(parts: Towers, trainable: Mapping[str, Any]) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def _whole(merge: Merge, trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: encoder_training.join_layers(lora.merge(merge(part, frozen[name])))
-        for name, part in trainable.items()
+        name: join_layers(lora.merge(merge(part, frozen[name]))) for name, part in trainable.items()
     }
 
 
-def _with_adapters(
-    config: LearningConfig, learning: Any, frozen: Any, merge: Merge, seed: int
-) -> Parts:
+def _with_adapters(config: LearningConfig, learning: Any, frozen: Any, seed: int) -> Parts:
     if not config.lora_rank:
-        return Parts(learning, frozen, merge)
+        return Parts(learning, frozen, merge_trainable)
     adapters = lora.init_adapters(
         learning, rank=config.lora_rank, alpha=config.lora_alpha, key=jax.random.key(seed)
     )
-    return Parts(adapters, (learning, frozen), _AttachAndMerge(merge))
+    return Parts(adapters, (learning, frozen), _merge_adapters)
 
 
-class _AttachAndMerge(NamedTuple):
-    """A merge of adapters, equal to another one of the same kind: it is a key of jit's cache."""
-
-    merge: Merge
-
-    def __call__(self, adapters: Any, rest: Any) -> Any:
-        learning, frozen = rest
-        return self.merge(lora.attach(learning, adapters), frozen)
+def _merge_adapters(adapters: Any, rest: Any) -> Any:
+    learning, frozen = rest
+    return merge_trainable(lora.attach(learning, adapters), frozen)
 
 
 END_TO_END = "end_to_end"

@@ -11,11 +11,11 @@ from encoder_folders import edit_json, embed, tokenize
 
 from ragjax.models import Tokens, load_encoder
 from ragjax.models.encoder import build_encoder, make_encode, with_options
-from ragjax.models.encoders.trainable import merge_trainable, split_trainable
 from ragjax.models.export.dpr_as_bert import as_bert
 from ragjax.models.layers.pooling import cls_pool
 from ragjax.models.testing import tiny_encoder
 from ragjax.models.testing.encoder import random_params
+from ragjax.models.trainable import ENCODER, merge_trainable, split_trainable
 
 TEXTS = ["a first text", "a second, longer text", "three"]
 BGE = "Represent this sentence for searching relevant passages: "
@@ -137,7 +137,7 @@ def test_cls_pooling_computes_the_last_layer_for_the_first_token_only(family, re
     short = make_encode(base.family, base.config, cls_pool, remat=remat)
     # Another function than `cls_pool` is given every token.
     whole = make_encode(base.family, base.config, lambda *arrays: cls_pool(*arrays))
-    trainable, frozen = split_trainable(base.params, learning)
+    trainable, frozen = split_trainable(base.params, ENCODER, learning)
 
     def value_and_gradient(encode):
         def loss(trainable):

@@ -11,6 +11,7 @@ import pytest
 from ragjax.data import Question
 from ragjax.index import SearchResult
 from ragjax.models.testing.seq2seq import write_tiny_seq2seq
+from ragjax.models.trainable import merge_trainable, split_trainable
 from ragjax.runs.compare import systems as systems_module
 from ragjax.runs.compare.dev import Side, evaluate_dev, marginal_nll
 from ragjax.runs.forecast import estimate_rag_cost
@@ -339,7 +340,7 @@ def changed_by(trained, opened):
         return max(float(jnp.abs(a - b).max()) for a, b in leaves)
 
     lm = workspace.lm
-    whole = lm.family.merge_trainable(*lm.family.split_trainable(lm.params, 1))
+    whole = merge_trainable(*split_trainable(lm.params, lm.family.layout, 1))
     return (
         largest(workspace.encoder.params, trained.towers["shared"]),
         largest(whole, trained.lm_params) if trained.lm_params is not lm.params else 0.0,

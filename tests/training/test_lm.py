@@ -5,9 +5,9 @@ import optax
 import pytest
 
 from ragjax.models import LMBatch
-from ragjax.models.decoder.trainable import merge_trainable, split_trainable
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.models.testing import tiny_language_model
+from ragjax.models.trainable import DECODER, merge_trainable, split_trainable
 from ragjax.training.lm import answer_tokens, make_lm_loss
 from ragjax.training.steps import init_state, make_train_step
 
@@ -56,7 +56,7 @@ def test_the_prompt_gives_no_loss(rng):
 
 def test_frozen_layers_keep_their_bits_and_the_loss_falls(rng):
     model, batch = tiny_language_model(), random_batch(rng)
-    trainable, frozen = split_trainable(model.params, 1, embeddings=False)
+    trainable, frozen = split_trainable(model.params, DECODER, 1)
     optimizer = optax.adam(1e-2)
     step = make_train_step(make_lm_loss(model.token_log_probs, merge_trainable), optimizer)
     state = init_state(trainable, optimizer, 0)

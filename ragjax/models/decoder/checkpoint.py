@@ -10,8 +10,8 @@ import numpy as np
 
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.model import init_params
-from ragjax.models.decoder.trainable import join_layers
 from ragjax.models.files.key_table import KeyRule, apply_key_table, named_tensors, transpose
+from ragjax.models.trainable import join_layers
 
 # Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
 _LINEAR = {

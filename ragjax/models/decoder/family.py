@@ -12,8 +12,8 @@ from ragjax.models.decoder.config import (
     format_huggingface_config,
     parse_huggingface_config,
 )
-from ragjax.models.decoder.trainable import merge_trainable, split_trainable
 from ragjax.models.families import LMFamily
+from ragjax.models.trainable import DECODER
 
 FAMILY = LMFamily(
     model_types=MODEL_TYPES,
@@ -23,8 +23,7 @@ FAMILY = LMFamily(
     save_params=params_to_huggingface,
     token_log_probs=decoder.token_log_probs,
     make_decoder=CachedDecoder,
-    split_trainable=split_trainable,
-    merge_trainable=merge_trainable,
+    layout=DECODER,
     packed_token_log_probs=decoder.packed_token_log_probs,
     key_table=huggingface_key_table,
 )

@@ -8,7 +8,7 @@ D head width, V vocabulary. Parameters are a nested dict of arrays:
 
 Llama, Mistral, Qwen2, Qwen3 and Gemma 3 are this decoder under different configurations
 (`ragjax.models.decoder.config.FAMILIES`). The leaves of `params["layers"]` are the layers stacked
-on axis 0, and `nnx_trees.over_layers` runs them: of many layers one is compiled, and where some
+on axis 0, and `stacks.over_stacks` runs them: of many layers one is compiled, and where some
 layers see a sliding window, a stacked flag selects the mask and the angles. `params["layers"]` may
 also be a tuple of such stacks, run in turn: differentiating with respect to the last of them does
 no backward work for the earlier ones (`split_trainable`).
@@ -33,9 +33,9 @@ from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.layers import DecoderLayer, KeyValues, RMSNorm
 from ragjax.models.decoder.packing import PackedBatch
 from ragjax.models.inputs import LMBatch
-from ragjax.models.layers import stacks as nnx_trees
+from ragjax.models.layers import stacks
 from ragjax.models.layers.rotary import Rotary, rotary_angles
-from ragjax.models.layers.stacks import over_layers
+from ragjax.models.layers.stacks import over_stacks
 
 
 def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     embed_key, unembed_key, layers_key = jax.random.split(key, 3)
 
     def init_layer(layer_key: Array) -> dict[str, Any]:
-        return nnx_trees.split(DecoderLayer(config, rngs=nnx.Rngs(layer_key)))[1]
+        return stacks.split(DecoderLayer(config, rngs=nnx.Rngs(layer_key)))[1]
 
     shape = (config.vocab_size, config.hidden_size)
     params: dict[str, Any] = {
@@ -159,22 +159,16 @@ def run_layers(
     full, local = _layer_views(config, positions, allowed, past_positions)
     flags = jnp.asarray(config.sliding_layers) if local is not full else None
 
-    def apply_layer(hidden: Array, inputs: tuple[Any, KeyValues | None, Array | None]) -> Any:
-        layer_params, layer_past, slides = inputs
+    def apply_layer(hidden: Array, inputs: Any) -> Any:
+        layer_params, (layer_past, slides) = inputs
         view = full if slides is None else _select(slides, local, full)
-        layer = nnx_trees.merge(graphdef, layer_params)
+        layer = stacks.merge(graphdef, layer_params)
         return layer(hidden, view.rotary, view.allowed, layer_past)
 
-    hidden = _embed(config, params, ids)
-    news, start = [], 0
-    for stack in layer_stacks(params):
-        size = jax.tree.leaves(stack)[0].shape[0]
-        part = jax.tree.map(lambda leaf: leaf[start : start + size], (past, flags))  # noqa: B023  (called at once)
-        hidden, new = over_layers(apply_layer, hidden, (stack, *part), remat=remat)
-        news.append(new)
-        start += size
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *news)
-    return _rms_norm(config, params["final_norm"], hidden), joined
+    hidden, new = over_stacks(
+        apply_layer, _embed(config, params, ids), params["layers"], (past, flags), remat=remat
+    )
+    return _rms_norm(config, params["final_norm"], hidden), new
 
 
 def logits(params: dict[str, Any], hidden: Array) -> Array:
@@ -217,12 +211,6 @@ def causal(mask: Array) -> Array:
     """
     length = mask.shape[1]
     return mask[:, None, :] & jnp.tril(jnp.ones((1, length, length), bool))
-
-
-def layer_stacks(params: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Returns the stacks of layers in the order in which they run."""
-    layers = params["layers"]
-    return tuple(layers) if isinstance(layers, tuple | list) else (layers,)
 
 
 class _View(NamedTuple):
@@ -282,17 +270,17 @@ def _target_log_probs(
 
 
 def _rms_norm(config: DecoderConfig, norm_params: dict[str, Any], hidden: Array) -> Array:
-    graphdef, _ = nnx_trees.abstract(
+    graphdef, _ = stacks.abstract(
         lambda: RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, offset=config.family.norm_offset
         )
     )
-    return nnx_trees.merge(graphdef, norm_params)(hidden)
+    return stacks.merge(graphdef, norm_params)(hidden)
 
 
 @functools.lru_cache
 def _layer_structure(config: DecoderConfig) -> Any:
-    return nnx_trees.abstract(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))[0]
+    return stacks.abstract(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))[0]
 
 
 def _check_batch(batch: LMBatch) -> None:

@@ -48,7 +48,7 @@ class BertConfig:
     activation: str = "gelu"  # a key of ACTIVATIONS
 
     def __post_init__(self) -> None:
-        """Check that the sizes fit together."""
+        """Checks that the sizes fit together."""
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_act {self.activation!r} is not supported, one of {sorted(ACTIVATIONS)} is"
@@ -61,13 +61,13 @@ class BertConfig:
 
 
 def parse_config(config: Mapping[str, Any]) -> BertConfig:
-    """Read the fields of a Hugging Face `config.json` of model type `bert`.
+    """Reads the fields of a Hugging Face `config.json` of model type `bert`.
 
     Args:
-      config: the parsed file.
+        config: The parsed file.
 
     Raises:
-      ValueError: a field is missing, is not of its type, or asks for what is not supported.
+        ValueError: A field is missing, is not of its type, or asks for what is not supported.
     """
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
@@ -88,7 +88,7 @@ def parse_config(config: Mapping[str, Any]) -> BertConfig:
 
 
 def format_config(config: BertConfig) -> dict[str, Any]:
-    """Return the contents of a Hugging Face `config.json` that `parse_config` reads as `config`."""
+    """Returns the contents of a `config.json` that `parse_config` reads as `config`."""
     return {
         "model_type": "bert",
         "architectures": ["BertModel"],
@@ -108,16 +108,16 @@ class Bert(nnx.Module):
     """BERT without its pooler: token ids in, hidden states of the last layer out.
 
     References:
-      Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language
-      Understanding", 2019, section 3.
+        Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language
+        Understanding", 2019, section 3.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised parameters (normal, standard deviation 0.02).
+        """Makes randomly initialised parameters (normal, standard deviation 0.02).
 
         Args:
-          config: sizes.
-          rngs: source of the random keys.
+            config: Sizes.
+            rngs: Source of the random keys.
         """
         self.embeddings = BertEmbeddings(config, rngs=rngs)
         self.layers = stacked(
@@ -125,16 +125,16 @@ class Bert(nnx.Module):
         )
 
     def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
-        """Compute the hidden states.
+        """Computes the hidden states.
 
         Args:
-          tokens: ids `[B, L]` int32 below `vocab_size`, mask `[B, L]` bool; L at most
-            `max_positions`.
-          remat: True = recompute each layer in the backward pass.
+            tokens: Ids `[B, L]` int32 below `vocab_size`, mask `[B, L]` bool; L at most
+                `max_positions`.
+            remat: True = recompute each layer in the backward pass.
 
         Returns:
-          `[B, L, D]`, in the dtype of the parameters; positions outside the mask are finite and
-          without meaning.
+            `[B, L, D]`, in the dtype of the parameters; positions outside the mask are finite and
+            without meaning.
         """
         mask = tokens.mask[:, None, None, :]  # [B, 1, 1, L]
         return scan_layers(
@@ -145,16 +145,16 @@ class Bert(nnx.Module):
         )
 
     def first_hidden(self, tokens: Tokens, *, remat: bool = False) -> Array:
-        """Compute the hidden states of the first tokens, which is all that CLS pooling reads.
+        """Computes the hidden states of the first tokens, which is all that CLS pooling reads.
 
         The last layer then asks for the first token only and spares five sixths of its products.
 
         Args:
-          tokens: as for `__call__`.
-          remat: as for `__call__`.
+            tokens: As for `__call__`.
+            remat: As for `__call__`.
 
         Returns:
-          `[B, D]`, the same as `self(tokens)[:, 0]` up to rounding.
+            `[B, D]`, the same as `self(tokens)[:, 0]` up to rounding.
         """
         # Taking the layers apart copies them, which few tokens do not pay for.
         if tokens.ids.size < _TOKENS_PER_LAYER * count_layers(self.layers):
@@ -170,12 +170,12 @@ class BertEmbeddings(nnx.Module):
     """Sum of token, position and type embeddings, normalised."""
 
     def __init__(self, config: BertConfig, *, unused_positions: int = 0, rngs: nnx.Rngs):
-        """Make randomly initialised tables.
+        """Makes randomly initialised tables.
 
         Args:
-          config: sizes.
-          unused_positions: rows of the position table before the one of the first token.
-          rngs: source of the random keys.
+            config: Sizes.
+            unused_positions: Rows of the position table before the one of the first token.
+            rngs: Source of the random keys.
         """
 
         def table(size: int) -> nnx.Embed:
@@ -189,7 +189,7 @@ class BertEmbeddings(nnx.Module):
         self.norm = _layer_norm(config, rngs)
 
     def __call__(self, tokens: Tokens) -> Array:
-        """Embed `[B, L]` tokens as `[B, L, D]`; every token is of type 0."""
+        """Embeds `[B, L]` tokens as `[B, L, D]`; every token is of type 0."""
         length = tokens.ids.shape[1]
         if length > self.max_positions:
             raise ValueError(
@@ -200,7 +200,7 @@ class BertEmbeddings(nnx.Module):
         return self.norm(self.words.embedding[tokens.ids] + added)
 
     def _embed_positions(self, tokens: Tokens) -> Array:
-        """Return what stands for the places of the tokens, `[B or 1, L, D]`."""
+        """Returns what stands for the places of the tokens, `[B or 1, L, D]`."""
         return self.positions.embedding[: tokens.ids.shape[1]][None]
 
 
@@ -208,7 +208,7 @@ class BertLayer(nnx.Module):
     """Self-attention and a feed-forward block, each added to its input and normalised after."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised weights."""
+        """Makes randomly initialised weights."""
 
         def linear(inputs: int, outputs: int) -> Linear:
             init = nnx.initializers.normal(0.02)
@@ -227,15 +227,15 @@ class BertLayer(nnx.Module):
         self.output_norm = _layer_norm(config, rngs)
 
     def __call__(self, hidden: Array, mask: Array, *, first_only: bool = False) -> Array:
-        """Transform hidden states.
+        """Transforms hidden states.
 
         Args:
-          hidden: `[B, L, D]`.
-          mask: `[B, 1, 1, L]` bool, True = token that is attended to.
-          first_only: True: the first token alone attends.
+            hidden: `[B, L, D]`.
+            mask: `[B, 1, 1, L]` bool, True = token that is attended to.
+            first_only: True: the first token alone attends.
 
         Returns:
-          `[B, L, D]`, or `[B, 1, D]` with `first_only`.
+            `[B, L, D]`, or `[B, 1, D]` with `first_only`.
         """
         asking = hidden[:, :1] if first_only else hidden
         attended = self.attention_output(self._attend(asking, hidden, mask))
@@ -284,11 +284,11 @@ IGNORED_KEYS = ("embeddings.position_ids", "pooler.dense.*", "cls.*")
 
 
 def canonical_key(name: str) -> str:
-    """Return the name that `KEY_TABLE` uses for a tensor of any published BERT checkpoint.
+    """Returns the name that `KEY_TABLE` uses for a tensor of any published BERT checkpoint.
 
     Args:
-      name: tensor name; may start with "bert." and, in checkpoints that came from TensorFlow,
-        end with "LayerNorm.gamma" or "LayerNorm.beta".
+        name: Tensor name; may start with "bert." and, in checkpoints that came from TensorFlow,
+            end with "LayerNorm.gamma" or "LayerNorm.beta".
     """
     name = name.removeprefix("bert.")
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
@@ -304,7 +304,7 @@ def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def number_field(config: Mapping[str, Any], field: str, default: float) -> float:
-    """Return a positive number from a `config.json`; ValueError where it is none."""
+    """Returns a positive number from a `config.json`; ValueError where it is none."""
     value = config.get(field, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
         raise ValueError(f"{field} must be a positive number, got {value!r}")

@@ -1,9 +1,9 @@
 """Causal decoders as text encoders: Qwen3-Embedding, E5-Mistral and others of their kind.
 
 References:
-  Wang et al., "Improving Text Embeddings with Large Language Models", 2024.
-  Zhang et al., "Qwen3 Embedding: Advancing Text Embedding and Reranking Through Foundation
-  Models", 2025.
+    Wang et al., "Improving Text Embeddings with Large Language Models", 2024.
+    Zhang et al., "Qwen3 Embedding: Advancing Text Embedding and Reranking Through Foundation
+    Models", 2025.
 """
 
 import dataclasses
@@ -30,18 +30,18 @@ class DecoderEncoder(nnx.Module):
     """A decoder without its unembedding, as `EncoderFamily.make_module` wants it."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        """Make random parameters, laid out as `ragjax.models.decoder.model` has them.
+        """Makes random parameters, laid out as `ragjax.models.decoder.model` has them.
 
         Args:
-          config: sizes.
-          rngs: source of the random keys.
+            config: Sizes.
+            rngs: Source of the random keys.
         """
         self.config = config
         for name, node in init_params(config, rngs.params()).items():
             setattr(self, name, _Node(node))
 
     def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
-        """Compute the hidden states `[B, L, D]` of right-padded tokens."""
+        """Computes the hidden states `[B, L, D]` of right-padded tokens."""
         return hidden_states(self.config, split(self)[1], tokens, remat=remat)
 
 
@@ -56,16 +56,16 @@ class _Node(nnx.Module):
 def hidden_states(
     config: DecoderConfig, params: Params, tokens: Tokens, *, remat: bool = False
 ) -> Array:
-    """Compute the normalised hidden states of the last layer.
+    """Computes the normalised hidden states of the last layer.
 
     Args:
-      config: sizes.
-      params: as `ragjax.models.decoder.model` describes them, adapters and stacks included.
-      tokens: ids and mask `[B, L]`; L at most `max_positions`.
-      remat: True = recompute each layer in the backward pass.
+        config: Sizes.
+        params: As `ragjax.models.decoder.model` describes them, adapters and stacks included.
+        tokens: Ids and mask `[B, L]`; L at most `max_positions`.
+        remat: True = recompute each layer in the backward pass.
 
     Returns:
-      `[B, L, D]`, in the dtype of the parameters; a token has read those before it and itself.
+        `[B, L, D]`, in the dtype of the parameters; a token has read those before it and itself.
     """
     length = tokens.ids.shape[1]
     if length > config.max_positions:
@@ -84,19 +84,19 @@ def hidden_states(
 
 
 def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Read the fields of a Hugging Face `config.json` of a decoder; it has no unembedding here.
+    """Reads the fields of a Hugging Face `config.json` of a decoder; it has no unembedding here.
 
     Raises:
-      ValueError: a field is missing or asks for what is not supported.
+        ValueError: A field is missing or asks for what is not supported.
     """
     return dataclasses.replace(parse_huggingface_config(config), tie_embeddings=True)
 
 
 def canonical_key(name: str) -> str:
-    """Return the name that `key_table` uses for a tensor of a published checkpoint.
+    """Returns the name that `key_table` uses for a tensor of a published checkpoint.
 
     Args:
-      name: tensor name; those saved from the model without its head lack the "model.".
+        name: Tensor name; those saved from the model without its head lack the "model.".
     """
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 

@@ -1,7 +1,7 @@
 """The question and context encoders of Dense Passage Retrieval: BERT in a file of its own kind.
 
 References:
-  Karpukhin et al., "Dense Passage Retrieval for Open-Domain Question Answering", 2020, section 3.
+    Karpukhin et al., "Dense Passage Retrieval for Open-Domain Question Answering", 2020, section 3.
 """
 
 import dataclasses
@@ -39,22 +39,22 @@ class Dpr(Bert):
     """
 
     def __init__(self, config: DprConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised parameters.
+        """Makes randomly initialised parameters.
 
         Args:
-          config: sizes.
-          rngs: source of the random keys.
+            config: Sizes.
+            rngs: Source of the random keys.
         """
         super().__init__(config, rngs=rngs)
         sizes = (config.hidden_size, config.projection_size)
         self.output = Linear(*sizes, rngs=rngs) if config.projection_size else None
 
     def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
-        """Compute the (projected) hidden states, as `Bert` does."""
+        """Computes the (projected) hidden states, as `Bert` does."""
         return self._project(super().__call__(tokens, remat=remat))
 
     def first_hidden(self, tokens: Tokens, *, remat: bool = False) -> Array:
-        """Compute the (projected) hidden states of the first tokens, as `Bert` does."""
+        """Computes the (projected) hidden states of the first tokens, as `Bert` does."""
         return self._project(super().first_hidden(tokens, remat=remat))
 
     def _project(self, hidden: Array) -> Array:
@@ -62,10 +62,10 @@ class Dpr(Bert):
 
 
 def parse_config(config: Mapping[str, Any]) -> DprConfig:
-    """Read the fields of a Hugging Face `config.json` of model type `dpr`.
+    """Reads the fields of a Hugging Face `config.json` of model type `dpr`.
 
     Raises:
-      ValueError: a field is missing or not of its type, or the file is that of a DPR reader.
+        ValueError: A field is missing or not of its type, or the file is that of a DPR reader.
     """
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
@@ -84,7 +84,7 @@ def parse_config(config: Mapping[str, Any]) -> DprConfig:
 
 
 def format_config(config: DprConfig) -> dict[str, Any]:
-    """Return the contents of a Hugging Face `config.json` that `parse_config` reads as `config`."""
+    """Returns the contents of a `config.json` that `parse_config` reads as `config`."""
     return bert.format_config(config) | {
         "model_type": "dpr",
         "architectures": [name for name, tower in _TOWERS.items() if tower == config.tower],
@@ -93,7 +93,7 @@ def format_config(config: DprConfig) -> dict[str, Any]:
 
 
 def key_table(config: DprConfig) -> dict[str, KeyRule]:
-    """Return where each tensor of a DPR tower goes."""
+    """Returns where each tensor of a DPR tower goes."""
     table = {f"{config.tower}.bert_model.{name}": rule for name, rule in bert.KEY_TABLE.items()}
     if config.projection_size:
         stem = f"{config.tower}.encode_proj."
@@ -103,14 +103,14 @@ def key_table(config: DprConfig) -> dict[str, KeyRule]:
 
 
 def as_bert(config: DprConfig, params: Params) -> tuple[BertConfig, Params]:
-    """Return the BERT inside a DPR tower, for programs that know BERT only.
+    """Returns the BERT inside a DPR tower, for programs that know BERT only.
 
     Args:
-      config: sizes.
-      params: parameters of `Dpr`.
+        config: Sizes.
+        params: Parameters of `Dpr`.
 
     Returns:
-      Configuration and parameters of `Bert`; the projection, `params["output"]`, is not in them.
+        Configuration and parameters of `Bert`; the projection, `params["output"]`, is not in them.
     """
     fields = [field.name for field in dataclasses.fields(BertConfig)]
     plain = BertConfig(**{name: getattr(config, name) for name in fields})

@@ -44,7 +44,7 @@ class ModernBertConfig:
     activation: str = "gelu"  # a key of bert.ACTIVATIONS
 
     def __post_init__(self) -> None:
-        """Check that the sizes fit together."""
+        """Checks that the sizes fit together."""
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_activation {self.activation!r} is not supported, one of "
@@ -63,14 +63,14 @@ class ModernBertConfig:
 
 
 def parse_config(config: Mapping[str, Any]) -> ModernBertConfig:
-    """Read the fields of a Hugging Face `config.json` of model type `modernbert`.
+    """Reads the fields of a Hugging Face `config.json` of model type `modernbert`.
 
     Both forms are read: the fields that transformers 4 wrote (`global_attn_every_n_layers`,
     `global_rope_theta`, `local_rope_theta`) and those of transformers 5 (`layer_types` and
     `rope_parameters` per type of layer).
 
     Raises:
-      ValueError: a field is missing, is not of its type, or asks for what is not supported.
+        ValueError: A field is missing, is not of its type, or asks for what is not supported.
     """
     num_layers = integer_field(config, "num_hidden_layers", most=MAX_LAYERS)
     return ModernBertConfig(
@@ -93,7 +93,7 @@ def parse_config(config: Mapping[str, Any]) -> ModernBertConfig:
 
 
 def format_config(config: ModernBertConfig) -> dict[str, Any]:
-    """Return the contents of a Hugging Face `config.json` that `parse_config` reads as `config`.
+    """Returns the contents of a `config.json` that `parse_config` reads as `config`.
 
     transformers 5 reads `layer_types` and `rope_parameters`, transformers 4 the other three.
     """
@@ -128,16 +128,16 @@ class ModernBert(nnx.Module):
     """ModernBERT without its heads: token ids in, normalised hidden states out.
 
     References:
-      Warner et al., "Smarter, Better, Faster, Longer: A Modern Bidirectional Encoder for Fast,
-      Memory Efficient, and Long Context Finetuning and Inference", 2024, section 2.1.
+        Warner et al., "Smarter, Better, Faster, Longer: A Modern Bidirectional Encoder for Fast,
+        Memory Efficient, and Long Context Finetuning and Inference", 2024, section 2.1.
     """
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised parameters (normal, standard deviation 0.02).
+        """Makes randomly initialised parameters (normal, standard deviation 0.02).
 
         Args:
-          config: sizes.
-          rngs: source of the random keys.
+            config: Sizes.
+            rngs: Source of the random keys.
         """
         init = nnx.initializers.normal(0.02)
         self.config = config
@@ -163,16 +163,16 @@ class ModernBert(nnx.Module):
         self.final_norm = _layer_norm(config, rngs)
 
     def __call__(self, tokens: Tokens, *, remat: bool = False) -> Array:
-        """Compute the hidden states.
+        """Computes the hidden states.
 
         Args:
-          tokens: ids `[B, L]` int32 below `vocab_size`, mask `[B, L]` bool; L at most
-            `max_positions`.
-          remat: True = recompute each layer in the backward pass.
+            tokens: Ids `[B, L]` int32 below `vocab_size`, mask `[B, L]` bool; L at most
+                `max_positions`.
+            remat: True = recompute each layer in the backward pass.
 
         Returns:
-          `[B, L, D]`, in the dtype of the parameters; positions outside the mask are finite and
-          without meaning.
+            `[B, L, D]`, in the dtype of the parameters; positions outside the mask are finite and
+            without meaning.
         """
         length, limit = tokens.ids.shape[1], self.config.max_positions
         if length > limit:
@@ -201,7 +201,7 @@ class ModernBert(nnx.Module):
         return self.final_norm(hidden)
 
     def _kinds(self) -> "_Kind":
-        """Return what tells the layers apart, stacked; the first has a norm of ones, unused."""
+        """Returns what tells the layers apart, stacked; the first has a norm of ones, unused."""
 
         def with_first(parameter: Any) -> Array:
             values = parameter[...]
@@ -240,7 +240,7 @@ class ModernBertLayer(nnx.Module):
     """Self-attention and a gated feed-forward block, each normalised before and added after."""
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised weights."""
+        """Makes randomly initialised weights."""
 
         def linear(inputs: int, outputs: int, use_bias: bool) -> Linear:
             init = nnx.initializers.normal(0.02)
@@ -255,7 +255,7 @@ class ModernBertLayer(nnx.Module):
         self.output = linear(inner, size, config.mlp_bias)
 
     def __call__(self, hidden: Array, attention: _Attention, kind: _Kind) -> Array:
-        """Transform hidden states `[B, L, D]`."""
+        """Transforms hidden states `[B, L, D]`."""
         normalized = _normalize(hidden, kind.norm_scale, kind.norm_bias, self.config.norm_eps)
         attended = self._attend(jnp.where(kind.is_first, hidden, normalized), attention)
         hidden = hidden + self.attention_output(attended)
@@ -270,7 +270,7 @@ class ModernBertLayer(nnx.Module):
 
 
 def _normalize(hidden: Array, scale: Array, bias: Array, epsilon: float) -> Array:
-    """Normalise as `nnx.LayerNorm` does, in float32, with parameters `[D]` given by hand."""
+    """Normalises as `nnx.LayerNorm` does, in float32, with parameters `[D]` given by hand."""
     wide = hidden.astype(jnp.float32)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normalized = centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
@@ -285,7 +285,7 @@ def _rotary(theta: float, length: int, width: int) -> tuple[Array, Array]:
 
 
 def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
-    """Turn the two halves of each head `[B, L, H, width]` by the angles of its slot."""
+    """Turns the two halves of each head `[B, L, H, width]` by the angles of its slot."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[None, :, None], sin[None, :, None]
     turned = (first * cos - second * sin, second * cos + first * sin)
@@ -293,7 +293,7 @@ def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
 
 
 def _window(length: int, reach: int) -> Array:
-    """Return `[L, L]` bool, True where two slots are at most `reach` apart."""
+    """Returns `[L, L]` bool, True where two slots are at most `reach` apart."""
     slots = jnp.arange(length)
     return jnp.abs(slots[:, None] - slots[None]) <= reach
 
@@ -310,7 +310,7 @@ def _layer_norm(config: ModernBertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def key_table(config: ModernBertConfig) -> dict[str, KeyRule]:
-    """Return where each tensor goes; names without the "model." of checkpoints with a head."""
+    """Returns where each tensor goes; names without the "model." of checkpoints with a head."""
     linear = {
         "attn.Wqkv": ("query_key_value", config.attention_bias),
         "attn.Wo": ("attention_output", config.attention_bias),

@@ -34,16 +34,16 @@ class Roberta(Bert):
     """RoBERTa without its pooler: token ids in, hidden states of the last layer out.
 
     References:
-      Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", 2019.
-      Conneau et al., "Unsupervised Cross-lingual Representation Learning at Scale", 2020.
+        Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", 2019.
+        Conneau et al., "Unsupervised Cross-lingual Representation Learning at Scale", 2020.
     """
 
     def __init__(self, config: RobertaConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised parameters (normal, standard deviation 0.02).
+        """Makes randomly initialised parameters (normal, standard deviation 0.02).
 
         Args:
-          config: sizes.
-          rngs: source of the random keys.
+            config: Sizes.
+            rngs: Source of the random keys.
         """
         super().__init__(config, rngs=rngs)
         self.embeddings = RobertaEmbeddings(config, rngs=rngs)
@@ -53,7 +53,7 @@ class RobertaEmbeddings(BertEmbeddings):
     """BERT's embeddings, with the positions of the real tokens counted from `padding_id + 1`."""
 
     def __init__(self, config: RobertaConfig, *, rngs: nnx.Rngs):
-        """Make randomly initialised tables."""
+        """Makes randomly initialised tables."""
         super().__init__(config, unused_positions=config.padding_id + 1, rngs=rngs)
         self.padding_id = config.padding_id
 
@@ -65,10 +65,10 @@ class RobertaEmbeddings(BertEmbeddings):
 
 
 def parse_config(config: Mapping[str, Any]) -> RobertaConfig:
-    """Read the fields of a Hugging Face `config.json` of model type `roberta` or its relatives.
+    """Reads the fields of a Hugging Face `config.json` of model type `roberta` or its relatives.
 
     Raises:
-      ValueError: a field is missing, is not of its type, or asks for what is not supported.
+        ValueError: A field is missing, is not of its type, or asks for what is not supported.
     """
     padding_id = config.get("pad_token_id", 1)
     if not isinstance(padding_id, int) or isinstance(padding_id, bool) or padding_id < 0:
@@ -84,7 +84,7 @@ def parse_config(config: Mapping[str, Any]) -> RobertaConfig:
 
 
 def format_config(config: RobertaConfig) -> dict[str, Any]:
-    """Return the contents of a Hugging Face `config.json` that `parse_config` reads as `config`."""
+    """Returns the contents of a `config.json` that `parse_config` reads as `config`."""
     return bert.format_config(config) | {
         "model_type": config.model_type,
         "architectures": [_CLASSES[config.model_type]],
@@ -94,10 +94,10 @@ def format_config(config: RobertaConfig) -> dict[str, Any]:
 
 
 def canonical_key(name: str) -> str:
-    """Return the name that `bert.KEY_TABLE` uses for a tensor of a published checkpoint.
+    """Returns the name that `bert.KEY_TABLE` uses for a tensor of a published checkpoint.
 
     Args:
-      name: tensor name; may start with "roberta." or, in the first CamemBERT files, "camembert.".
+        name: Tensor name; may start with "roberta." or, in the first CamemBERT files, "camembert.".
     """
     return name.removeprefix("roberta.").removeprefix("camembert.")
 

@@ -37,22 +37,22 @@ def export_encoder(
     max_shard_size: int = MAX_SHARD_SIZE,
     card: Card | None = None,
 ) -> Exported:
-    """Write a text encoder as a sentence-transformers folder.
+    """Writes a text encoder as a sentence-transformers folder.
 
     The layout is the old one, which sentence-transformers still reads, and transformers.
 
     Args:
-      encoder: architecture, tokenizer, pooling and prompts.
-      folder: must not exist, or be empty.
-      params: trained parameters of the encoder (one tower); None: `encoder.params`. Adapters are
-        merged.
-      dtype: "float32", "bfloat16" or "float16".
-      max_shard_size: bytes of tensors in one file.
-      card: what the model card says beyond what the files know.
+        encoder: Architecture, tokenizer, pooling and prompts.
+        folder: Must not exist, or be empty.
+        params: Trained parameters of the encoder (one tower); None: `encoder.params`. Adapters are
+            merged.
+        dtype: "float32", "bfloat16" or "float16".
+        max_shard_size: Bytes of tensors in one file.
+        card: What the model card says beyond what the files know.
 
     Raises:
-      ValueError: the folder is not empty, or the parameters hold NaN or are of another model.
-      OSError: the folder cannot be written, or reads back differently; it is not there then.
+        ValueError: The folder is not empty, or the parameters hold NaN or are of another model.
+        OSError: The folder cannot be written, or reads back differently; it is not there then.
     """
     contents = plan_encoder(
         encoder, params=params, dtype=dtype, max_shard_size=max_shard_size, card=card
@@ -68,7 +68,7 @@ def plan_encoder(
     max_shard_size: int = MAX_SHARD_SIZE,
     card: Card | None = None,
 ) -> ModelFolder:
-    """Make what `export_encoder` writes, with the size of every file; arguments as there."""
+    """Makes what `export_encoder` writes, with the size of every file; arguments as there."""
     base, card = _base_and_card(encoder.source, card)
     params = merge(encoder.params if params is None else params)
     # Hugging Face's classes for DPR hide what sentence-transformers pools.
@@ -90,20 +90,20 @@ def export_language_model(
     max_shard_size: int = MAX_SHARD_SIZE,
     card: Card | None = None,
 ) -> Exported:
-    """Write a language model as a transformers folder.
+    """Writes a language model as a transformers folder.
 
     Args:
-      lm: architecture and tokenizer.
-      folder: must not exist, or be empty.
-      params: trained parameters, the layers in one stack or several; None: `lm.params`. Adapters
-        are merged.
-      dtype: "float32", "bfloat16" or "float16".
-      max_shard_size: bytes of tensors in one file.
-      card: what the model card says beyond what the files know.
+        lm: Architecture and tokenizer.
+        folder: Must not exist, or be empty.
+        params: Trained parameters, the layers in one stack or several; None: `lm.params`. Adapters
+            are merged.
+        dtype: "float32", "bfloat16" or "float16".
+        max_shard_size: Bytes of tensors in one file.
+        card: What the model card says beyond what the files know.
 
     Raises:
-      ValueError: the folder is not empty, or the parameters hold NaN or are of another model.
-      OSError: the folder cannot be written, or reads back differently; it is not there then.
+        ValueError: The folder is not empty, or the parameters hold NaN or are of another model.
+        OSError: The folder cannot be written, or reads back differently; it is not there then.
     """
     contents = plan_language_model(
         lm, params=params, dtype=dtype, max_shard_size=max_shard_size, card=card
@@ -119,7 +119,7 @@ def plan_language_model(
     max_shard_size: int = MAX_SHARD_SIZE,
     card: Card | None = None,
 ) -> ModelFolder:
-    """Make what `export_language_model` writes, with every file's size; arguments as there."""
+    """Makes what `export_language_model` writes, with every file's size; arguments as there."""
     base, card = _base_and_card(lm.source, card)
     params = merge(lm.params if params is None else params)
     table = lm.family.key_table

@@ -31,11 +31,11 @@ class BaseModel(NamedTuple):
 
 
 def read_base(source: str) -> BaseModel:
-    """Read what a model's folder or GGUF file says about its use.
+    """Reads what a model's folder or GGUF file says about its use.
 
     Args:
-      source: `source` of a `TextEncoder` or `LanguageModel`; one that no longer resolves to files
-        (a model built in memory) gives empty fields.
+        source: `source` of a `TextEncoder` or `LanguageModel`; one that no longer resolves to files
+            (a model built in memory) gives empty fields.
     """
     try:
         path = resolve_source(source)
@@ -66,7 +66,7 @@ def _hub_id(source: str) -> str | None:
 
 
 def _transformer_folder(folder: Path) -> Path:
-    """Return where a sentence-transformers folder keeps its transformer: itself, or below."""
+    """Returns where a sentence-transformers folder keeps its transformer: itself, or below."""
     for module in read_json(folder / "modules.json", list):
         if str(module.get("type", "")).endswith(".Transformer"):
             return folder / str(module.get("path", ""))
@@ -74,7 +74,7 @@ def _transformer_folder(folder: Path) -> Path:
 
 
 def _card_license(card: Path) -> str | None:
-    """Return the licence in the YAML header of a model card."""
+    """Returns the licence in the YAML header of a model card."""
     if not card.is_file():
         return None
     text = card.read_text(encoding="utf-8", errors="replace")

@@ -20,15 +20,15 @@ class Card:
     """What the files of the model cannot say about it.
 
     Attributes:
-      license: Licence id of the base model, over what its own files declare; None: theirs.
-      data: Sentences on the training data; "" if nothing is known.
-      recipe: Resolved options of the run, as JSON values; None if there was none.
-      program: The script that the options are of.
-      metrics: System → metric → {"value", "low", "high"}, as `metrics.json` of a run has it; None
-        if nothing was measured.
-      columns: The metrics shown, in order; empty: all.
-      metrics_note: Sentences on what was measured, shown under the table.
-      limitations: Sentences, one for each point.
+        license: Licence id of the base model, over what its own files declare; None: theirs.
+        data: Sentences on the training data; "" if nothing is known.
+        recipe: Resolved options of the run, as JSON values; None if there was none.
+        program: The script that the options are of.
+        metrics: System → metric → {"value", "low", "high"}, as `metrics.json` of a run has it; None
+            if nothing was measured.
+        columns: The metrics shown, in order; empty: all.
+        metrics_note: Sentences on what was measured, shown under the table.
+        limitations: Sentences, one for each point.
     """
 
     license: str | None = None
@@ -52,21 +52,21 @@ class Use(NamedTuple):
 
 
 def chosen_license(card: Card, base: BaseModel) -> str:
-    """Return the licence that the card shows: as given, as declared, or "unknown"."""
+    """Returns the licence that the card shows: as given, as declared, or "unknown"."""
     return card.license or base.license or UNKNOWN_LICENSE
 
 
 def format_card(card: Card, base: BaseModel, use: Use, *, title: str) -> str:
-    """Write the model card.
+    """Writes the model card.
 
     Args:
-      card: what the caller knows.
-      base: what the base model's files say.
-      use: how the exported model is used.
-      title: the heading.
+        card: What the caller knows.
+        base: What the base model's files say.
+        use: How the exported model is used.
+        title: The heading.
 
     Returns:
-      Markdown with a YAML header.
+        Markdown with a YAML header.
     """
     sections = [
         f"# {title}\n\n{use.summary}\n\nBase model: `{base.source}`. Licence: "

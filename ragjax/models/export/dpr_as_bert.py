@@ -9,16 +9,16 @@ _LINEAR_POOLINGS = ("cls", "mean", "weightedmean", "lasttoken")
 
 
 def as_bert(encoder: TextEncoder) -> TextEncoder:
-    """Return a DPR tower as a BERT whose projection, if it has one, is a dense layer.
+    """Returns a DPR tower as a BERT whose projection, if it has one, is a dense layer.
 
     Hugging Face's DPR classes give no hidden states, so that sentence-transformers and what reads
     its folders cannot use them.
 
     Args:
-      encoder: any encoder; one that is no DPR tower is returned as it is.
+        encoder: Any encoder; one that is no DPR tower is returned as it is.
 
     Raises:
-      ValueError: the pooling does not commute with the projection.
+        ValueError: The pooling does not commute with the projection.
     """
     if encoder.family is not dpr.FAMILY:
         return encoder

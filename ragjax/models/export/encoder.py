@@ -28,16 +28,16 @@ _OLD_MODES = 4  # modes that the first versions know; they refuse the names of t
 def encoder_files(
     encoder: TextEncoder, base: BaseModel, card: Card, *, dtype: str
 ) -> dict[str, str]:
-    """Make every file but the weights.
+    """Makes every file but the weights.
 
     Args:
-      encoder: architecture, tokenizer, pooling and prompts.
-      base: what the base model's files say.
-      card: what the caller knows.
-      dtype: of the weights.
+        encoder: Architecture, tokenizer, pooling and prompts.
+        base: What the base model's files say.
+        card: What the caller knows.
+        dtype: Of the weights.
 
     Returns:
-      Path in the folder → contents.
+        Path in the folder → contents.
     """
     check_tokenizer(encoder.tokenizer, encoder.config.vocab_size)
     config = model_config(base, encoder.family, encoder.config, dtype=dtype)
@@ -81,7 +81,7 @@ def encoder_files(
 
 
 def encoder_weights(encoder: TextEncoder) -> dict[str, Mapping[str, np.ndarray]]:
-    """Name the parameters: those of the transformer under "", of each dense layer in its folder."""
+    """Names the parameters: the transformer's under "", each dense layer's under its folder."""
     params = encoder.params
     tower = {name: leaf for name, leaf in params.items() if name != "projection"}
     weights = {"": lazy_tensors(tower, encoder.family.key_table(encoder.config))}
@@ -116,7 +116,7 @@ class _Matrix(NamedTuple):
 
 
 def _places(encoder: TextEncoder) -> dict[str, Normalize | _Matrix]:
-    """Return what follows the pooling, by the folder that it gets."""
+    """Returns what follows the pooling, by the folder that it gets."""
     found: list[Normalize | _Matrix] = []
     size = encoder.config.hidden_size * len(pooling_modes(encoder.pooling))
     layers = 0

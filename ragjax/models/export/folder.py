@@ -19,7 +19,7 @@ class ModelFolder(NamedTuple):
     weights: Mapping[str, Weights]  # path of a subfolder, "" for the folder itself -> its tensors
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of every file, by its path in the folder."""
+        """Returns the bytes of every file, by its path in the folder."""
         sizes = {path: len(text.encode()) for path, text in self.files.items()}
         for place, weights in self.weights.items():
             prefix = f"{place}/" if place else ""
@@ -38,15 +38,15 @@ class Exported(NamedTuple):
 
 
 def check_destination(folder: Path, *, size: int = 0) -> None:
-    """Check that a folder can be made: nothing is there yet, and the disk has room.
+    """Checks that a folder can be made: nothing is there yet, and the disk has room.
 
     Args:
-      folder: may exist if it is empty.
-      size: bytes that are going to be written.
+        folder: May exist if it is empty.
+        size: Bytes that are going to be written.
 
     Raises:
-      ValueError: there is something at that path.
-      OSError: not enough room.
+        ValueError: There is something at that path.
+        OSError: Not enough room.
     """
     folder = folder.absolute()
     if folder.is_dir():
@@ -66,16 +66,16 @@ def check_destination(folder: Path, *, size: int = 0) -> None:
 
 
 def publish(contents: ModelFolder, folder: Path) -> Exported:
-    """Write a folder so that it is there whole, or not at all.
+    """Writes a folder so that it is there whole, or not at all.
 
     A process that is killed leaves a hidden folder `.NAME.*.partial` beside, and nothing else.
 
     Args:
-      contents: what to write.
-      folder: must not exist, or be empty; parents are made.
+        contents: What to write.
+        folder: Must not exist, or be empty; parents are made.
 
     Raises:
-      ValueError, OSError: as `check_destination`; also where a file reads back differently.
+        ValueError, OSError: As `check_destination`; also where a file reads back differently.
     """
     folder = folder.absolute()
     sizes = contents.sizes()

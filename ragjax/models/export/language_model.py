@@ -20,16 +20,16 @@ _DROPPED = ("auto_map", "quantization_config", "transformers_version", "_name_or
 def language_model_files(
     lm: LanguageModel, base: BaseModel, card: Card, *, dtype: str
 ) -> dict[str, str]:
-    """Make every file but the weights.
+    """Makes every file but the weights.
 
     Args:
-      lm: architecture and tokenizer.
-      base: what the base model's files say.
-      card: what the caller knows.
-      dtype: of the weights.
+        lm: Architecture and tokenizer.
+        base: What the base model's files say.
+        card: What the caller knows.
+        dtype: Of the weights.
 
     Returns:
-      File name → contents.
+        File name → contents.
     """
     check_tokenizer(lm.tokenizer, lm.config.vocab_size)
     config = model_config(base, lm.family, lm.config, dtype=dtype)
@@ -59,16 +59,16 @@ def language_model_files(
 
 
 def model_config(base: BaseModel, family: Any, config: Any, *, dtype: str) -> dict[str, Any]:
-    """Make the contents of config.json.
+    """Makes the contents of config.json.
 
     Args:
-      base: what the base model's files say.
-      family: `EncoderFamily` or `LMFamily`.
-      config: sizes of the exported model.
-      dtype: of the weights.
+        base: What the base model's files say.
+        family: `EncoderFamily` or `LMFamily`.
+        config: Sizes of the exported model.
+        dtype: Of the weights.
 
     Returns:
-      The base model's own file where it describes this model, else what the family writes.
+        The base model's own file where it describes this model, else what the family writes.
     """
     plain: dict[str, Any] = family.format_config(config)
     if base.config.get("model_type") == plain["model_type"] and _describes(base, family, config):
@@ -79,7 +79,7 @@ def model_config(base: BaseModel, family: Any, config: Any, *, dtype: str) -> di
 
 
 def auto_class(lm: LanguageModel) -> str:
-    """Return the class of transformers that loads the exported folder."""
+    """Returns the class of transformers that loads the exported folder."""
     return "AutoModelForSeq2SeqLM" if lm.family.has_encoder else "AutoModelForCausalLM"
 
 
@@ -93,7 +93,7 @@ def _describes(base: BaseModel, family: Any, config: Any) -> bool:
 
 
 def _token_ids(lm: LanguageModel, base: BaseModel) -> dict[str, Any]:
-    """Return the ids of the special tokens by role: bos, eos, pad."""
+    """Returns the ids of the special tokens by role: bos, eos, pad."""
     ids: dict[str, Any] = {"pad": lm.pad_id}
     if lm.eos_ids:
         ids["eos"] = lm.eos_ids[0] if len(lm.eos_ids) == 1 else list(lm.eos_ids)

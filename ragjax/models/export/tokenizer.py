@@ -23,18 +23,18 @@ def tokenizer_files(
     max_length: int,
     input_names: tuple[str, ...] = ("input_ids", "attention_mask"),
 ) -> dict[str, str]:
-    """Make tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
+    """Makes tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
 
     Args:
-      tokenizer: neither truncates nor pads.
-      base: what the base model's files say.
-      tokens: role, such as "eos_token" → token; over what the base model declares.
-      max_length: tokens that the model takes.
-      input_names: arguments of the model that the tokenizer makes.
+        tokenizer: Neither truncates nor pads.
+        base: What the base model's files say.
+        tokens: Role, such as "eos_token" → token; over what the base model declares.
+        max_length: Tokens that the model takes.
+        input_names: Arguments of the model that the tokenizer makes.
 
     Returns:
-      File name → contents. The class is `PreTrainedTokenizerFast`, which takes tokenizer.json as
-      it is; the classes of the model families build parts of it anew.
+        File name → contents. The class is `PreTrainedTokenizerFast`, which takes tokenizer.json as
+        it is; the classes of the model families build parts of it anew.
     """
     declared = {role: _content(base.tokenizer_config.get(role)) for role in _ROLES}
     declared |= {role: _content(token) for role, token in base.special_tokens.items()}
@@ -72,10 +72,10 @@ def tokenizer_files(
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Check that the model has an embedding for each token.
+    """Checks that the model has an embedding for each token.
 
     Raises:
-      ValueError: it has not; such a folder would fail, or answer nonsense, elsewhere.
+        ValueError: It has not; such a folder would fail, or answer nonsense, elsewhere.
     """
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
@@ -86,14 +86,14 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def with_first_token(tokenizer: Tokenizer, first_id: int | None) -> Tokenizer:
-    """Make a tokenizer put a token before every text, where it does not do so yet.
+    """Makes a tokenizer put a token before every text, where it does not do so yet.
 
     Args:
-      tokenizer: left as it is.
-      first_id: the token; None: none is added.
+        tokenizer: Left as it is.
+        first_id: The token; None: none is added.
 
     Returns:
-      The tokenizer, or a copy that adds the token.
+        The tokenizer, or a copy that adds the token.
     """
     if first_id is None or tokenizer.encode("a").ids[:1] == [first_id]:
         return tokenizer
@@ -108,12 +108,12 @@ def with_first_token(tokenizer: Tokenizer, first_id: int | None) -> Tokenizer:
 
 
 def to_json(value: Any) -> str:
-    """Format a JSON file."""
+    """Formats a JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _content(token: Any) -> str | None:
-    """Return the text of a token given as a string or as `{"content": ...}`."""
+    """Returns the text of a token given as a string or as `{"content": ...}`."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else None

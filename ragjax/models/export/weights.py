@@ -42,19 +42,19 @@ class Weights(NamedTuple):
 
 
 def lazy_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> Mapping[str, Any]:
-    """Name parameters as a checkpoint does: `safetensors.apply_key_table` backwards.
+    """Names parameters as a checkpoint does: `safetensors.apply_key_table` backwards.
 
     Args:
-      params: nested dict of arrays; layers may be a tuple of stacks, each stacked on axis 0.
-      table: pattern of tensor names → `KeyRule`, as for `apply_key_table`.
+        params: Nested dict of arrays; layers may be a tuple of stacks, each stacked on axis 0.
+        table: Pattern of tensor names → `KeyRule`, as for `apply_key_table`.
 
     Returns:
-      Tensor name → C-contiguous array, made at each access from its slice of the parameters, so
-      that a model larger than half of the memory can be written.
+        Tensor name → C-contiguous array, made at each access from its slice of the parameters, so
+        that a model larger than half of the memory can be written.
 
     Raises:
-      ValueError: a parameter that no rule names (adapters that were not merged, say), or a rule
-        without its parameter.
+        ValueError: A parameter that no rule names (adapters that were not merged, say), or a rule
+            without its parameter.
     """
     pieces: dict[str, Callable[[], np.ndarray]] = {}
     flat = dict(_leaves(params, ()))
@@ -80,15 +80,15 @@ def lazy_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> Map
 def plan_weights(
     tensors: Mapping[str, np.ndarray], *, dtype: str = "float32", max_shard_size: int = 5 * 10**9
 ) -> Weights:
-    """Look at every tensor once and lay out the files.
+    """Looks at every tensor once and lays out the files.
 
     Args:
-      tensors: tensor name → float array.
-      dtype: a key of DTYPES; what the files hold.
-      max_shard_size: bytes of tensors in one file; a larger tensor gets a file of its own.
+        tensors: Tensor name → float array.
+        dtype: A key of DTYPES; what the files hold.
+        max_shard_size: Bytes of tensors in one file; a larger tensor gets a file of its own.
 
     Raises:
-      ValueError: NaN or infinity in a tensor, also where a value is too large for `dtype`.
+        ValueError: NaN or infinity in a tensor, also where a value is too large for `dtype`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -117,10 +117,10 @@ def plan_weights(
 
 
 def write_weights(weights: Weights, folder: Path) -> None:
-    """Write the files, one tensor in memory at a time, and wait until they are on disk.
+    """Writes the files, one tensor in memory at a time, and waits until they are on disk.
 
     Raises:
-      OSError: a file exists, or the disk is full.
+        OSError: A file exists, or the disk is full.
     """
     for shard in weights.shards:
         with open(folder / shard.file, "xb") as file:
@@ -134,13 +134,13 @@ def write_weights(weights: Weights, folder: Path) -> None:
 
 
 def check_weights(weights: Weights, folder: Path) -> int:
-    """Read the files back with the safetensors package and compare every bit.
+    """Reads the files back with the safetensors package and compares every bit.
 
     Returns:
-      The number of tensors compared.
+        The number of tensors compared.
 
     Raises:
-      OSError: a file does not hold what it was to hold.
+        OSError: A file does not hold what it was to hold.
     """
     compared = 0
     for shard in weights.shards:
@@ -184,7 +184,7 @@ class _LazyMapping(Mapping[str, Any]):
 
 
 def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield ("a/b", leaves): one leaf, or, below a tuple of stacks, one of each stack in turn."""
+    """Yields ("a/b", leaves): one leaf, or, below a tuple of stacks, one of each stack in turn."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             yield from _leaves(value, (*path, name))
@@ -202,7 +202,7 @@ def _piece(leaf: Any, layer: int | None, rule: KeyRule) -> Callable[[], np.ndarr
 
 
 def _as_written(tensor: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the tensor in C order and in the dtype of the file."""
+    """Returns the tensor in C order and in the dtype of the file."""
     with np.errstate(over="ignore"):  # what overflows becomes infinite, which `plan_weights` finds
         return np.asarray(tensor, jnp.dtype(dtype), order="C")
 
@@ -227,7 +227,7 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> str | None:
 def _groups(
     shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_size: int
 ) -> list[list[str]]:
-    """Fill the files in the order of the tensors."""
+    """Fills the files in the order of the tensors."""
     groups: list[list[str]] = [[]]
     held = 0
     for name, shape in shapes.items():
@@ -247,7 +247,7 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _shard(file: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Shard:
-    """Lay out one file: length of the header, header, the tensors' bytes without gaps."""
+    """Lays out one file: length of the header, header, the tensors' bytes without gaps."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in names:

@@ -19,15 +19,15 @@ _MAX_SIZE = 2**31  # beyond it, the product of two sizes does not fit 64 bits
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """Parse a JSON file whose top level is of type `kind`; a missing file gives `kind()`.
+    """Parses a JSON file whose top level is of type `kind`; a missing file gives `kind()`.
 
     Args:
-      path: the file.
-      kind: `dict` or `list`.
+        path: The file.
+        kind: `dict` or `list`.
 
     Raises:
-      ValueError: the file is not strict JSON (see `parse_json`), or its top level is something
-        else.
+        ValueError: The file is not strict JSON (see `parse_json`), or its top level is something
+            else.
     """
     if not path.is_file():
         return kind()
@@ -39,10 +39,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a whole JSON file.
+    """Reads a whole JSON file.
 
     Raises:
-      ValueError: it is larger than any model's JSON file is.
+        ValueError: It is larger than any model's JSON file is.
     """
     size = path.stat().st_size
     if size > _MAX_JSON:
@@ -51,15 +51,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse strict JSON.
+    """Parses strict JSON.
 
     Args:
-      data: UTF-8.
-      where: file, for the messages.
+        data: UTF-8.
+        where: File, for the messages.
 
     Raises:
-      ValueError: not JSON, or JSON that readers understand differently: a key twice in one
-        object, NaN, Infinity, a number out of range, nesting too deep.
+        ValueError: Not JSON, or JSON that readers understand differently: a key twice in one
+            object, NaN, Infinity, a number out of range, nesting too deep.
     """
     try:
         return json.loads(
@@ -94,19 +94,19 @@ def _finite(text: str) -> float:
 
 
 def read_config(folder: Path, model_types: Sequence[str]) -> dict[str, Any]:
-    """Read a folder's `config.json`, refusing models that ragjax cannot run as they are.
+    """Reads a folder's `config.json`, refusing models that ragjax cannot run as they are.
 
     Args:
-      folder: a Hugging Face model folder.
-      model_types: the values of `model_type` that the caller can load.
+        folder: A Hugging Face model folder.
+        model_types: The values of `model_type` that the caller can load.
 
     Returns:
-      The parsed file.
+        The parsed file.
 
     Raises:
-      FileNotFoundError: there is no `config.json`.
-      ValueError: it is not valid, asks for code of its own (`auto_map`), is quantised, or is of
-        another model type.
+        FileNotFoundError: There is no `config.json`.
+        ValueError: It is not valid, asks for code of its own (`auto_map`), is quantised, or is of
+            another model type.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -136,19 +136,19 @@ def read_config(folder: Path, model_types: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_sizes(parse: Callable[[Mapping[str, Any]], Any], raw: dict[str, Any], path: Path) -> Any:
-    """Parse the contents of a `config.json`, whatever they are, into a family's configuration.
+    """Parses the contents of a `config.json`, whatever they are, into a family's configuration.
 
     Args:
-      parse: the family's `parse_config`.
-      raw: the parsed file.
-      path: the file, for the messages.
+        parse: The family's `parse_config`.
+        raw: The parsed file.
+        path: The file, for the messages.
 
     Returns:
-      What `parse` returns: a dataclass of sizes.
+        What `parse` returns: a dataclass of sizes.
 
     Raises:
-      ValueError: a field is missing, of the wrong type or of a size that no model has; the
-        message names file and field.
+        ValueError: A field is missing, of the wrong type or of a size that no model has; the
+            message names file and field.
     """
     watched = _WatchedFields(raw)
     try:
@@ -165,14 +165,14 @@ def parse_sizes(parse: Callable[[Mapping[str, Any]], Any], raw: dict[str, Any], 
 
 
 def check_sizes(config: Any, where: str) -> None:
-    """Refuse numbers that no model has, before any array of such a size is described.
+    """Refuses numbers that no model has, before any array of such a size is described.
 
     Args:
-      config: dataclass of numbers, strings, tuples and other dataclasses.
-      where: file, for the messages.
+        config: Dataclass of numbers, strings, tuples and other dataclasses.
+        where: File, for the messages.
 
     Raises:
-      ValueError: a number is too large or not finite.
+        ValueError: A number is too large or not finite.
     """
     for field in fields(config):
         value = getattr(config, field.name)
@@ -203,15 +203,15 @@ class _WatchedFields(dict[str, Any]):
 
 
 def fingerprint(config: Any, params: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """Digest what decides a model's output: its configuration, parameters and tokenizer.
+    """Digests what decides a model's output: its configuration, parameters and tokenizer.
 
     Args:
-      config: anything whose `repr` is stable, such as a dataclass of numbers and strings.
-      params: nested dict of arrays.
-      tokenizer: the tokenizer.
+        config: Anything whose `repr` is stable, such as a dataclass of numbers and strings.
+        params: Nested dict of arrays.
+        tokenizer: The tokenizer.
 
     Returns:
-      sha256, 64 hexadecimal digits; equal in every process.
+        sha256, 64 hexadecimal digits; equal in every process.
     """
     digest = hashlib.sha256(repr(config).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -253,7 +253,7 @@ MAX_LAYERS = 1000  # a larger number is a damaged file, and would be looped over
 
 
 def integer_field(config: Mapping[str, Any], field: str, *, most: int = 2**31 - 1) -> int:
-    """Return a size from a `config.json`; ValueError where it is none."""
+    """Returns a size from a `config.json`; ValueError where it is none."""
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         limit = "" if most == 2**31 - 1 else f" up to {most}"

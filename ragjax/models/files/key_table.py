@@ -40,7 +40,7 @@ class KeyRule(NamedTuple):
 
 
 def transpose(tensor: np.ndarray) -> np.ndarray:
-    """Turn PyTorch's `[out, in]` weight of a linear layer into the `[in, out]` kernel."""
+    """Turns PyTorch's `[out, in]` weight of a linear layer into the `[in, out]` kernel."""
     return tensor.T
 
 
@@ -53,7 +53,7 @@ def apply_key_table(
     source: str | Path = "checkpoint",
     placement: Placement | None = None,
 ) -> dict[str, Any]:
-    """Fill a model's parameters from named tensors: nothing missing, left over or misshapen.
+    """Fills a model's parameters from named tensors: nothing missing, left over or misshapen.
 
     A key of `table` names one tensor, or, with one `{}` in the place of the layer number, one
     tensor per layer; those are stacked on axis 0 of the parameter that the rule names. All names
@@ -61,26 +61,27 @@ def apply_key_table(
     filled and placed.
 
     Args:
-      tensors: tensor name → numpy array, or what has `.shape` and `.dtype` and is read by
-        `np.asarray`, such as the `StoredTensor` of `read_safetensors`.
-      table: pattern of tensor names → `KeyRule(path, transform)`. `transform` gets one tensor
-        (not the stack) and returns it in the parameter's layout; it is also tried on zeros of
-        the tensor's shape, to know the shape that comes out.
-      target: nested dict of what has `.shape` (arrays or `jax.ShapeDtypeStruct`): the
-        parameters to fill, for instance from `nnx_trees.abstract`. The size of axis 0 of a
-        parameter with a `{}` rule is the number of layers.
-      ignored: patterns of tensor names that may be there and are not used; `{}` stands for a
-        number and `*` for anything.
-      source: file or folder that the tensors came from, for the messages.
-      placement: dtype of the parameters and where they go; None takes what the surrounding
-        `ragjax.models.files.placement.loading_as` says: float32 on the default device without one.
+        tensors: Tensor name → numpy array, or what has `.shape` and `.dtype` and is read by
+            `np.asarray`, such as the `StoredTensor` of `read_safetensors`.
+        table: Pattern of tensor names → `KeyRule(path, transform)`. `transform` gets one tensor
+            (not the stack) and returns it in the parameter's layout; it is also tried on zeros of
+            the tensor's shape, to know the shape that comes out.
+        target: Nested dict of what has `.shape` (arrays or `jax.ShapeDtypeStruct`): the
+            parameters to fill, for instance from `nnx_trees.abstract`. The size of axis 0 of a
+            parameter with a `{}` rule is the number of layers.
+        ignored: Patterns of tensor names that may be there and are not used; `{}` stands for a
+            number and `*` for anything.
+        source: File or folder that the tensors came from, for the messages.
+        placement: Dtype of the parameters and where they go; None takes what the surrounding
+            `ragjax.models.files.placement.loading_as` says: float32 on the default device without
+            one.
 
     Returns:
-      Nested dict of jax arrays, of the structure and shapes of `target`.
+        Nested dict of jax arrays, of the structure and shapes of `target`.
 
     Raises:
-      ValueError: a tensor that no rule or ignored pattern names, a parameter without its
-        tensor, or a shape that differs; the message lists the first ten of them with shapes.
+        ValueError: A tensor that no rule or ignored pattern names, a parameter without its
+            tensor, or a shape that differs; the message lists the first ten of them with shapes.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(target)}
     _check_layers(table, shapes, len(tensors), source)
@@ -108,14 +109,14 @@ def apply_key_table(
 
 
 def named_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> dict[str, np.ndarray]:
-    """Name parameters as a checkpoint does: `apply_key_table` backwards.
+    """Names parameters as a checkpoint does: `apply_key_table` backwards.
 
     Args:
-      params: nested dict of arrays, stacked layers on axis 0.
-      table: as `apply_key_table` takes it.
+        params: Nested dict of arrays, stacked layers on axis 0.
+        table: As `apply_key_table` takes it.
 
     Returns:
-      Tensor name → C-contiguous array (safetensors writes others wrongly), layer by layer.
+        Tensor name → C-contiguous array (safetensors writes others wrongly), layer by layer.
     """
     flat = dict(_flatten(params))
     tensors = {}
@@ -137,7 +138,7 @@ class _Place(NamedTuple):
 def _places(
     table: Mapping[str, KeyRule], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, _Place]:
-    """Return where each tensor name that the model needs goes."""
+    """Returns where each tensor name that the model needs goes."""
     places: dict[str, _Place] = {}
     for pattern, rule in table.items():
         if rule.path not in shapes:
@@ -158,7 +159,7 @@ def _key_problems(
     shapes: Mapping[str, tuple[int, ...]],
     ignored: Sequence[str],
 ) -> list[str]:
-    """Say which tensors are missing, which are unexpected, and which parameters have no rule."""
+    """Says which tensors are missing, which are unexpected, and which parameters have no rule."""
     skip = [_regex(pattern) for pattern in ignored]
     ruled = {rule.path for rule in table.values()}
     problems = []
@@ -181,7 +182,7 @@ def _check_layers(
     count: int,
     source: str | Path,
 ) -> None:
-    """Refuse a number of layers that the checkpoint cannot have, before naming each of them."""
+    """Refuses a number of layers that the checkpoint cannot have, before naming each of them."""
     for pattern, rule in table.items():
         shape = shapes.get(rule.path, ())
         if "{}" in pattern and shape and shape[0] > max(count, _MAX_LISTED):
@@ -192,7 +193,7 @@ def _check_layers(
 
 
 def _shape_problems(name: str, part: Part, path: str, shape: tuple[int, ...]) -> list[str]:
-    """Say what does not fit where one tensor would go."""
+    """Says what does not fit where one tensor would go."""
     expected = shape if part.layer is None else shape[1:]
     if transformed_shape(part) == expected:
         return []
@@ -201,7 +202,7 @@ def _shape_problems(name: str, part: Part, path: str, shape: tuple[int, ...]) ->
 
 
 def _dtype(asked: Any, parts: Sequence[Part]) -> np.dtype:
-    """Return the dtype of a parameter: as asked, or, for "keep", the one of its tensors."""
+    """Returns the dtype of a parameter: as asked, or, for "keep", the one of its tensors."""
     if not isinstance(asked, str) or asked != "keep":
         return jnp.dtype(asked)
     kinds = {np.dtype(part.tensor.dtype) for part in parts}
@@ -234,11 +235,11 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(names: Mapping[str, str], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return tensors under other names, still read one at a time.
+    """Returns tensors under other names, still read one at a time.
 
     Args:
-      names: New name to the name in `tensors`.
-      tensors: Those of a file; what `names` leaves out is not in the result.
+        names: New name to the name in `tensors`.
+        tensors: Those of a file; what `names` leaves out is not in the result.
     """
     return _Renamed(names, tensors)
 

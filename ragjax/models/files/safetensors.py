@@ -66,16 +66,16 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, buffer: np.ndarray) -> np.ndarray:
-        """Read the values into the front of a buffer.
+        """Reads the values into the front of a buffer.
 
         Args:
-          buffer: one axis of uint8, contiguous, at least `nbytes` long.
+            buffer: One axis of uint8, contiguous, at least `nbytes` long.
 
         Returns:
-          The tensor, a view of `buffer`.
+            The tensor, a view of `buffer`.
 
         Raises:
-          ValueError: the file has become shorter since it was opened.
+            ValueError: The file has become shorter since it was opened.
         """
         wanted = buffer[: self.nbytes]
         with open(self.path, "rb", buffering=0) as file:
@@ -84,17 +84,17 @@ class StoredTensor:
         return wanted.view(self.dtype).reshape(self.shape)
 
     def rows(self, nbytes: int, multiple: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Read some indices of axis 0 at a time.
+        """Reads some indices of axis 0 at a time.
 
         Args:
-          nbytes: about as much is read at a time.
-          multiple: so many indices, or a multiple of it, are.
+            nbytes: About as much is read at a time.
+            multiple: So many indices, or a multiple of it, are.
 
         Yields:
-          The first index, and the values from there on, in a buffer that the next ones overwrite.
+            The first index, and the values from there on, in a buffer that the next ones overwrite.
 
         Raises:
-          ValueError: the file has become shorter since it was opened.
+            ValueError: The file has become shorter since it was opened.
         """
         size = self.nbytes // max(1, self.shape[0])
         count = max(1, nbytes // max(1, size * multiple)) * multiple
@@ -107,7 +107,7 @@ class StoredTensor:
                 yield start, part.view(self.dtype).reshape(found, *self.shape[1:])
 
     def _read_into(self, file: Any, start: int, part: np.ndarray) -> None:
-        """Read `part` from byte `start` of the tensor on; the disk goes on with what follows."""
+        """Reads `part` from byte `start` of the tensor on; the disk goes on with what follows."""
         view, done = part.data, 0
         file.seek(self.offset + start)
         while done < len(part):
@@ -120,27 +120,27 @@ class StoredTensor:
             os.posix_fadvise(file.fileno(), following, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return the values as a new array."""
+        """Returns the values as a new array."""
         array = self.read(np.empty(self.nbytes, np.uint8))
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
 def read_safetensors(folder: Path) -> Mapping[str, Any]:
-    """Open the safetensors file(s) of a Hugging Face folder; tensors are read when asked for.
+    """Opens the safetensors file(s) of a Hugging Face folder; tensors are read when asked for.
 
     Args:
-      folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards, or
-        exactly one file `*.safetensors`. Files may be links, as in the hub's cache.
+        folder: Holds `model.safetensors`, or `model.safetensors.index.json` and its shards, or
+            exactly one file `*.safetensors`. Files may be links, as in the hub's cache.
 
     Returns:
-      Mapping from tensor name to `StoredTensor`: `.shape` and `.dtype` cost nothing, each
-      `np.asarray` reads that tensor from disk (bfloat16 as `ml_dtypes.bfloat16`).
+        Mapping from tensor name to `StoredTensor`: `.shape` and `.dtype` cost nothing, each
+        `np.asarray` reads that tensor from disk (bfloat16 as `ml_dtypes.bfloat16`).
 
     Raises:
-      FileNotFoundError: no safetensors file, or a shard is missing. Where only PyTorch files
-        (`.bin`, `.pt`) are there, the message says how to convert them.
-      ValueError: a file is damaged, disagrees with the index, or holds quantised (int8, fp8,
-        GPTQ, ...) tensors.
+        FileNotFoundError: No safetensors file, or a shard is missing. Where only PyTorch files
+            (`.bin`, `.pt`) are there, the message says how to convert them.
+        ValueError: A file is damaged, disagrees with the index, or holds quantised (int8, fp8,
+            GPTQ, ...) tensors.
     """
     files = weight_files(Path(folder))
     tensors: dict[str, StoredTensor] = {}
@@ -160,14 +160,14 @@ def read_safetensors(folder: Path) -> Mapping[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Read and check the header of one safetensors file.
+    """Reads and checks the header of one safetensors file.
 
     Returns:
-      Tensor name → where it lies. The tensors fill the rest of the file exactly.
+        Tensor name → where it lies. The tensors fill the rest of the file exactly.
 
     Raises:
-      ValueError: the header is not what the format demands, lies about the file, or describes
-        a tensor that ragjax does not read.
+        ValueError: The header is not what the format demands, lies about the file, or describes
+            a tensor that ragjax does not read.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -190,7 +190,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
-    """Check one tensor's entry in the header; `start` is the first byte after the header."""
+    """Checks one tensor's entry in the header; `start` is the first byte after the header."""
     entry = entry if isinstance(entry, dict) else {}
     kind, shape = entry.get("dtype"), _sizes(entry.get("shape"))
     offsets = _sizes(entry.get("data_offsets"))
@@ -216,7 +216,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
 
 
 def _sizes(value: Any) -> list[int] | None:
-    """Return a JSON value that is a list of whole numbers, 0 or more; None if it is not."""
+    """Returns a JSON value that is a list of whole numbers, 0 or more; None if it is not."""
     whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
     return value if whole else None
 
@@ -226,7 +226,7 @@ def _damaged(path: Path, what: str) -> ValueError:
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Return the files to read, with the tensors that an index lists for each."""
+    """Returns the files to read, with the tensors that an index lists for each."""
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if single.is_file():
@@ -252,12 +252,12 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def has_pytorch_model(names: Iterable[str]) -> bool:
-    """Say whether `conversion_command` can convert a folder of files with these names."""
+    """Says whether `conversion_command` can convert a folder of files with these names."""
     return any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names)
 
 
 def conversion_command(folder: Path | str) -> str:
-    """Return a shell command that makes model.safetensors of `pytorch_model*.bin` in a folder.
+    """Returns a shell command that makes model.safetensors of `pytorch_model*.bin` in a folder.
 
     It needs torch and safetensors where it runs, and runs no code of the model.
     """
@@ -287,5 +287,5 @@ def _shards(index: Path) -> Iterator[tuple[Path, set[str]]]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Say whether a name stays in its folder on every system: no path, drive or NUL in it."""
+    """Says whether a name stays in its folder on every system: no path, drive or NUL in it."""
     return bool(name) and name not in (".", "..") and not re.search(r"[/\\:\x00]", name)

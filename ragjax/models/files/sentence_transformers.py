@@ -64,14 +64,14 @@ class Recipe:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Read the sentence-transformers files of a folder.
+    """Reads the sentence-transformers files of a folder.
 
     Args:
-      folder: a Hugging Face model folder; with `modules.json` it is a sentence-transformers one.
+        folder: A Hugging Face model folder; with `modules.json` it is a sentence-transformers one.
 
     Raises:
-      FileNotFoundError: the weights of a Dense module are missing.
-      ValueError: a file is damaged or asks for what ragjax does not compute; names it.
+        FileNotFoundError: The weights of a Dense module are missing.
+        ValueError: A file is damaged or asks for what ragjax does not compute; names it.
     """
     file = folder / "modules.json"
     transformer, pooling = folder, None
@@ -106,13 +106,13 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def known_prompts(names: Sequence[str | None]) -> tuple[str, str] | None:
-    """Look up the prefixes that a well-known model was trained with.
+    """Looks up the prefixes that a well-known model was trained with.
 
     Args:
-      names: where the model may be named: the source as the user gave it, `_name_or_path`.
+        names: Where the model may be named: the source as the user gave it, `_name_or_path`.
 
     Returns:
-      (query prefix, document prefix), None for a model that the table does not list.
+        (query prefix, document prefix), None for a model that the table does not list.
     """
     for name in names:
         # The hub's cache keeps ORG/NAME in models--ORG--NAME/snapshots/REVISION.
@@ -124,7 +124,7 @@ def known_prompts(names: Sequence[str | None]) -> tuple[str, str] | None:
 
 
 def _modules(file: Path) -> list[tuple[Path, str]]:
-    """Return the folder and the kind of each module, in the order in which they run."""
+    """Returns the folder and the kind of each module, in the order in which they run."""
     found = []
     for module in read_json(file, list):
         kind = str(module.get("type", "")) if isinstance(module, Mapping) else repr(module)
@@ -148,7 +148,7 @@ def _modules(file: Path) -> list[tuple[Path, str]]:
 
 
 def _read_pooling(path: Path) -> str:
-    """Return the pooling that a Pooling module is set to, modes joined by "+"."""
+    """Returns the pooling that a Pooling module is set to, modes joined by "+"."""
     config = read_json(path)
     modes = [mode for key, mode in _OLD_POOLINGS.items() if config.get(key)]
     unknown = [
@@ -172,7 +172,7 @@ def _read_pooling(path: Path) -> str:
 
 
 def _read_dense(folder: Path) -> tuple[Dense, Params]:
-    """Read one Dense module: what it does and its parameters."""
+    """Reads one Dense module: what it does and its parameters."""
     path = folder / "config.json"
     config = read_json(path)
     _check_place(path, config)
@@ -203,13 +203,13 @@ def _read_dense(folder: Path) -> tuple[Dense, Params]:
 
 
 def dense_key_table(dense: Dense) -> dict[str, KeyRule]:
-    """Return where each tensor of a Dense module's file goes."""
+    """Returns where each tensor of a Dense module's file goes."""
     table = {"linear.weight": KeyRule("kernel", transpose)}
     return table | ({"linear.bias": KeyRule("bias")} if dense.use_bias else {})
 
 
 def dense_shapes(dense: Dense) -> dict[str, np.ndarray]:
-    """Return the parameters of a Dense module as arrays of the right shape that hold nothing."""
+    """Returns the parameters of a Dense module as arrays of the right shape that hold nothing."""
 
     def empty(*shape: int) -> np.ndarray:
         return np.broadcast_to(np.float32(0), shape)
@@ -219,14 +219,14 @@ def dense_shapes(dense: Dense) -> dict[str, np.ndarray]:
 
 
 def _check_place(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a module that works on something else than the pooled embedding."""
+    """Refuses a module that works on something else than the pooled embedding."""
     for field in ("module_input_name", "module_output_name"):
         if (name := config.get(field) or "sentence_embedding") != "sentence_embedding":
             raise ValueError(f"{path}: {field} {name!r} is not supported, sentence_embedding is")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return `max_seq_length` and `do_lower_case` of a Transformer module."""
+    """Returns `max_seq_length` and `do_lower_case` of a Transformer module."""
     # Old versions named the file after the model: sentence_roberta_config.json, ...
     files = [folder / "sentence_bert_config.json", *sorted(folder.glob("sentence_*_config.json"))]
     path = next((file for file in files if file.is_file()), files[0])
@@ -242,7 +242,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _prompts(path: Path, declared: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Return the texts put before queries and documents, as encode_query and encode_document do."""
+    """Returns the prefixes of queries and documents, as encode_query and encode_document do."""
     prompts = declared.get("prompts") or {}
     if not isinstance(prompts, Mapping) or any(
         not isinstance(text, str | None) for text in prompts.values()

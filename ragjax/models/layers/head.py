@@ -45,7 +45,7 @@ class Truncate:
     """Keeps the first dimensions of each embedding; does not scale what is left.
 
     References:
-      Kusupati et al., "Matryoshka Representation Learning", 2022, section 3.
+        Kusupati et al., "Matryoshka Representation Learning", 2022, section 3.
     """
 
     size: int
@@ -55,15 +55,15 @@ Step = Dense | Normalize | Truncate
 
 
 def apply_steps(steps: Sequence[Step], projection: Params, embeddings: Array) -> Array:
-    """Run the steps one after the other.
+    """Runs the steps one after the other.
 
     Args:
-      steps: what to do.
-      projection: parameters of the dense layers, as the module docstring says.
-      embeddings: `[B, D]` float.
+        steps: What to do.
+        projection: Parameters of the dense layers, as the module docstring says.
+        embeddings: `[B, D]` float.
 
     Returns:
-      `[B, size]` float.
+        `[B, size]` float.
     """
     layers = 0
     for step in steps:
@@ -82,11 +82,11 @@ def apply_steps(steps: Sequence[Step], projection: Params, embeddings: Array) ->
 
 
 def output_size(steps: Sequence[Step], size: int) -> int:
-    """Return the size of the embeddings that the steps make of pooled ones of `size`.
+    """Returns the size of the embeddings that the steps make of pooled ones of `size`.
 
     Raises:
-      ValueError: a dense layer takes embeddings of another size, or truncation asks for more
-        dimensions than there are.
+        ValueError: A dense layer takes embeddings of another size, or truncation asks for more
+            dimensions than there are.
     """
     for step in steps:
         if isinstance(step, Dense):
@@ -103,12 +103,12 @@ def output_size(steps: Sequence[Step], size: int) -> int:
 
 
 def is_normalized(steps: Sequence[Step]) -> bool:
-    """Say whether the embeddings come out with length 1."""
+    """Says whether the embeddings come out with length 1."""
     return bool(steps) and isinstance(steps[-1], Normalize)
 
 
 def with_normalization(steps: Sequence[Step], normalize: bool | None) -> tuple[Step, ...]:
-    """Make the embeddings come out with length 1, or as they are; None changes nothing."""
+    """Makes the embeddings come out with length 1, or as they are; None changes nothing."""
     steps = tuple(steps)
     if normalize is None or (normalize and is_normalized(steps)):
         return steps

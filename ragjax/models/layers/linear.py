@@ -27,32 +27,32 @@ class Linear(nnx.Module):
         kernel_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
-        """Make random weights and, with `use_bias`, a bias of zeros.
+        """Makes random weights and, with `use_bias`, a bias of zeros.
 
         Args:
-          inputs: size of the last axis of what goes in.
-          outputs: size of the last axis of what comes out.
-          use_bias: whether a bias is added.
-          kernel_init: draws the kernel; None: normal, scaled by the number of inputs.
-          rngs: source of the random key.
+            inputs: Size of the last axis of what goes in.
+            outputs: Size of the last axis of what comes out.
+            use_bias: Whether a bias is added.
+            kernel_init: Draws the kernel; None: normal, scaled by the number of inputs.
+            rngs: Source of the random key.
         """
         draw = kernel_init or nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(draw(rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if use_bias else None
 
     def adapt(self, adapter: Mapping[str, Array]) -> None:
-        """Add a low-rank adapter.
+        """Adds a low-rank adapter.
 
         Args:
-          adapter: "down" `[inputs, rank]`, "up" `[rank, outputs]` and "scale" `[]`; all with a
-            leading axis where the layers are stacked.
+            adapter: "down" `[inputs, rank]`, "up" `[rank, outputs]` and "scale" `[]`; all with a
+                leading axis where the layers are stacked.
         """
         self.lora_down = nnx.Param(adapter["down"])
         self.lora_up = nnx.Param(adapter["up"])
         self.lora_scale = nnx.Param(adapter["scale"])
 
     def __call__(self, inputs: Array) -> Array:
-        """Map `[..., inputs]` to `[..., outputs]`."""
+        """Maps `[..., inputs]` to `[..., outputs]`."""
         # As one matrix: the gradient of a product over several leading axes takes XLA's CPU code
         # twice as long (45 against 20 ms for 40 x 128 rows of 128, with the forward pass).
         rows = inputs.reshape(-1, inputs.shape[-1])

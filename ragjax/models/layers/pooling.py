@@ -13,77 +13,81 @@ Pool = Callable[[Array, Array], Array]
 
 
 def mean_pool(hidden: Array, mask: Array) -> Array:
-    """Average the hidden states of the real tokens.
+    """Averages the hidden states of the real tokens.
 
     Args:
-      hidden: `[B, L, D]` float.
-      mask: `[B, L]` bool, True = real token.
+        hidden: `[B, L, D]` float.
+        mask: `[B, L]` bool, True = real token.
 
     Returns:
-      `[B, D]`; zeros for a text without tokens.
+        `[B, D]`; zeros for a text without tokens.
 
-    Gradients: to `hidden` of the real tokens.
+    Gradients:
+        To `hidden` of the real tokens.
 
     References:
-      Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
-      2019, section 3.
+        Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
+        2019, section 3.
     """
     return _weighted_mean(hidden, mask.astype(hidden.dtype))
 
 
 def cls_pool(hidden: Array, mask: Array) -> Array:
-    """Take the hidden state of the first token.
+    """Takes the hidden state of the first token.
 
     Args:
-      hidden: `[B, L, D]` float.
-      mask: `[B, L]` bool, True = real token.
+        hidden: `[B, L, D]` float.
+        mask: `[B, L]` bool, True = real token.
 
     Returns:
-      `[B, D]`; zeros for a text without tokens.
+        `[B, D]`; zeros for a text without tokens.
 
-    Gradients: to `hidden[:, 0]`.
+    Gradients:
+        To `hidden[:, 0]`.
 
     References:
-      Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language
-      Understanding", 2019, section 3.
+        Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language
+        Understanding", 2019, section 3.
     """
     return hidden[:, 0] * mask[:, :1].astype(hidden.dtype)
 
 
 def max_pool(hidden: Array, mask: Array) -> Array:
-    """Take the largest value of each dimension over the real tokens.
+    """Takes the largest value of each dimension over the real tokens.
 
     Args:
-      hidden: `[B, L, D]` float.
-      mask: `[B, L]` bool, True = real token.
+        hidden: `[B, L, D]` float.
+        mask: `[B, L]` bool, True = real token.
 
     Returns:
-      `[B, D]`; zeros for a text without tokens.
+        `[B, D]`; zeros for a text without tokens.
 
-    Gradients: to the largest values, in equal parts where several are equal.
+    Gradients:
+        To the largest values, in equal parts where several are equal.
 
     References:
-      Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
-      2019, section 3.
+        Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
+        2019, section 3.
     """
     largest = jnp.where(mask[:, :, None], hidden, -jnp.inf).max(axis=1)
     return jnp.where(mask.any(axis=1)[:, None], largest, 0)
 
 
 def last_token_pool(hidden: Array, mask: Array) -> Array:
-    """Take the hidden state of the last real token, which in a causal model has read them all.
+    """Takes the hidden state of the last real token, which in a causal model has read them all.
 
     Args:
-      hidden: `[B, L, D]` float.
-      mask: `[B, L]` bool, True = real token; padded on the right.
+        hidden: `[B, L, D]` float.
+        mask: `[B, L]` bool, True = real token; padded on the right.
 
     Returns:
-      `[B, D]`; zeros for a text without tokens.
+        `[B, D]`; zeros for a text without tokens.
 
-    Gradients: to `hidden` of the last tokens.
+    Gradients:
+        To `hidden` of the last tokens.
 
     References:
-      Wang et al., "Improving Text Embeddings with Large Language Models", 2024, section 3.2.
+        Wang et al., "Improving Text Embeddings with Large Language Models", 2024, section 3.2.
     """
     last = jnp.maximum(mask.sum(axis=1) - 1, 0)[:, None, None]  # [B, 1, 1]
     taken = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -91,38 +95,40 @@ def last_token_pool(hidden: Array, mask: Array) -> Array:
 
 
 def weighted_mean_pool(hidden: Array, mask: Array) -> Array:
-    """Average the hidden states of the real tokens, the t-th with a weight of t.
+    """Averages the hidden states of the real tokens, the t-th with a weight of t.
 
     Args:
-      hidden: `[B, L, D]` float.
-      mask: `[B, L]` bool, True = real token; padded on the right.
+        hidden: `[B, L, D]` float.
+        mask: `[B, L]` bool, True = real token; padded on the right.
 
     Returns:
-      `[B, D]`; zeros for a text without tokens.
+        `[B, D]`; zeros for a text without tokens.
 
-    Gradients: to `hidden` of the real tokens.
+    Gradients:
+        To `hidden` of the real tokens.
 
     References:
-      Muennighoff, "SGPT: GPT Sentence Embeddings for Semantic Search", 2022, section 3.1.
+        Muennighoff, "SGPT: GPT Sentence Embeddings for Semantic Search", 2022, section 3.1.
     """
     weights = jnp.arange(1, mask.shape[1] + 1, dtype=hidden.dtype)[None]  # [1, L]
     return _weighted_mean(hidden, mask.astype(hidden.dtype) * weights)
 
 
 def mean_sqrt_length_pool(hidden: Array, mask: Array) -> Array:
-    """Sum the hidden states of the real tokens and divide by the root of their number.
+    """Sums the hidden states of the real tokens and divides by the root of their number.
 
     Args:
-      hidden: `[B, L, D]` float.
-      mask: `[B, L]` bool, True = real token.
+        hidden: `[B, L, D]` float.
+        mask: `[B, L]` bool, True = real token.
 
     Returns:
-      `[B, D]`; zeros for a text without tokens.
+        `[B, D]`; zeros for a text without tokens.
 
-    Gradients: to `hidden` of the real tokens.
+    Gradients:
+        To `hidden` of the real tokens.
 
     References:
-      Cer et al., "Universal Sentence Encoder", 2018, section 3.1.
+        Cer et al., "Universal Sentence Encoder", 2018, section 3.1.
     """
     weights = mask.astype(hidden.dtype)
     counts = jnp.maximum(weights.sum(axis=1, keepdims=True), 1)  # [B, 1]
@@ -142,13 +148,13 @@ POOLINGS: dict[str, Pool] = {
 
 
 def pooling_modes(name: str) -> tuple[str, ...]:
-    """Split the name of a pooling, such as "mean" or "cls+mean", into the modes it concatenates.
+    """Splits the name of a pooling, such as "mean" or "cls+mean", into the modes it concatenates.
 
     Args:
-      name: keys of `POOLINGS`, joined by "+".
+        name: Keys of `POOLINGS`, joined by "+".
 
     Raises:
-      ValueError: a mode is unknown.
+        ValueError: A mode is unknown.
     """
     modes = tuple(name.split("+"))
     if unknown := [mode for mode in modes if mode not in POOLINGS]:
@@ -160,13 +166,13 @@ def pooling_modes(name: str) -> tuple[str, ...]:
 
 
 def concatenated(modes: Sequence[str]) -> Pool:
-    """Make the pooling that puts the results of several modes behind each other.
+    """Makes the pooling that puts the results of several modes behind each other.
 
     Args:
-      modes: keys of `POOLINGS`.
+        modes: Keys of `POOLINGS`.
 
     Returns:
-      A pooling with `[B, D * len(modes)]` results; the mode's own function for a single mode.
+        A pooling with `[B, D * len(modes)]` results; the mode's own function for a single mode.
     """
     if len(modes) == 1:
         return POOLINGS[modes[0]]
@@ -176,15 +182,16 @@ def concatenated(modes: Sequence[str]) -> Pool:
 
 
 def l2_normalize(embeddings: Array) -> Array:
-    """Scale each embedding to length 1.
+    """Scales each embedding to length 1.
 
     Args:
-      embeddings: `[B, D]` float.
+        embeddings: `[B, D]` float.
 
     Returns:
-      `[B, D]`; an embedding that is (almost) zero is returned as it is.
+        `[B, D]`; an embedding that is (almost) zero is returned as it is.
 
-    Gradients: finite everywhere, the identity at zero.
+    Gradients:
+        Finite everywhere, the identity at zero.
     """
     squares = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)  # [B, 1]
     # The root is taken of a safe value: its gradient at 0 is NaN even where it is not selected.

@@ -19,33 +19,34 @@ FEWEST_WRITTEN_OUT = 256
 
 
 def split(module: nnx.Module) -> tuple[Any, Params]:
-    """Split a module into its static structure and its parameters.
+    """Splits a module into its static structure and its parameters.
 
     Args:
-      module: any NNX module whose whole state is arrays.
+        module: Any NNX module whose whole state is arrays.
 
     Returns:
-      `(graphdef, params)`: `params` is a nested dict, keyed by attribute name, of arrays (of
-      `jax.ShapeDtypeStruct` for an abstract module). `graphdef` is hashable and holds no array.
+        `(graphdef, params)`: `params` is a nested dict, keyed by attribute name, of arrays (of
+        `jax.ShapeDtypeStruct` for an abstract module). `graphdef` is hashable and holds no array.
     """
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: Any, params: Params) -> Any:
-    """Rebuild the module that `split` took apart; works under `jax.jit` and `jax.grad`.
+    """Rebuilds the module that `split` took apart; works under `jax.jit` and `jax.grad`.
 
     Args:
-      graphdef: from `split`.
-      params: nested dict of the same structure as `split` returned; leaves may be tracers. The
-        node of a `Linear` may also hold an adapter under "lora" (`ragjax.models.lora`), and in
-        place of a stack of layers there may be a tuple of stacks, which `scan_layers` runs in turn.
+        graphdef: From `split`.
+        params: Nested dict of the same structure as `split` returned; leaves may be tracers. The
+            node of a `Linear` may also hold an adapter under "lora" (`ragjax.models.lora`), and in
+            place of a stack of layers there may be a tuple of stacks, which `scan_layers` runs in
+            turn.
 
     Returns:
-      A module of the same class, holding `params`.
+        A module of the same class, holding `params`.
 
     Raises:
-      ValueError: an adapter hangs on something that is not a `Linear`.
+        ValueError: An adapter hangs on something that is not a `Linear`.
     """
     found = _Found({}, {})
     module = nnx.merge(graphdef, _take_apart(params, (), found))
@@ -65,29 +66,29 @@ def merge(graphdef: Any, params: Params) -> Any:
 
 
 def abstract(make_module: Callable[[], nnx.Module]) -> tuple[Any, Params]:
-    """Split the module that `make_module` would build, without computing any array.
+    """Splits the module that `make_module` would build, without computing any array.
 
     Args:
-      make_module: builds the module, for instance `lambda: Bert(config, rngs=nnx.Rngs(0))`.
+        make_module: Builds the module, for instance `lambda: Bert(config, rngs=nnx.Rngs(0))`.
 
     Returns:
-      `(graphdef, params)` as `split`, with `jax.ShapeDtypeStruct` leaves: the target that
-      `ragjax.models.files.key_table.apply_key_table` fills.
+        `(graphdef, params)` as `split`, with `jax.ShapeDtypeStruct` leaves: the target that
+        `ragjax.models.files.key_table.apply_key_table` fills.
     """
     return split(nnx.eval_shape(make_module))
 
 
 def stacked(make_layer: Callable[[jax.Array], nnx.Module], key: jax.Array, num_layers: int) -> Any:
-    """Build `num_layers` identical layers as one module whose arrays are stacked on axis 0.
+    """Builds `num_layers` identical layers as one module whose arrays are stacked on axis 0.
 
     Args:
-      make_layer: builds one layer from a random key.
-      key: random key; layer i gets the i-th of its splits.
-      num_layers: number of layers, at least 1.
+        make_layer: Builds one layer from a random key.
+        key: Random key; layer i gets the i-th of its splits.
+        num_layers: Number of layers, at least 1.
 
     Returns:
-      One module of the layer's class; every array has a leading axis of size `num_layers`.
-      Run it with `scan_layers`.
+        One module of the layer's class; every array has a leading axis of size `num_layers`.
+        Run it with `scan_layers`.
     """
     return nnx.vmap(make_layer, in_axes=0, out_axes=0)(jax.random.split(key, num_layers))
 
@@ -100,24 +101,25 @@ def scan_layers(
     inputs: Any = None,
     remat: bool = False,
 ) -> Any:
-    """Apply stacked layers one after the other; the layer is traced and compiled once.
+    """Applies stacked layers one after the other; the layer is traced and compiled once.
 
     Args:
-      layers: module from `stacked`, or several of them (`merge` makes a list of a tuple of
-        stacks). Differentiating with respect to the last only does no backward work for the rest.
-      step: `(layer, hidden) -> hidden`, given one unstacked layer; with `inputs`,
-        `(layer, hidden, input) -> hidden`.
-      hidden: carry, of fixed shape and dtype.
-      inputs: tree of arrays `[N, ...]`, one row for each of the N layers of all stacks together,
-        for instance whether a layer attends to everything; None: nothing is passed.
-      remat: True: recompute each layer in the backward pass instead of keeping its intermediate
-        values (less memory, about a third more work).
+        layers: Module from `stacked`, or several of them (`merge` makes a list of a tuple of
+            stacks). Differentiating with respect to the last only does no backward work for the
+            rest.
+        step: `(layer, hidden) -> hidden`, given one unstacked layer; with `inputs`,
+            `(layer, hidden, input) -> hidden`.
+        hidden: Carry, of fixed shape and dtype.
+        inputs: Tree of arrays `[N, ...]`, one row for each of the N layers of all stacks together,
+            for instance whether a layer attends to everything; None: nothing is passed.
+        remat: True: recompute each layer in the backward pass instead of keeping its intermediate
+            values (less memory, about a third more work).
 
     Returns:
-      The carry after the last layer.
+        The carry after the last layer.
     """
     first = 0
-    for stack in _stacks(layers):
+    for stack in stacks_in(layers):
         graphdef, state = nnx.split(stack)
         size = _size(state)
         rows = jax.tree.map(lambda leaf: leaf[first : first + size], inputs)  # noqa: B023  (called at once)
@@ -132,16 +134,16 @@ def scan_layers(
 
 
 def split_last(layers: Any) -> tuple[list[Any], Any]:
-    """Take the last layer off, for one that is run in another way.
+    """Takes the last layer off, for one that is run in another way.
 
     Args:
-      layers: as for `scan_layers`.
+        layers: As for `scan_layers`.
 
     Returns:
-      The layers below it, as stacks for `scan_layers` (none, if it is the only one), and a stack
-      of it alone.
+        The layers below it, as stacks for `scan_layers` (none, if it is the only one), and a stack
+        of it alone.
     """
-    *below, last = _stacks(layers)
+    *below, last = stacks_in(layers)
     graphdef, state = nnx.split(last)
     if (size := _size(state)) == 1:
         return below, last
@@ -153,14 +155,49 @@ def split_last(layers: Any) -> tuple[list[Any], Any]:
 
 
 def count_layers(layers: Any) -> int:
-    """Return the number of layers of what `scan_layers` takes."""
-    return sum(_size(nnx.split(stack)[1]) for stack in _stacks(layers))
+    """Returns the number of layers of what `scan_layers` takes."""
+    return sum(_size(nnx.split(stack)[1]) for stack in stacks_in(layers))
+
+
+def stacks_in(layers: Any) -> Sequence[Any]:
+    """Returns the stacks of a "layers" node, which is one or a tuple of several, in their order."""
+    return layers if isinstance(layers, nnx.List | list | tuple) else (layers,)
+
+
+def over_stacks(
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    inputs: Any = None,
+    *,
+    remat: bool = False,
+) -> tuple[Any, Any]:
+    """Applies a function to the parameters of one layer after the other, in one stack or several.
+
+    Args:
+        body: `(carry, (layer, input)) -> (carry, result)`.
+        carry: As for `over_layers`.
+        layers: Tree of arrays `[N, ...]`, or a tuple of such trees, run in turn.
+        inputs: Tree of arrays `[N, ...]`, one row for each of the N layers of all stacks together.
+        remat: As for `over_layers`.
+
+    Returns:
+        The carry after the last layer, and the results of all layers stacked on axis 0.
+    """
+    results, first = [], 0
+    for stack in stacks_in(layers):
+        size = _size(stack)
+        rows = jax.tree.map(lambda leaf: leaf[first : first + size], inputs)  # noqa: B023  (called at once)
+        carry, result = over_layers(body, carry, (stack, rows), remat=remat)
+        results.append(result)
+        first += size
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
 
 def over_layers(
     body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, *, remat: bool = False
 ) -> tuple[Any, Any]:
-    """Apply a function to one layer after the other, as `lax.scan` does.
+    """Applies a function to one layer after the other, as `lax.scan` does.
 
     A few layers are written out one by one. A scan copies what the backward pass needs of each
     layer into one array for all and back, which took a third of the gradient of two layers of
@@ -168,15 +205,15 @@ def over_layers(
     what a decoding step waits for, so few tokens are scanned in any case.
 
     Args:
-      body: `(carry, layer) -> (carry, result)`.
-      carry: of fixed shape and dtype (any, where there is one layer), such as hidden states
-        `[..., D]`.
-      layers: tree of arrays `[N, ...]`, at least one array.
-      remat: True: recompute each layer in the backward pass instead of keeping its intermediate
-        values.
+        body: `(carry, layer) -> (carry, result)`.
+        carry: Of fixed shape and dtype (any, where there is one layer), such as hidden states
+            `[..., D]`.
+        layers: Tree of arrays `[N, ...]`, at least one array.
+        remat: True: recompute each layer in the backward pass instead of keeping its intermediate
+            values.
 
     Returns:
-      The carry after the last layer, and the results stacked on axis 0.
+        The carry after the last layer, and the results stacked on axis 0.
     """
     count = _size(layers)
     if remat:
@@ -196,31 +233,27 @@ def over_layers(
 
 
 def cast_floats(params: Any, dtype: DTypeLike) -> Any:
-    """Convert every floating-point leaf; what already has the dtype is returned as it is.
+    """Converts every floating-point leaf; what already has the dtype is returned as it is.
 
     Inside a differentiated function this gives mixed precision: the computation runs in `dtype`,
     while the parameters it is differentiated in, their gradients and the optimiser's state stay
     as they are (float32).
 
     Args:
-      params: tree of arrays.
-      dtype: for instance `jnp.bfloat16`.
+        params: Tree of arrays.
+        dtype: For instance `jnp.bfloat16`.
 
     Returns:
-      The same tree.
+        The same tree.
 
     References:
-      Micikevicius et al., "Mixed Precision Training", 2018, section 3.1.
+        Micikevicius et al., "Mixed Precision Training", 2018, section 3.1.
     """
 
     def cast(leaf: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, params)
-
-
-def _stacks(layers: Any) -> Sequence[Any]:
-    return layers if isinstance(layers, nnx.List | list | tuple) else (layers,)
 
 
 def _vectors(carry: Any) -> int:
@@ -239,7 +272,7 @@ class _Found(NamedTuple):
 
 
 def _take_apart(node: Any, path: tuple[str, ...], found: _Found) -> Any:
-    """Return the node as `split` made it; adapters and tuples of stacks go to `found`."""
+    """Returns the node as `split` made it; adapters and tuples of stacks go to `found`."""
     if isinstance(node, tuple | list):
         found.stacks[path] = node
         return _take_apart(node[0], path, _Found({}, {}))

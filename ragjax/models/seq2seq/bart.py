@@ -19,13 +19,13 @@ from ragjax.models.encoders import bert
 from ragjax.models.families import LMFamily
 from ragjax.models.files.config import MAX_LAYERS, integer_field, token_id
 from ragjax.models.files.key_table import KeyRule, transpose
-from ragjax.models.layers import stacks as nnx_trees
+from ragjax.models.layers import stacks
 from ragjax.models.seq2seq import checkpoint as seq2seq_checkpoint
 from ragjax.models.seq2seq import model as seq2seq
 from ragjax.models.seq2seq.cache import CachedSeq2Seq
 from ragjax.models.seq2seq.layers import Attention, FeedForward, Layer, LayerParts
 from ragjax.models.seq2seq.model import DECODER, ENCODER, Params, Seq2SeqConfig
-from ragjax.models.seq2seq.trainable import merge_trainable, split_trainable
+from ragjax.models.trainable import SEQ2SEQ
 
 ACTIVATIONS = {name: bert.ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu")}
 # The first two rows of the position tables are left over from an older numbering and not used.
@@ -128,7 +128,7 @@ class BartConfig(Seq2SeqConfig):
         if self.scale_embedding:
             embedded = embedded * jnp.asarray(self.hidden_size**0.5, embedded.dtype)
         table = outer["positions"]["embedding"]
-        norm = nnx_trees.merge(_norm_structure(self.hidden_size), outer["embedding_norm"])
+        norm = stacks.merge(_norm_structure(self.hidden_size), outer["embedding_norm"])
         return norm(embedded + table[positions + POSITION_OFFSET])
 
     def leave(self, outer: Params, side: str, hidden: Array) -> Array:
@@ -172,7 +172,7 @@ def _make_norm(size: int) -> LayerNorm:
 
 @functools.lru_cache
 def _norm_structure(size: int) -> object:
-    return nnx_trees.abstract(lambda: _make_norm(size))[0]
+    return stacks.abstract(lambda: _make_norm(size))[0]
 
 
 MODEL_TYPES = ("bart",)
@@ -306,7 +306,6 @@ FAMILY = LMFamily(
     save_params=save_params,
     token_log_probs=seq2seq.token_log_probs,
     make_decoder=CachedSeq2Seq,
-    split_trainable=split_trainable,
-    merge_trainable=merge_trainable,
+    layout=SEQ2SEQ,
     has_encoder=True,
 )

@@ -15,7 +15,7 @@ from ragjax.models.files.key_table import (
     transpose,
 )
 from ragjax.models.seq2seq.model import Params, Seq2SeqConfig, init_params
-from ragjax.models.seq2seq.trainable import join_layers
+from ragjax.models.trainable import join_layers
 
 # One table under several names: which of them a file keeps depends on what wrote it.
 _EMBEDDING = "shared.weight"

@@ -5,8 +5,8 @@
     target = ragjax.losses.lsr_target(mass, temperature=0.1)         # ADist, for the retriever
     decoder = fusion_decoder(lm.config)                              # for ragjax.generation
 
-For T5 and BART. Shapes: B questions, K contexts each, L context slots, T target slots, A all heads
-of all layers, E hidden. A context without tokens is as if it were not there.
+For T5 and BART. Shapes: B questions, K contexts each, L context slots, T target slots, H heads,
+E hidden. A context without tokens is as if it were not there.
 
 References:
     Izacard and Grave, 2021, "Leveraging Passage Retrieval with Generative Models for Open Domain
@@ -14,7 +14,7 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,7 +23,6 @@ from ragjax.losses import attention_mass
 from ragjax.models.seq2seq.cache import CachedSeq2Seq, Prefilled, start
 from ragjax.models.seq2seq.layers import KeyValues, Layer
 from ragjax.models.seq2seq.model import (
-    Observer,
     Params,
     Seq2SeqConfig,
     check_batch,
@@ -41,13 +40,6 @@ class FusionBatch(NamedTuple):
     context_mask: Array  # [B, K, L] bool, True = real token
     target_ids: Array  # [B, T] int32, padded on the right
     target_mask: Array  # [B, T] bool, True = token counts
-
-
-class FusionAttention(NamedTuple):
-    """What `ragjax.losses.attention_mass` takes."""
-
-    attention: Array  # [B, A, T, K, L] float32, cross-attention probabilities
-    value_norms: Array  # [B, A, K, L] float32, norms of the value vectors
 
 
 def fusion_token_log_probs(
@@ -79,44 +71,10 @@ def fusion_token_log_probs(
     )
 
 
-def fusion_attention(config: Seq2SeqConfig, params: Params, batch: FusionBatch) -> FusionAttention:
-    """Returns how much each target token attends to each context token, at every head and layer.
-
-    `fusion_attention_mass` needs far less memory where only its sum is wanted.
-
-    Args:
-        config: Sizes.
-        params: Parameters.
-        batch: Contexts and targets.
-
-    Returns:
-        Probabilities `[B, A, T, K, L]`, layer by layer, when y_t is predicted; and the norms of
-        the value vectors `[B, A, K, L]`. Both are without meaning for a question whose contexts
-        are all empty.
-
-    Raises:
-        ValueError: The shapes do not fit together.
-    """
-    check_batch(batch, context_rank=3)
-    questions, contexts, length = batch.context_ids.shape
-    per_context = (contexts, length)
-
-    def observe(layer: Layer, asked: Array, memory: KeyValues) -> FusionAttention:
-        return _look(layer, asked, memory, batch)
-
-    seen = _observe(config, params, batch, observe)  # leaves [N, B, H, ...]
-    attention, norms = (leaf.swapaxes(0, 1) for leaf in seen)
-    slots = attention.shape[3]
-    return FusionAttention(
-        attention.reshape(questions, -1, slots, *per_context),
-        norms.reshape(questions, -1, *per_context),
-    )
-
-
 def fusion_attention_mass(config: Seq2SeqConfig, params: Params, batch: FusionBatch) -> Array:
     """Scores each context by the attention paid to it, weighted by the values' norms (ADist).
 
-    Equals `ragjax.losses.attention_mass` of `fusion_attention`, one layer at a time.
+    Equals `ragjax.losses.attention_mass` of all layers, one layer at a time.
 
     Args:
         config: Sizes.
@@ -136,14 +94,17 @@ def fusion_attention_mass(config: Seq2SeqConfig, params: Params, batch: FusionBa
     """
     check_batch(batch, context_rank=3)
 
-    def observe(layer: Layer, asked: Array, memory: KeyValues) -> Array:
+    def observe(layer: Layer, cross_input: Array, memory: KeyValues) -> Array:
         return attention_mass(
-            *_look(layer, asked, memory, batch),
+            *_attention(layer, cross_input, memory, batch),
             context_mask=batch.context_mask,
             token_mask=batch.target_mask,
         )
 
-    return _observe(config, params, batch, observe).mean(axis=0)
+    encoded, mask = _encode(config, params, batch.context_ids, batch.context_mask)
+    ids = shift_right(config, batch.target_ids)
+    mass = decode(config, params, ids, memory=encoded, memory_mask=mask, observe=observe)[2]
+    return mass.mean(axis=0)
 
 
 @dataclass(frozen=True)
@@ -200,19 +161,15 @@ def _encode(
     return flat.reshape(questions, contexts * length, -1), mask.reshape(questions, -1)
 
 
-def _observe(config: Seq2SeqConfig, params: Params, batch: FusionBatch, observer: Observer) -> Any:
-    encoded, mask = _encode(config, params, batch.context_ids, batch.context_mask)
-    ids = shift_right(config, batch.target_ids)
-    return decode(config, params, ids, memory=encoded, memory_mask=mask, observe=observer)[2]
-
-
-def _look(layer: Layer, asked: Array, memory: KeyValues, batch: FusionBatch) -> FusionAttention:
+def _attention(
+    layer: Layer, cross_input: Array, memory: KeyValues, batch: FusionBatch
+) -> tuple[Array, Array]:
     """Returns one layer's attention `[B, H, T, K, L]` and value norms `[B, H, K, L]`."""
     questions, contexts, length = batch.context_mask.shape
     mask = batch.context_mask.reshape(questions, 1, 1, -1)
-    attention = layer.cross_attention.weights(asked, memory, mask=mask)
+    attention = layer.cross_attention.weights(cross_input, memory, mask=mask)
     norms = jnp.linalg.norm(memory.values.astype(jnp.float32), axis=-1)
-    return FusionAttention(
+    return (
         attention.reshape(*attention.shape[:3], contexts, length),
         norms.reshape(*norms.shape[:2], contexts, length),
     )

@@ -8,8 +8,8 @@ H heads, D head width, V vocabulary. Parameters are a nested dict of arrays:
      "unembed": {"kernel": [E, V]},                     (absent where embeddings are tied)
      "final_bias": {"bias": [1, V]}}                    (absent where it is zero)
 
-The leaves of "layers" are identical layers stacked on axis 0, which `nnx_trees.over_layers` runs. A
-side's "layers" may also be a tuple of such stacks, run in turn (`seq2seq_training`).
+The leaves of "layers" are identical layers stacked on axis 0, which `stacks.over_stacks` runs. A
+side's "layers" may also be a tuple of such stacks, run in turn (`ragjax.models.trainable`).
 
 References:
     Vaswani et al., 2017, "Attention Is All You Need", section 3.
@@ -28,8 +28,8 @@ from jax import Array, lax
 
 from ragjax.losses import chunked_token_log_probs
 from ragjax.models.inputs import LMBatch
-from ragjax.models.layers import stacks as nnx_trees
-from ragjax.models.layers.stacks import over_layers
+from ragjax.models.layers import stacks
+from ragjax.models.layers.stacks import over_stacks
 from ragjax.models.seq2seq.layers import KeyValues, Layer
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -132,7 +132,7 @@ def init_params(config: Seq2SeqConfig, key: Array) -> Params:
         keys = jax.random.split(side_key, num_layers + 1)
 
         def init_layer(layer_key: Array, side: str = side) -> Params:
-            return nnx_trees.split(config.make_layer(side, nnx.Rngs(layer_key)))[1]
+            return stacks.split(config.make_layer(side, nnx.Rngs(layer_key)))[1]
 
         layers = jax.vmap(init_layer)(keys[1:])
         params[side] = {**config.init_outer(side, keys[0]), "layers": layers}
@@ -202,13 +202,12 @@ def encode(
     graphdef = _layer_structure(config, ENCODER)
     attended = mask[:, None, None, :]
 
-    def apply(hidden: Array, layer_params: Any) -> tuple[Array, None]:
-        layer = nnx_trees.merge(graphdef, layer_params)
+    def apply(hidden: Array, inputs: Any) -> tuple[Array, None]:
+        layer = stacks.merge(graphdef, inputs[0])
         return layer.encode(hidden, mask=attended, bias=bias), None
 
     hidden = config.enter(outer, ENCODER, _embed(params, ids), positions)
-    for stack in layer_stacks(outer):
-        hidden, _ = over_layers(apply, hidden, stack, remat=remat)
+    hidden, _ = over_stacks(apply, hidden, outer["layers"], remat=remat)
     return config.leave(outer, ENCODER, hidden)
 
 
@@ -297,8 +296,8 @@ def decode(
     attended = memory_mask[:, None, None, :]
 
     def apply(hidden: Array, inputs: Any) -> tuple[Array, Any]:
-        layer_params, layer_past, layer_memory = inputs
-        layer = nnx_trees.merge(graphdef, layer_params)
+        layer_params, (layer_past, layer_memory) = inputs
+        layer = stacks.merge(graphdef, layer_params)
         if layer_memory is None:
             layer_memory = layer.remember(memory)
         result = layer.decode(
@@ -314,14 +313,7 @@ def decode(
 
     positions = jnp.broadcast_to(slots[None, :], ids.shape)
     hidden = config.enter(outer, DECODER, _embed(params, ids), positions)
-    parts, start = [], 0
-    for stack in layer_stacks(outer):
-        stop = start + jax.tree.leaves(stack)[0].shape[0]
-        some = jax.tree.map(lambda leaf: leaf[start:stop], (past, given))  # noqa: B023  (called at once)
-        hidden, part = over_layers(apply, hidden, (stack, *some), remat=remat)
-        parts.append(part)
-        start = stop
-    new, seen = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    hidden, (new, seen) = over_stacks(apply, hidden, outer["layers"], (past, given), remat=remat)
     hidden = config.leave(outer, DECODER, hidden)
     return hidden * jnp.asarray(config.output_scale, hidden.dtype), new, seen
 
@@ -339,11 +331,10 @@ def remember(config: Seq2SeqConfig, params: Params, encoded: Array) -> KeyValues
     """
     graphdef = _layer_structure(config, DECODER)
 
-    def project(carry: None, layer_params: Any) -> tuple[None, KeyValues]:
-        return carry, nnx_trees.merge(graphdef, layer_params).remember(encoded)
+    def project(carry: None, inputs: Any) -> tuple[None, KeyValues]:
+        return carry, stacks.merge(graphdef, inputs[0]).remember(encoded)
 
-    parts = [over_layers(project, None, stack)[1] for stack in layer_stacks(params[DECODER])]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return over_stacks(project, None, params[DECODER]["layers"])[1]
 
 
 def logits(params: Params, hidden: Array) -> Array:
@@ -370,12 +361,6 @@ def shift_right(config: Seq2SeqConfig, target_ids: Array) -> Array:
     """Returns what the decoder reads to predict `target_ids` `[R, T]`: the start token first."""
     start = jnp.full((target_ids.shape[0], 1), config.decoder_start_id, target_ids.dtype)
     return jnp.concatenate([start, target_ids[:, :-1]], axis=1)
-
-
-def layer_stacks(side: Params) -> tuple[Params, ...]:
-    """Returns a side's stacks of layers in the order in which they run."""
-    layers = side["layers"]
-    return tuple(layers) if isinstance(layers, tuple | list) else (layers,)
 
 
 def check_batch(batch: Any, *, context_rank: int = 2) -> None:
@@ -414,4 +399,4 @@ def _unembedding(params: Params) -> Array:
 
 @functools.lru_cache
 def _layer_structure(config: Seq2SeqConfig, side: str) -> Any:
-    return nnx_trees.abstract(lambda: config.make_layer(side, nnx.Rngs(0)))[0]
+    return stacks.abstract(lambda: config.make_layer(side, nnx.Rngs(0)))[0]

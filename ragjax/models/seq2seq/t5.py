@@ -22,13 +22,13 @@ from ragjax.models.encoders.bert import number_field
 from ragjax.models.families import LMFamily
 from ragjax.models.files.config import MAX_LAYERS, integer_field, optional_integer, token_id
 from ragjax.models.files.key_table import KeyRule, transpose
-from ragjax.models.layers import stacks as nnx_trees
+from ragjax.models.layers import stacks
 from ragjax.models.seq2seq import checkpoint as seq2seq_checkpoint
 from ragjax.models.seq2seq import model as seq2seq
 from ragjax.models.seq2seq.cache import CachedSeq2Seq
 from ragjax.models.seq2seq.layers import Attention, FeedForward, Layer, LayerParts
 from ragjax.models.seq2seq.model import DECODER, ENCODER, Params, Seq2SeqConfig
-from ragjax.models.seq2seq.trainable import merge_trainable, split_trainable
+from ragjax.models.trainable import SEQ2SEQ
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     **{name: bert.ACTIVATIONS[name] for name in ("relu", "gelu", "gelu_new")},
@@ -124,7 +124,7 @@ class T5Config(Seq2SeqConfig):
 
     def leave(self, outer: Params, side: str, hidden: Array) -> Array:
         """See `Seq2SeqConfig`."""
-        return nnx_trees.merge(_norm_structure(self), outer["final_norm"])(hidden)
+        return stacks.merge(_norm_structure(self), outer["final_norm"])(hidden)
 
     def position_bias(
         self, outer: Params, side: str, query_slots: Array, key_slots: Array
@@ -186,7 +186,7 @@ def _make_norm(config: T5Config) -> RMSNorm:
 
 @functools.lru_cache
 def _norm_structure(config: T5Config) -> object:
-    return nnx_trees.abstract(lambda: _make_norm(config))[0]
+    return stacks.abstract(lambda: _make_norm(config))[0]
 
 
 MODEL_TYPES = ("t5",)
@@ -324,7 +324,6 @@ FAMILY = LMFamily(
     save_params=save_params,
     token_log_probs=seq2seq.token_log_probs,
     make_decoder=CachedSeq2Seq,
-    split_trainable=split_trainable,
-    merge_trainable=merge_trainable,
+    layout=SEQ2SEQ,
     has_encoder=True,
 )

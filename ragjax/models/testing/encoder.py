@@ -62,20 +62,20 @@ _FAMILIES = {
 
 
 def tiny_encoder(seed: int = 0, family: str = "bert") -> TextEncoder:
-    """Make an encoder of two or three layers with random weights and a tokenizer of characters.
+    """Makes an encoder of two or three layers with random weights and a tokenizer of characters.
 
     Any text can be tokenised: lower-cased, one token per letter or digit (`[UNK]` for others).
 
     Args:
-      seed: of the weights; equal seeds give bit-equal weights.
-      family: "bert", "dpr", "roberta", "modernbert" or "qwen3".
+        seed: Of the weights; equal seeds give bit-equal weights.
+        family: "bert", "dpr", "roberta", "modernbert" or "qwen3".
 
     Returns:
-      An encoder with the pooling of its family: mean-pooled and normalised embeddings `[B, 16]`,
-      but CLS `[B, 12]` for "dpr" (not normalised) and the last token for "qwen3".
+        An encoder with the pooling of its family: mean-pooled and normalised embeddings `[B, 16]`,
+        but CLS `[B, 12]` for "dpr" (not normalised) and the last token for "qwen3".
 
     Raises:
-      ValueError: unknown family.
+        ValueError: Unknown family.
     """
     if family not in _FAMILIES:
         raise ValueError(f"family {family!r} is not one of {', '.join(_FAMILIES)}")
@@ -95,15 +95,15 @@ def tiny_encoder(seed: int = 0, family: str = "bert") -> TextEncoder:
 
 
 def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Path:
-    """Write `tiny_encoder(seed, family)` as a folder that `load_encoder` reads.
+    """Writes `tiny_encoder(seed, family)` as a folder that `load_encoder` reads.
 
     Args:
-      folder: made where it does not exist.
-      seed: of the weights.
-      family: as for `tiny_encoder`; a sentence-transformers folder for all but "dpr".
+        folder: Made where it does not exist.
+        seed: Of the weights.
+        family: As for `tiny_encoder`; a sentence-transformers folder for all but "dpr".
 
     Returns:
-      `folder`.
+        `folder`.
     """
     encoder = tiny_encoder(seed, family)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,29 +136,29 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
 def huggingface_tensors(
     params: Params, table: Mapping[str, KeyRule] = bert.KEY_TABLE
 ) -> dict[str, np.ndarray]:
-    """Name an encoder's parameters as Hugging Face does, layer by layer.
+    """Names an encoder's parameters as Hugging Face does, layer by layer.
 
     Args:
-      params: parameters of the family's module.
-      table: `family.key_table(config)`.
+        params: Parameters of the family's module.
+        table: `family.key_table(config)`.
 
     Returns:
-      Tensor name → C-contiguous float32 array.
+        Tensor name → C-contiguous float32 array.
     """
     return named_tensors(params, table)
 
 
 def random_params(family: EncoderFamily, config: Any, seed: int, *, vary: bool = False) -> Params:
-    """Draw parameters with numpy: a module's own initialisation compiles for seconds.
+    """Draws parameters with numpy: a module's own initialisation compiles for seconds.
 
     Args:
-      family: architecture.
-      config: its sizes.
-      seed: equal seeds give bit-equal parameters.
-      vary: True = biases and the scales of norms are random too, for comparisons.
+        family: Architecture.
+        config: Its sizes.
+        seed: Equal seeds give bit-equal parameters.
+        vary: True = biases and the scales of norms are random too, for comparisons.
 
     Returns:
-      Nested dict of float32 arrays.
+        Nested dict of float32 arrays.
     """
     rng = np.random.default_rng(seed)
 

@@ -12,12 +12,12 @@ import pytest
 from ragjax.models.decoder import cache as decoder_cache
 from ragjax.models.decoder import model as decoder
 from ragjax.models.decoder import packing
-from ragjax.models.decoder import trainable as decoder_training
 from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
 from ragjax.models.decoder.config import parse_huggingface_config
 from ragjax.models.decoder.packing import Suffix
 from ragjax.models.inputs import LMBatch
 from ragjax.models.testing.language_model import tiny_decoder_config, tiny_language_model
+from ragjax.models.trainable import DECODER, join_layers, merge_trainable, split_trainable
 
 CONTEXT_LENGTHS, TARGET_LENGTHS = (9, 4, 1), (3, 5, 1)
 
@@ -267,20 +267,18 @@ def test_a_row_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize(("num_layers", "embeddings"), [(None, True), (1, False), (0, False)])
 def test_split_parts_compute_the_same_and_cover_everything(model, rng, num_layers, embeddings):
-    trainable, frozen = decoder_training.split_trainable(
-        model.params, num_layers, embeddings=embeddings
-    )
-    merged = decoder_training.merge_trainable(trainable, frozen)
+    trainable, frozen = split_trainable(model.params, DECODER, num_layers, embeddings=embeddings)
+    merged = merge_trainable(trainable, frozen)
     batch = make_batch(rng)
     np.testing.assert_allclose(score(model, batch, merged), score(model, batch), atol=2e-5)
-    joined = decoder_training.join_layers(merged)
+    joined = join_layers(merged)
     jax.tree.map(np.testing.assert_array_equal, joined, model.params)
     assert ("embed" in trainable) == embeddings
 
 
 def test_prefill_accepts_split_layers(model, rng):
     batch = make_batch(rng)
-    merged = decoder_training.merge_trainable(*decoder_training.split_trainable(model.params, 1))
+    merged = merge_trainable(*split_trainable(model.params, DECODER, 1))
     prefill, step = jitted(model)
 
     def second_logits(params):
@@ -297,10 +295,10 @@ def test_frozen_lower_layers_cost_no_backward_work(rng, monkeypatch):
     batch = make_batch(rng)
 
     def scans(num_layers):
-        trainable, frozen = decoder_training.split_trainable(params, num_layers)
+        trainable, frozen = split_trainable(params, DECODER, num_layers)
 
         def loss(trainable):
-            merged = decoder_training.merge_trainable(trainable, frozen)
+            merged = merge_trainable(trainable, frozen)
             return decoder.token_log_probs(config, merged, batch).sum()
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable)
@@ -316,14 +314,14 @@ def test_frozen_lower_layers_cost_no_backward_work(rng, monkeypatch):
 
 def test_the_number_of_learning_layers_is_checked(model):
     with pytest.raises(ValueError, match="num_layers must be between 0 and 3 .*got 4"):
-        decoder_training.split_trainable(model.params, 4)
+        split_trainable(model.params, DECODER, 4)
 
 
 # --- checkpoints and PyTorch --------------------------------------------------------------------
 
 
 def test_names_of_a_checkpoint_round_trip(model):
-    merged = decoder_training.merge_trainable(*decoder_training.split_trainable(model.params, 2))
+    merged = merge_trainable(*split_trainable(model.params, DECODER, 2))
     tensors = params_to_huggingface(model.config, merged)
     assert tensors["model.layers.2.mlp.down_proj.weight"].shape == (32, 48)
     again = params_from_huggingface(model.config, tensors, source="memory")

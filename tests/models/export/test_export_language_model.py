@@ -17,6 +17,7 @@ from ragjax.models.export import export_language_model, plan_language_model
 from ragjax.models.testing import tiny_language_model
 from ragjax.models.testing.language_model import tiny_decoder_config
 from ragjax.models.testing.seq2seq import tiny_seq2seq
+from ragjax.models.trainable import merge_trainable, split_trainable
 
 SLIDING = {"sliding_window": 6, "sliding_layers": (True, True, False)}
 DECODERS = {
@@ -169,10 +170,10 @@ def test_shards_are_filled_in_order_and_load_everywhere(tmp_path):
 @pytest.mark.slow
 def test_adapters_and_split_layers_are_merged(tmp_path):
     lm = language_model_of("llama, untied")
-    learning, frozen = lm.family.split_trainable(lm.params, 2)
+    learning, frozen = split_trainable(lm.params, lm.family.layout, 2)
     adapters = lora.init_adapters(learning, rank=2, alpha=4.0, key=jax.random.key(0))
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
-    params = lm.family.merge_trainable(lora.attach(learning, adapters), frozen)
+    params = merge_trainable(lora.attach(learning, adapters), frozen)
     assert isinstance(params["layers"], tuple)
     export_language_model(lm, tmp_path / "out", params=params)
     expected = log_probs_of(dataclasses.replace(lm, params=params))

@@ -5,8 +5,7 @@ import pytest
 from flax import nnx
 
 from ragjax.models import Tokens
-from ragjax.models.encoders.trainable import join_layers, merge_trainable, split_trainable
-from ragjax.models.layers import stacks as nnx_trees
+from ragjax.models.layers import stacks
 from ragjax.models.layers.linear import Linear
 from ragjax.models.layers.stacks import (
     cast_floats,
@@ -19,6 +18,7 @@ from ragjax.models.layers.stacks import (
     stacked,
 )
 from ragjax.models.testing import tiny_encoder
+from ragjax.models.trainable import ENCODER, join_layers, merge_trainable, split_trainable
 
 
 class Residual(nnx.Module):
@@ -65,7 +65,7 @@ def by_hand(factors=(1.0, 1.0, 1.0, 1.0)):
 @pytest.mark.parametrize("params", [PARAMS, in_stacks(4), in_stacks(1, 3), in_stacks(2, 1, 1)])
 @pytest.mark.parametrize("fewest,remat", [(1, False), (3, False), (1, True)])
 def test_layers_run_in_turn_however_they_are_stacked(params, fewest, remat, monkeypatch):
-    monkeypatch.setattr(nnx_trees, "FEWEST_WRITTEN_OUT", fewest)
+    monkeypatch.setattr(stacks, "FEWEST_WRITTEN_OUT", fewest)
     found = merge(GRAPHDEF, params)(HIDDEN, remat=remat)
     np.testing.assert_allclose(found, by_hand(), atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_layers_run_in_turn_however_they_are_stacked(params, fewest, remat, monk
 @pytest.mark.parametrize("fewest", [1, 3])
 @pytest.mark.parametrize("params", [PARAMS, in_stacks(1, 3)])
 def test_each_layer_gets_its_own_input(params, fewest, monkeypatch):
-    monkeypatch.setattr(nnx_trees, "FEWEST_WRITTEN_OUT", fewest)
+    monkeypatch.setattr(stacks, "FEWEST_WRITTEN_OUT", fewest)
     factors = (0.0, 2.0, -1.0, 0.5)
     found = merge(GRAPHDEF, params)(HIDDEN, jnp.float32(factors))
     np.testing.assert_allclose(found, by_hand(factors), atol=1e-5)
@@ -81,8 +81,8 @@ def test_each_layer_gets_its_own_input(params, fewest, monkeypatch):
 
 @pytest.mark.parametrize("longest,fewest,scans", [(3, 1, 0), (2, 1, 1), (3, 3, 1)])
 def test_results_of_the_layers_are_stacked(longest, fewest, scans, monkeypatch):
-    monkeypatch.setattr(nnx_trees, "LONGEST_WRITTEN_OUT", longest)
-    monkeypatch.setattr(nnx_trees, "FEWEST_WRITTEN_OUT", fewest)
+    monkeypatch.setattr(stacks, "LONGEST_WRITTEN_OUT", longest)
+    monkeypatch.setattr(stacks, "FEWEST_WRITTEN_OUT", fewest)
 
     def body(carry, layer):
         return carry + layer["a"], (carry * layer["b"][None], None)
@@ -142,7 +142,7 @@ def reverse_scans(jaxpr):
 def test_frozen_layers_of_an_encoder_cost_no_backward_work(num_layers, expected):
     encoder = tiny_encoder()
     encode = jax.jit(encoder.encode)
-    trainable, frozen = split_trainable(encoder.params, num_layers)
+    trainable, frozen = split_trainable(encoder.params, ENCODER, num_layers)
     tokens = Tokens(jnp.full((2, 5), 7, jnp.int32), jnp.ones((2, 5), bool))
 
     def loss(trainable):
@@ -164,7 +164,7 @@ def test_what_follows_the_layers_learns_with_them():
         "projection": {"0": {"kernel": jnp.ones((2, 2))}},
         "attention_norms": {"scale": jnp.ones((3, 2))},
     }
-    trainable, frozen = split_trainable(params, 1)
+    trainable, frozen = split_trainable(params, ENCODER, 1)
     assert sorted(trainable) == ["final_norm", "layers", "projection"]
     assert sorted(frozen) == ["attention_norms", "embeddings", "layers"]
     assert trainable["layers"]["scale"].shape == (1, 2)
@@ -173,7 +173,7 @@ def test_what_follows_the_layers_learns_with_them():
 @pytest.mark.parametrize("num_layers", [0, 3])
 def test_more_layers_than_there_are_cannot_learn(num_layers):
     with pytest.raises(ValueError, match=f"between 1 and 2 .or None., got {num_layers}"):
-        split_trainable(tiny_encoder().params, num_layers)
+        split_trainable(tiny_encoder().params, ENCODER, num_layers)
 
 
 def test_only_floats_are_converted_and_gradients_keep_their_dtype():

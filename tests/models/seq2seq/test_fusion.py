@@ -16,7 +16,6 @@ from ragjax.models.inputs import LMBatch
 from ragjax.models.seq2seq import bart, t5
 from ragjax.models.seq2seq.fusion import (
     FusionBatch,
-    fusion_attention,
     fusion_attention_mass,
     fusion_decoder,
     fusion_token_log_probs,
@@ -97,11 +96,11 @@ def test_log_probs_attention_and_gradients_equal_pytorch(case, batch):
     reference = torch_model(kind, sizes)
     config, params = our_model(family, reference)
 
-    def everything(params):
+    def total(params):
         log_probs = fusion_token_log_probs(config, params, batch)
-        return log_probs.sum(), (log_probs, fusion_attention(config, params, batch))
+        return log_probs.sum(), log_probs
 
-    gradient, (found, seen) = jax.jit(jax.grad(everything, has_aux=True))(params)
+    gradient, found = jax.jit(jax.grad(total, has_aux=True))(params)
     output, expected, states, mask = torch_fused(reference, batch, config.decoder_start_id)
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
 
@@ -113,11 +112,6 @@ def test_log_probs_attention_and_gradients_equal_pytorch(case, batch):
         attention.detach().numpy(),
         norms.detach().numpy().reshape(QUESTIONS, -1, CONTEXTS, SLOTS),
         token_mask=batch.target_mask,
-    )
-    masks = {"context_mask": batch.context_mask, "token_mask": batch.target_mask}
-    np.testing.assert_allclose(attention_mass(*seen, **masks), theirs, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        seen.attention.sum(axis=-1), attention.sum(dim=-1).detach(), rtol=1e-4, atol=1e-5
     )
     mass = jax.jit(functools.partial(fusion_attention_mass, config))(params, batch)
     np.testing.assert_allclose(mass, theirs, rtol=1e-4, atol=1e-5)

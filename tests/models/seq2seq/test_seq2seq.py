@@ -17,8 +17,8 @@ from ragjax.models import load_language_model
 from ragjax.models.inputs import LMBatch
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.models.seq2seq import model as seq2seq
-from ragjax.models.seq2seq import trainable as seq2seq_training
 from ragjax.models.testing.seq2seq import tiny_seq2seq, tiny_seq2seq_config, write_tiny_seq2seq
+from ragjax.models.trainable import SEQ2SEQ, join_layers, merge_trainable, split_trainable
 
 FAMILIES = ("t5", "flan-t5", "bart")
 
@@ -184,9 +184,9 @@ def test_a_cache_shorter_than_the_contexts_is_refused(two, rng):
 )
 def test_split_parts_cover_everything(two, num_layers, embeddings):
     params = {**two.params, "final_bias": {"bias": jnp.ones((1, two.config.vocab_size))}}
-    trainable, frozen = seq2seq_training.split_trainable(params, num_layers, embeddings=embeddings)
-    merged = seq2seq_training.merge_trainable(trainable, frozen)
-    jax.tree.map(np.testing.assert_array_equal, seq2seq_training.join_layers(merged), params)
+    trainable, frozen = split_trainable(params, SEQ2SEQ, num_layers, embeddings=embeddings)
+    merged = merge_trainable(trainable, frozen)
+    jax.tree.map(np.testing.assert_array_equal, join_layers(merged), params)
     assert ("embed" in trainable) == embeddings
     assert ("encoder" in trainable) == (num_layers is None)
     assert "final_bias" in frozen
@@ -194,7 +194,7 @@ def test_split_parts_cover_everything(two, num_layers, embeddings):
 
 @pytest.mark.slow
 def test_split_parts_compute_the_same(two, rng):
-    merged = seq2seq_training.merge_trainable(*seq2seq_training.split_trainable(two.params, 1))
+    merged = merge_trainable(*split_trainable(two.params, SEQ2SEQ, 1))
     batch = make_batch(rng, vocab_size=256)
     np.testing.assert_allclose(score(two, batch, merged), score(two, batch), atol=2e-5)
     prefill = jax.jit(functools.partial(two.decoder.prefill, cache_length=12))
@@ -206,10 +206,10 @@ def test_frozen_lower_layers_cost_no_backward_work(two, rng):
     batch = make_batch(rng)
 
     def scans(num_layers):
-        trainable, frozen = seq2seq_training.split_trainable(two.params, num_layers)
+        trainable, frozen = split_trainable(two.params, SEQ2SEQ, num_layers)
 
         def loss(trainable):
-            merged = seq2seq_training.merge_trainable(trainable, frozen)
+            merged = merge_trainable(trainable, frozen)
             return seq2seq.token_log_probs(two.config, merged, batch).sum()
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable)
@@ -225,7 +225,7 @@ def test_frozen_lower_layers_cost_no_backward_work(two, rng):
 
 def test_the_number_of_learning_layers_is_checked(two):
     with pytest.raises(ValueError, match="num_layers must be between 0 and 3 .*got 4"):
-        seq2seq_training.split_trainable(two.params, 4)
+        split_trainable(two.params, SEQ2SEQ, 4)
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def saved(model):
 
 
 def test_names_of_a_checkpoint_round_trip(model):
-    merged = seq2seq_training.merge_trainable(*seq2seq_training.split_trainable(model.params, 2))
+    merged = merge_trainable(*split_trainable(model.params, SEQ2SEQ, 2))
     tensors = model.family.save_params(model.config, merged)
     assert all(tensor.flags.c_contiguous for tensor in tensors.values())
     again = model.family.load_params(model.config, tensors, source="memory")

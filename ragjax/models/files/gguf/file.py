@@ -53,7 +53,7 @@ class GgufTensor:
         return math.prod(self.shape) // block * size
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return the values as a new float32 array."""
+        """Returns the values as a new float32 array."""
         values = np.empty(math.prod(self.shape), np.float32)
         block, size = GGML_QUANT_SIZES[self.kind]
         count, done = _CHUNK // size * size, 0
@@ -79,7 +79,7 @@ class GgufTensor:
 
 
 def read_gguf_file(path: Path) -> GgufFile:
-    """Read and check the metadata and the list of tensors.
+    """Reads and checks the metadata and the list of tensors.
 
     Args:
         path: The file; of a split file (`NAME-00001-of-00003.gguf`) any part, the others beside
@@ -113,7 +113,7 @@ def read_gguf_file(path: Path) -> GgufFile:
 
 
 def split_parts(path: Path) -> list[Path]:
-    """Return all parts of a split file in their order; a whole file is its only part.
+    """Returns all parts of a split file in their order; a whole file is its only part.
 
     Raises:
         FileNotFoundError: A part is missing.
@@ -169,7 +169,7 @@ class _Header:
     def _placed(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], alignment: Any
     ) -> dict[str, GgufTensor]:
-        """Turn offsets in the data into places in the file, and check that they can be."""
+        """Turns offsets in the data into places in the file, and checks that they can be."""
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment!r:.100}, not a power of two")
         start = -(-(self._size - self._left) // alignment) * alignment
@@ -234,7 +234,7 @@ class _Header:
         return list(struct.unpack(f"{self._order}{count}{code}", self._bytes(count * size)))
 
     def _strings(self, count: int) -> list[str]:
-        """Read the strings of a vocabulary: as `_string`, but hundreds of thousands of them."""
+        """Reads the strings of a vocabulary: as `_string`, but hundreds of thousands of them."""
         read, length_of = self._file.read, struct.Struct(f"{self._order}Q").unpack
         strings, left = [], self._left
         for _ in range(count):
@@ -275,7 +275,7 @@ class _Header:
 
 
 def _take(path: Path, file: Any, count: int) -> bytes:
-    """Read exactly so many bytes; unbuffered files may return fewer at once."""
+    """Reads exactly so many bytes; unbuffered files may return fewer at once."""
     pieces: list[bytes] = []
     while count:
         piece = file.read(count)
@@ -290,7 +290,7 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.ggu
 
 
 def split_names(name: str) -> list[str]:
-    """Return the names of all parts of a split file by the name of one; of others, that name."""
+    """Returns the names of all parts of a split file by the name of one; of others, that name."""
     match = _SPLIT_NAME.fullmatch(name)
     if not match or not 1 <= int(match["part"]) <= int(match["count"]):
         return [name]

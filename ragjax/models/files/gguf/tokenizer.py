@@ -136,7 +136,7 @@ def _list(
     length: int | None = None,
     default: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """Return an array of the metadata after checking its length and the type of its entries."""
+    """Returns an array of the metadata after checking its length and the type of its entries."""
     found = fields.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(found, list) or not all(type(item) is kind for item in found):
         raise ValueError(f"{path}: tokenizer.ggml.{name} is not an array of {kind.__name__}")
@@ -170,7 +170,7 @@ def _sentence_piece(
     *,
     prefixed: bool,
 ) -> Tokenizer:
-    """Build a SentencePiece BPE: of all neighbours, the pair with the best score joins first."""
+    """Builds a SentencePiece BPE: of all neighbours, the pair with the best score joins first."""
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.BPE(
@@ -195,7 +195,7 @@ def _sentence_piece(
 def _merges(
     vocab: Mapping[str, int], scores: Sequence[float], kinds: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """Return every way to cut a token into two others, the best token first."""
+    """Returns every way to cut a token into two others, the best token first."""
     found = [
         (-scores[index], cut, token)
         for token, index in vocab.items()
