@@ -2,14 +2,16 @@
 
 One contract for all of them:
 
-- Arrays in, one float32 value in nats per query `[B]` out, unreduced: the caller takes the mean.
-- Letters: `B` queries, `K` retrieved documents per query, `T` target tokens, `V` vocabulary, `M`
-  candidates; axis order `[B, K, T]`.
+- Arrays in, one float32 value in nats per query `[...]` out, unreduced: the caller takes the mean.
+- Letters: `K` retrieved documents per query, `T` target tokens, `V` vocabulary, `M` candidates;
+  axis order `[..., K, T]`. `...` are the axes of the queries, the same in every argument of a call:
+  a batch, a batch of sequences, or none for a single query, so that `jax.vmap` works as well.
 - Masks are bool, True = keep. What a masked slot holds, NaN included, changes neither value nor
   gradient. A query with no document has loss 0 and gradient 0.
 - Computed in float32 whatever the inputs' dtype (float64 stays float64).
 - They hold no state: jit, vmap, pmap, shard_map and sharded jit all work. The contrastive
-  losses over embeddings look across devices where an `axis_name` is given.
+  losses over embeddings, whose negatives are the other queries of a batch `[..., B]`, look across
+  devices where an `axis_name` is given.
 """
 
 from ragjax.losses.chunked import chunked_token_log_probs as chunked_token_log_probs

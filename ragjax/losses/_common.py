@@ -1,6 +1,6 @@
 """Argument checks and masked reductions shared by the losses.
 
-Axis letters: `B` queries, `K` documents per query, `T` target tokens, `M` candidates.
+Axis letters: `K` documents per query, `T` target tokens; `...` stands for any leading axes.
 """
 
 from typing import Any
@@ -12,31 +12,39 @@ from jax.typing import ArrayLike
 
 
 class Axes:
-    """Checks arguments against axis letters; a letter means one size in the whole call."""
+    """Checks arguments against axis letters; a letter means one size in the whole call.
+
+    Letters such as `"...KT"`: one per axis, where `...` stands for the leading axes, none
+    included, which are the same in every argument that has them.
+    """
 
     def __init__(self) -> None:
         """Starts with no size known."""
-        self._sizes: dict[str, tuple[int, str]] = {}
+        self._sizes: dict[str, tuple[Any, str]] = {}
 
     def floats(self, name: str, value: ArrayLike, letters: str) -> Array:
         """Returns `value` in float32 (or wider), checked to be floating-point of shape `letters`.
 
         Args:
-            name: the argument's name, for the error.
-            value: what the caller passed.
-            letters: one letter per axis, such as `"BKT"`.
+            name: The argument's name, for the error.
+            value: What the caller passed.
+            letters: One letter per axis, such as `"...KT"`.
 
         Raises:
-            ValueError: not floating-point, wrong rank, or a size that differs from an argument
+            ValueError: Not floating-point, wrong rank, or a size that differs from an argument
                 checked before.
         """
-        array = self._checked(name, value, letters, jnp.floating, "floating-point")
+        array = self.floats_as_given(name, value, letters)
         # Sums of log-probs and softmax lose whole nats in bfloat16.
-        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        return array.astype(wide(array))
+
+    def floats_as_given(self, name: str, value: ArrayLike, letters: str) -> Array:
+        """Returns `value` in its own dtype, checked and raising as `floats`."""
+        return self._checked(name, value, letters, jnp.floating, "a floating-point")
 
     def integers(self, name: str, value: ArrayLike, letters: str) -> Array:
         """Returns `value`, checked to be integer of shape `letters`; raises as `floats`."""
-        return self._checked(name, value, letters, jnp.integer, "integer")
+        return self._checked(name, value, letters, jnp.integer, "an integer")
 
     def mask(self, name: str, value: ArrayLike | None, letters: str) -> Array:
         """Returns `value`, checked to be bool of shape `letters`; `None` keeps everything.
@@ -44,68 +52,111 @@ class Axes:
         Raises as `floats`. Every letter must have been seen before.
         """
         if value is None:
-            return jnp.ones([self._sizes[letter][0] for letter in letters], bool)
-        return self._checked(name, value, letters, jnp.bool_, "bool (True = keep)")
+            named = (self._sizes[letter][0] for letter in letters.removeprefix("..."))
+            return jnp.ones([*self._sizes["..."][0], *named], bool)
+        return self._checked(name, value, letters, jnp.bool_, "a bool (True = keep)")
+
+    def answers(self, name: str, value: ArrayLike, token_mask: ArrayLike | None) -> Array:
+        """Returns log p_LM(y | c∘x) `[..., K]`, summed over tokens where tokens are given.
+
+        Args:
+            name: The argument's name, for the error.
+            value: `[..., K, T]` per token, or `[..., K]` already summed. The leading axes must
+                have been seen before: they tell one from the other.
+            token_mask: `[..., T]` bool or None; must be None with `[..., K]`.
+
+        Raises:
+            ValueError: Wrong rank, shape or dtype, or a token mask without tokens.
+        """
+        leading, _ = self._sizes["..."]
+        if jnp.ndim(value) != len(leading) + 1:
+            log_probs = self.floats(name, value, "...KT")
+            keep = self.mask("token_mask", token_mask, "...T")
+            return jnp.sum(jnp.where(keep[..., None, :], log_probs, 0.0), axis=-1)
+        if token_mask is not None:
+            raise ValueError(
+                f"token_mask: expected None, because {name} of shape {list(jnp.shape(value))} is "
+                f"already summed over tokens, got shape {list(jnp.shape(token_mask))}"
+            )
+        return self.floats(name, value, "...K")
 
     def _checked(self, name: str, value: ArrayLike, letters: str, kind: Any, words: str) -> Array:
         array = jnp.asarray(value)
-        known = [self._sizes.get(letter, (None, ""))[0] for letter in letters]
-        right_shape = array.ndim == len(letters) and all(
-            size in (None, got) for size, got in zip(known, array.shape, strict=True)
+        named = letters.removeprefix("...")
+        axes, sizes = list(named), [*array.shape]
+        if named != letters:
+            first = array.ndim - len(named)
+            axes, sizes = ["...", *axes], [sizes[:first], *sizes[first:]]
+        right_shape = len(axes) == len(sizes) and all(
+            self._sizes.get(axis, (size, ""))[0] == size
+            for axis, size in zip(axes, sizes, strict=True)
         )
         if not right_shape or not jnp.issubdtype(array.dtype, kind):
-            axes = ", ".join(map(self._describe, letters))
+            expected = ", ".join(map(self._describe, axes))
             raise ValueError(
-                f"{name}: expected a {words} array of shape [{axes}], "
-                f"got {array.dtype}{list(array.shape)}."
+                f"{name}: expected {words} array of shape [{expected}], "
+                f"got {array.dtype}{list(array.shape)}"
             )
-        for letter, size in zip(letters, array.shape, strict=True):
-            self._sizes.setdefault(letter, (size, name))
+        for axis, size in zip(axes, sizes, strict=True):
+            self._sizes.setdefault(axis, (size, name))
         return array
 
-    def _describe(self, letter: str) -> str:
-        if letter not in self._sizes:
-            return letter
-        size, source = self._sizes[letter]
-        return f"{letter}={size} (as {source})"
+    def _describe(self, axis: str) -> str:
+        if axis not in self._sizes:
+            return axis
+        size, source = self._sizes[axis]
+        return f"{axis}={size} (as {source})"
 
 
-def answer_log_probs(
-    axes: Axes, name: str, value: ArrayLike, token_mask: ArrayLike | None
-) -> Array:
-    """Returns log p_LM(y | c∘x) `[B, K]`, summed over tokens where tokens are given.
+def wide(*arrays: Array) -> jnp.dtype:
+    """Returns the widest of the arrays' dtypes, at least float32."""
+    # Not `promote_types`, which refuses to mix dtypes where a project has set it to be strict.
+    dtypes = [jnp.dtype(jnp.float32), *(array.dtype for array in arrays)]
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def checked_docs(doc_mask: ArrayLike | None, **arrays: ArrayLike) -> list[Array]:
+    """Returns arrays `[..., K]` in float32 (or wider) by name, checked, then the document mask."""
+    axes = Axes()
+    checked = [axes.floats(name, value, "...K") for name, value in arrays.items()]
+    return [*checked, axes.mask("doc_mask", doc_mask, "...K")]
+
+
+def checked_answers(
+    doc_scores: ArrayLike,
+    log_probs: ArrayLike,
+    doc_mask: ArrayLike | None,
+    token_mask: ArrayLike | None,
+    name: str = "log_probs",
+) -> tuple[Axes, Array, Array, Array]:
+    """Returns the checker, scores, summed answer log-probs and document mask, each `[..., K]`.
 
     Args:
-        axes: the call's checker.
-        name: the argument's name, for the error.
-        value: `[B, K, T]` per token, or `[B, K]` already summed.
-        token_mask: `[B, T]` bool or None; must be None with `[B, K]`.
+        doc_scores: `[..., K]`.
+        log_probs: As `Axes.answers` takes it.
+        doc_mask: `[..., K]` bool or None.
+        token_mask: `[..., T]` bool or None.
+        name: What the caller calls `log_probs`, for the error.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or a token mask without tokens.
+        ValueError: As `Axes.answers`.
     """
-    if jnp.ndim(value) != 2:
-        log_probs = axes.floats(name, value, "BKT")
-        keep = axes.mask("token_mask", token_mask, "BT")
-        return jnp.sum(jnp.where(keep[:, None, :], log_probs, 0.0), axis=2)
-    if token_mask is not None:
-        raise ValueError(
-            f"token_mask: expected None, because {name} of shape {list(jnp.shape(value))} is "
-            f"already summed over tokens, got shape {list(jnp.shape(token_mask))}."
-        )
-    return axes.floats(name, value, "BK")
+    axes = Axes()
+    scores = axes.floats("doc_scores", doc_scores, "...K")
+    answers = axes.answers(name, log_probs, token_mask)
+    return axes, scores, answers, axes.mask("doc_mask", doc_mask, "...K")
 
 
 def positive_scalar(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a scalar above 0; one traced by jit is not looked at."""
     if jnp.ndim(value) or (is_known(value) and not 0 < float(value) < float("inf")):
-        raise ValueError(f"{name}: expected a finite scalar above 0, got {value}.")
+        raise ValueError(f"{name}: expected a finite scalar above 0, got {value}")
 
 
 def fraction(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a scalar in 0 … 1, 1 excluded; as `positive_scalar`."""
     if jnp.ndim(value) or (is_known(value) and not 0 <= float(value) < 1):
-        raise ValueError(f"{name}: expected a scalar of at least 0 and below 1, got {value}.")
+        raise ValueError(f"{name}: expected a scalar of at least 0 and below 1, got {value}")
 
 
 def is_known(value: ArrayLike) -> bool:
@@ -117,9 +168,9 @@ def masked_logsumexp(values: Array, mask: Array, *, axis: int) -> Array:
     """Returns log Σ exp over the kept entries; 0 with gradient 0 where none is kept.
 
     Args:
-        values: floating-point, any shape; masked entries may hold anything.
-        mask: bool, same shape, True = keep.
-        axis: the axis to reduce.
+        values: Floating-point, any shape; masked entries may hold anything.
+        mask: Bool, same shape, True = keep.
+        axis: The axis to reduce.
 
     Returns:
         `values.shape` without `axis`.
@@ -132,11 +183,11 @@ def masked_log_softmax(values: Array, mask: Array) -> Array:
     """Returns the log-softmax of the kept entries over the last axis; -inf at the others.
 
     Args:
-        values: `[B, K]` floating-point; masked entries may hold anything.
-        mask: `[B, K]` bool, True = keep.
+        values: `[..., K]` floating-point; masked entries may hold anything.
+        mask: `[..., K]` bool, True = keep.
 
     Returns:
-        `[B, K]` log-probs; a row with no kept entry is all -inf, with gradient 0.
+        `[..., K]` log-probs; a row with no kept entry is all -inf, with gradient 0.
     """
     # A row of nothing but -inf becomes NaN: the outer `where` replaces it, and the inner one keeps
     # its gradient from the values.
@@ -145,16 +196,16 @@ def masked_log_softmax(values: Array, mask: Array) -> Array:
 
 
 def masked_kl(p_log_probs: Array, q_log_probs: Array, mask: Array) -> Array:
-    """Returns KL(p‖q) `[B]` over the kept entries; an entry with p = 0 contributes 0.
+    """Returns KL(p‖q) `[...]` over the kept entries; an entry with p = 0 contributes 0.
 
     Args:
-        p_log_probs: `[B, K]` log p, normalised over the kept entries; may be -inf.
-        q_log_probs: `[B, K]` log q, likewise; -inf where p > 0 makes the result +inf.
-        mask: `[B, K]` bool, True = keep.
+        p_log_probs: `[..., K]` log p, normalised over the kept entries; may be -inf.
+        q_log_probs: `[..., K]` log q, likewise; -inf where p > 0 makes the result +inf.
+        mask: `[..., K]` bool, True = keep.
     """
     # 0 · (-inf) is NaN, in the value and in the gradient: replace the arguments, not the product.
     # `!=` and not `>`, which would also drop a NaN and so hide it.
     support = mask & (p_log_probs != -jnp.inf)
     p_log_probs = jnp.where(support, p_log_probs, 0.0)
     q_log_probs = jnp.where(support, q_log_probs, 0.0)
-    return jnp.sum(jnp.exp(p_log_probs) * (p_log_probs - q_log_probs), axis=1)
+    return jnp.sum(jnp.exp(p_log_probs) * (p_log_probs - q_log_probs), axis=-1)

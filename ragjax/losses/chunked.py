@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import fraction
+from ragjax.losses._common import Axes, fraction, wide
 from ragjax.losses._mesh_axes import varying_alike
 
 # Logits held at a time: 64 MiB in float32. Blocks below 512 entries would starve the matmul.
@@ -43,15 +43,15 @@ def chunked_token_log_probs(
             kernel's transpose.
         targets: `[..., T]` integer token ids in 0 … V−1.
         mask: `[..., T]` bool, True = a target token; all, if not given.
-        label_smoothing: scalar ε in 0 … 1, 1 excluded.
-        chunk_size: vocabulary entries per block; chosen for about 64 MiB of logits, if not given.
+        label_smoothing: Scalar ε in 0 … 1, 1 excluded.
+        chunk_size: Vocabulary entries per block; chosen for about 64 MiB of logits, if not given.
 
     Returns:
         `[..., T]` log-probs in nats, float32 (float64 stays float64); 0 where masked. An id
         outside 0 … V−1 gives NaN.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, smoothing out of range, or a block below 1.
+        ValueError: Wrong rank, shape or dtype, smoothing out of range, or a block below 1.
 
     Gradients:
         ∂ℓ_t/∂logits = (1 − ε) onehot(y_t) + ε / V − softmax, to hidden and unembedding; none to a
@@ -72,12 +72,18 @@ def chunked_token_log_probs(
         >>> print(np.asarray(log_probs).round(3))
         [-1.214 -2.214]
     """
-    hidden, unembedding, targets = map(jnp.asarray, (hidden, unembedding, targets))
-    _check(hidden, unembedding, targets, mask, chunk_size)
+    axes = Axes()
+    # Not widened: the products with the vocabulary are of the inputs' dtype.
+    hidden = axes.floats_as_given("hidden", hidden, "...TH")
+    unembedding = axes.floats_as_given("unembedding", unembedding, "VH")
+    targets = axes.integers("targets", targets, "...T")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     fraction("label_smoothing", label_smoothing)
     if mask is not None:
+        mask = axes.mask("mask", mask, "...T")
         # NaN · 0 is NaN in the unembedding's gradient: what is masked must not enter the product.
-        hidden = jnp.where(jnp.asarray(mask)[..., None], hidden, 0.0)
+        hidden = jnp.where(mask[..., None], hidden, 0.0)
     vocab = unembedding.shape[0]
     size = min(chunk_size or _default_block(vocab, targets.size), vocab)
     if size == vocab:
@@ -96,7 +102,7 @@ def chunked_token_log_probs(
         log_probs = (1 - label_smoothing) * log_probs + label_smoothing * everything
     # What the look-ups made of an id outside does not matter here.
     log_probs = jnp.where((targets >= 0) & (targets < vocab), log_probs, jnp.nan)
-    return log_probs if mask is None else jnp.where(jnp.asarray(mask), log_probs, 0.0)
+    return log_probs if mask is None else jnp.where(mask, log_probs, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -127,7 +133,7 @@ def _forward(size: int, hidden: Array, table: Array, targets: Array) -> tuple[An
         peak = jnp.maximum(largest, logits.max(axis=-1))
         scale, weights = jnp.exp(largest - peak), jnp.exp(logits - peak[..., None])
         # In the inputs' dtype: a float32 factor would take the matmul off the fast units.
-        part = _dot(weights.astype(hidden.dtype), block)  # [..., T, H]
+        part = _dot(weights.astype(hidden.dtype), block, 0)  # [..., T, H]
         total = total * scale + weights.sum(axis=-1)
         return peak, total, mean * scale[..., None] + part
 
@@ -142,7 +148,7 @@ def _forward(size: int, hidden: Array, table: Array, targets: Array) -> tuple[An
 def _backward(size: int, saved: Any, slopes: tuple[Array, Array]) -> tuple[Array, Array, None]:
     hidden, table, targets, normaliser, mean = saved
     to_logit, to_normaliser = slopes
-    rows = table[targets]
+    rows = table[targets].astype(to_logit.dtype)
     to_hidden = to_logit[..., None] * rows + to_normaliser[..., None] * mean
     axes = tuple(range(hidden.ndim - 1))
 
@@ -189,47 +195,15 @@ def _default_block(vocab: int, tokens: int) -> int:
 
 
 def _row_dot(hidden: Array, rows: Array) -> Array:
-    dtype = jnp.promote_types(jnp.result_type(hidden, rows), jnp.float32)
-    return jnp.sum(hidden * rows.astype(dtype), axis=-1)
+    dtype = wide(hidden, rows)
+    return jnp.sum(hidden.astype(dtype) * rows.astype(dtype), axis=-1)
 
 
-def _dot(weights: Array, block: Array) -> Array:
-    dtype = jnp.promote_types(jnp.result_type(weights, block), jnp.float32)
-    contracted = (((weights.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(weights, block, contracted, preferred_element_type=dtype)
+def _dot(left: Array, right: Array, axis: int) -> Array:
+    """Contracts the last axis of `left` with one of `right`, added up in float32 (or wider)."""
+    contracted = (((left.ndim - 1,), (axis,)), ((), ()))
+    return lax.dot_general(left, right, contracted, preferred_element_type=wide(left, right))
 
 
 def _logits(hidden: Array, table: Array) -> Array:
-    dtype = jnp.promote_types(jnp.result_type(hidden, table), jnp.float32)
-    contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(hidden, table, contracted, preferred_element_type=dtype)
-
-
-def _check(
-    hidden: Array, unembedding: Array, targets: Array, mask: ArrayLike | None, size: int | None
-) -> None:
-    def expect(name: str, array: Array, right: bool, words: str) -> None:
-        if not right:
-            raise ValueError(f"{name}: expected {words}, got {array.dtype}{list(array.shape)}.")
-
-    def floating(array: Array) -> bool:
-        return bool(jnp.issubdtype(array.dtype, jnp.floating))
-
-    expect(
-        "hidden",
-        hidden,
-        hidden.ndim >= 2 and floating(hidden),
-        "a floating-point array of shape [..., T, H]",
-    )
-    width, slots = hidden.shape[-1], list(hidden.shape[:-1])
-    right = unembedding.ndim == 2 and unembedding.shape[1] == width and floating(unembedding)
-    words = f"a floating-point array of shape [V, H={width} (as hidden)]"
-    expect("unembedding", unembedding, right, words)
-    right = list(targets.shape) == slots and bool(jnp.issubdtype(targets.dtype, jnp.integer))
-    expect("targets", targets, right, f"an integer array of shape {slots} (as hidden)")
-    if mask is not None:
-        keep = jnp.asarray(mask)
-        right = list(keep.shape) == slots and keep.dtype == jnp.bool_
-        expect("mask", keep, right, f"a bool array (True = keep) of shape {slots} (as hidden)")
-    if size is not None and size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {size}.")
+    return _dot(hidden, table, 1)

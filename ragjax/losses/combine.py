@@ -14,9 +14,9 @@ class CombinedLoss(NamedTuple):
     """A weighted sum and its parts."""
 
     total: Array
-    """`[B]` Σ_n weight_n · loss_n."""
+    """`[...]` Σ_n weight_n · loss_n."""
     parts: dict[str, Array]
-    """Each loss `[B]` as it came, without its weight."""
+    """Each loss `[...]` as it came, without its weight."""
 
 
 def combine_losses(
@@ -28,15 +28,15 @@ def combine_losses(
         L = \sum_n \lambda_n L_n
 
     Args:
-        parts: losses `[B]` by name.
-        weights: a scalar λ for each name. A weight of 0 turns a loss off: it is reported, and what
+        parts: Losses `[...]` by name.
+        weights: A scalar λ for each name. A weight of 0 turns a loss off: it is reported, and what
             it holds, NaN included, reaches neither the total nor the gradient.
 
     Returns:
         `CombinedLoss`.
 
     Raises:
-        ValueError: no loss, names that differ, a wrong shape or dtype.
+        ValueError: No loss, names that differ, a wrong shape or dtype.
 
     Gradients:
         λ_n to every loss.
@@ -56,14 +56,14 @@ def combine_losses(
     """
     if not parts or set(parts) != set(weights):
         raise ValueError(
-            f"weights: expected one for each of {sorted(parts)}, got {sorted(weights)}."
+            f"weights: expected one for each of {sorted(parts)}, got {sorted(weights)}"
         )
     axes = Axes()
-    checked = {name: axes.floats(name, loss, "B") for name, loss in parts.items()}
+    checked = {name: axes.floats(name, loss, "...") for name, loss in parts.items()}
     total = jnp.zeros_like(next(iter(checked.values())))
     for name, loss in checked.items():
         weight = jnp.asarray(weights[name])
         if weight.ndim:
-            raise ValueError(f"weights[{name!r}]: expected a scalar, got shape {weight.shape}.")
+            raise ValueError(f"weights[{name!r}]: expected a scalar, got shape {weight.shape}")
         total = total + weight * jnp.where(weight == 0, 0.0, loss)
     return CombinedLoss(total, checked)

@@ -20,17 +20,17 @@ def info_nce_loss(
     of the global batch: its own, the other queries' (in-batch negatives) and hard negatives.
 
     Args:
-        scores: `[B, M]` live, differentiable scores, already scaled.
-        positives: `[B]` integer, the column of each query's gold document.
-        mask: `[B, M]` bool, True = keep; all, if not given. False drops a false negative, such as
+        scores: `[..., M]` live, differentiable scores, already scaled.
+        positives: `[...]` integer, the column of each query's gold document.
+        mask: `[..., M]` bool, True = keep; all, if not given. False drops a false negative, such as
             another copy of the gold document. The gold column itself is always kept, so
             `doc_ids != gold_id` is a fit mask; but a row that is all False is no query.
 
     Returns:
-        `[B]` in nats, float32. A row with an all-False mask has loss 0 and gradient 0.
+        `[...]` in nats, float32. A row with an all-False mask has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or a positive outside 0 … M−1 in a row that has
+        ValueError: Wrong rank, shape or dtype, or a positive outside 0 … M−1 in a row that has
             candidates. Under jit or vmap the values cannot be looked at, and the loss is NaN.
 
     Gradients:
@@ -51,19 +51,19 @@ def info_nce_loss(
         [1.386]
     """
     axes = Axes()
-    scores = axes.floats("scores", scores, "BM")
-    positives = axes.integers("positives", positives, "B")
-    mask = axes.mask("mask", mask, "BM")
-    size = scores.shape[1]
-    has_candidates = mask.any(axis=1)
+    scores = axes.floats("scores", scores, "...M")
+    positives = axes.integers("positives", positives, "...")
+    mask = axes.mask("mask", mask, "...M")
+    size = scores.shape[-1]
+    has_candidates = mask.any(axis=-1)
     out_of_range = has_candidates & ((positives < 0) | (positives >= size))
     if is_known(out_of_range) and out_of_range.any():
         raise ValueError(
             f"positives: expected columns in 0 … {size - 1} (scores has M={size}), "
-            f"got {positives.tolist()}."
+            f"got {positives.tolist()}"
         )
-    is_positive = jax.nn.one_hot(positives, size, dtype=bool)  # [B, M]
-    keep = (mask | is_positive) & has_candidates[:, None]
+    is_positive = jax.nn.one_hot(positives, size, dtype=bool)  # [..., M]
+    keep = (mask | is_positive) & has_candidates[..., None]
     log_probs = masked_log_softmax(scores, keep)
-    chosen = jnp.sum(jnp.where(is_positive & keep, log_probs, 0.0), axis=1)
+    chosen = jnp.sum(jnp.where(is_positive & keep, log_probs, 0.0), axis=-1)
     return jnp.where(out_of_range, jnp.nan, -chosen)

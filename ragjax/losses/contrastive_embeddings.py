@@ -1,6 +1,8 @@
 """Contrastive losses over embeddings: in-batch, hard and cross-device negatives; chunked encoding.
 
-Letters: `B` queries, `H` documents given per query (the gold one first), `D` embedding size.
+Letters: `B` queries of one batch, `H` documents given per query (the gold one first), `D`
+embedding size. Leading axes `...` are batches of their own: the documents of one are no negatives
+of another.
 """
 
 from collections.abc import Callable, Hashable
@@ -30,19 +32,21 @@ def dpr_loss(
         L_i = -\log \frac{\exp(q_i \cdot d_{i0} / \tau)}{\sum_{j,h} \exp(q_i \cdot d_{jh} / \tau)}
 
     Args:
-        query_embeddings: `[B, D]`, normalised by the caller if cosines are wanted.
-        doc_embeddings: `[B, H, D]`: the gold document of each query, then its hard negatives.
-        temperature: scalar τ > 0; 1 for DPR's dot products, 0.05 is usual for cosines.
-        doc_ids: `[B, H]` integer; a document with the id of the query's gold one is no negative.
-        doc_mask: `[B, H]` bool, True = a document; a query whose gold document is False has loss 0.
-        axis_name: mapped axis (or axes) over which the batch is split; every device's documents
+        query_embeddings: `[..., B, D]`, normalised by the caller if cosines are wanted.
+        doc_embeddings: `[..., B, H, D]`: the gold document of each query, then its hard negatives.
+        temperature: Scalar τ > 0; 1 for DPR's dot products, 0.05 is usual for cosines.
+        doc_ids: `[..., B, H]` integer; a document with the id of the query's gold one is no
+            negative.
+        doc_mask: `[..., B, H]` bool, True = a document; a query whose gold document is False has
+            loss 0.
+        axis_name: Mapped axis (or axes) over which the batch is split; every device's documents
             become candidates.
 
     Returns:
-        `[B]` in nats, float32: this device's queries.
+        `[..., B]` in nats, float32: this device's queries.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar.
+        ValueError: Wrong rank, shape or dtype, or a temperature that is not a positive scalar.
 
     Gradients:
         Through both embeddings, also of other devices' documents; whether the gradient still needs
@@ -61,29 +65,34 @@ def dpr_loss(
         [0. 0.]
     """
     axes = Axes()
-    queries = axes.floats("query_embeddings", query_embeddings, "BD")
-    docs = axes.floats("doc_embeddings", doc_embeddings, "BHD")
-    ids = None if doc_ids is None else axes.integers("doc_ids", doc_ids, "BH")
-    keep = axes.mask("doc_mask", doc_mask, "BH")
+    queries = axes.floats("query_embeddings", query_embeddings, "...BD")
+    docs = axes.floats("doc_embeddings", doc_embeddings, "...BHD")
+    ids = None if doc_ids is None else axes.integers("doc_ids", doc_ids, "...BH")
+    keep = axes.mask("doc_mask", doc_mask, "...BH")
     positive_scalar("temperature", temperature)
-    batch, per_query, width = docs.shape
-    gold_ids = None if ids is None else ids[:, 0]
-    has_gold = keep[:, 0]
-    docs, all_keep = docs.reshape(-1, width), keep.reshape(-1)
-    ids = None if ids is None else ids.reshape(-1)
-    first = 0
-    if axis_name is not None:
-        docs, all_keep = (lax.all_gather(a, axis_name, tiled=True) for a in (docs, all_keep))
-        ids = None if ids is None else lax.all_gather(ids, axis_name, tiled=True)
-        first = lax.axis_index(axis_name) * batch * per_query
-    scores = jnp.einsum("bd,md->bm", queries, docs, precision=lax.Precision.HIGHEST) / temperature
-    candidates = all_keep[None, :] & has_gold[:, None]
-    if ids is not None and gold_ids is not None:
-        candidates &= ids[None, :] != gold_ids[:, None]
-    positives = first + per_query * jnp.arange(batch)
+    *leading, batch, per_query, _ = docs.shape
+    has_gold = keep[..., :1]  # [..., B, 1]
+    # NaN · 0 is NaN in the other embeddings' gradient: what is masked must not enter the product.
+    queries = jnp.where(has_gold, queries, 0.0)
+    docs = jnp.where(keep[..., None], docs, 0.0)
+
+    def of_whole_batch(array: Array) -> Array:
+        """Turns `[..., B, H, ...]` into `[..., M, ...]`, with the other devices' documents."""
+        flat = array.reshape(*leading, batch * per_query, *array.shape[len(leading) + 2 :])
+        if axis_name is None:
+            return flat
+        return lax.all_gather(flat, axis_name, axis=len(leading), tiled=True)
+
+    highest = lax.Precision.HIGHEST
+    scores = jnp.einsum("...bd,...md->...bm", queries, of_whole_batch(docs), precision=highest)
+    candidates = of_whole_batch(keep)[..., None, :] & has_gold
+    if ids is not None:
+        candidates &= of_whole_batch(ids)[..., None, :] != ids[..., :1]
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * batch * per_query
+    positives = jnp.broadcast_to(first + per_query * jnp.arange(batch), (*leading, batch))
     # `info_nce_loss` keeps the gold column of a row that has any candidate; this row may have lost
     # all others (one query, no negatives), and is still a query with loss 0.
-    return info_nce_loss(scores, positives, mask=candidates)
+    return info_nce_loss(scores / temperature, positives, mask=candidates)
 
 
 def symmetric_contrastive_loss(
@@ -102,18 +111,18 @@ def symmetric_contrastive_loss(
                              -\log\operatorname{softmax}_j(d_i \cdot q_j / \tau)_i \big)
 
     Args:
-        query_embeddings: `[B, D]`.
-        doc_embeddings: `[B, D]`, the gold document of each query.
-        temperature: scalar τ > 0.
-        doc_ids: `[B]` integer; pairs with the same document are no negatives of one another.
-        doc_mask: `[B]` bool, True = a pair.
-        axis_name: mapped axis over which the batch is split; see `dpr_loss`.
+        query_embeddings: `[..., B, D]`.
+        doc_embeddings: `[..., B, D]`, the gold document of each query.
+        temperature: Scalar τ > 0.
+        doc_ids: `[..., B]` integer; pairs with the same document are no negatives of one another.
+        doc_mask: `[..., B]` bool, True = a pair.
+        axis_name: Mapped axis over which the batch is split; see `dpr_loss`.
 
     Returns:
-        `[B]` in nats, float32.
+        `[..., B]` in nats, float32.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar.
+        ValueError: Wrong rank, shape or dtype, or a temperature that is not a positive scalar.
 
     Gradients:
         Through both embeddings; see `dpr_loss`.
@@ -130,15 +139,15 @@ def symmetric_contrastive_loss(
         [0.3133 0.3133]
     """
     axes = Axes()
-    queries = axes.floats("query_embeddings", query_embeddings, "BD")
-    docs = axes.floats("doc_embeddings", doc_embeddings, "BD")
-    ids = None if doc_ids is None else axes.integers("doc_ids", doc_ids, "B")[:, None]
-    keep = axes.mask("doc_mask", doc_mask, "B")[:, None]
+    queries = axes.floats("query_embeddings", query_embeddings, "...BD")
+    docs = axes.floats("doc_embeddings", doc_embeddings, "...BD")
+    ids = None if doc_ids is None else axes.integers("doc_ids", doc_ids, "...B")[..., None]
+    keep = axes.mask("doc_mask", doc_mask, "...B")[..., None]
 
     def one_way(anchors: Array, others: Array) -> Array:
         return dpr_loss(
             anchors,
-            others[:, None],
+            others[..., None, :],
             temperature=temperature,
             doc_ids=ids,
             doc_mask=keep,
@@ -159,9 +168,9 @@ def encode_in_chunks(
 
     Args:
         encode: `(params, rows of inputs) -> [rows, D]`; a row may not depend on the others.
-        params: its parameters, any tree.
-        inputs: tree of arrays whose first axis has the batch's size B.
-        chunk_size: rows encoded at a time, at least 1; need not divide B.
+        params: Its parameters, any tree.
+        inputs: Tree of arrays whose first axis has the batch's size B.
+        chunk_size: Rows encoded at a time, at least 1; need not divide B.
 
     Returns:
         `[B, D]`, as `encode(params, inputs)`.
@@ -185,12 +194,10 @@ def encode_in_chunks(
         [ 1.  5.  9. 13. 17.]
     """
     if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
     if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
-        raise ValueError(
-            f"inputs: expected arrays with one common first axis, got shapes {shapes}."
-        )
+        raise ValueError(f"inputs: expected arrays with one common first axis, got shapes {shapes}")
     rows = shapes[0][0]
     if rows <= chunk_size:
         return encode(params, inputs)

@@ -9,18 +9,24 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, masked_kl, masked_log_softmax
+from ragjax.losses._common import (
+    Axes,
+    checked_answers,
+    checked_docs,
+    masked_kl,
+    masked_log_softmax,
+)
 from ragjax.losses.language_modeling import sequence_log_probs
-from ragjax.losses.marginal import document_posterior, rag_sequence_loss
+from ragjax.losses.marginal import rag_sequence_loss
 
 
 class Entropy(NamedTuple):
     """The entropy of a distribution over documents."""
 
     nats: Array
-    """`[B]` H = −Σ_c p_c log p_c."""
+    """`[...]` H = −Σ_c p_c log p_c."""
     normalized: Array
-    """`[B]` H / log(number of kept documents): 1 is uniform; 0 is one document, or none kept."""
+    """`[...]` H / log(number of kept documents): 1 is uniform; 0 is one document, or none kept."""
 
 
 def retriever_entropy(doc_scores: ArrayLike, *, doc_mask: ArrayLike | None = None) -> Entropy:
@@ -30,15 +36,15 @@ def retriever_entropy(doc_scores: ArrayLike, *, doc_mask: ArrayLike | None = Non
         H(p_R) = -\sum_c p_R(c) \log p_R(c)
 
     Args:
-        doc_scores: `[B, K]` retrieval scores, already scaled.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        doc_scores: `[..., K]` retrieval scores, already scaled.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `Entropy` of two `[B]` float32 arrays. Normalised values near 1 mean that the scale of the
+        `Entropy` of two `[...]` float32 arrays. Normalised values near 1 mean that the scale of the
         scores is too small for their spread.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         ∂H/∂doc_scores = −p_R ⊙ (log p_R + H).
@@ -52,10 +58,8 @@ def retriever_entropy(doc_scores: ArrayLike, *, doc_mask: ArrayLike | None = Non
         >>> print(losses.retriever_entropy(jnp.zeros((1, 4))).normalized)
         [1.]
     """
-    axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
-    return _entropy(masked_log_softmax(scores, doc_mask), doc_mask)
+    scores, keep = checked_docs(doc_mask, doc_scores=doc_scores)
+    return _entropy(masked_log_softmax(scores, keep), keep)
 
 
 def target_entropy(target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = None) -> Entropy:
@@ -68,15 +72,15 @@ def target_entropy(target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = 
     ≤ 0.02 is a single document (use a larger temperature).
 
     Args:
-        target_log_probs: `[B, K]` log q in nats, from `lsr_target`; -inf is allowed.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given. Leave out negatives that
+        target_log_probs: `[..., K]` log q in nats, from `lsr_target`; -inf is allowed.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given. Leave out negatives that
             were appended with target zero: they would count in log K.
 
     Returns:
-        `Entropy` of two `[B]` float32 arrays.
+        `Entropy` of two `[...]` float32 arrays.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         The ordinary derivative; `lsr_target` has stopped what lies before.
@@ -90,9 +94,7 @@ def target_entropy(target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = 
         >>> print(losses.target_entropy(jnp.log(jnp.array([[0.0, 1.0]]))).normalized)
         [-0.]
     """
-    axes = Axes()
-    target = axes.floats("target_log_probs", target_log_probs, "BK")
-    return _entropy(target, axes.mask("doc_mask", doc_mask, "BK"))
+    return _entropy(*checked_docs(doc_mask, target_log_probs=target_log_probs))
 
 
 def posterior_entropy(
@@ -108,16 +110,16 @@ def posterior_entropy(
         H = -\sum_c p(c|x,y) \log p(c|x,y)
 
     Args:
-        doc_scores: `[B, K]` retrieval scores, already scaled.
-        token_log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        doc_scores: `[..., K]` retrieval scores, already scaled.
+        token_log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `Entropy` of two `[B]` float32 arrays.
+        `Entropy` of two `[...]` float32 arrays.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         The ordinary derivative, to scores and log-probs alike.
@@ -134,10 +136,10 @@ def posterior_entropy(
         >>> print(np.asarray(entropy.nats).round(3))  # log 2
         [0.693]
     """
-    posterior = document_posterior(
-        doc_scores, token_log_probs, doc_mask=doc_mask, token_mask=token_mask
+    _, scores, answers, keep = checked_answers(
+        doc_scores, token_log_probs, doc_mask, token_mask, "token_log_probs"
     )
-    return target_entropy(posterior, doc_mask=doc_mask)
+    return _entropy(masked_log_softmax(scores + answers, keep), keep)
 
 
 def kl_divergence(
@@ -149,15 +151,15 @@ def kl_divergence(
         KL(p \| q) = \sum_c p(c) \big(\log p(c) - \log q(c)\big)
 
     Args:
-        p_log_probs: `[B, K]` log p in nats; -inf (p = 0) contributes 0.
-        q_log_probs: `[B, K]` log q in nats; -inf where p > 0 makes the result +inf.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        p_log_probs: `[..., K]` log p in nats; -inf (p = 0) contributes 0.
+        q_log_probs: `[..., K]` log q in nats; -inf where p > 0 makes the result +inf.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B]` in nats, float32, ≥ 0; 0 if no document is kept.
+        `[...]` in nats, float32, ≥ 0; 0 if no document is kept.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         The ordinary derivative, to both; `lsr_loss` and `pdist_loss` are the losses.
@@ -173,10 +175,7 @@ def kl_divergence(
         >>> print(np.asarray(losses.kl_divergence(p, q)).round(3))
         [0.693]
     """
-    axes = Axes()
-    p_log_probs = axes.floats("p_log_probs", p_log_probs, "BK")
-    q_log_probs = axes.floats("q_log_probs", q_log_probs, "BK")
-    return masked_kl(p_log_probs, q_log_probs, axes.mask("doc_mask", doc_mask, "BK"))
+    return masked_kl(*checked_docs(doc_mask, p_log_probs=p_log_probs, q_log_probs=q_log_probs))
 
 
 def agreement(
@@ -188,15 +187,15 @@ def agreement(
         a = \big[ \operatorname{argmax}_c s_c = \operatorname{argmax}_c q(c) \big]
 
     Args:
-        doc_scores: `[B, K]` retrieval scores.
-        target_log_probs: `[B, K]` log q in nats; -inf is allowed.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        doc_scores: `[..., K]` retrieval scores.
+        target_log_probs: `[..., K]` log q in nats; -inf is allowed.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B]` float32, 1 where they agree, else 0; ties go to the first document. 0 without one.
+        `[...]` float32, 1 where they agree, else 0; ties go to the first document. 0 without one.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         None (piecewise constant).
@@ -211,13 +210,12 @@ def agreement(
         >>> print(losses.agreement(jnp.array([[2.0, 1.0]]), jnp.log(jnp.array([[0.9, 0.1]]))))
         [1.]
     """
-    axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    target = axes.floats("target_log_probs", target_log_probs, "BK")
-    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
-    best_score = jnp.argmax(jnp.where(doc_mask, scores, -jnp.inf), axis=1)
-    best_target = jnp.argmax(jnp.where(doc_mask, target, -jnp.inf), axis=1)
-    return jnp.where(doc_mask.any(axis=1), best_score == best_target, False).astype(scores.dtype)
+    scores, target, keep = checked_docs(
+        doc_mask, doc_scores=doc_scores, target_log_probs=target_log_probs
+    )
+    best_score = jnp.argmax(jnp.where(keep, scores, -jnp.inf), axis=-1)
+    best_target = jnp.argmax(jnp.where(keep, target, -jnp.inf), axis=-1)
+    return (keep.any(axis=-1) & (best_score == best_target)).astype(scores.dtype)
 
 
 def retrieval_utility(
@@ -236,17 +234,17 @@ def retrieval_utility(
     utility = log Σ_c p_R(c|x) p_LM(y|c∘x) − log p_LM(y|x)
 
     Args:
-        doc_scores: `[B, K]` retrieval scores, already scaled.
-        token_log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
-        no_doc_token_log_probs: `[B, T]` log p_LM(y_t | x, y_<t) in nats.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        doc_scores: `[..., K]` retrieval scores, already scaled.
+        token_log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        no_doc_token_log_probs: `[..., T]` log p_LM(y_t | x, y_<t) in nats.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `[B]` in nats, float32; above 0 where retrieval helps. 0 for a query with no document.
+        `[...]` in nats, float32; above 0 where retrieval helps. 0 for a query with no document.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         Those of −`rag_sequence_loss`; −1 to every kept no-document log-prob.
@@ -263,21 +261,21 @@ def retrieval_utility(
         [3.]
     """
     axes = Axes()
-    axes.floats("token_log_probs", token_log_probs, "BKT")
-    axes.floats("no_doc_token_log_probs", no_doc_token_log_probs, "BT")
-    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
+    axes.floats("token_log_probs", token_log_probs, "...KT")
+    axes.floats("no_doc_token_log_probs", no_doc_token_log_probs, "...T")
+    doc_mask = axes.mask("doc_mask", doc_mask, "...K")
     loss = rag_sequence_loss(doc_scores, token_log_probs, doc_mask=doc_mask, token_mask=token_mask)
     without = sequence_log_probs(no_doc_token_log_probs, token_mask=token_mask)
-    return jnp.where(doc_mask.any(axis=1), -loss - without, 0.0)
+    return jnp.where(doc_mask.any(axis=-1), -loss - without, 0.0)
 
 
 class Degeneracy(NamedTuple):
     """Whether a target can teach anything."""
 
     uniform: Array
-    """`[B]` bool, normalised entropy ≥ 0.98: use a score per token or a smaller temperature."""
+    """`[...]` bool, normalised entropy ≥ 0.98: use a score per token or a smaller temperature."""
     one_hot: Array
-    """`[B]` bool, normalised entropy ≤ 0.02 with documents to choose from: a larger temperature."""
+    """`[...]` bool, normalised entropy ≤ 0.02 with two documents or more: a larger temperature."""
 
 
 def target_degeneracy(
@@ -286,14 +284,14 @@ def target_degeneracy(
     """Says which targets are flat or a single document, by the limits of `target_entropy`.
 
     Args:
-        target_log_probs: `[B, K]` log q in nats; -inf is allowed.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        target_log_probs: `[..., K]` log q in nats; -inf is allowed.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `Degeneracy` of two `[B]` bool arrays, both False with fewer than two documents.
+        `Degeneracy` of two `[...]` bool arrays, both False with fewer than two documents.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         None (bool).
@@ -309,12 +307,12 @@ def target_degeneracy(
     """
     entropy = target_entropy(target_log_probs, doc_mask=doc_mask).normalized
     kept = jnp.ones(jnp.shape(target_log_probs), bool) if doc_mask is None else doc_mask
-    choice = jnp.sum(jnp.asarray(kept), axis=1) > 1
+    choice = jnp.sum(jnp.asarray(kept), axis=-1) > 1
     return Degeneracy(entropy >= 0.98, choice & (entropy <= 0.02))
 
 
 def _entropy(log_probs: Array, mask: Array) -> Entropy:
     # KL to the uniform distribution over one document (log 1 = 0) is −H, with p = 0 handled.
     nats = -masked_kl(log_probs, jnp.zeros_like(log_probs), mask)
-    count = mask.sum(axis=1)
+    count = mask.sum(axis=-1).astype(nats.dtype)
     return Entropy(nats, nats / jnp.log(jnp.maximum(count, 2)))

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, is_known, masked_kl, masked_log_softmax, positive_scalar
+from ragjax.losses._common import (
+    Axes,
+    checked_docs,
+    is_known,
+    masked_kl,
+    masked_log_softmax,
+    positive_scalar,
+)
 
 
 def prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
@@ -27,14 +34,14 @@ def prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
     nothing. Watch `target_entropy`.
 
     Args:
-        sequence_log_probs: `[B, K]` ℓ_c in nats.
-        lengths: `[B]` integer, target tokens per query; not used by this score.
+        sequence_log_probs: `[..., K]` ℓ_c in nats.
+        lengths: `[...]` integer, target tokens per query; not used by this score.
 
     Returns:
-        `[B, K]` float32 in 0 … 1.
+        `[..., K]` float32 in 0 … 1.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         exp(ℓ_c); `lsr_target` stops it.
@@ -61,14 +68,14 @@ def prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
         g_c = \exp(\ell_c / T)
 
     Args:
-        sequence_log_probs: `[B, K]` ℓ_c in nats.
-        lengths: `[B]` integer, target tokens per query.
+        sequence_log_probs: `[..., K]` ℓ_c in nats.
+        lengths: `[...]` integer, target tokens per query.
 
     Returns:
-        `[B, K]` float32 in 0 … 1; 1 for an answer of no tokens.
+        `[..., K]` float32 in 0 … 1; 1 for an answer of no tokens.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         exp(ℓ_c / T) / T; `lsr_target` stops it.
@@ -97,14 +104,14 @@ def log_prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
     With temperature 1 the target is the posterior under a uniform retriever.
 
     Args:
-        sequence_log_probs: `[B, K]` ℓ_c in nats.
-        lengths: `[B]` integer, target tokens per query; not used by this score.
+        sequence_log_probs: `[..., K]` ℓ_c in nats.
+        lengths: `[...]` integer, target tokens per query; not used by this score.
 
     Returns:
-        `[B, K]` float32, nats.
+        `[..., K]` float32, nats.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         1; `lsr_target` stops it.
@@ -120,8 +127,8 @@ def log_prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
         [[-2. -8.]]
     """
     axes = Axes()
-    log_probs = axes.floats("sequence_log_probs", sequence_log_probs, "BK")
-    axes.integers("lengths", lengths, "B")
+    log_probs = axes.floats("sequence_log_probs", sequence_log_probs, "...K")
+    axes.integers("lengths", lengths, "...")
     return log_probs
 
 
@@ -134,14 +141,14 @@ def log_prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Arr
     The score whose spread does not depend on the answer's length; Atlas's pdist uses it.
 
     Args:
-        sequence_log_probs: `[B, K]` ℓ_c in nats.
-        lengths: `[B]` integer, target tokens per query.
+        sequence_log_probs: `[..., K]` ℓ_c in nats.
+        lengths: `[...]` integer, target tokens per query.
 
     Returns:
-        `[B, K]` float32, nats per token; 0 for an answer of no tokens.
+        `[..., K]` float32, nats per token; 0 for an answer of no tokens.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         1 / T; `lsr_target` stops it.
@@ -157,7 +164,7 @@ def log_prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Arr
         [[-0.5 -2. ]]
     """
     log_probs = log_prob(sequence_log_probs, lengths)
-    return log_probs / jnp.maximum(jnp.asarray(lengths), 1)[:, None]
+    return log_probs / jnp.maximum(jnp.asarray(lengths), 1).astype(log_probs.dtype)[..., None]
 
 
 def lsr_target(
@@ -171,15 +178,15 @@ def lsr_target(
     log q(c) = log_softmax_c(g_c / τ)
 
     Args:
-        scores: `[B, K]` g from one of the score functions.
-        temperature: scalar τ > 0, in the scores' units; smaller is sharper.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        scores: `[..., K]` g from one of the score functions.
+        temperature: Scalar τ > 0, in the scores' units; smaller is sharper.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B, K]` log q in nats, float32; -inf at masked documents.
+        `[..., K]` log q in nats, float32; -inf at masked documents.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar
+        ValueError: Wrong rank, shape or dtype, or a temperature that is not a positive scalar
             (one traced by jit cannot be checked).
 
     Gradients:
@@ -197,9 +204,7 @@ def lsr_target(
         >>> print(np.asarray(jnp.exp(target)).round(3))
         [[0.731 0.269]]
     """
-    axes = Axes()
-    scores = axes.floats("scores", scores, "BK")
-    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
+    scores, doc_mask = checked_docs(doc_mask, scores=scores)
     positive_scalar("temperature", temperature)
     # Otherwise the LM could lower the loss by agreeing with the retriever.
     return jax.lax.stop_gradient(masked_log_softmax(scores / temperature, doc_mask))
@@ -218,15 +223,16 @@ def lsr_loss(
     (`pdist_loss` does).
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        target_log_probs: `[B, K]` log q in nats, from `lsr_target`; finite at every kept document.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        target_log_probs: `[..., K]` log q in nats, from `lsr_target`; finite at every kept
+            document.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B]` in nats, float32, ≥ 0. A query with no document has loss 0 and gradient 0.
+        `[...]` in nats, float32, ≥ 0. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or a target of -inf at a kept document, where the
+        ValueError: Wrong rank, shape or dtype, or a target of -inf at a kept document, where the
             divergence is infinite. Under jit or vmap the values cannot be looked at, and such a
             query's loss and gradient are not finite.
 
@@ -251,7 +257,7 @@ def lsr_loss(
         raise ValueError(
             "target_log_probs: expected finite values at every kept document, got "
             f"{impossible.sum()} of -inf, for which KL(p_R‖p_LSR) is infinite; use pdist_loss or "
-            "mask these documents."
+            "mask these documents"
         )
     return masked_kl(masked_log_softmax(scores, doc_mask), target, doc_mask)
 
@@ -269,15 +275,15 @@ def pdist_loss(
     in p_R and nowhere else: so the batch's other documents join the softmax as negatives.
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        target_log_probs: `[B, K]` log q in nats, from `lsr_target`; -inf is allowed.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        target_log_probs: `[..., K]` log q in nats, from `lsr_target`; -inf is allowed.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B]` in nats, float32, ≥ 0. A query with no document has loss 0 and gradient 0.
+        `[...]` in nats, float32, ≥ 0. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         ∂/∂doc_scores = p_R − q. None to the target.
@@ -303,11 +309,11 @@ def pdist_loss(
 def _checked_pair(
     doc_scores: ArrayLike, target_log_probs: ArrayLike, doc_mask: ArrayLike | None
 ) -> tuple[Array, Array, Array]:
-    axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    target = axes.floats("target_log_probs", target_log_probs, "BK")
+    scores, target, keep = checked_docs(
+        doc_mask, doc_scores=doc_scores, target_log_probs=target_log_probs
+    )
     # A target that did not come from `lsr_target` must not train the language model either.
-    return scores, jax.lax.stop_gradient(target), axes.mask("doc_mask", doc_mask, "BK")
+    return scores, jax.lax.stop_gradient(target), keep
 
 
 def loop_target(
@@ -322,17 +328,17 @@ def loop_target(
         \log q(c) = \log\operatorname{softmax}_c\big(-\ell^{(-c)} / \tau\big)
 
     Args:
-        leave_one_out_log_probs: `[B, K]` log-prob of the answer without document c, in nats (per
+        leave_one_out_log_probs: `[..., K]` log-prob of the answer without document c, in nats (per
             token, for a target that does not depend on the answer's length): from a reader of all
             documents, or from `ragjax.losses.leave_one_out_log_probs`.
-        temperature: scalar τ > 0, in nats; smaller is sharper.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        temperature: Scalar τ > 0, in nats; smaller is sharper.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B, K]` log q in nats, float32; -inf at masked documents. For `lsr_loss`, `pdist_loss`.
+        `[..., K]` log q in nats, float32; -inf at masked documents. For `lsr_loss`, `pdist_loss`.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, or a temperature that is not a positive scalar.
+        ValueError: Wrong rank, shape or dtype, or a temperature that is not a positive scalar.
 
     Gradients:
         None: the target is a constant.
@@ -349,7 +355,7 @@ def loop_target(
         >>> print(np.asarray(jnp.exp(target)).round(3))  # missed more: 0
         [[0.75 0.25]]
     """
-    scores = -Axes().floats("leave_one_out_log_probs", leave_one_out_log_probs, "BK")
+    scores = -Axes().floats("leave_one_out_log_probs", leave_one_out_log_probs, "...K")
     return lsr_target(scores, temperature=temperature, doc_mask=doc_mask)
 
 
@@ -368,17 +374,17 @@ def attention_mass(
     `lsr_target` makes the target of it.
 
     Args:
-        attention: `[B, A, T, K, L]` cross-attention probabilities α of the target tokens; A are
+        attention: `[..., A, T, K, L]` cross-attention probabilities α of the target tokens; A are
             all heads of all layers.
-        value_norms: `[B, A, K, L]` norms of the value vectors.
-        context_mask: `[B, K, L]` bool, True = a token of the document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        value_norms: `[..., A, K, L]` norms of the value vectors.
+        context_mask: `[..., K, L]` bool, True = a token of the document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `[B, K]` float32; 0 for an answer of no tokens.
+        `[..., K]` float32; 0 for an answer of no tokens.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         The ordinary derivative; `lsr_target` stops it.
@@ -397,11 +403,12 @@ def attention_mass(
         [[0.8 0.2]]
     """
     axes = Axes()
-    attention = axes.floats("attention", attention, "BATKL")
-    norms = axes.floats("value_norms", value_norms, "BAKL")
-    context_keep = axes.mask("context_mask", context_mask, "BKL")
-    token_keep = axes.mask("token_mask", token_mask, "BT")
-    keep = token_keep[:, None, :, None, None] & context_keep[:, None, None]
-    norms = jnp.where(context_keep[:, None], norms, 0.0)
-    total = jnp.sum(jnp.where(keep, attention, 0.0) * norms[:, :, None], axis=(1, 2, 4))
-    return total / (jnp.maximum(token_keep.sum(axis=1), 1) * attention.shape[1])[:, None]
+    attention = axes.floats("attention", attention, "...ATKL")
+    norms = axes.floats("value_norms", value_norms, "...AKL")
+    context_keep = axes.mask("context_mask", context_mask, "...KL")
+    token_keep = axes.mask("token_mask", token_mask, "...T")
+    keep = token_keep[..., None, :, None, None] & context_keep[..., None, None, :, :]
+    norms = jnp.where(context_keep[..., None, :, :], norms, 0.0)[..., None, :, :]
+    total = jnp.sum(jnp.where(keep, attention, 0.0) * norms, axis=(-4, -3, -1))
+    count = jnp.maximum(token_keep.sum(axis=-1), 1) * attention.shape[-4]
+    return total / count.astype(total.dtype)[..., None]

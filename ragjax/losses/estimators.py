@@ -10,18 +10,24 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, is_known, masked_log_softmax, positive_scalar
+from ragjax.losses._common import (
+    Axes,
+    checked_docs,
+    is_known,
+    masked_log_softmax,
+    positive_scalar,
+)
 
 
 class SampledDocs(NamedTuple):
     """Documents drawn without replacement."""
 
     indices: Array
-    """`[B, S]` int32, columns of the documents in the order of drawing; 0 where mask is False."""
+    """`[..., S]` int32, columns of the documents in the order of drawing; 0 where mask is False."""
     weights: Array
-    """`[B, S, K]` one-hot rows; their gradient is that of a softmax (straight-through)."""
+    """`[..., S, K]` one-hot rows; their gradient is that of a softmax (straight-through)."""
     mask: Array
-    """`[B, S]` bool, False where fewer than S documents were left."""
+    """`[..., S]` bool, False where fewer than S documents were left."""
 
 
 def gumbel_top_k(
@@ -42,17 +48,17 @@ def gumbel_top_k(
     with G standard Gumbel noise: the order is that of successive draws from p_R.
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        key: a `jax.random` key.
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        key: A `jax.random` key.
         num_samples: S, documents drawn per query, 1 … K.
-        temperature: scalar τ > 0 of the relaxed draw.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        temperature: Scalar τ > 0 of the relaxed draw.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
         `SampledDocs`.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, S out of range, τ not a positive scalar.
+        ValueError: Wrong rank, shape or dtype, S out of range, τ not a positive scalar.
 
     Gradients:
         Biased, low variance: through `weights` to `doc_scores`, as if drawing were the softmax.
@@ -71,25 +77,24 @@ def gumbel_top_k(
         >>> print(docs.indices)
         [[2 1]]
     """
-    axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    keep = axes.mask("doc_mask", doc_mask, "BK")
+    scores, left = checked_docs(doc_mask, doc_scores=doc_scores)
     positive_scalar("temperature", temperature)
-    if not 1 <= num_samples <= scores.shape[1]:
-        raise ValueError(f"num_samples: expected 1 … K={scores.shape[1]}, got {num_samples}.")
+    size = scores.shape[-1]
+    if not 1 <= num_samples <= size:
+        raise ValueError(f"num_samples: expected 1 … K={size}, got {num_samples}")
     noisy = scores + jax.random.gumbel(key, scores.shape, scores.dtype)
-    left, indices, weights, masks = keep, [], [], []
+    indices, weights, masks = [], [], []
     for _ in range(num_samples):
         soft = jnp.exp(masked_log_softmax(noisy / temperature, left))
-        any_left = left.any(axis=1)
-        index = jnp.argmax(jnp.where(left, noisy, -jnp.inf), axis=1)
-        hard = jax.nn.one_hot(index, scores.shape[1], dtype=bool) & any_left[:, None]
+        any_left = left.any(axis=-1)
+        index = jnp.argmax(jnp.where(left, noisy, -jnp.inf), axis=-1)
+        hard = jax.nn.one_hot(index, size, dtype=bool) & any_left[..., None]
         # Forward exactly the one-hot row, backward the softmax.
-        weights.append(hard + (soft - lax.stop_gradient(soft)))
+        weights.append(hard.astype(soft.dtype) + (soft - lax.stop_gradient(soft)))
         indices.append(index)  # 0 where none is left
         masks.append(any_left)
         left = left & ~hard
-    return SampledDocs(jnp.stack(indices, 1), jnp.stack(weights, 1), jnp.stack(masks, 1))
+    return SampledDocs(jnp.stack(indices, -1), jnp.stack(weights, -2), jnp.stack(masks, -1))
 
 
 def stochastic_rag_loss(
@@ -107,19 +112,19 @@ def stochastic_rag_loss(
         L = -\frac1S \sum_i \sum_c w_{ic}\, u_c
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        utilities: `[B, K]` what the answer is worth given each document: p_LM(y|c∘x), its log, or
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        utilities: `[..., K]` what the answer is worth given each document: p_LM(y|c∘x), its log, or
             a metric such as F1 of the generated answer; larger is better.
-        key: a `jax.random` key.
+        key: A `jax.random` key.
         num_samples: S, documents drawn per query, 1 … K.
-        temperature: scalar τ > 0 of the relaxed draw.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        temperature: Scalar τ > 0 of the relaxed draw.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B]` float32, in the utility's unit with its sign changed. 0 without a document.
+        `[...]` float32, in the utility's unit with its sign changed. 0 without a document.
 
     Raises:
-        ValueError: as `gumbel_top_k`.
+        ValueError: As `gumbel_top_k`.
 
     Gradients:
         To doc_scores straight through (biased); to the utilities of the drawn documents −1/S.
@@ -137,15 +142,12 @@ def stochastic_rag_loss(
         ...     doc_scores, utilities, jax.random.key(0), num_samples=1))
         [-0.7]
     """
-    axes = Axes()
-    axes.floats("doc_scores", doc_scores, "BK")
-    utilities = axes.floats("utilities", utilities, "BK")
-    keep = axes.mask("doc_mask", doc_mask, "BK")
+    _, utilities, keep = checked_docs(doc_mask, doc_scores=doc_scores, utilities=utilities)
     docs = gumbel_top_k(
         doc_scores, key, num_samples=num_samples, temperature=temperature, doc_mask=keep
     )
-    total = jnp.einsum("bsk,bk->b", docs.weights, jnp.where(keep, utilities, 0.0))
-    return -total / jnp.maximum(docs.mask.sum(axis=1), 1)
+    total = jnp.einsum("...sk,...k->...", docs.weights, jnp.where(keep, utilities, 0.0))
+    return -total / jnp.maximum(docs.mask.sum(axis=-1), 1).astype(total.dtype)
 
 
 def reinforce_loss(
@@ -166,16 +168,16 @@ def reinforce_loss(
     nothing.
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        samples: `[B, S]` integer, columns of the drawn documents, S ≥ 2.
-        utilities: `[B, S]` observed utility of each draw; larger is better.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        samples: `[..., S]` integer, columns of the drawn documents, S ≥ 2.
+        utilities: `[..., S]` observed utility of each draw; larger is better.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[B]` float32. A query with no document has loss 0 and gradient 0.
+        `[...]` float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype, fewer than two draws, or a column outside
+        ValueError: Wrong rank, shape or dtype, fewer than two draws, or a column outside
             0 … K−1. Under jit or vmap the values cannot be looked at, and the loss is NaN.
 
     Gradients:
@@ -196,25 +198,25 @@ def reinforce_loss(
         [[-0.5  0.5]]
     """
     axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    samples = axes.integers("samples", samples, "BS")
-    utilities = axes.floats("utilities", utilities, "BS")
-    keep = axes.mask("doc_mask", doc_mask, "BK")
-    draws = samples.shape[1]
+    scores = axes.floats("doc_scores", doc_scores, "...K")
+    samples = axes.integers("samples", samples, "...S")
+    utilities = axes.floats("utilities", utilities, "...S")
+    keep = axes.mask("doc_mask", doc_mask, "...K")
+    size, draws = scores.shape[-1], samples.shape[-1]
     if draws < 2:
-        raise ValueError(f"samples: expected at least 2 draws per query, got S={draws}.")
-    outside = keep.any(axis=1, keepdims=True) & ((samples < 0) | (samples >= scores.shape[1]))
+        raise ValueError(f"samples: expected at least 2 draws per query, got S={draws}")
+    outside = keep.any(axis=-1, keepdims=True) & ((samples < 0) | (samples >= size))
     if is_known(outside) and outside.any():
         raise ValueError(
-            f"samples: expected columns in 0 … {scores.shape[1] - 1} (doc_scores has "
-            f"K={scores.shape[1]}), got {samples.tolist()}."
+            f"samples: expected columns in 0 … {size - 1} (doc_scores has K={size}), "
+            f"got {samples.tolist()}"
         )
     # A look-up beyond the columns would fill in True for the mask.
-    samples = jnp.clip(samples, 0, scores.shape[1] - 1)
-    log_probs = jnp.take_along_axis(masked_log_softmax(scores, keep), samples, axis=1)
+    samples = jnp.clip(samples, 0, size - 1)
+    log_probs = jnp.take_along_axis(masked_log_softmax(scores, keep), samples, axis=-1)
     # A baseline of the other draws leaves the estimate unbiased; utilities carry no gradient.
-    total = utilities.sum(axis=1, keepdims=True)
+    total = utilities.sum(axis=-1, keepdims=True)
     advantage = lax.stop_gradient((draws * utilities - total) / (draws - 1))
-    kept = jnp.take_along_axis(keep, samples, axis=1)
+    kept = jnp.take_along_axis(keep, samples, axis=-1)
     terms = jnp.where(kept, advantage * log_probs, 0.0)
-    return -jnp.where(outside, jnp.nan, terms).mean(axis=1)
+    return -jnp.where(outside, jnp.nan, terms).mean(axis=-1)

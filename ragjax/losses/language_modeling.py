@@ -25,7 +25,7 @@ def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> Array:
         as an ignore label) gives NaN, which a token mask drops.
 
     Raises:
-        ValueError: logits are not floating-point, targets not integer, or the shapes disagree.
+        ValueError: Logits are not floating-point, targets not integer, or the shapes disagree.
 
     Gradients:
         ∂ℓ_t/∂logits[t] = onehot(y_t) − softmax(logits[t]).
@@ -41,18 +41,9 @@ def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> Array:
         >>> print(np.asarray(losses.token_log_probs(logits, targets)).round(3))  # -log 4
         [[-1.386 -1.386]]
     """
-    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
-    if logits.ndim < 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(
-            "logits: expected a floating-point array of shape [..., T, V], "
-            f"got {logits.dtype}{list(logits.shape)}."
-        )
-    if targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(
-            f"targets: expected an integer array of shape {list(logits.shape[:-1])} (as logits), "
-            f"got {targets.dtype}{list(targets.shape)}."
-        )
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    axes = Axes()
+    logits = axes.floats("logits", logits, "...TV")
+    targets = axes.integers("targets", targets, "...T")
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
     # Beyond V the lookup itself gives NaN; a negative id would count from the vocabulary's end.
@@ -68,14 +59,16 @@ def sequence_log_probs(token_log_probs: ArrayLike, *, token_mask: ArrayLike | No
     ℓ_c = Σ_t ℓ_ct
 
     Args:
-        token_log_probs: `[B, K, T]` log p(y_t | c∘x, y_<t) in nats; or `[B, T]`, given no document.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        token_log_probs: `[..., K, T]` log p(y_t | c∘x, y_<t) in nats; or `[..., T]`, given no
+            document.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given. It has an axis less
+            than log-probs `[..., K, T]`.
 
     Returns:
-        `[B, K]` (or `[B]`) in nats, float32. A target with no token has log-prob 0.
+        `[..., K]` (or `[...]`) in nats, float32. A target with no token has log-prob 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         1 at each kept token, 0 at each masked one, whatever it holds.
@@ -93,11 +86,11 @@ def sequence_log_probs(token_log_probs: ArrayLike, *, token_mask: ArrayLike | No
         [[-3.]]
     """
     axes = Axes()
-    letters = "BT" if jnp.ndim(token_log_probs) == 2 else "BKT"
-    log_probs = axes.floats("token_log_probs", token_log_probs, letters)
-    mask = axes.mask("token_mask", token_mask, "BT")
-    mask = mask if letters == "BT" else mask[:, None, :]
-    return jnp.sum(jnp.where(mask, log_probs, 0.0), axis=-1)
+    # Only a mask has to be told which axis is that of the documents.
+    per_doc = token_mask is not None and jnp.ndim(token_mask) < jnp.ndim(token_log_probs)
+    log_probs = axes.floats("token_log_probs", token_log_probs, "...KT" if per_doc else "...T")
+    keep = axes.mask("token_mask", token_mask, "...T")
+    return jnp.sum(jnp.where(keep[..., None, :] if per_doc else keep, log_probs, 0.0), axis=-1)
 
 
 def lm_loss(
@@ -115,16 +108,16 @@ def lm_loss(
     the model learns to use a good document and to ignore a bad one.
 
     Args:
-        token_log_probs: `[B, K, T]` log-probs of the target tokens in nats; targets only, no
+        token_log_probs: `[..., K, T]` log-probs of the target tokens in nats; targets only, no
             prompt tokens.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `[B]` in nats, float32: summed over documents and tokens. 0 without a document.
+        `[...]` in nats, float32: summed over documents and tokens. 0 without a document.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         −1 to every kept token log-prob, 0 to the others.
@@ -140,8 +133,8 @@ def lm_loss(
         [10.]
     """
     axes = Axes()
-    log_probs = axes.floats("token_log_probs", token_log_probs, "BKT")
-    doc_mask = axes.mask("doc_mask", doc_mask, "BK")
-    token_mask = axes.mask("token_mask", token_mask, "BT")
-    keep = doc_mask[:, :, None] & token_mask[:, None, :]  # [B, K, T]
-    return -jnp.sum(jnp.where(keep, log_probs, 0.0), axis=(1, 2))
+    log_probs = axes.floats("token_log_probs", token_log_probs, "...KT")
+    doc_mask = axes.mask("doc_mask", doc_mask, "...K")
+    token_mask = axes.mask("token_mask", token_mask, "...T")
+    keep = doc_mask[..., None] & token_mask[..., None, :]  # [..., K, T]
+    return -jnp.sum(jnp.where(keep, log_probs, 0.0), axis=(-2, -1))

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from ragjax.losses._common import (
     Axes,
-    answer_log_probs,
+    checked_answers,
     fraction,
     masked_log_softmax,
     masked_logsumexp,
@@ -34,20 +34,21 @@ def rag_sequence_loss(
     the vocabulary of log p_LM(v | c∘x, y_<t).
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
-        label_smoothing: scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
-        vocab_log_probs: `[B, K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[..., K]` summed
+            over t.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
+        label_smoothing: Scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
+        vocab_log_probs: `[..., K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
             Smoothing inside the LM (`chunked_token_log_probs`) needs no such array, and is the
             same for K = 1.
 
     Returns:
-        `[B]` in nats, float32. A query with no document has loss 0 and gradient 0.
+        `[...]` in nats, float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype; smoothing out of range or without its log-probs.
+        ValueError: Wrong rank, shape or dtype; smoothing out of range or without its log-probs.
 
     Gradients:
         ∂/∂doc_scores = p_R − posterior; ∂/∂ℓ_ct = −posterior_c at every kept token: both towers
@@ -68,17 +69,14 @@ def rag_sequence_loss(
         >>> print(round(float(jnp.exp(-loss)[0]), 4))  # 0.75 * 0.1 + 0.25 * 0.5
         0.2
     """
-    axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    answers = answer_log_probs(axes, "log_probs", log_probs, token_mask)
-    keep = axes.mask("doc_mask", doc_mask, "BK")
+    axes, scores, answers, keep = checked_answers(doc_scores, log_probs, doc_mask, token_mask)
     prior = masked_log_softmax(scores, keep)
-    loss = -masked_logsumexp(prior + answers, keep, axis=1)
+    loss = -masked_logsumexp(prior + answers, keep, axis=-1)
     vocab = _smoothing(axes, label_smoothing, vocab_log_probs)
     if vocab is None:
         return loss
-    smooth = answer_log_probs(axes, "vocab_log_probs", vocab.mean(axis=3), token_mask)
-    smooth_loss = -masked_logsumexp(prior + smooth, keep, axis=1)
+    smooth = axes.answers("vocab_log_probs", vocab.mean(axis=-1), token_mask)
+    smooth_loss = -masked_logsumexp(prior + smooth, keep, axis=-1)
     return (1 - label_smoothing) * loss + label_smoothing * smooth_loss
 
 
@@ -102,18 +100,18 @@ def rag_token_loss(
     Σ_c p_R(c) p_LM(v | c∘x, y_<t).
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
-        label_smoothing: scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
-        vocab_log_probs: `[B, K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
+        label_smoothing: Scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
+        vocab_log_probs: `[..., K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
 
     Returns:
-        `[B]` in nats, float32. A query with no document has loss 0 and gradient 0.
+        `[...]` in nats, float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype; smoothing out of range or without its log-probs.
+        ValueError: Wrong rank, shape or dtype; smoothing out of range or without its log-probs.
 
     Gradients:
         With r_ct = softmax_c(log p_R(c) + ℓ_ct): ∂/∂doc_scores = Σ_t (p_R − r_t) and
@@ -134,19 +132,19 @@ def rag_token_loss(
         0.25
     """
     axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    tokens = axes.floats("log_probs", log_probs, "BKT")
-    doc_keep = axes.mask("doc_mask", doc_mask, "BK")
-    token_keep = axes.mask("token_mask", token_mask, "BT")
-    prior = masked_log_softmax(scores, doc_keep)[:, :, None]  # [B, K, 1]
-    keep = doc_keep[:, :, None] & token_keep[:, None, :]
-    loss = -jnp.sum(masked_logsumexp(prior + tokens, keep, axis=1), axis=1)
+    scores = axes.floats("doc_scores", doc_scores, "...K")
+    tokens = axes.floats("log_probs", log_probs, "...KT")
+    doc_keep = axes.mask("doc_mask", doc_mask, "...K")
+    token_keep = axes.mask("token_mask", token_mask, "...T")
+    prior = masked_log_softmax(scores, doc_keep)[..., None]  # [..., K, 1]
+    keep = doc_keep[..., None] & token_keep[..., None, :]  # [..., K, T]
+    loss = -jnp.sum(masked_logsumexp(prior + tokens, keep, axis=-2), axis=-1)
     vocab = _smoothing(axes, label_smoothing, vocab_log_probs)
     if vocab is None:
         return loss
     keep_vocab = jnp.broadcast_to(keep[..., None], vocab.shape)
-    mixture = masked_logsumexp(prior[..., None] + vocab, keep_vocab, axis=1)  # [B, T, V]
-    smooth_loss = -jnp.sum(mixture.mean(axis=2), axis=1)
+    mixture = masked_logsumexp(prior[..., None] + vocab, keep_vocab, axis=-3)  # [..., T, V]
+    smooth_loss = -jnp.sum(mixture.mean(axis=-1), axis=-1)
     return (1 - label_smoothing) * loss + label_smoothing * smooth_loss
 
 
@@ -162,20 +160,21 @@ def emdr2_loss(
     .. math::
         L = -\sum_t \operatorname{LSE}_c \big(\log p_R(c|x) + \operatorname{sg}(\ell_{ct})\big)
 
-    Given `[B, K]` answer log-probs this is the whole-answer form that the paper prints; given
-    `[B, K, T]` it is the token form that the released code computes.
+    Given `[..., K]` answer log-probs this is the whole-answer form that the paper prints; given
+    `[..., K, T]` it is the token form that the released code computes.
 
     Args:
-        doc_scores: `[B, K]` live, differentiable retrieval scores, already scaled.
-        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
+        log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[..., K]` summed
+            over t.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `[B]` in nats, float32. A query with no document has loss 0 and gradient 0.
+        `[...]` in nats, float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         ∂/∂doc_scores as in `rag_token_loss`; none to `log_probs`.
@@ -196,9 +195,9 @@ def emdr2_loss(
     """
     # The reader has a loss of its own in EMDR²; this path trains the retriever only.
     log_probs = stop_gradient(jnp.asarray(log_probs))
-    if log_probs.ndim == 2:
-        return rag_sequence_loss(doc_scores, log_probs, doc_mask=doc_mask, token_mask=token_mask)
-    return rag_token_loss(doc_scores, log_probs, doc_mask=doc_mask, token_mask=token_mask)
+    summed = log_probs.ndim == jnp.ndim(doc_scores)
+    loss = rag_sequence_loss if summed else rag_token_loss
+    return loss(doc_scores, log_probs, doc_mask=doc_mask, token_mask=token_mask)
 
 
 def document_posterior(
@@ -216,16 +215,17 @@ def document_posterior(
     This is the posterior of the sequence form.
 
     Args:
-        doc_scores: `[B, K]` retrieval scores, already scaled.
-        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        doc_scores: `[..., K]` retrieval scores, already scaled.
+        log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[..., K]` summed
+            over t.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `[B, K]` log-probs in nats, float32; -inf at masked documents.
+        `[..., K]` log-probs in nats, float32; -inf at masked documents.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         The ordinary derivative of the log-softmax, to scores and log-probs alike; as a training
@@ -244,10 +244,7 @@ def document_posterior(
         >>> print(np.asarray(jnp.exp(posterior)).round(3))
         [[0.25 0.75]]
     """
-    axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    answers = answer_log_probs(axes, "log_probs", log_probs, token_mask)
-    keep = axes.mask("doc_mask", doc_mask, "BK")
+    _, scores, answers, keep = checked_answers(doc_scores, log_probs, doc_mask, token_mask)
     # Not the log-softmax of the scores: its normaliser cancels in the second one.
     return masked_log_softmax(scores + answers, keep)
 
@@ -268,17 +265,18 @@ def leave_one_out_log_probs(
     the marginal log-likelihood, an attribution of the answer to its documents.
 
     Args:
-        doc_scores: `[B, K]` retrieval scores, already scaled.
-        log_probs: `[B, K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[B, K]` summed over t.
-        doc_mask: `[B, K]` bool, True = a document; all, if not given.
-        token_mask: `[B, T]` bool, True = a target token; all, if not given.
+        doc_scores: `[..., K]` retrieval scores, already scaled.
+        log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats, or `[..., K]` summed
+            over t.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `[B, K]` in nats, float32: 0 at masked documents, and at a document without which none is
+        `[..., K]` in nats, float32: 0 at masked documents, and at a document without which none is
         left.
 
     Raises:
-        ValueError: wrong rank, shape or dtype.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         The ordinary derivative, to scores and log-probs alike; `loop_target` stops it.
@@ -296,26 +294,24 @@ def leave_one_out_log_probs(
         >>> print(np.asarray(jnp.exp(without)).round(3))  # the mean of the other two
         [[0.15 0.35 0.4 ]]
     """
-    axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "BK")
-    answers = answer_log_probs(axes, "log_probs", log_probs, token_mask)
-    keep = axes.mask("doc_mask", doc_mask, "BK")
-    others = keep[:, None, :] & keep[:, :, None] & ~jnp.eye(keep.shape[1], dtype=bool)[None]
-    joint = jnp.broadcast_to((scores + answers)[:, None, :], others.shape)  # [B, left out, K]
-    prior = jnp.broadcast_to(scores[:, None, :], others.shape)
-    return masked_logsumexp(joint, others, axis=2) - masked_logsumexp(prior, others, axis=2)
+    _, scores, answers, keep = checked_answers(doc_scores, log_probs, doc_mask, token_mask)
+    others = keep[..., None, :] & keep[..., :, None]  # [..., left out, K]
+    others &= jnp.broadcast_to(~jnp.eye(keep.shape[-1], dtype=bool), others.shape)
+    joint = jnp.broadcast_to((scores + answers)[..., None, :], others.shape)
+    prior = jnp.broadcast_to(scores[..., None, :], others.shape)
+    return masked_logsumexp(joint, others, axis=-1) - masked_logsumexp(prior, others, axis=-1)
 
 
 def _smoothing(
     axes: Axes, label_smoothing: float, vocab_log_probs: ArrayLike | None
 ) -> Array | None:
-    """Returns the checked `[B, K, T, V]` log-probs, or None where nothing is smoothed."""
+    """Returns the checked `[..., K, T, V]` log-probs, or None where nothing is smoothed."""
     fraction("label_smoothing", label_smoothing)
     if vocab_log_probs is not None:
-        return axes.floats("vocab_log_probs", vocab_log_probs, "BKTV")
+        return axes.floats("vocab_log_probs", vocab_log_probs, "...KTV")
     if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
         raise ValueError(
-            "vocab_log_probs: expected log-probs of shape [B, K, T, V] for label_smoothing "
-            f"{label_smoothing}, got None."
+            "vocab_log_probs: expected log-probs of shape [..., K, T, V] for label_smoothing "
+            f"{label_smoothing}, got None"
         )
     return None

@@ -1,5 +1,6 @@
 """The contract every loss and diagnostic shares, checked case by case."""
 
+import inspect
 import subprocess
 import sys
 
@@ -73,6 +74,113 @@ CASES = {
     ),
 }
 LOSSES = [name for name in CASES if name.endswith("_loss")]
+
+
+def _document_arrays(b: Batch):
+    """Embeddings `[..., B, D]`, of documents `[..., B, 2, D]`, their ids and their mask."""
+    docs = jnp.stack([jnp.sin(b.token_log_probs), jnp.cos(b.token_log_probs)], axis=-2)
+    ids = jnp.broadcast_to(jnp.arange(12).reshape(6, 2) % 5, docs.shape[:-1])
+    return b.token_log_probs, docs, ids, jnp.stack([b.doc_mask, b.doc_mask], axis=-1)
+
+
+def _contrastive(b: Batch):
+    queries, docs, ids, keep = _document_arrays(b)
+    return losses.dpr_loss(queries, docs, doc_ids=ids, doc_mask=keep)
+
+
+def _symmetric(b: Batch):
+    queries, docs, ids, keep = _document_arrays(b)
+    return losses.symmetric_contrastive_loss(
+        queries, docs[..., 0, :], doc_ids=ids[..., 0], doc_mask=keep[..., 0]
+    )
+
+
+def _smoothed(function):
+    def loss(b: Batch):
+        vocab = jax.nn.log_softmax(jnp.stack([b.token_log_probs, b.token_log_probs * 2], axis=-1))
+        options = {"label_smoothing": 0.1, "vocab_log_probs": vocab}
+        return function(
+            b.doc_scores, vocab[..., 0], doc_mask=b.doc_mask, token_mask=b.token_mask, **options
+        )
+
+    return loss
+
+
+def _attention(b: Batch):
+    attention = jnp.exp(jnp.swapaxes(b.token_log_probs, -1, -2))[..., None, :, :, None]
+    return losses.attention_mass(
+        attention,
+        jnp.exp(b.doc_scores)[..., None, :, None],
+        context_mask=b.doc_mask[..., None],
+        token_mask=b.token_mask,
+    )
+
+
+def _token_ids(b: Batch):
+    return jnp.broadcast_to(b.positives[..., None], b.doc_scores.shape)
+
+
+KEY, TABLE = jax.random.key(0), np.sin(np.arange(36.0, dtype=np.float32)).reshape(9, 4)
+
+# What has no reference here (other modules test the values), for the test of the leading axes.
+OTHERS = {
+    "rag_sequence_loss smoothed": _smoothed(losses.rag_sequence_loss),
+    "rag_token_loss smoothed": _smoothed(losses.rag_token_loss),
+    "emdr2_loss": _marginal(losses.emdr2_loss),
+    "emdr2_loss of whole answers": lambda b: losses.emdr2_loss(
+        b.doc_scores, b.token_log_probs.sum(-1), doc_mask=b.doc_mask
+    ),
+    "document_posterior": lambda b: jnp.exp(_marginal(losses.document_posterior)(b)),
+    "leave_one_out_log_probs": _marginal(losses.leave_one_out_log_probs),
+    "lsr_target": lambda b: jnp.exp(
+        losses.lsr_target(b.doc_scores, temperature=0.5, doc_mask=b.doc_mask)
+    ),
+    "loop_target": lambda b: jnp.exp(
+        losses.loop_target(b.doc_scores, temperature=0.5, doc_mask=b.doc_mask)
+    ),
+    "attention_mass": _attention,
+    "agreement": lambda b: losses.agreement(b.doc_scores, b.target, doc_mask=b.doc_mask),
+    "target_degeneracy": lambda b: jnp.stack(
+        [
+            a.astype(jnp.float32)
+            for a in losses.target_degeneracy(40 * b.sparse_target, doc_mask=b.doc_mask)
+        ]
+    ).sum(0),
+    "dpr_loss": _contrastive,
+    "symmetric_contrastive_loss": _symmetric,
+    "gumbel_top_k": lambda b: (
+        losses.gumbel_top_k(b.doc_scores, KEY, num_samples=2, doc_mask=b.doc_mask).weights
+        * b.token_log_probs[..., :2].swapaxes(-1, -2).astype(jnp.float32)
+    ),
+    "stochastic_rag_loss": lambda b: losses.stochastic_rag_loss(
+        b.doc_scores, b.token_log_probs[..., 0], KEY, num_samples=2, doc_mask=b.doc_mask
+    ),
+    "reinforce_loss": lambda b: losses.reinforce_loss(
+        b.doc_scores,
+        jnp.stack([b.positives, 0 * b.positives], axis=-1),
+        b.token_log_probs[..., :2, 0],
+        doc_mask=b.doc_mask,
+    ),
+    "combine_losses": lambda b: (
+        losses.combine_losses(
+            {"a": b.doc_scores[..., 0], "b": b.token_log_probs[..., 0, 0]}, {"a": 1.0, "b": 0.5}
+        ).total
+    ),
+    "sequence_log_probs": lambda b: losses.sequence_log_probs(
+        b.token_log_probs, token_mask=b.token_mask
+    ),
+    "sequence_log_probs given no document": lambda b: losses.sequence_log_probs(
+        b.token_log_probs[..., 0, :], token_mask=b.token_mask
+    ),
+    "token_log_probs": lambda b: losses.token_log_probs(b.token_log_probs, _token_ids(b)),
+    "chunked_token_log_probs": lambda b: losses.chunked_token_log_probs(
+        b.token_log_probs, TABLE, _token_ids(b), mask=b.doc_mask, chunk_size=4
+    ),
+} | {
+    score.__name__: lambda b, score=score: score(b.token_log_probs.sum(-1), b.token_mask.sum(-1))
+    for score in (losses.prob, losses.prob_per_token, losses.log_prob, losses.log_prob_per_token)
+}
+FUNCTIONS = {name: loss for name, (loss, _) in CASES.items()} | OTHERS
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -215,27 +323,53 @@ def test_loss_of_a_query_does_not_depend_on_the_batch_size(name, rng):
     )
 
 
-@every_loss
-def test_eager_jit_and_vmap_agree(name, rng):
-    loss, _ = CASES[name]
-    pair = [make_batch(rng), make_batch(rng)]
-    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *pair)
-    mapped = jax.jit(jax.vmap(lambda batch: with_gradients(loss, batch)))(stacked)
-    for i, batch in enumerate(pair):
-        jitted = EVALUATE[name](batch)
-        assert_close([loss(batch)], jitted[:1])
-        assert_close([array[i] for array in mapped], jitted)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_eager_jit_vmap_and_any_leading_axes_agree(name, rng, monkeypatch):
+    # The same noise for every query, or each shape would draw other documents.
+    noise = jax.random.gumbel(KEY, (6,))
+    monkeypatch.setattr(jax.random, "gumbel", lambda key, *to: jnp.broadcast_to(noise, to[0]))
+    loss, batch = FUNCTIONS[name], make_batch(rng, num_queries=6)
+    two_axes = jax.tree.map(lambda array: array.reshape(2, 3, *array.shape[1:]), batch)
+    first = jax.tree.map(lambda array: array[0], batch)
+
+    def evaluate(batch):
+        return with_gradients(loss, batch)
+
+    # A project may be as strict about dtypes as the tests are about ranks.
+    with jax.numpy_dtype_promotion("strict"):
+        expected, mapped, reshaped = jax.jit(
+            lambda batch, two_axes: (evaluate(batch), jax.vmap(evaluate)(batch), evaluate(two_axes))
+        )(batch, two_axes)
+        low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == np.float32 else a, batch)
+        assert jax.eval_shape(evaluate, low)[0].dtype == jnp.float32
+        alone = loss(first)
+    assert expected[0].any()
+    assert_close(mapped, expected)
+    assert_close([array.reshape(6, *array.shape[2:]) for array in reshaped], expected)
+    assert_close([alone], [expected[0][0]])
+
+
+def test_every_public_function_of_queries_has_a_case():
+    public = {name for name, value in vars(losses).items() if inspect.isfunction(value)}
+    assert public - {name.split()[0] for name in FUNCTIONS} == {"encode_in_chunks"}
+
+
+def sharded(batch: Batch, axis_type) -> tuple[Batch, NamedSharding]:
+    """Splits the queries over eight devices."""
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    return jax.device_put(batch, sharding), sharding
 
 
 @every_loss
 def test_eight_devices_equal_one_device_in_loss_and_gradient(name, rng):
     loss, _ = CASES[name]
     batch = make_batch(rng, num_queries=16)
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-    spec = PartitionSpec("batch")
-    sharded = jax.device_put(batch, NamedSharding(mesh, spec))
-    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(spec,), out_specs=spec)
-    both = jax.jit(lambda b: (with_gradients(loss, b), with_gradients(mapped, b)))(sharded)
+    split, sharding = sharded(batch, AxisType.Auto)
+    mapped = jax.shard_map(
+        loss, mesh=sharding.mesh, in_specs=(sharding.spec,), out_specs=sharding.spec
+    )
+    both = jax.jit(lambda b: (with_gradients(loss, b), with_gradients(mapped, b)))(split)
     for parallel in both:
         assert len(parallel[0].sharding.device_set) == 8
         assert_close(parallel, EVALUATE[name](batch))
@@ -245,14 +379,12 @@ def test_eight_devices_equal_one_device_in_loss_and_gradient(name, rng):
 def test_explicit_mesh_equals_one_device_through_auto_axes(name, rng):
     loss, _ = CASES[name]
     batch = make_batch(rng, num_queries=16)
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    spec = PartitionSpec("batch")
-    sharded = jax.device_put(batch, NamedSharding(mesh, spec))
+    split, sharding = sharded(batch, AxisType.Explicit)
     evaluate = jax.sharding.auto_axes(
-        lambda b: with_gradients(loss, b), axes="batch", out_sharding=NamedSharding(mesh, spec)
+        lambda b: with_gradients(loss, b), axes="batch", out_sharding=sharding
     )
-    with jax.set_mesh(mesh):
-        assert_close(jax.jit(evaluate)(sharded), EVALUATE[name](batch))
+    with jax.set_mesh(sharding.mesh):
+        assert_close(jax.jit(evaluate)(split), EVALUATE[name](batch))
 
 
 @every_loss
@@ -323,16 +455,24 @@ LENGTHS = np.array([4, 2])
     ("call", "message"),
     [
         (
+            lambda: losses.rag_sequence_loss(3.0, LOG_PROBS),
+            r"doc_scores: .*\[\.\.\., K\].*\[\]$",
+        ),
+        (
             lambda: losses.rag_sequence_loss(np.zeros(3), LOG_PROBS),
-            r"doc_scores: .*\[B, K\].*\[3\]",
+            r"log_probs: .*\[\.\.\.=\[\] \(as doc_scores\), K=3 .*, T\].*\[2, 3, 4\]",
+        ),
+        (
+            lambda: losses.rag_sequence_loss(SCORES, LOG_PROBS, doc_mask=np.ones(3, bool)),
+            r"doc_mask: .*\[\.\.\.=\[2\] \(as doc_scores\), K=3 \(as doc_scores\)\].*\[3\]",
         ),
         (
             lambda: losses.rag_token_loss(SCORES.astype(int), LOG_PROBS),
-            r"doc_scores: expected a floating-point array of shape \[B, K\], got int\d+\[2, 3\]",
+            r"doc_scores: expected a floating-point array of .*\[\.\.\., K\], got int\d+\[2, 3\]",
         ),
         (
             lambda: losses.rag_token_loss(SCORES, np.zeros((2, 5, 4))),
-            r"log_probs: .*\[B=2 \(as doc_scores\), K=3 \(as doc_scores\), T\].*\[2, 5, 4\]",
+            r"log_probs: .*\[\.\.\.=\[2\] \(as doc_scores\), K=3 \(as .*\), T\].*\[2, 5, 4\]",
         ),
         (
             lambda: losses.document_posterior(SCORES, LOG_PROBS, doc_mask=np.ones((2, 3))),
@@ -342,18 +482,33 @@ LENGTHS = np.array([4, 2])
             lambda: losses.rag_token_loss(SCORES, LOG_PROBS, token_mask=np.ones((2, 5), bool)),
             r"token_mask: .*T=4 \(as log_probs\).*bool\[2, 5\]",
         ),
-        (lambda: losses.lm_loss(TOKENS), r"token_log_probs: .*\[B, K, T\].*\[2, 4\]"),
-        (lambda: losses.sequence_log_probs(np.zeros(4)), r"token_log_probs: .*\[4\]"),
+        (lambda: losses.lm_loss(TOKENS[0]), r"token_log_probs: .*\[\.\.\., K, T\].*\[4\]"),
+        (lambda: losses.sequence_log_probs(0.0), r"token_log_probs: .*\[\.\.\., T\].*\[\]$"),
+        (
+            lambda: losses.sequence_log_probs(LOG_PROBS, token_mask=np.ones(4, bool)),
+            r"token_mask: .*\[\.\.\.=\[2\] \(as token_log_probs\), T=4.*\[4\]$",
+        ),
         (lambda: losses.lsr_loss(SCORES, np.zeros((2, 4))), r"target_log_probs: .*K=3.*\[2, 4\]"),
         (lambda: losses.pdist_loss(SCORES, SCORES > 0), r"target_log_probs: .*got bool\[2, 3\]"),
-        (lambda: losses.lsr_target(LOG_PROBS, temperature=1.0), r"scores: .*\[2, 3, 4\]"),
+        (
+            lambda: losses.lsr_target(LOG_PROBS, temperature=1.0, doc_mask=SCORES == 0),
+            r"doc_mask: .*\[\.\.\.=\[2, 3\] \(as scores\), K=4 \(as scores\)\].*\[2, 3\]",
+        ),
         (lambda: losses.lsr_target(SCORES, temperature=0.0), "temperature: .*above 0, got 0.0"),
         (lambda: losses.lsr_target(SCORES, temperature=-1), "temperature: .*above 0, got -1"),
         (lambda: losses.lsr_target(SCORES, temperature=np.nan), "temperature: .*got nan"),
         (lambda: losses.lsr_target(SCORES, temperature=np.ones(2)), "temperature: .*scalar"),
-        (lambda: losses.prob(LOG_PROBS, LENGTHS), "sequence_log_probs: "),
+        (
+            lambda: losses.prob(LOG_PROBS, LENGTHS),
+            r"lengths: expected an integer .*\[\.\.\.=\[2, 3\] \(as sequence_log_probs\)\], got",
+        ),
         (lambda: losses.log_prob_per_token(SCORES, LENGTHS * 1.0), "lengths: .*integer.*float32"),
-        (lambda: losses.info_nce_loss(TOKENS, TOKENS), r"positives: .*\[B=2 \(as scores\)\]"),
+        (
+            lambda: losses.info_nce_loss(TOKENS, TOKENS),
+            r"positives: .*\[\.\.\.=\[2\] \(as scores\)\]",
+        ),
+        (lambda: losses.info_nce_loss(TOKENS[0], 4), r"positives: .*0 … 3 .*, got 4$"),
+        (lambda: losses.posterior_entropy(SCORES, SCORES[:1]), r"token_log_probs: .*\[1, 3\]$"),
         (
             lambda: losses.info_nce_loss(TOKENS, np.array([0, 4])),
             r"positives: expected columns in 0 … 3 \(scores has M=4\), got \[0, 4\]",
@@ -364,7 +519,10 @@ LENGTHS = np.array([4, 2])
             r"no_doc_token_log_probs: .*T=4 \(as token_log_probs\).*\[2, 5\]",
         ),
         (lambda: losses.token_log_probs(np.zeros(5), 3), r"logits: .*\[\.\.\., T, V\].*\[5\]"),
-        (lambda: losses.token_log_probs(LOG_PROBS, np.zeros((2, 4), int)), r"targets: .*\[2, 3\]"),
+        (
+            lambda: losses.token_log_probs(LOG_PROBS, np.zeros((2, 4), int)),
+            r"targets: .*\[\.\.\.=\[2\] \(as logits\), T=3 \(as logits\)\].*\[2, 4\]",
+        ),
         (lambda: losses.token_log_probs(LOG_PROBS, SCORES), "targets: .*integer.*float32"),
         (
             lambda: losses.token_log_probs(LOG_PROBS.astype(int), LENGTHS),

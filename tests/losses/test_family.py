@@ -206,6 +206,44 @@ def test_gradient_inside_vmap_axis_and_pmap_needs_a_pmean(mapped, rng):
     assert np.abs(raw[0] - exact[1]).max() > 1e-3  # the pmean is no formality
 
 
+def test_leading_axes_of_embeddings_are_batches_of_their_own_also_across_devices(rng):
+    pair = [contrastive_batch(rng), contrastive_batch(rng)]
+    stacked = [np.stack(arrays) for arrays in zip(*pair, strict=True)]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    spec = P(None, "x")
+
+    def loss(queries, docs, ids, keep):
+        return losses.dpr_loss(queries, docs, doc_ids=ids, doc_mask=keep, axis_name="x")
+
+    got = jax.jit(jax.shard_map(loss, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec))(*stacked)
+    for ours, (queries, docs, ids, keep) in zip(got, pair, strict=True):
+        np.testing.assert_allclose(
+            ours, losses.dpr_loss(queries, docs, doc_ids=ids, doc_mask=keep), rtol=1e-5
+        )
+
+
+def test_nan_in_masked_embeddings_reaches_neither_value_nor_gradient(rng):
+    queries, docs, ids, keep = contrastive_batch(rng)
+
+    @jax.jit
+    def both(fill):
+        def loss(queries, docs):
+            return losses.dpr_loss(queries, docs, doc_ids=ids, doc_mask=keep).sum()
+
+        def symmetric(queries, docs):
+            return losses.symmetric_contrastive_loss(
+                queries, docs[:, 0], doc_ids=ids[:, 0], doc_mask=keep[:, 0]
+            ).sum()
+
+        spoiled = (
+            jnp.where(keep[:, :1], queries, fill),  # no gold document: no query
+            jnp.where(keep[..., None], docs, fill),
+        )
+        return [jax.value_and_grad(f, (0, 1))(*spoiled) for f in (loss, symmetric)]
+
+    jax.tree.map(np.testing.assert_array_equal, both(np.nan), both(0.0))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_gradient_of_shard_map(check_vma, where, rng):
@@ -400,6 +438,23 @@ def test_symmetric_loss_leaves_copies_and_missing_pairs_out(rng):
     np.testing.assert_allclose(got, (one + other) / 2, rtol=1e-4, atol=1e-5)
 
 
+def _marginals(scores, log_probs, keep, tokens):
+    masks = {"doc_mask": keep, "token_mask": tokens}
+    without = losses.leave_one_out_log_probs(scores, log_probs, **masks)
+    target = losses.loop_target(without, temperature=0.1, doc_mask=keep)
+    values = {
+        "emdr2": losses.emdr2_loss(scores, log_probs, **masks),
+        "sequence": losses.rag_sequence_loss(scores, log_probs, **masks),
+        "token": losses.rag_token_loss(scores, log_probs, **masks),
+        "loop": losses.pdist_loss(scores, target, doc_mask=keep),
+        "without": jnp.sort(jnp.where(keep, without, 0.0), axis=1).sum(1),
+    }
+    return sum(value.sum() for value in values.values()), values
+
+
+MARGINALS = jax.jit(jax.value_and_grad(_marginals, (0, 1), has_aux=True))
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -415,31 +470,15 @@ def test_any_shape_mask_and_scale_is_finite_and_in_any_order(seed, queries, docs
     tokens = rng.random((queries, 3)) < 0.7
     vectors = f32(rng.normal(size=(queries, docs, 4)) * min(spread, 100))
 
-    def everything(scores, log_probs, keep, vectors):
-        masks = {"doc_mask": keep, "token_mask": tokens}
-        without = losses.leave_one_out_log_probs(scores, log_probs, **masks)
-        target = losses.loop_target(without, temperature=0.1, doc_mask=keep)
-        return {
-            "emdr2": losses.emdr2_loss(scores, log_probs, **masks),
-            "sequence": losses.rag_sequence_loss(scores, log_probs, **masks),
-            "token": losses.rag_token_loss(scores, log_probs, **masks),
-            "loop": losses.pdist_loss(scores, target, doc_mask=keep),
-            "without": jnp.sort(jnp.where(keep, without, 0.0), axis=1).sum(1),
-        }
-
-    values = everything(scores, log_probs, keep, vectors)
-    again = everything(scores[:, order], log_probs[:, order], keep[:, order], vectors[:, order])
+    (_, values), slopes = MARGINALS(scores, log_probs, keep, tokens)
+    (_, again), _ = MARGINALS(scores[:, order], log_probs[:, order], keep[:, order], tokens)
     for name, value in values.items():
         assert np.isfinite(value).all(), name
         assert name == "without" or (np.asarray(value) > -1e-4).all(), name
         np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
-    contrastive = losses.dpr_loss(vectors[:, 0], vectors, doc_mask=keep)
+    contrastive = jax.jit(losses.dpr_loss)(vectors[:, 0], vectors, doc_mask=keep)
     assert np.isfinite(contrastive).all() and (np.asarray(contrastive) > -1e-4).all()
-
-    def total(scores, log_probs):
-        return sum(v.sum() for v in everything(scores, log_probs, keep, vectors).values())
-
-    for slope in jax.grad(total, (0, 1))(scores, log_probs):
+    for slope in slopes:
         assert np.isfinite(slope).all()
 
 
@@ -449,7 +488,11 @@ Q, D3, KEY = np.zeros((2, 5)), np.zeros((2, 3, 5)), jax.random.key(0)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: losses.dpr_loss(Q, Q), r"doc_embeddings: .*\[B=2.*H, D=5.*\].*\[2, 5\]"),
+        (lambda: losses.dpr_loss(Q, Q), r"doc_embeddings: .*, B=2.*H, D=5.*\].*\[2, 5\]"),
+        (
+            lambda: losses.dpr_loss(Q, D3[None]),
+            r"doc_embeddings: .*\[\.\.\.=\[\] \(as query_embeddings\), B=2 .*\[1, 2, 3, 5\]",
+        ),
         (lambda: losses.dpr_loss(Q, D3, temperature=0.0), "temperature: .*above 0, got 0"),
         (lambda: losses.dpr_loss(Q, D3, doc_ids=np.zeros((2, 3))), "doc_ids: .*integer.*float"),
         (lambda: losses.dpr_loss(Q, D3, doc_mask=np.ones((2, 3))), "doc_mask: .*bool.*float"),
@@ -463,7 +506,10 @@ Q, D3, KEY = np.zeros((2, 5)), np.zeros((2, 3, 5)), jax.random.key(0)
             lambda: losses.gumbel_top_k(Q, KEY, num_samples=1, temperature=-1.0),
             "temperature: .*got -1",
         ),
-        (lambda: losses.stochastic_rag_loss(Q, Q[:1], KEY, num_samples=1), "utilities: .*B=2"),
+        (
+            lambda: losses.stochastic_rag_loss(Q, Q[:1], KEY, num_samples=1),
+            r"utilities: .*\.\.\.=\[2\]",
+        ),
         (
             lambda: losses.reinforce_loss(Q, np.zeros((2, 1), int), np.zeros((2, 1))),
             "samples: expected at least 2 draws",
@@ -479,11 +525,17 @@ Q, D3, KEY = np.zeros((2, 5)), np.zeros((2, 3, 5)), jax.random.key(0)
         ),
         (lambda: losses.combine_losses({}, {}), "weights: expected one for each of"),
         (lambda: losses.combine_losses({"a": Q[:, 0]}, {"b": 1.0}), r"weights: .*\['a'\].*\['b'\]"),
-        (lambda: losses.combine_losses({"a": Q}, {"a": 1.0}), r"a: .*\[B\].*\[2, 5\]"),
+        (
+            lambda: losses.combine_losses({"a": Q, "b": Q[0]}, {"a": 1.0, "b": 1.0}),
+            r"b: .*\[\.\.\.=\[2, 5\] \(as a\)\].*\[5\]",
+        ),
         (lambda: losses.combine_losses({"a": Q[:, 0]}, {"a": Q}), r"weights\['a'\]: .*scalar"),
-        (lambda: losses.loop_target(D3, temperature=1.0), "leave_one_out_log_probs: "),
+        (lambda: losses.loop_target(1.0, temperature=1.0), "leave_one_out_log_probs: "),
         (lambda: losses.loop_target(Q, temperature=np.inf), "temperature: .*got inf"),
-        (lambda: losses.attention_mass(D3, D3), r"attention: .*\[B, A, T, K, L\].*\[2, 3, 5\]"),
+        (
+            lambda: losses.attention_mass(D3, D3),
+            r"attention: .*\[\.\.\., A, T, K, L\].*\[2, 3, 5\]",
+        ),
         (lambda: losses.emdr2_loss(Q, D3), "log_probs: .*K=5"),
         (lambda: losses.leave_one_out_log_probs(Q, D3), "log_probs: .*K=5"),
     ],
