@@ -1,7 +1,6 @@
 """The page on refreshing the index says what the code says, and its examples work."""
 
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -14,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import ROOT, environment
 
 from ragjax import refresh
 from ragjax.training.live import Freshness
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "plain_jax_refresh.py"
 PAGE = (ROOT / "docs" / "refresh.rst").read_text("utf-8")
 INDEX_NAMES = {"IndexSnapshot", "SearchResult", "make_jit_search", "JitSearchResult"}
@@ -45,7 +44,7 @@ def test_the_example_trains_while_its_index_is_rebuilt_with_nothing_but_refresh(
     result = subprocess.run(
         [sys.executable, "-c", WATCH, str(EXAMPLE)],
         capture_output=True, text=True, check=True, timeout=120,
-        env=os.environ | {"TMPDIR": str(tmp_path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=environment() | {"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     *printed, donated, imported = result.stdout.splitlines()
     lines = [re.match(r"step (\d+) loss ([\d.]+) index (\d+) \((\d+) steps old\)", line)

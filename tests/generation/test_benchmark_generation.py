@@ -1,26 +1,19 @@
 """The generation benchmark, on a tiny model and without PyTorch unless it is there."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import load_script
 
 from ragjax.models.testing.language_model import write_tiny_language_model
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generation.py"
 SIZES = ["--questions=2", "--documents=2", "--context_tokens=9", "--new_tokens=3", "--rounds=1"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_generation", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/generation.py")
 
 
 @pytest.fixture(scope="module")

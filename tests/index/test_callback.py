@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import environment
 
 from ragjax.index import ExactIndex, IndexSnapshot, ScannIndex, make_jit_search
 
@@ -203,13 +204,9 @@ def run_program(*, devices, dim, rows, calls, sharded=False, cores=None):
     )  # fmt: skip
     if cores:
         script = f"import os; os.sched_setaffinity(0, {cores})\n{script}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     result = subprocess.run(
         [sys.executable, "-c", script],
-        capture_output=True, text=True, env=environment, timeout=60, check=False,
+        capture_output=True, text=True, env=environment(devices=devices), timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr[-4000:]
 

@@ -455,14 +455,15 @@ def _marginals(scores, log_probs, keep, tokens):
 MARGINALS = jax.jit(jax.value_and_grad(_marginals, (0, 1), has_aux=True))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+# Few shapes: each is compiled.
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    queries=st.integers(1, 4),
-    docs=st.integers(1, 5),
+    shape=st.sampled_from([(1, 1), (1, 5), (4, 1), (3, 2), (4, 5)]),
     spread=st.sampled_from([0.0, 1.0, 1e4]),
 )
-def test_any_shape_mask_and_scale_is_finite_and_in_any_order(seed, queries, docs, spread):
+def test_any_shape_mask_and_scale_is_finite_and_in_any_order(seed, shape, spread):
+    queries, docs = shape
     rng = np.random.default_rng(seed)
     scores = f32(rng.normal(size=(queries, docs)) * spread)
     log_probs = f32(-rng.exponential(size=(queries, docs, 3)) * spread)

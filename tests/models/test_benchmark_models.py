@@ -1,14 +1,12 @@
 """The parts of benchmarks/models.py."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import load_script
 
 from ragjax.models import LMBatch, Tokens
 from ragjax.models.decoder import model as decoder
@@ -19,16 +17,10 @@ from ragjax.models.layers.pooling import mean_pool
 from ragjax.models.layers.stacks import abstract
 from ragjax.models.testing.language_model import tiny_decoder_config
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "models.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_models", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/models.py")
 
 
 def tiny_sizes(script):

@@ -1,7 +1,6 @@
 """A tiny corpus and encoder that trainer and worker processes of the tests share."""
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from programs import environment
 
 from ragjax.index import EmbeddingWriter
 from ragjax.refresh import EncodeOptions, encode_to_store, run_worker
 from ragjax.refresh.task import EncodeRequest, EncodeTask, params_digest, task_rows
 
-ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [[1 + (7 * row + place) % 48 for place in range(1 + row % 9)] for row in range(120)]
 ROWS_PER_SHARD = 5
 
@@ -127,13 +126,9 @@ sys.exit(0 if stop.signum is None else 128 + stop.signum)
 @contextlib.contextmanager
 def worker_processes(root, count, *, seconds_per_shard):
     """Starts workers, waits until each shows a sign of life, and ends those still there."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
     command = [sys.executable, "-c", _SCRIPT, str(root), str(seconds_per_shard)]
-    running = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    child = environment(Path(__file__).parent)
+    running = [subprocess.Popen(command, env=child) for _ in range(count)]
     try:
         wait_for(lambda: len(list((root / "workers").glob("*.json"))) >= count, seconds=60)
         yield running

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from refresh_tasks import DOCUMENTS, ROOT, make_params, make_task, wait_for
+from programs import environment
+from refresh_tasks import DOCUMENTS, make_params, make_task, wait_for
 
 from ragjax.index import ScannOptions
 from ragjax.refresh import (
@@ -339,14 +340,9 @@ sys.stdin.readline()
 @contextlib.contextmanager
 def trainer(folder):
     """A training process whose builder is under way; yields both."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [os.environ["PYTHONPATH"], str(ROOT), str(Path(__file__).parent)]
-        )
-    }
     process = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(folder)], env=environment, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", TRAINER, str(folder)], env=environment(Path(__file__).parent),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         yield process, int(process.stdout.readline())

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from refresh_tasks import DOCUMENTS, ROOT, encode_here, make_params, make_request, make_task
+from programs import environment
+from refresh_tasks import DOCUMENTS, encode_here, make_params, make_request, make_task
 
 from ragjax.index import files
 from ragjax.refresh import (
@@ -27,11 +28,7 @@ from ragjax.refresh import (
 )
 
 PAGE = 4096
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
-}
+ENVIRONMENT = environment(Path(__file__).parent)
 
 
 @pytest.fixture

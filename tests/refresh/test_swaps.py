@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from refresh_tasks import ROOT, make_params, make_task, wait_for
+from programs import environment
+from refresh_tasks import make_params, make_task, wait_for
 
 from ragjax.index import ExactIndex, IndexSnapshot, ScannIndex, ScannOptions
 from ragjax.index.scann import scann_problem
@@ -194,7 +195,7 @@ def test_another_process_reads_during_a_hundred_refreshes_without_an_error(folde
         reader = subprocess.Popen(
             [sys.executable, "-c", READER, str(folder), str(tmp_path / "plain.npy")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=environment(),
         )  # fmt: skip
         try:
             assert reader.stdout.readline() == "ready\n"
@@ -266,11 +267,9 @@ if sys.argv[2] == "error":
 @pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), [("return", 0), ("error", 7)])
 def test_a_program_that_just_ends_is_not_held_up_by_an_encoding(tmp_path, end, code):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    }
     process = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(tmp_path / "refresh"), end], env=environment,
+        [sys.executable, "-c", TRAINER, str(tmp_path / "refresh"), end],
+        env=environment(Path(__file__).parent),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -1,20 +1,13 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
+from programs import load_script
 from test_generations import publish
 
 from ragjax.refresh import GenerationStore
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "verify_index.py"
-
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("verify_index", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("experiments/verify_index.py").main
 
 
 def test_damage_is_listed_with_the_file_and_both_digests(main, tmp_path, capsys):

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
+from programs import ROOT, environment
 from refresh_tasks import (
-    ROOT,
     WorkerThread,
     encode_here,
     file_bytes,
@@ -176,9 +176,8 @@ def test_the_script_encodes_for_a_trainer_and_leaves_on_a_signal(
         "--encoder", str(tmp_path / "encoder"), "--cache", str(tmp_path / "worker-cache"),
         "--poll_seconds", "0.1", "--data",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    worker = subprocess.Popen([*command, str(data)], env=environment, **pipes)
+    worker = subprocess.Popen([*command, str(data)], env=environment(), **pipes)
     try:
         store = executor.encode(task, request)
         clean = encode_here(tmp_path / "clean", task, request)

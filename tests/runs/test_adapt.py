@@ -1,14 +1,13 @@
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from programs import ROOT, environment
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "adapt.py"
+SCRIPT = ROOT / "experiments" / "adapt.py"
 METRICS = {
     "recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", "answer@5",
     "exact_match", "f1", "answer_nll",
@@ -17,11 +16,10 @@ ANSWERS = {"exact_match", "f1", "answer_nll"}
 
 
 def start(flags, output, **kwargs):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, str(SCRIPT), *flags, f"--output={output}"]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment | {"JAX_PLATFORMS": "cpu"}, **kwargs,
+        env=environment(), **kwargs,
     )  # fmt: skip
 
 

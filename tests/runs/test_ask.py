@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from ragjax.runs.ask.view import format_source, plain, reply_as_json
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.system import SEARCHES, by_bm25, by_dense, by_hybrid, open_base_system
 
-SCRIPTS = Path(__file__).parents[2] / "experiments"
 QUESTION = "what does the red cat like?"
 OPTIONS = ReaderOptions(documents=3, document_tokens=40, max_new_tokens=4, windows=3)
 # Right-to-left text, emoji, scripts without spaces, a passage longer than the model's context.

@@ -1,26 +1,19 @@
 """The script that answers questions: every flag, the loop, JSON, colour and bad input."""
 
-import importlib.util
 import io
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from programs import load_script
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "ask.py"
 QUESTION = "what does the red cat like?"
 
 
 @pytest.fixture(scope="module")
 def ask():
     """The script's `main`, on a list of flags."""
-    spec = importlib.util.spec_from_file_location("ask_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("experiments/ask.py").main
 
 
 @pytest.fixture(scope="module")

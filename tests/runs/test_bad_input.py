@@ -1,25 +1,20 @@
 """Each mistake ends with code 2 and one sentence, before anything expensive."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import ROOT, load_script
 from safetensors.numpy import load_file, save_file
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "adapt.py"
+RECIPES = ROOT / "experiments" / "recipes"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("adapt_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("experiments/adapt.py")
 
 
 @pytest.fixture
@@ -222,7 +217,7 @@ def test_flags_override_the_config_file(script, tmp_path):
     assert flags.seed == 6 and flags.retriever.learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("recipe", sorted(SCRIPT.parent.glob("recipes/*.toml")))
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")))
 def test_every_recipe_is_read(script, recipe):
     flags = script.parse_flags(["--config", str(recipe)])
     assert flags.retriever.negatives == "none"

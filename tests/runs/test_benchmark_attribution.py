@@ -1,24 +1,16 @@
 """The benchmark of attribution counts what it says, on the tiny domain."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attribution.py"
+from programs import load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
     """The script's `main`, on a list of flags."""
-    spec = importlib.util.spec_from_file_location("attribution_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("benchmarks/attribution.py").main
 
 
 @pytest.fixture(scope="module")

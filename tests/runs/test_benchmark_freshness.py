@@ -1,20 +1,15 @@
 """The comparison of ways to keep the index fresh, on a tiny domain."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "freshness.py"
+from programs import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_freshness", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/freshness.py")
     cache = jax.config.jax_compilation_cache_dir
     yield module
     jax.config.update("jax_compilation_cache_dir", cache)

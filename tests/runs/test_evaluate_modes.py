@@ -1,15 +1,13 @@
 """How answers are made in each mode, and what odd data do to an evaluation."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import load_script
 
 from ragjax.generation import Limits, Prompts, generate_greedy
 from ragjax.models.inputs import LMBatch
@@ -20,7 +18,6 @@ from ragjax.runs.evaluate import open_evaluation
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.training.loop import StopFlag
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "evaluate.py"
 MODES = ("concat", "ensemble", "rag_token", "rag_sequence_fast", "rag_sequence_thorough")
 # Passages that share no words, in several scripts; the last is far longer than any prompt.
 PASSAGES = {
@@ -63,11 +60,7 @@ def odd(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_script_odd", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("experiments/evaluate.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """The evaluation script: every column, file and flag, resumed, and with odd data."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import load_script
 
 from ragjax.evaluation import f1_score
 from ragjax.runs.options.evaluate import (
@@ -20,7 +19,6 @@ from ragjax.runs.options.evaluate import (
 from ragjax.runs.saved import open_run
 from ragjax.training.loop import Interrupted, StopFlag
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "evaluate.py"
 RESULTS = (
     "metrics.json",
     "differences.json",
@@ -40,11 +38,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("experiments/evaluate.py")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +59,7 @@ def evaluated(script, base, tmp_path_factory):
 def run_folder(tiny_inputs, tmp_path_factory):
     """A finished run that adapted both models."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    adapt_script = SCRIPT.with_name("adapt.py")
-    spec = importlib.util.spec_from_file_location("adapt_for_evaluation", adapt_script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_script("experiments/adapt.py")
     flags = [
         *(f"--{name}={value}" for name, value in tiny_inputs.items()),
         "--data_options.train_questions=8",

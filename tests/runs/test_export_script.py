@@ -1,16 +1,15 @@
 """The export script: what a run adapted comes out, and nothing half done does."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import load_script
 
 from ragjax.data import pad_right
 from ragjax.models import Tokens, load_encoder, load_language_model
@@ -22,21 +21,11 @@ from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache
 
-SCRIPTS = Path(__file__).parents[2] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
-    return module.main
-
 
 @pytest.fixture(scope="module")
 def export():
     """The script's `main`, on a list of flags."""
-    return load_script("export")
+    return load_script("experiments/export.py").main
 
 
 RUNS = {
@@ -60,7 +49,7 @@ def runs(tmp_path_factory, tiny_flags):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("runs") / name
             flags = [*tiny_flags, *RUNS[name], f"--output={made[name]}"]
-            assert load_script("adapt")(flags) == 0
+            assert load_script("experiments/adapt.py").main(flags) == 0
         return made[name]
 
     return run

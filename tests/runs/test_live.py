@@ -2,18 +2,17 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from programs import ROOT, environment
 
 from ragjax.index import SearchResult
 from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor, live_embeddings
@@ -29,7 +28,7 @@ from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.training.loop import MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "adapt.py"
+SCRIPT = ROOT / "experiments" / "adapt.py"
 DPR = RetrieverConfig(
     objective="dpr", train="both", candidates=3, batch_size=4, epochs=3, learning_rate=1e-2
 )
@@ -318,11 +317,10 @@ def test_the_forecast_says_what_refreshing_costs_before_the_start(make):
 
 
 def start(flags, output):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *flags, f"--output={output}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
+        env=environment(),
     )  # fmt: skip
 
 

@@ -1,15 +1,14 @@
 """A system that is opened holds what a run adapted, or models as they are, and retrieves."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import load_script
 
 from ragjax.data import pad_right
 from ragjax.models import Tokens, load_encoder, load_language_model
@@ -26,7 +25,6 @@ from ragjax.runs.system import (
     retrieve,
 )
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "adapt.py"
 QUESTION = "what does the green owl like?"
 
 
@@ -138,10 +136,7 @@ def test_missing_documents_are_named(tiny_inputs, tmp_path):
 
 
 def adapt(flags, output):
-    spec = importlib.util.spec_from_file_location("adapt_for_system", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
+    module = load_script("experiments/adapt.py")
     assert module.main([*flags, f"--output={output}"]) == 0
     return output
 

@@ -1,19 +1,17 @@
 """experiments/train_rag.py as its user meets it: files, refusals, forecast, continuing."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import load_script
 
 from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "train_rag.py"
 FLAGS = (
     "--data_options.train_questions=8",
     "--data_options.dev_questions=4",
@@ -31,11 +29,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_rag", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("experiments/train_rag.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """The benchmark against transformers: same weights, same loss; each flag does something."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from programs import load_script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "end_to_end.py"
 SMALL = (
     "--batch_size=2", "--documents=2", "--query_tokens=5", "--doc_tokens=6", "--context_tokens=7",
     "--answer_tokens=3", "--width=16", "--layers=1", "--vocabulary=260", "--rounds=1",
@@ -16,11 +13,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_end_to_end", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help from the source of the module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/end_to_end.py")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from programs import environment
 
 from ragjax.models import Tokens, load_encoder
 from ragjax.models.encoder import build_encoder
@@ -401,8 +402,7 @@ def payload(tensor, dtype):
 weights._payload = payload
 export_encoder(tiny_encoder(), {str(tmp_path / "out")!r})
 """
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment)
+    done = subprocess.run([sys.executable, "-c", script], env=environment())
     assert done.returncode == -9
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.") and left.name.endswith(".partial")

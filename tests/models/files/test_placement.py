@@ -1,6 +1,5 @@
 """Streaming: peak memory, dtypes and placement of parameters loaded from safetensors files."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from programs import environment, load_script
 from safetensors.numpy import save_file
 
 from ragjax.models.files.config import fingerprint
@@ -19,7 +19,6 @@ from ragjax.models.files.key_table import KeyRule, apply_key_table, read_safeten
 from ragjax.models.files.placement import Placement, loading_as
 from ragjax.models.files.safetensors import StoredTensor
 
-BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "loading.py"
 LAYERS = 4
 TABLE = {
     "embed.weight": KeyRule("embed/embedding"),
@@ -205,12 +204,10 @@ def test_a_file_cut_while_it_is_open_is_named(folder):
 
 
 CHILD = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("benchmark_loading", sys.argv[1])
-benchmark = importlib.util.module_from_spec(spec)
-sys.modules["benchmark_loading"] = benchmark
-spec.loader.exec_module(benchmark)
-print(json.dumps(benchmark.load(benchmark.Path(sys.argv[2]), sys.argv[3], True)))
+import json, sys
+from programs import load_script
+benchmark = load_script("benchmarks/loading.py")
+print(json.dumps(benchmark.load(benchmark.Path(sys.argv[1]), sys.argv[2], True)))
 """
 
 
@@ -218,18 +215,15 @@ print(json.dumps(benchmark.load(benchmark.Path(sys.argv[2]), sys.argv[3], True))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 @pytest.mark.parametrize(("stored", "asked"), [("float32", "keep"), ("bfloat16", "float32")])
 def test_peak_memory_is_the_parameters_and_little_more(tmp_path, stored, asked):
-    spec = importlib.util.spec_from_file_location("benchmark_loading", BENCHMARK)
-    benchmark = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_loading"] = benchmark  # its dataclass looks itself up
-    spec.loader.exec_module(benchmark)
+    benchmark = load_script("benchmarks/loading.py")
     folder = benchmark.write_checkpoint(tmp_path / "model", 0.4, stored)
     assert len(list(folder.glob("*.safetensors"))) == 1
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(BENCHMARK), str(folder), asked],
+        [sys.executable, "-c", CHILD, str(folder), asked],
         capture_output=True,
         text=True,
         check=True,
-        cwd=BENCHMARK.parents[1],
+        env=environment(),
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["params"] > 0.3e9
