@@ -26,11 +26,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import tyro
 
 from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
-from ragjax.refresh.lock import RunLock
 from ragjax.runs.adapt import adapt, dry_run
 from ragjax.runs.folder import check_output
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.files import load_config_file, to_dict
+from ragjax.storage import RunLock
 from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
 
 BAD_INPUT, DIVERGED, NO_FRESH_INDEX = 2, 3, 4

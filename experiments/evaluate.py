@@ -26,10 +26,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import tyro
 
-from ragjax.refresh.lock import RunLock
 from ragjax.runs.evaluate import check_output, describe_cost, evaluate, open_evaluation
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import load_config_file, to_dict
+from ragjax.storage import RunLock
 from ragjax.training.loop import Interrupted, graceful_stop
 
 BAD_INPUT = 2

@@ -28,11 +28,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import tyro
 
 from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
-from ragjax.refresh.lock import RunLock
 from ragjax.runs.folder import check_output
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.files import load_config_file, to_dict
 from ragjax.runs.train_rag import dry_run, train_rag
+from ragjax.storage import RunLock
 from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
 
 BAD_INPUT, DIVERGED, NO_FRESH_INDEX = 2, 3, 4

@@ -14,7 +14,6 @@ from ragjax.data.examples import Question as Question
 from ragjax.data.examples import hold_out as hold_out
 from ragjax.data.examples import leaked_questions as leaked_questions
 from ragjax.data.jsonl import DataError as DataError
-from ragjax.data.jsonl import write_jsonl as write_jsonl
 from ragjax.data.prompts import DocumentTokens as DocumentTokens
 from ragjax.data.prompts import PromptBatch as PromptBatch
 from ragjax.data.prompts import PromptBuilder as PromptBuilder
@@ -29,3 +28,4 @@ from ragjax.data.tokenization import encode_texts as encode_texts
 from ragjax.data.tokenization import pad_left as pad_left
 from ragjax.data.tokenization import pad_right as pad_right
 from ragjax.data.tokenization import truncation_note as truncation_note
+from ragjax.storage import write_jsonl as write_jsonl

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 from array import array
 from dataclasses import asdict, dataclass
@@ -25,11 +24,11 @@ from ragjax.data.jsonl import (
     RejectedRows,
     SourceFile,
     id_field,
-    part_path,
     read_jsonl,
     require_path,
     string_field,
 )
+from ragjax.storage import sha256, unique_name, write_json
 
 _FORMAT = 1  # raise it when the files below change
 ROWS = "passages.jsonl"
@@ -120,10 +119,10 @@ def prepared_folder(
     if known_name and _is_complete(cache / known_name):
         if known_stamp == stamp:
             return cache / known_name
-        if known_name == _folder_name(_sha256(source), options):
-            _write_json(pointer, {"folder": known_name, "stamp": stamp})
+        if known_name == _folder_name(sha256(source), options):
+            write_json(pointer, {"folder": known_name, "stamp": stamp}, shared=True)
             return cache / known_name
-    building = cache / f"building-{os.getpid()}-{secrets.token_hex(4)}"
+    building = cache / unique_name("building")
     building.mkdir()
     try:
         name = _build(source, building, options, progress)
@@ -132,7 +131,7 @@ def prepared_folder(
         _publish(building, cache / name)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    _write_json(pointer, {"folder": name, "stamp": stamp})
+    write_json(pointer, {"folder": name, "stamp": stamp}, shared=True)
     return cache / name
 
 
@@ -176,7 +175,7 @@ def _build(source: Path, folder: Path, options: CorpusOptions, progress: Progres
         "report": {key: value for key, value in asdict(report).items() if key != "rejected_path"},
         "bytes": {name: (folder / name).stat().st_size for name in _TABLES},
     }
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     return _folder_name(reader.sha256, options)
 
 
@@ -287,11 +286,6 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
 
@@ -300,15 +294,6 @@ def hash_id(doc_id: str) -> np.uint64:
     """Returns a 64-bit hash of an id, the same in every process."""
     digest = hashlib.blake2b(doc_id.encode("utf-8"), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = part_path(path)
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

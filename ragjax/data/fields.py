@@ -1,9 +1,9 @@
 """Names of the fields in a user's files, and the error when a row lacks one."""
 
-import difflib
 from collections.abc import Mapping
 
 from ragjax.data.jsonl import DataError
+from ragjax.storage import nearest_name
 
 DEFAULT_FIELDS: Mapping[str, str] = {
     "id": "_id",
@@ -32,8 +32,8 @@ def resolve_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
     """
     for name in fields or {}:
         if name not in DEFAULT_FIELDS:
-            close = difflib.get_close_matches(name, DEFAULT_FIELDS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            near = nearest_name(name, DEFAULT_FIELDS)
+            hint = f"; did you mean {near!r}?" if near else ""
             raise DataError(
                 f"--fields: unknown name {name!r}, expected some of {', '.join(DEFAULT_FIELDS)}"
                 f"{hint}"

@@ -9,9 +9,10 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ragjax.data.jsonl import DataError
+from ragjax.storage import write_jsonl, write_text
 
 SUFFIXES = (".md", ".markdown", ".txt", ".rst")
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
@@ -63,7 +64,7 @@ def write_documents(
         raise DataError(f"words_per_passage must be at least 10, got {words_per_passage}")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of documents")
-    lines: list[str] = []
+    rows: list[dict[str, str]] = []
     skipped: list[str] = []
     files = document_files(folder)
     for path in files:
@@ -72,13 +73,12 @@ def write_documents(
         if not passages:
             skipped.append(name)
         for number, (title, text) in enumerate(passages):
-            row = {"_id": f"{name}#{number}", "title": title, "text": text}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    if not lines:
+            rows.append({"_id": f"{name}#{number}", "title": title, "text": text})
+    if not rows:
         raise DataError(f"{folder}: no text in files ending in {', '.join(SUFFIXES)}")
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / "corpus.jsonl", lines)
-    return Written(len(files) - len(skipped), len(lines), tuple(skipped))
+    write_jsonl(output / "corpus.jsonl", rows)
+    return Written(len(files) - len(skipped), len(rows), tuple(skipped))
 
 
 def document_files(folder: Path) -> list[Path]:
@@ -120,21 +120,22 @@ def write_questions(
         )
     with open(output / "corpus.jsonl", encoding="utf-8") as file:
         passages = [json.loads(line) for line in file]
-    queries: list[str] = []
+    queries: list[dict[str, Any]] = []
     judged: dict[str, list[str]] = {"train": [], "test": []}
     for number, asked in enumerate(questions):
         relevant = _holders(passages, asked)
         id = f"q{number}"
-        row = {"_id": id, "text": asked.text, "metadata": {"answers": list(asked.answers)}}
-        queries.append(json.dumps(row, ensure_ascii=False) + "\n")
+        answers = {"answers": list(asked.answers)}
+        queries.append({"_id": id, "text": asked.text, "metadata": answers})
         split = "test" if number % test_every == test_every - 1 else "train"
         judged[split] += [f"{id}\t{doc_id}\t1\n" for doc_id in relevant]
     if not judged["test"]:
         judged["test"].append(judged["train"].pop())
     (output / "qrels").mkdir(exist_ok=True)
-    _write(output / "queries.jsonl", queries)
-    for split, rows in judged.items():
-        _write(output / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore\n", *rows])
+    write_jsonl(output / "queries.jsonl", queries)
+    for split, lines in judged.items():
+        text = "".join(["query-id\tcorpus-id\tscore\n", *lines])
+        write_text(output / "qrels" / f"{split}.tsv", text)
     return {split: len({row.split("\t")[0] for row in rows}) for split, rows in judged.items()}
 
 
@@ -250,9 +251,3 @@ def _length(text: str) -> int:
 
 def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _write(path: Path, lines: Sequence[str]) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(lines), "utf-8", errors="surrogatepass")
-    beside.replace(path)

@@ -1,18 +1,18 @@
 """JSON lines: one object per line; every refusal names file, line, reason and remedy."""
 
 import contextlib
-import difflib
 import hashlib
 import io
 import json
 import os
-import secrets
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from gzip import BadGzipFile, GzipFile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
+
+from ragjax.storage import nearest_path, unique_name
 
 BadRowPolicy = Literal["stop", "skip"]
 Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
@@ -62,7 +62,7 @@ class RejectedRows:
         self.policy = policy
         self.count = 0
         self.first_reason: str | None = None
-        self._part = part_path(path)
+        self._part = path.with_name(f"{unique_name(path.name)}.tmp")
         self._file: io.TextIOWrapper | None = None
 
     def add(self, source: Path, line: int, reason: str, raw: bytes = b"") -> None:
@@ -260,22 +260,6 @@ def check_encodable(value: str, key: str) -> None:
         ) from error
 
 
-def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes objects as UTF-8 JSON lines, beside the final name and renamed when complete."""
-    part = part_path(path)
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def part_path(path: Path) -> Path:
-    """Returns a new name beside `path`, to write under until the content is complete."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-
-
 def require_path(path: Path) -> Path:
     """Returns the path if it exists.
 
@@ -284,12 +268,10 @@ def require_path(path: Path) -> Path:
     """
     if path.exists():
         return path
-    parent = path.parent
-    if not parent.is_dir():
-        require_path(parent)
-    names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    remedy = f"did you mean {str(parent / close[0])!r}?" if close else f"{parent} has no such name"
+    if not path.parent.is_dir():
+        require_path(path.parent)
+    near = nearest_path(path)
+    remedy = f"did you mean {str(near)!r}?" if near else f"{path.parent} has no such name"
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
 
 

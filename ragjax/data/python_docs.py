@@ -22,7 +22,7 @@ from typing import Any
 
 from ragjax.data.corpus import Passage
 from ragjax.data.docstrings import clean_docstring, cut_text
-from ragjax.data.jsonl import write_jsonl
+from ragjax.storage import write_jsonl
 
 MAX_WORDS = 120
 MIN_WORDS = 14

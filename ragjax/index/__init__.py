@@ -22,4 +22,4 @@ from ragjax.index.store import EmbeddingStore as EmbeddingStore
 from ragjax.index.store import EmbeddingWriter as EmbeddingWriter
 from ragjax.index.store import ShardWriter as ShardWriter
 from ragjax.index.store import StoreSpec as StoreSpec
-from ragjax.index.writing import DiskFullError as DiskFullError
+from ragjax.storage import DiskFullError as DiskFullError

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ragjax.index import base, files, recall
+from ragjax import storage
+from ragjax.index import base, recall
 
 _LOG = logging.getLogger(__name__)
 BRUTE_FORCE_BELOW = 20_000
@@ -205,10 +206,10 @@ class ScannIndex:
             manifest = {
                 "format": _FORMAT,
                 "details": dataclasses.asdict(self.details),
-                "sha256": {path.name: files.sha256(path) for path in building.iterdir()},
+                "sha256": {path.name: storage.sha256(path) for path in building.iterdir()},
             }
-            files.write_json(building / _MANIFEST, manifest)
-            files.publish(building, target)
+            storage.write_json(building / _MANIFEST, manifest)
+            storage.publish(building, target)
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
@@ -234,9 +235,9 @@ class ScannIndex:
             ImportError: scann does not work here; the message says why.
         """
         source = Path(folder)
-        manifest = files.read_json(source / _MANIFEST, what="ScaNN index")
+        manifest = storage.read_json(source / _MANIFEST, what="ScaNN index")
         # ScaNN unpickles a docid file if it finds one, so nothing unlisted may lie there.
-        check = files.check_listing if verified else files.verify_folder
+        check = storage.check_listing if verified else storage.verify_folder
         check(source, manifest.get("sha256"), also=(_MANIFEST,))
         try:
             values = dict(manifest["details"])

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ragjax.index import base, files, writing
+from ragjax import storage
+from ragjax.index import base
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -125,14 +126,14 @@ class EmbeddingStore:
                 belongs to another encoder, corpus or settings.
         """
         path = Path(folder)
-        manifest = files.read_json(path / _MANIFEST, what=_WHAT)
+        manifest = storage.read_json(path / _MANIFEST, what=_WHAT, version=_FORMAT)
         spec = _read_spec(manifest, path / _MANIFEST)
         expected = {_shard_name(shard) for shard in range(spec.num_shards)}
         digests = manifest.get("sha256")
         if not isinstance(digests, dict) or set(digests) != expected:
             raise ValueError(f"{path / _MANIFEST} does not list its {spec.num_shards} shards.")
         if not verified:
-            files.verify_folder(path, digests, also=(_MANIFEST,))
+            storage.verify_folder(path, digests, also=(_MANIFEST,))
         for name, found, wanted in (
             ("encoder", spec.model_fingerprint, model_fingerprint),
             ("corpus", spec.corpus_fingerprint, corpus_fingerprint),
@@ -187,11 +188,7 @@ class ShardWriter:
         """
         target = Path(folder)
         building = _building_folder(target)
-        _check_same(
-            _read_spec(files.read_json(building / _SPEC, what=_WHAT), building / _SPEC),
-            spec,
-            building,
-        )
+        _check_same(building, spec)
         return cls(target, building, spec)
 
     def missing(self) -> list[int]:
@@ -222,17 +219,17 @@ class ShardWriter:
         """
         array = self._checked(shard, embeddings)
         path = self._building / _shard_name(shard)
-        partial = self._partials / writing.unique_name(path.name)
+        partial = self._partials / storage.unique_name(path.name)
         try:
-            with writing.whole_file(partial, num_bytes=array.nbytes) as file:
+            with storage.whole_file(partial, num_bytes=array.nbytes) as file:
                 # Not np.save: a full disk reaches us as an error without a number from there.
                 header = np.lib.format.header_data_from_array_1_0(array)
                 np.lib.format.write_array_header_1_0(file, header)
                 file.write(array.data)
-            digest = files.sha256(partial)
+            digest = storage.sha256(partial)
             for _ in range(_ATTEMPTS):
-                if writing.link_first(partial, path):
-                    files.sync_folder(self._building)
+                if storage.link_first(partial, path):
+                    storage.sync_folder(self._building)
                     self._write_note(shard, digest)
                     return self._finished(shard, digest)
                 with contextlib.suppress(FileNotFoundError):  # removed between two looks
@@ -260,7 +257,7 @@ class ShardWriter:
         """Returns the digest of the shard that is there already, with its note; None: damaged."""
         path = self._building / _shard_name(shard)
         noted = self._noted(shard)
-        found = files.sha256(path)
+        found = storage.sha256(path)
         if noted != found:
             # Without a note its writer died, or is about to write it: what has the name is whole.
             if found != digest and (noted is not None or not _is_sound(path, self.spec, shard)):
@@ -271,7 +268,7 @@ class ShardWriter:
     def _noted(self, shard: int) -> str | None:
         """Returns the digest in the note of a shard, "" if it is damaged, None without a note."""
         try:
-            note = files.read_json(self._building / _note_name(shard), what=_WHAT)
+            note = storage.read_json(self._building / _note_name(shard), what=_WHAT)
         except FileNotFoundError:
             return None
         except ValueError:
@@ -280,12 +277,12 @@ class ShardWriter:
 
     def _write_note(self, shard: int, digest: str) -> None:
         """Notes the digest of the bytes that are there."""
-        partial = self._partials / writing.unique_name(_note_name(shard))
+        partial = self._partials / storage.unique_name(_note_name(shard))
         text = json.dumps({"sha256": digest}).encode()
-        with writing.whole_file(partial, num_bytes=len(text)) as file:
+        with storage.whole_file(partial, num_bytes=len(text)) as file:
             file.write(text)
         partial.rename(self._building / _note_name(shard))
-        files.sync_folder(self._building)
+        storage.sync_folder(self._building)
 
     def _finished(self, shard: int, digest: str) -> None:
         """Keeps what was learnt about a shard that is there."""
@@ -320,12 +317,11 @@ class EmbeddingWriter(ShardWriter):
         _undo_publish(building)
         writer = cls(target, building, spec)
         if (building / _SPEC).exists():
-            started = _read_spec(files.read_json(building / _SPEC, what=_WHAT), building / _SPEC)
-            _check_same(started, spec, building)
+            _check_same(building, spec)
             writer._partials.mkdir(exist_ok=True)
         else:
             writer._partials.mkdir(exist_ok=True)
-            files.write_json(building / _SPEC, {"format": _FORMAT, "spec": _as_json(spec)})
+            storage.write_json(building / _SPEC, {"format": _FORMAT, "spec": _as_json(spec)})
         writer._remove_discarded()
         writer.rescan()
         return writer
@@ -346,7 +342,7 @@ class EmbeddingWriter(ShardWriter):
             if not {name, note} <= names:
                 continue
             noted = self._noted(shard)
-            if noted and not path.is_symlink() and noted == files.sha256(path):
+            if noted and not path.is_symlink() and noted == storage.sha256(path):
                 self._digests[shard] = noted
             else:
                 self._remove(shard)
@@ -368,13 +364,13 @@ class EmbeddingWriter(ShardWriter):
         manifest = {"format": _FORMAT, "spec": _as_json(self.spec), "sha256": digests}
         # Every file of another process enters through this folder: with its name gone, nothing
         # can appear between the last look and the rename.
-        discarded = self._target.with_name(writing.unique_name(f"{self._target.name}.discarded"))
+        discarded = self._target.with_name(storage.unique_name(f"{self._target.name}.discarded"))
         self._partials.rename(discarded)
-        files.write_json(self._building / _MANIFEST, manifest)
+        storage.write_json(self._building / _MANIFEST, manifest)
         for path in self._building.iterdir():
             if path.name not in digests and path.name != _MANIFEST:
                 path.unlink()
-        files.publish(self._building, self._target)
+        storage.publish(self._building, self._target)
         self._remove_discarded()
         return EmbeddingStore(self._target, self.spec)
 
@@ -413,12 +409,12 @@ def _undo_publish(building: Path) -> None:
     """Gives a store killed just before its last rename the notes back, so no shard is redone."""
     path = building / _MANIFEST
     try:
-        manifest = files.read_json(path, what=_WHAT)
+        manifest = storage.read_json(path, what=_WHAT, version=_FORMAT)
         spec = _read_spec(manifest, path)
         for shard in range(spec.num_shards):
             digest = manifest["sha256"][_shard_name(shard)]
-            files.write_json(building / _note_name(shard), {"sha256": digest})
-        files.write_json(building / _SPEC, {"format": _FORMAT, "spec": _as_json(spec)})
+            storage.write_json(building / _note_name(shard), {"sha256": digest})
+        storage.write_json(building / _SPEC, {"format": _FORMAT, "spec": _as_json(spec)})
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError):
@@ -458,18 +454,16 @@ def _as_json(spec: StoreSpec) -> dict[str, Any]:
 
 def _read_spec(value: Mapping[str, Any], path: Path) -> StoreSpec:
     """Returns the spec in a manifest."""
-    if value.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} has format {value.get('format')!r}; this version reads {_FORMAT}."
-        )
     try:
         return StoreSpec(**value["spec"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} describes no embedding store: {error}.") from error
 
 
-def _check_same(started: StoreSpec, spec: StoreSpec, building: Path) -> None:
+def _check_same(building: Path, spec: StoreSpec) -> None:
     """Refuses to mix the embeddings of two specs."""
+    path = building / _SPEC
+    started = _read_spec(storage.read_json(path, what=_WHAT, version=_FORMAT), path)
     old, new = _as_json(started), _as_json(spec)
     differing = [name for name in new if old[name] != new[name]]
     if differing:

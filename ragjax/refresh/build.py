@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from ragjax.index import EmbeddingStore, ScannIndex, ScannOptions, files, scann_options
-from ragjax.index.writing import whole_file
+from ragjax import storage
+from ragjax.index import EmbeddingStore, ScannIndex, ScannOptions, scann_options
 from ragjax.refresh.encode import Cancelled
 
 _POLL_SECONDS = 0.02
@@ -106,7 +106,7 @@ class ScannBuild:
             if array is not None:
                 _save_array(building / f"{name}.npy", array)
         path = building / "build.json"
-        files.write_json(path, job)
+        storage.write_json(path, job)
         threads = {name: str(options.num_threads) for name in _THREAD_VARIABLES}
         # The accelerator belongs to the trainer: a second process on it would find no memory.
         environment = os.environ | threads | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _import_path()}
@@ -186,7 +186,7 @@ def _save_array(path: Path, array: np.ndarray) -> None:
     """Writes an array; a disk without room for it is an error that names the file."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
-    with whole_file(path, num_bytes=content.tell()) as file:
+    with storage.whole_file(path, num_bytes=content.tell()) as file:
         file.write(content.getbuffer())
 
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ragjax.index import files
-from ragjax.index.writing import DiskFullError, unique_name
+from ragjax import storage
 from ragjax.refresh.task import params_digest
+from ragjax.storage import DiskFullError
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -55,7 +55,7 @@ def write_export(folder: Path, params: Any, *, step: int, info: Mapping[str, Any
     """
     folder = Path(folder)
     digest = params_digest(params)
-    building = folder.with_name(unique_name(f"{folder.name}.building"))
+    building = folder.with_name(storage.unique_name(f"{folder.name}.building"))
     building.mkdir(parents=True)
     try:
         path = building / _PARAMS
@@ -65,10 +65,10 @@ def write_export(folder: Path, params: Any, *, step: int, info: Mapping[str, Any
             "step": int(step),
             "params_digest": digest,
             "info": dict(info),
-            "sha256": {_PARAMS: files.sha256(path)},
+            "sha256": {_PARAMS: storage.sha256(path)},
         }
-        files.write_json(building / _MANIFEST, manifest)
-        files.publish(building, folder)
+        storage.write_json(building / _MANIFEST, manifest)
+        storage.publish(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -88,13 +88,8 @@ def read_export(folder: Path, template: Any) -> Export:
             the template; the message lists what differs.
     """
     folder = Path(folder)
-    manifest = files.read_json(folder / _MANIFEST, what=_WHAT)
-    if manifest.get("format") != _FORMAT:
-        raise ValueError(
-            f"{folder / _MANIFEST} has format {manifest.get('format')!r}; this version reads "
-            f"{_FORMAT}."
-        )
-    files.verify_folder(folder, manifest.get("sha256"), also=(_MANIFEST,))
+    manifest = storage.read_json(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
+    storage.verify_folder(folder, manifest.get("sha256"), also=(_MANIFEST,))
     tensors = load_file(folder / _PARAMS)
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     wanted = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

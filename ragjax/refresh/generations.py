@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ragjax.index import files
+from ragjax import storage
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -201,12 +201,12 @@ class GenerationStore:
         lock = self._lock(number, fcntl.LOCK_SH)
         try:
             folder = self.path(number)
-            manifest = files.read_json(folder / _MANIFEST, what=_WHAT)
+            manifest = storage.read_json(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
             description = _read_description(manifest, folder / _MANIFEST, number)
             problem = (expected or Expected()).problem(description)
             if problem:
                 raise MismatchError(f"Generation {number} in {folder} is refused: {problem}.")
-            files.verify_folder(folder, manifest.get("sha256"), also=(_MANIFEST,))
+            storage.verify_folder(folder, manifest.get("sha256"), also=(_MANIFEST,))
         except BaseException:
             os.close(lock)
             raise
@@ -253,7 +253,7 @@ class GenerationStore:
         for number in self.numbers():
             path = self.path(number) / _MANIFEST
             with contextlib.suppress(OSError, ValueError):  # damaged or just removed
-                manifest = files.read_json(path, what=_WHAT)
+                manifest = storage.read_json(path, what=_WHAT, version=_FORMAT)
                 found[number] = _read_description(manifest, path, number)
         return found
 
@@ -270,17 +270,17 @@ class GenerationStore:
         numbers = self.numbers()
         number = numbers[-1] + 1 if numbers else 0
         # One of an attempt that failed later is no file of the generation.
-        for name in (_MANIFEST, f"{_MANIFEST}.partial"):
+        for name in (_MANIFEST, f"{_MANIFEST}.tmp"):
             (building / name).unlink(missing_ok=True)
         manifest = {
             "format": _FORMAT,
             "number": number,
             "description": json.loads(json.dumps(dataclasses.asdict(description))),
-            "sha256": files.walk_digests(building, known=_known_digests(building)),
+            "sha256": storage.walk_digests(building, known=_known_digests(building)),
         }
-        files.write_json(building / _MANIFEST, manifest)
+        storage.write_json(building / _MANIFEST, manifest)
         self._folder.mkdir(parents=True, exist_ok=True)
-        files.publish(building, self.path(number))
+        storage.publish(building, self.path(number))
         return number
 
     def collect(self, *, pinned: frozenset[int] = frozenset()) -> list[int]:
@@ -345,11 +345,6 @@ class GenerationStore:
 
 def _read_description(manifest: Mapping[str, Any], path: Path, number: int) -> Description:
     """Returns the description in a manifest."""
-    if manifest.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} has format {manifest.get('format')!r}; this version reads {_FORMAT}: build "
-            "the index again."
-        )
     if manifest.get("number") != number:
         raise ValueError(f"{path} says it is generation {manifest.get('number')!r}.")
     try:
@@ -364,6 +359,6 @@ def _known_digests(building: Path) -> dict[str, str]:
     for part, name in ((EMBEDDINGS, "manifest.json"), (INDEX, "ragjax.json")):
         path = building / part / name
         if path.is_file():
-            digests = files.read_json(path, what=part).get("sha256", {})
+            digests = storage.read_json(path, what=part).get("sha256", {})
             known |= {f"{part}/{file}": digest for file, digest in digests.items()}
     return known

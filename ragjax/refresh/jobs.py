@@ -6,19 +6,20 @@
 A job appears and goes by a rename. The highest number is the only one that counts.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ragjax.index import StoreSpec, files
-from ragjax.index.writing import unique_name, whole_file
+from ragjax import storage
+from ragjax.index import StoreSpec
 from ragjax.refresh.batches import EncodeOptions
 from ragjax.refresh.export import list_exports, write_export
 from ragjax.refresh.leases import this_process
@@ -77,7 +78,7 @@ class Job:
     def is_open(self) -> bool:
         """Tells whether this job is still wanted."""
         try:
-            return files.read_json(self.folder / _JOB, what=_WHAT).get("id") == self.id
+            return storage.read_json(self.folder / _JOB, what=_WHAT).get("id") == self.id
         except (OSError, ValueError):
             return False
 
@@ -109,7 +110,7 @@ def write_job(root: Path, task: EncodeTask, request: EncodeRequest, *, lease_sec
         DiskFullError: there is no room; nothing is left.
     """
     store = relative_store(root, request.folder)
-    beside = root / "jobs" / unique_name(".writing")
+    beside = root / "jobs" / storage.unique_name(".writing")
     beside.mkdir(parents=True)
     note = {
         "format": _FORMAT,
@@ -126,15 +127,15 @@ def write_job(root: Path, task: EncodeTask, request: EncodeRequest, *, lease_sec
         write_export(beside / "params", request.params, step=request.step, info={})
         if request.rows is not None:
             rows = np.ascontiguousarray(request.rows, np.int64)
-            with whole_file(beside / _ROWS, num_bytes=rows.nbytes) as file:
+            with storage.whole_file(beside / _ROWS, num_bytes=rows.nbytes) as file:
                 np.save(file, rows, allow_pickle=False)
         for name in ("leases", "errors"):
             (beside / name).mkdir()
-        files.write_json(beside / _JOB, note)
+        storage.write_json(beside / _JOB, note)
         number = max(job_numbers(root), default=0) + 1
         folder = root / "jobs" / f"{number:06d}"
         beside.rename(folder)
-        files.sync_folder(folder.parent)
+        storage.sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -154,12 +155,7 @@ def read_job(root: Path, number: int) -> Job:
         ValueError: it is damaged, of another version, or its store does not lie below `root`.
     """
     folder = root / "jobs" / f"{number:06d}"
-    note = files.read_json(folder / _JOB, what=_WHAT)
-    if note.get("format") != _FORMAT:
-        raise ValueError(
-            f"{folder / _JOB} has format {note.get('format')!r}; this version reads {_FORMAT}: "
-            "run the trainer and its workers with the same version."
-        )
+    note = storage.read_json(folder / _JOB, what=_WHAT, version=_FORMAT)
     try:
         place = PurePosixPath(note["store"])
         if place.is_absolute() or ".." in place.parts:
@@ -183,7 +179,7 @@ def read_job(root: Path, number: int) -> Job:
 
 def remove_job(folder: Path) -> None:
     """Removes a job; workers see it whole or not at all."""
-    gone = folder.with_name(unique_name(f".removed-{folder.name}"))
+    gone = folder.with_name(storage.unique_name(f".removed-{folder.name}"))
     try:
         folder.rename(gone)
     except FileNotFoundError:
@@ -207,13 +203,11 @@ def relative_store(root: Path, folder: Path) -> str:
 
 def write_error(job: Job, error: Exception, *, shard: int, fatal: bool) -> None:
     """Tells the trainer what went wrong here; a job that is gone needs no telling."""
-    note: Mapping[str, Any] = JobError(
-        str(this_process()), shard, type(error).__name__, str(error), fatal
-    )._asdict()
-    try:
-        files.write_json(job.folder / "errors" / f"{unique_name('error')}.json", note)
-    except FileNotFoundError:
-        return
+    note = JobError(str(this_process()), shard, type(error).__name__, str(error), fatal)
+    path = job.folder / "errors" / f"{storage.unique_name('error')}.json"
+    # Not `write_json`, which would make the folder of a removed job again.
+    with contextlib.suppress(FileNotFoundError), storage.replacing(path) as file:
+        file.write(json.dumps(note._asdict()).encode())
 
 
 def read_errors(job: Job) -> list[JobError]:
@@ -221,7 +215,7 @@ def read_errors(job: Job) -> list[JobError]:
     found = []
     for path in sorted((job.folder / "errors").glob("*.json")):
         try:
-            found.append(JobError(**files.read_json(path, what=_WHAT)))
+            found.append(JobError(**storage.read_json(path, what=_WHAT)))
         except (ValueError, TypeError) as error:
             found.append(JobError("an unknown worker", -1, "ValueError", str(error), True))
     return sorted(found, key=lambda error: not error.fatal)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ragjax.index.writing import link_first, unique_name
+from ragjax.storage import link_first, unique_name
 
 _LARGEST = 4096  # bytes of a beacon that are read
 

@@ -36,7 +36,6 @@ from ragjax.refresh.clock import StepClock
 from ragjax.refresh.encode import EncodeProgress
 from ragjax.refresh.export import read_export
 from ragjax.refresh.generations import GenerationStore
-from ragjax.refresh.lock import RunLock, check_writable
 from ragjax.refresh.options import (
     IndexTooStaleError,
     RefreshError,
@@ -49,6 +48,7 @@ from ragjax.refresh.pipeline import Export, Pipeline
 from ragjax.refresh.task import EncodeTask, Executor
 from ragjax.refresh.threads import ThreadExecutor
 from ragjax.refresh.triggers import Never, Trigger, TriggerContext
+from ragjax.storage import RunLock, check_writable
 
 _LOG = logging.getLogger(__name__)
 # Generations that checkpoints name are kept; a trainer keeps a few checkpoints.

@@ -36,7 +36,7 @@ from ragjax.runs.workspace import (
     question_rows,
     tower_params,
 )
-from ragjax.training.files import write_json
+from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 

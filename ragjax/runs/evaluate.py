@@ -39,7 +39,7 @@ from ragjax.runs.system import (
     run_towers,
 )
 from ragjax.runs.workspace import FrozenLM, Report, Workspace, make_workspace, read_data
-from ragjax.training.files import write_json
+from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache
 

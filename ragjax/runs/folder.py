@@ -3,13 +3,13 @@
 import json
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import RunConfig, fingerprint
-from ragjax.training.files import write_json
+from ragjax.storage import read_lines, write_json
 
 
 class RunFiles:
@@ -41,26 +41,15 @@ class RunFiles:
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Returns the JSON objects of a file of lines; a torn last line is left out."""
         try:
-            text = (self._folder / name).read_text("utf-8")
+            rows = [row for _, row in read_lines(self._folder / name)]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self.problems.append(f"{name} cannot be read: {error}")
             return []
-        rows = list(self._rows(text.split("\n")))
-        lost = sum(1 for line in text.split("\n")[:-1] if line.strip()) - len(rows)
-        if lost > 0:
+        if lost := rows.count(None):
             self.problems.append(f"{name}: {lost} lines cannot be read")
-        return rows
-
-    def _rows(self, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+        return [row for row in rows if row is not None]
 
 
 COST = "cost.json"

@@ -14,7 +14,7 @@ from ragjax.runs.options.shared import fingerprint
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
 from ragjax.runs.workspace import Report, Workspace, open_workspace, tower_params
-from ragjax.training.files import write_json
+from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 
 

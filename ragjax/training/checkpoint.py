@@ -1,6 +1,5 @@
 """Checkpoints: orbax underneath, digests, a finite check and a way back to the last good one."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ragjax.training.files import write_json
+from ragjax.storage import sha256, write_json
 
 FORMAT = 1
 _DIGESTS = "ragjax.json"
@@ -84,7 +83,7 @@ class Checkpointer:
             "info": info or {},
             "arrays": _array_table(state),
             "sha256": {
-                str(p.relative_to(target)): _sha256(p)
+                str(p.relative_to(target)): sha256(p)
                 for p in sorted(target.rglob("*"))
                 if p.is_file()
             },
@@ -194,11 +193,6 @@ def _verify(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if (found := _sha256(file)) != expected:
+        if (found := sha256(file)) != expected:
             return f"{name} has sha256 {found[:12]}…, expected {expected[:12]}…"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """The loop around a training step: resume, progress, checkpoints, signals, non-finite updates."""
 
-import json
 import os
 import signal
 import sys
@@ -8,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from ragjax.storage import JsonLog
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.steps import TrainState
 
@@ -77,7 +76,7 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike):
         """Names the file; it is created at the first line."""
-        self._path = Path(path)
+        self._log = JsonLog(path)
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line; values that are not finite become null (JSON has no NaN)."""
@@ -85,24 +84,11 @@ class MetricsLog:
         row |= {
             k: (round(float(v), 6) if np.isfinite(float(v)) else None) for k, v in metrics.items()
         }
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._log.append([row])
 
     def rewind(self, stage: str, step: int) -> None:
         """Removes the lines of `stage` at or after `step`, and a torn last line."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text("utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row.get("stage") != stage or row.get("step", -1) < step:
-                kept.append(line + "\n")
-        beside = self._path.with_name(self._path.name + ".tmp")
-        beside.write_text("".join(kept), "utf-8")
-        os.replace(beside, self._path)
+        self._log.keep(lambda row: row.get("stage") != stage or row.get("step", -1) < step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from ragjax.storage import JsonLog, read_lines
+
 
 class Score(NamedTuple):
     """How likely an answer is after one document."""
@@ -55,16 +57,15 @@ class ResultCache(Generic[Value]):
         Raises:
           ValueError: If a line other than the last cannot be read.
         """
-        self._path, self._kind = Path(path), kind
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._log, self._kind = JsonLog(path), kind
         self._results: dict[str, Value] = {}
         self.hits = 0
         self.misses = 0
         for file in earlier:
             self._read(Path(file))
         self._earlier = frozenset(self._results)
-        if self._path.exists():
-            os.truncate(self._path, self._read(self._path))
+        if self._log.path.exists():
+            self._read(self._log.path)
 
     def __len__(self) -> int:
         """Returns how many results are known."""
@@ -87,27 +88,20 @@ class ResultCache(Generic[Value]):
 
     def put(self, keys: Sequence[str], results: Sequence[Value]) -> None:
         """Appends results; they are on disk when this returns."""
-        lines = []
-        for key, result in zip(keys, results, strict=True):
-            self._results[key] = result
-            lines.append(json.dumps({"key": key, **result._asdict()}) + "\n")
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        known = dict(zip(keys, results, strict=True))
+        self._results |= known
+        self._log.append(
+            ({"key": key, **result._asdict()} for key, result in known.items()), sync=True
+        )
 
-    def _read(self, path: Path) -> int:
-        """Reads a file's whole lines; returns how many bytes they take."""
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+    def _read(self, path: Path) -> None:
+        for number, row in read_lines(path):
+            values = dict(row or {})
             try:
-                row = json.loads(line)
-                key = row.pop("key")
-                self._results[key] = self._kind(**row)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                key = values.pop("key")
+                self._results[key] = self._kind(**values)
+            except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}:{number}: not a {self._kind.__name__} ({error}); delete the file to"
                     " compute it again"
                 ) from error
-        return len(whole)

@@ -205,7 +205,7 @@ class TestCache:
 
     def test_second_opening_reads_nothing(self, source, builds, monkeypatch):
         first = self.open(source, on_bad_row="skip")
-        monkeypatch.setattr(corpus_cache, "_sha256", None)
+        monkeypatch.setattr(corpus_cache, "sha256", None)
         second = self.open(source, on_bad_row="skip")
         assert len(builds) == 1
         assert list(second) == list(first)
@@ -215,7 +215,7 @@ class TestCache:
         self.open(source)
         os.utime(source, ns=(1, 1))
         self.open(source)
-        monkeypatch.setattr(corpus_cache, "_sha256", None)
+        monkeypatch.setattr(corpus_cache, "sha256", None)
         self.open(source)
         assert len(builds) == 1
 

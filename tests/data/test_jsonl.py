@@ -9,8 +9,8 @@ from ragjax.data.jsonl import (
     SourceFile,
     read_jsonl,
     require_path,
-    write_jsonl,
 )
+from ragjax.storage import write_jsonl
 
 GOOD = b'{"a": 1}'
 

@@ -12,11 +12,11 @@ from ragjax.index import (
     ExactIndex,
     ScannIndex,
     ScannOptions,
-    files,
     recall_against_exact,
     scann_options,
 )
 from ragjax.index import scann as scann_module
+from ragjax.storage import manifests
 
 pytest.importorskip("scann", reason="ScaNN has no package for this platform")
 
@@ -198,7 +198,7 @@ def test_an_incomplete_or_foreign_manifest_is_refused(folder, tmp_path):
 
 def test_a_verified_folder_is_not_read_again_but_still_holds_nothing_else(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sha256", lambda path: pytest.fail(f"{path} was read"))
+        patch.setattr(manifests, "sha256", lambda path: pytest.fail(f"{path} was read"))
         index = ScannIndex.load(folder, verified=True, threads=2)
     assert (index.size, index.details.options.threads) == (50, 2)
     assert ScannIndex.load(folder).details.options.threads == 0

@@ -11,14 +11,15 @@ import time
 import numpy as np
 import pytest
 
+from ragjax import storage
 from ragjax.index import (
     DiskFullError,
     EmbeddingStore,
     EmbeddingWriter,
     ShardWriter,
     StoreSpec,
-    files,
 )
+from ragjax.storage import manifests
 
 SPEC = StoreSpec(
     size=23,
@@ -242,8 +243,8 @@ def test_other_processes_write_shards_and_the_owner_counts_them(tmp_path, embedd
     assert owner.missing() == [0, 1, 2, 3, 4]
     assert owner.rescan() == [1, 2, 4]
     hashed = []
-    original = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or original(path))
+    original = storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda path: hashed.append(path.name) or original(path))
     fill(helper, embeddings, [1])
     hashed.clear()
     assert owner.rescan() == owner.rescan() == owner.missing() == [2, 4]
@@ -373,7 +374,7 @@ def test_a_verified_folder_is_not_read_again(folder, monkeypatch):
     def fail(path):
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(files, "sha256", fail)
+    monkeypatch.setattr(manifests, "sha256", fail)
     EmbeddingStore.open(folder, verified=True)
     with pytest.raises(AssertionError):
         EmbeddingStore.open(folder)

@@ -48,7 +48,7 @@ def act():
         time.sleep(60)
 
 def hook(event, arguments):
-    if event == "open" and str(arguments[0]).endswith("ragjax.json.partial"):
+    if event == "open" and str(arguments[0]).endswith("ragjax.json.tmp"):
         act()
 
 if "-c" in sys.orig_argv and "refresh.build" in sys.orig_argv[-2]:

@@ -18,7 +18,7 @@ import pytest
 from programs import environment
 from refresh_tasks import DOCUMENTS, encode_here, make_params, make_request, make_task
 
-from ragjax.index import files
+from ragjax import storage
 from ragjax.refresh import (
     GenerationStore,
     Refresher,
@@ -204,7 +204,7 @@ def test_a_disk_without_room_for_the_last_file_publishes_nothing(make, mounted, 
     refresher = make(disk / "refresh", executor=executor)
     refresher.start(make_params(0))
     executor.disk = disk
-    with pytest.raises(RefreshError, match="manifest.json.partial.*step 0 still serves") as error:
+    with pytest.raises(RefreshError, match="manifest.json.tmp.*step 0 still serves") as error:
         refresh(refresher, make_params(1), 1)
     assert re.search(r"[\d,]+ bytes are needed", str(error.value))
     check_published(disk / "refresh", [0])
@@ -366,7 +366,7 @@ def test_a_damaged_newest_generation_is_named_and_built_again(make, told, embedd
     refresh(first, make_params(1), 1)
     state = first.state_dict()
     path = first.generations.path(1) / name
-    expected = files.sha256(path)
+    expected = storage.sha256(path)
     first.close()
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
@@ -377,7 +377,7 @@ def test_a_damaged_newest_generation_is_named_and_built_again(make, told, embedd
     assert len(told) == 1 and "damaged: expected SHA-256" in told[0]
     if name != "manifest.json":  # there it is a listed checksum that no longer is its file's
         assert str(path) in told[0]
-        assert expected in told[0] and files.sha256(path) in told[0]
+        assert expected in told[0] and storage.sha256(path) in told[0]
     again.close()
     resumed = make()
     check_serves(resumed.start(make_params(5), step=5, state=state), 1, embeddings_of(1))

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ragjax.index import EmbeddingStore, EmbeddingWriter, StoreSpec, files
+from ragjax import storage
+from ragjax.index import EmbeddingStore, EmbeddingWriter, StoreSpec
 from ragjax.refresh import Expected, GenerationStore, generations, load_snapshot
 
 SIZE, DIM = 40, 4
@@ -116,9 +117,9 @@ def test_every_file_damaged_in_turn_is_refused_and_the_earlier_generation_serves
 def test_a_flipped_byte_names_file_expected_and_found_digest(store):
     publish(store)
     path = store.path(0) / "embeddings" / "shard-000001.npy"
-    expected = files.sha256(path)
+    expected = storage.sha256(path)
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ValueError, match=f"shard-000001.npy .*{expected}.*{files.sha256(path)}"):
+    with pytest.raises(ValueError, match=f"shard-000001.npy .*{expected}.*{storage.sha256(path)}"):
         store.open(0)
 
 
@@ -180,7 +181,7 @@ def test_an_older_format_says_what_to_do(store):
     publish(store)
     path = store.path(0) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
-    with pytest.raises(ValueError, match="format 0.*build the index again"):
+    with pytest.raises(ValueError, match="format 0.*make the index generation again"):
         store.open(0)
 
 

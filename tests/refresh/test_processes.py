@@ -255,7 +255,11 @@ def test_a_job_that_leads_outside_or_is_of_another_version_is_refused(executor):
     for old, new, message in (
         ('"store": "store"', '"store": "../store"', "does not lie below the root"),
         ('"store": "store"', '"store": "/store"', "does not lie below the root"),
-        ('"format": 1', '"format": 2', "run the trainer and its workers with the same version"),
+        (
+            '"format": 1',
+            '"format": 2',
+            "has format 2; this version reads 1: use the same version for all",
+        ),
         ('"rows_per_shard"', '"rows_each"', "describes no encoding job"),
     ):
         assert old in text

@@ -194,7 +194,7 @@ def test_a_folder_with_nothing_or_with_damaged_files_still_gives_a_page(tmp_path
     shown = Reader(write_report(tmp_path, title="damaged").read_text())
     for part in (
         "metrics.json cannot be read", "config.json holds no JSON object",
-        "metrics.jsonl: 1 lines cannot be read", "predictions.jsonl cannot be read",
+        "metrics.jsonl: 1 lines cannot be read", "predictions.jsonl: 1 lines cannot be read",
         "Language model: 1 steps",
     ):  # fmt: skip
         assert part in shown.text

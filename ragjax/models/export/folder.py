@@ -1,6 +1,5 @@
 """Publishes a model folder: written beside its name, read back, only then renamed into place."""
 
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ragjax.models.export.weights import Weights, check_weights, write_weights
+from ragjax.storage import write_text
 
 _MARGIN = 1 << 20  # bytes left free, for what the file system itself needs
 
@@ -85,7 +85,7 @@ def publish(contents: ModelFolder, folder: Path) -> Exported:
     scratch.mkdir()
     try:
         for path, text in contents.files.items():
-            _write_text(scratch / path, text)
+            write_text(scratch / path, text)
         num_tensors = 0
         for place, weights in contents.weights.items():
             (scratch / place).mkdir(exist_ok=True)
@@ -95,11 +95,3 @@ def publish(contents: ModelFolder, folder: Path) -> Exported:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return Exported(folder, sizes, num_tensors)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

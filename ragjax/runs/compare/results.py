@@ -19,7 +19,7 @@ from ragjax.runs.compare.systems import Records, as_json, prediction_lines
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.saved import SYSTEM_NOTES
 from ragjax.runs.workspace import Workspace
-from ragjax.training.files import write_json, write_text
+from ragjax.storage import write_json, write_text
 
 CONFIDENCES = ("confidence", "confidence_per_token")
 SUPPORT = (

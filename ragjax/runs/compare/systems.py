@@ -28,7 +28,7 @@ from ragjax.runs.indexes import (
     search,
 )
 from ragjax.runs.workspace import FrozenLM, Workspace
-from ragjax.training.files import write_json, write_text
+from ragjax.storage import write_json, write_text
 from ragjax.training.score_cache import ResultCache
 
 MAIN_SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")

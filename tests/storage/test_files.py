@@ -1,0 +1,77 @@
+"""Files: complete or absent, also where the disk is full or another process writes them too."""
+
+import json
+import math
+import resource
+
+import pytest
+
+from ragjax.storage import DiskFullError, replacing, sha256, write_json, write_jsonl, write_text
+
+
+@pytest.fixture
+def small_files():
+    """A limit on the size of a file stands for a full disk: the same error, one number off."""
+    import signal
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_file_appears_complete_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    write_json(path, {"a": "ü"})
+    assert path.read_bytes() == '{\n  "a": "ü"\n}\n'.encode()
+    with replacing(path) as file:
+        file.write(b"half")
+        assert json.loads(path.read_text("utf-8")) == {"a": "ü"}
+    assert path.read_bytes() == b"half"
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_failed_block_leaves_the_old_file_and_nothing_beside_it(tmp_path, shared):
+    path = tmp_path / "x"
+    write_text(path, "old", shared=shared)
+    with pytest.raises(KeyError), replacing(path, shared=shared) as file:
+        file.write(b"new")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_two_writers_of_one_shared_file_do_not_disturb_each_other(tmp_path):
+    with replacing(tmp_path / "x", shared=True) as first:
+        with replacing(tmp_path / "x", shared=True) as second:
+            first.write(b"first"), second.write(b"2")
+        assert (tmp_path / "x").read_bytes() == b"2"
+    assert (tmp_path / "x").read_bytes() == b"first"
+
+
+def test_a_full_disk_names_the_file_and_the_bytes_and_keeps_the_old_file(tmp_path, small_files):
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+    with pytest.raises(DiskFullError, match=r"5,000 bytes are needed.*x\.txt"):
+        write_text(path, "n" * 5000)
+    with pytest.raises(DiskFullError, match=r"make room and start again.*y\.jsonl"):
+        write_jsonl(tmp_path / "y.jsonl", [{"a": "n" * 5000}])
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_what_no_json_reader_accepts_is_refused_and_half_characters_become_escapes(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x", math.nan)
+    write_json(tmp_path / "x", "\ud800")
+    assert (tmp_path / "x").read_text() == '"\\ud800"\n'
+    write_jsonl(tmp_path / "y", [{"a": "\udcff"}])
+    assert (tmp_path / "y").read_text() == '{"a": "\\udcff"}\n'
+
+
+def test_the_digest_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")
