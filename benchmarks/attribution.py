@@ -53,7 +53,7 @@ class Flags:
         retriever: What finds the passages; p_R is the dense retriever's in every case.
         answers: Attribute the first gold answer, or the one that the language model writes.
         questions: Test questions looked at, a fair sample.
-        k: Passages per question.
+        documents: Passages per question.
         document_tokens: Tokens read of each passage; an answer that stands behind them is not seen.
         max_new_tokens: Tokens of an answer.
         resamples: Bootstrap resamples behind each 95 % interval.
@@ -69,7 +69,7 @@ class Flags:
     retriever: Literal["dense", "bm25", "hybrid"] = "dense"
     answers: Literal["gold", "generated"] = "gold"
     questions: int = 200
-    k: int = 5
+    documents: int = 5
     document_tokens: int = 256
     max_new_tokens: int = 24
     resamples: int = 2000
@@ -79,7 +79,7 @@ class Flags:
         """Raises ValueError naming the flag that is missing or out of range."""
         if bool(self.run) == bool(self.data):
             raise ValueError("give one of --run FOLDER and --data FOLDER")
-        for name in ("questions", "k", "document_tokens", "max_new_tokens", "resamples"):
+        for name in ("questions", "documents", "document_tokens", "max_new_tokens", "resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
 
@@ -111,8 +111,8 @@ def _run(flags: Flags) -> None:
     rows = list(_rows(flags, system, questions))
     found = np.array([RANKED_FIRST in row["gold"] for row in rows])
     print(
-        f"{len(rows)} questions of {system.name}, {flags.k} passages each by {flags.retriever},"
-        f" {flags.answers} answers, p_R = softmax({system.scale:g} cosine);"
+        f"{len(rows)} questions of {system.name}, {flags.documents} passages each by"
+        f" {flags.retriever}, {flags.answers} answers, p_R = softmax({system.scale:g} cosine);"
         f" gold among the passages: {found.mean():.3f}"
     )
     print(f"{'attributed to':<28}{'is gold':>8}  95 % interval    difference to ranked first")
@@ -157,9 +157,9 @@ def _rows(flags: Flags, system: System, questions: Sequence[Question]) -> Iterat
     """Yields one row per question: which ways of attributing name a gold passage."""
     known = _known(flags)
     texts = [question.text for question in questions]
-    retrieved = retrieve(system, texts, flags.k, by=SEARCHES[flags.retriever])
+    retrieved = retrieve(system, texts, flags.documents, by=SEARCHES[flags.retriever])
     options = ReaderOptions(
-        documents=flags.k,
+        documents=flags.documents,
         document_tokens=flags.document_tokens,
         max_new_tokens=flags.max_new_tokens,
     )

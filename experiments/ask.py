@@ -22,11 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-# The Rust tokenizers use their own threads; transformers talks about a missing PyTorch.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import tyro
+from _program import BAD_INPUT, show_error
 from tqdm import tqdm
 
 from ragjax.data.folders import document_files, write_documents
@@ -44,7 +41,7 @@ from ragjax.runs.ask.view import (
 from ragjax.runs.options.shared import PromptConfig, RunConfig
 from ragjax.runs.system import SEARCHES, System, open_base_system, open_system
 
-BAD_INPUT, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 _DEFAULTS = RunConfig()
 
 
@@ -62,7 +59,7 @@ class Flags:
         lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
         cache: Folder for the embeddings of `data`.
         answer: Explain this answer instead of writing one.
-        k: Documents read for a question; 0: none.
+        documents: Documents read for an answer; 0: none.
         retriever: What finds the documents. In p_R they are weighed by the dense retriever.
         decode: How the answer comes out of the documents. `ensemble` reads each document once and
             mixes their next-token distributions by p_R; `concat` reads all of them in one prompt;
@@ -70,7 +67,7 @@ class Flags:
             read the documents twice, and take longer.
         max_new_tokens: Tokens of an answer at most.
         document_tokens: Tokens read of each document; 0: 96, at which two cores keep to two
-            seconds with k = 4.
+            seconds with 4 documents.
         explain: Find the words that carry the answer.
         json: One JSON object per question on stdout, and nothing else there; without a question,
             questions are read from stdin, one a line.
@@ -86,7 +83,7 @@ class Flags:
     lm: str = _DEFAULTS.lm
     cache: str = "runs/ask"
     answer: str = ""
-    k: int = 4
+    documents: int = 4
     retriever: Literal["hybrid", "dense", "bm25"] = "hybrid"
     decode: Literal[
         "ensemble", "concat", "rag_sequence_thorough", "rag_sequence_fast", "rag_token"
@@ -113,7 +110,7 @@ class Flags:
             )
         if self.words and self.question:
             raise ValueError("give the question once: in words, or as --question")
-        for name, least in (("k", 0), ("max_new_tokens", 1), ("document_tokens", 0)):
+        for name, least in (("documents", 0), ("max_new_tokens", 1), ("document_tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("encoder", "lm"):
@@ -146,16 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error, arguments)
         return BAD_INPUT
 
 
 def _run(flags: Flags) -> int:
     system = _open(flags)
     options = ReaderOptions(
-        documents=max(flags.k, 1),
+        documents=max(flags.documents, 1),
         max_new_tokens=flags.max_new_tokens,
         **({"document_tokens": flags.document_tokens} if flags.document_tokens else {}),
     )
@@ -164,7 +159,7 @@ def _run(flags: Flags) -> int:
         options,
         decode=DECODES[flags.decode],
         by=SEARCHES[flags.retriever],
-        closed_book=flags.k == 0,
+        closed_book=flags.documents == 0,
     )
     if flags.warm_up:
         for done in tqdm(asker.warm_up(), desc="compiling", unit=" shapes", file=sys.stderr):

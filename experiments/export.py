@@ -10,27 +10,23 @@ appears when every tensor has been read back and found equal, bit for bit.
 """
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-# transformers talks about a missing PyTorch.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from typing import Any, Literal
 
 import tyro
+from _program import BAD_INPUT, show_error
 
 from ragjax.models import load_encoder, load_language_model
 from ragjax.models.export import plan_encoder, plan_language_model
 from ragjax.models.export.card import Card
 from ragjax.models.export.folder import ModelFolder, check_destination, publish
 from ragjax.models.export.language_model import auto_class
-from ragjax.runs.saved import Adapted, adapted_encoder, adapted_language_model, open_run, run_card
+from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
 
-BAD_INPUT = 2
 What = Literal["encoder", "query_encoder", "doc_encoder", "language_model"]
 
 
@@ -88,21 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error, arguments)
         return BAD_INPUT
 
 
 def _run(flags: Flags) -> None:
     output = Path(flags.output)
     check_destination(output)  # before anything that takes time
-    adapted, card = _from_run(flags) if flags.run else _from_source(flags)
+    model, card = _from_run(flags) if flags.run else _from_source(flags)
     is_lm = flags.what == "language_model"
     plan: Callable[..., ModelFolder] = plan_language_model if is_lm else plan_encoder
     contents = plan(
-        adapted.model,
-        params=adapted.params,
+        model,
         dtype=flags.dtype,
         max_shard_size=int(flags.max_shard_gb * 10**9),
         card=card,
@@ -119,28 +112,27 @@ def _run(flags: Flags) -> None:
     )
     folder = repr(str(exported.folder))
     if is_lm:
-        print(f"load it with transformers: {auto_class(adapted.model)}.from_pretrained({folder})")
+        print(f"load it with transformers: {auto_class(model)}.from_pretrained({folder})")
         print(f"or with ragjax: load_language_model({folder})")
     else:
         print(f"load it with sentence-transformers: SentenceTransformer({folder})")
         print(f"or with ragjax: load_encoder({folder})")
 
 
-def _from_run(flags: Flags) -> tuple[Adapted, Card]:
-    run = open_run(Path(flags.run))
+def _from_run(flags: Flags) -> tuple[Any, Card]:
+    run = open_run(flags.run)
     if flags.what == "language_model":
-        adapted = adapted_language_model(run)
+        model = adapted_language_model(run)
     else:
-        adapted = adapted_encoder(run, flags.what.removesuffix("_encoder"))
+        model = adapted_encoder(run, flags.what.removesuffix("_encoder"))
     if run.metrics is None:
         print(f"note: {run.folder} holds no metrics.json; the model card says so")
-    return adapted, run_card(run, adapted, flags.what, license=flags.base_license or None)
+    return model, run_card(run, model, flags.what, license=flags.base_license or None)
 
 
-def _from_source(flags: Flags) -> tuple[Adapted, Card]:
+def _from_source(flags: Flags) -> tuple[Any, Card]:
     load = load_language_model if flags.what == "language_model" else load_encoder
-    model = load(flags.source)
-    return Adapted(model, model.params), Card(license=flags.base_license or None)
+    return load(flags.source), Card(license=flags.base_license or None)
 
 
 def _show_sizes(title: str, sizes: dict[str, int]) -> None:

@@ -4,117 +4,23 @@
     python experiments/train_rag.py --data FOLDER --objective.marginal token --refresh.mode sync
     python experiments/train_rag.py --config experiments/recipes/end_to_end/rag.toml --data FOLDER
 
-Both models learn from the likelihood of the answer over the documents that were retrieved, while
-the index is built again in the background. Without flags it trains MiniLM-L6-v2 and
-SmolLM2-135M-Instruct on the API documentation of the Python packages installed beside it. It says
-beforehand how long it will take, and the same command continues a run that was cut.
+Both models are trained on the likelihood of the answer given the retrieved documents, while the
+index is rebuilt in the background. Without flags it trains MiniLM-L6-v2 and SmolLM2-135M-Instruct
+on the API documentation of the installed Python packages. It prints a time estimate first; re-run
+the same command to resume an interrupted run.
 """
 
-import argparse
-import dataclasses
-import json
-import logging
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-# The Rust tokenizers use their own threads; transformers talks about a missing PyTorch.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from _program import run_program
 
-import tyro
-
-from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
-from ragjax.runs.folder import check_output
-from ragjax.runs.options.end_to_end import RagConfig
-from ragjax.runs.options.files import load_config_file, to_dict
-from ragjax.runs.train_rag import dry_run, train_rag
-from ragjax.storage import RunLock
-from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
-
-BAD_INPUT, DIVERGED, NO_FRESH_INDEX = 2, 3, 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flags(RagConfig):
-    """Train a retriever and a language model end to end.
-
-    Attributes:
-        config: TOML, YAML or JSON file of options; flags override it.
-        dry_run: Read the data, load the models, print the forecast and stop.
-        debug: Show tracebacks.
-    """
-
-    config: str = ""
-    dry_run: bool = False
-    debug: bool = False
+from ragjax.runs import RagConfig, train_rag
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the script and returns its exit code.
-
-    Returns:
-        0; 2 for bad input; 3 where training diverged; 4 where the index could not be kept fresh;
-        128 + signal if stopped.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    try:
-        flags = parse_flags(arguments)
-        config = RagConfig(
-            **{f.name: getattr(flags, f.name) for f in dataclasses.fields(RagConfig)}
-        )
-        _run(config, only_forecast=flags.dry_run)
-        return 0
-    except Interrupted as stopped:
-        print(f"{stopped}; the same command continues this run", file=sys.stderr)
-        return 128 + stopped.signum
-    except (ValueError, OSError, RefreshError, IndexTooStaleError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, RefreshError | IndexTooStaleError):
-            if not isinstance(error, ResumeError):
-                print("the same command continues this run", file=sys.stderr)
-            return NO_FRESH_INDEX
-        return DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
-
-
-def parse_flags(arguments: Sequence[str]) -> Flags:
-    """Returns the flags over the values of the `--config` file over the defaults.
-
-    Raises:
-        ValueError: For values out of range; a misspelt flag ends the program with code 2.
-    """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", default="")
-    path = early.parse_known_args(arguments)[0].config
-    base = load_config_file(path, RagConfig()) if path else RagConfig()
-    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(RagConfig)}
-    return tyro.cli(
-        Flags,
-        args=list(arguments),
-        default=Flags(**values, config=path),
-        description=__doc__,
-    )
-
-
-def _run(config: RagConfig, *, only_forecast: bool) -> None:
-    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-    print("options:", json.dumps(to_dict(config), indent=2), flush=True)
-    output = Path(config.output)
-    with graceful_stop() as stop:
-        if only_forecast:
-            with tempfile.TemporaryDirectory() as folder:
-                dry_run(config, folder=Path(folder), stop=stop)
-            return
-        with RunLock(output):
-            check_output(config, output)
-            train_rag(config, stop=stop)
-    print(f"\nresults: {output / 'report.html'}, {output / 'metrics.json'}")
+    """Runs the script and returns its exit code; see `run_program`."""
+    return run_program(train_rag, RagConfig(), __doc__, arguments)
 
 
 if __name__ == "__main__":

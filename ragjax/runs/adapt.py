@@ -10,13 +10,12 @@ import numpy as np
 from ragjax.index import Bm25Index, SearchResult
 from ragjax.losses import target_entropy
 from ragjax.runs.compare.systems import evaluate_run
-from ragjax.runs.folder import _CONFIG
-from ragjax.runs.forecast import duration, estimate_cost
+from ragjax.runs.folder import CONFIG, claim, config_record
+from ragjax.runs.forecast import describe_time, estimate_cost
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers, search
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
-from ragjax.runs.options.files import to_dict
-from ragjax.runs.options.shared import fingerprint
 from ragjax.runs.report.page import data_name, report_run
+from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.teacher import score_candidates, target_log_probs
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import train_live
@@ -41,51 +40,62 @@ from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
 
-def adapt(config: AdaptConfig, *, stop: StopFlag, report: Report = print) -> dict[str, Any]:
-    """Runs every stage that is not done yet and returns what `metrics.json` holds.
+def adapt(
+    config: AdaptConfig, *, stop: StopFlag | None = None, report: Report = print
+) -> FinishedRun:
+    """Trains the language model on retrieved documents, and the retriever by its scores.
+
+    The results are in `config.output`. The same call continues a run that was interrupted, and
+    repeats nothing of one that has ended.
 
     Args:
-        config: Options; the caller has checked `config.output` (`check_output`).
-        stop: Looked at between batches.
+        config: Options.
+        stop: Set by the caller to stop between batches; None: set by SIGTERM and SIGINT.
         report: Shows one line to the user.
+
+    Returns:
+        Metrics, models and report.
+
+    Raises:
+        FileNotFoundError, ValueError: For data, models or an output folder that cannot be used,
+            before any expensive work.
+        Interrupted: After saving, where the run was stopped.
     """
-    started = time.perf_counter()
-    folder = Path(config.output)
-    workspace = _open(config, folder, stop, report)
-    # Only now: a run whose input was refused leaves nothing that would refuse the next one.
-    write_json(folder / _CONFIG, {"fingerprint": fingerprint(config), "config": to_dict(config)})
-    report(estimate_cost(workspace, config).describe())
-    with workspace.timed("index before"):
-        bm25 = build_bm25(workspace)
-        params = tower_params(workspace)
-        before = build_towers(workspace, bm25, params, 0)
-    lm = workspace.base_lm()
-    if config.trains_lm:
-        with workspace.timed("language model"):
-            candidates = _candidates(workspace, before, config.language_model.documents)
-            questions = workspace.questions["train"]
-            adapted = train_lm(workspace, config.language_model, questions, candidates)
-            lm = workspace.adapted_lm(adapted)
-    after = before
-    if config.trains_retriever:
-        after = _adapt_retriever(workspace, config, bm25, params, before, lm)
-    with workspace.timed("evaluation"):
-        metrics = evaluate_run(workspace, bm25, before, after, lm)
-    with workspace.timed("report"):
-        title = f"Adaptation to {data_name(config.data)}"
-        report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
-    took = ", ".join(f"{stage} {duration(s)}" for stage, s in workspace.seconds.items())
-    report(f"\ntook {duration(time.perf_counter() - started)} in this call ({took})")
-    return metrics
+    started, folder = time.perf_counter(), Path(config.output)
+    record = config_record(config, config.fingerprint())
+    with claim(config, record, stop) as flag:
+        workspace = open_adapt(config, folder, stop=flag, report=report)
+        # Written after validation, so that a rejected run leaves no config.json behind.
+        write_json(folder / CONFIG, record)
+        report(estimate_cost(workspace, config).describe())
+        with workspace.timed("index before"):
+            bm25 = build_bm25(workspace)
+            params = tower_params(workspace)
+            before = build_towers(workspace, bm25, params, 0)
+        lm, candidates = workspace.base_lm(), None
+        if config.trains_lm:
+            with workspace.timed("language model"):
+                count = max(config.language_model.documents, config.retriever.candidates)
+                candidates = _candidates(workspace, before, count)
+                questions = workspace.questions["train"]
+                adapted = train_lm(workspace, config.language_model, questions, candidates)
+                lm = workspace.adapted_lm(adapted)
+        after = before
+        if config.trains_retriever:
+            after = _adapt_retriever(workspace, config, bm25, params, before, lm, candidates)
+        with workspace.timed("evaluation"):
+            evaluate_run(workspace, bm25, before, after, lm)
+        with workspace.timed("report"):
+            title = f"Adaptation to {data_name(config.data)}"
+            report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
+        report(describe_time(workspace.seconds, started))
+    return open_run(folder)
 
 
-def dry_run(config: AdaptConfig, *, folder: Path, stop: StopFlag, report: Report = print) -> None:
-    """Reads the data, loads the models, measures their speed and prints what a run would cost."""
-    workspace = _open(config, folder, stop, report)
-    report(estimate_cost(workspace, config).describe())
-
-
-def _open(config: AdaptConfig, folder: Path, stop: StopFlag, report: Report) -> Workspace:
+def open_adapt(
+    config: AdaptConfig, folder: Path, *, stop: StopFlag, report: Report = print
+) -> Workspace:
+    """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     if config.score_cache and not Path(config.score_cache).is_file():
         raise ValueError(f"--score_cache {config.score_cache}: no such file")
     return open_workspace(config, folder, stop=stop, report=report)
@@ -96,6 +106,10 @@ def _candidates(workspace: Workspace, retriever: Retriever, count: int) -> Searc
     return search(workspace, retriever, workspace.questions["train"], count).hybrid
 
 
+def _first(found: SearchResult, k: int) -> SearchResult:
+    return SearchResult(found.doc_ids[:, :k], found.scores[:, :k], found.mask[:, :k])
+
+
 def _adapt_retriever(
     workspace: Workspace,
     config: AdaptConfig,
@@ -103,6 +117,7 @@ def _adapt_retriever(
     params: dict[str, Any],
     before: Retriever,
     lm: FrozenLM,
+    candidates: SearchResult | None,
 ) -> Retriever:
     options = config.retriever
     known = [config.score_cache] if config.score_cache else []
@@ -116,8 +131,9 @@ def _adapt_retriever(
         lessons = (
             _labelled_round(workspace, options, retriever, number)
             if options.objective == "dpr"
-            else _taught_round(workspace, options, retriever, number, lm, known)
+            else _taught_round(workspace, options, retriever, number, lm, known, candidates)
         )
+        candidates = None  # the retriever will be another one
         with workspace.timed("retriever"):
             questions = workspace.questions["train"]
             params = train_retriever(workspace, options, number, params, questions, lessons)
@@ -139,13 +155,16 @@ def _taught_round(
     number: int,
     lm: FrozenLM,
     known: list[str],
+    candidates: SearchResult | None,
 ) -> BatchOf:
-    """Lets the language model score the candidates of all questions."""
+    """Lets the language model score the candidates of all questions, where known those given."""
     with workspace.timed("teacher"):
         path = workspace.folder / "scores" / f"{number}.jsonl"
         cache = ResultCache(path, Score, earlier=known)
         known.append(str(path))
-        candidates = _candidates(workspace, retriever, config.candidates)
+        if candidates is None:
+            candidates = _candidates(workspace, retriever, config.candidates)
+        candidates = _first(candidates, config.candidates)
         questions = workspace.questions["train"]
         scores = score_candidates(workspace, lm, questions, candidates, cache)
         targets = target_log_probs(config.target, scores, candidates)

@@ -2,15 +2,12 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragjax.data import Dataset, Question, batch_rows
 from ragjax.index import SearchResult
-from ragjax.models.encoder import load_encoder
-from ragjax.models.language_model import load_language_model
 from ragjax.runs.compare.answers import Answer
 from ragjax.runs.compare.measures import measure_answer
 from ragjax.runs.compare.results import write_evaluation
@@ -22,30 +19,21 @@ from ragjax.runs.compare.systems import (
     answered_rows,
     evaluate_systems,
 )
+from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_evaluation
 from ragjax.runs.indexes import Rankings, Retriever, build_bm25, build_retriever, doc_logits, search
 from ragjax.runs.options.evaluate import (
     EvaluateConfig,
-    evaluation_fingerprint,
     run_options,
     system_names,
 )
-from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, write_report
-from ragjax.runs.saved import FinishedRun, open_run
-from ragjax.runs.system import (
-    run_language_model,
-    run_towers,
-)
+from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
 from ragjax.runs.workspace import FrozenLM, Report, Workspace, make_workspace, read_data
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache
-
-CONFIG = "config.json"
-# In the config, so that nobody takes an evaluation for a run.
-PROGRAM = "experiments/evaluate.py"
 
 
 class Opened(NamedTuple):
@@ -54,59 +42,9 @@ class Opened(NamedTuple):
     workspace: Workspace
     weighing: Workspace  # the same with the dev questions that choose the weight of the hybrid
     run: FinishedRun | None
-    query_params: Any  # of the adapted encoder, or of the only one
+    query_params: Any  # trained, or of the base encoder
     doc_params: Any
     lm_params: Any
-    adapts_retriever: bool
-    adapts_lm: bool
-
-
-def check_output(config: EvaluateConfig, folder: Path) -> None:
-    """Checks that a folder is free, or holds an earlier life of this same evaluation.
-
-    Args:
-        config: Options.
-        folder: Output folder; may be missing.
-
-    Raises:
-        FileNotFoundError: There is no run.
-        ValueError: The folder holds something else, or an evaluation with other options.
-    """
-    path = folder / CONFIG
-    if config.run and Path(config.run).resolve() == folder.resolve():
-        raise ValueError(
-            f"--output {folder} is the folder of the run, whose results would be written over;"
-            " choose another"
-        )
-    if not path.is_file():
-        ours = {"run.lock", "data", "cost.json", CONFIG + ".tmp"}
-        strangers = sorted(p.name for p in folder.glob("*") if p.name not in ours)
-        if strangers:
-            raise ValueError(
-                f"{folder} is not empty ({', '.join(strangers[:3])}) and holds no evaluation;"
-                " choose another --output folder"
-            )
-        return
-    run = open_run(Path(config.run)) if config.run else None
-    try:
-        earlier = json.loads(path.read_text("utf-8"))
-        same = earlier["fingerprint"] == evaluation_fingerprint(config, run)
-        known, now = earlier["config"], to_dict(config)
-        changed = [
-            f"{name}: {known.get(name)!r} there, {now.get(name)!r} here"
-            for name in sorted({*known, *now} - {"output"})
-            if known.get(name) != now.get(name)
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: not the config of an evaluation ({error}); choose another --output"
-        ) from error
-    if not same:
-        what = "; ".join(changed[:5]) or "the run was made again"
-        raise ValueError(
-            f"{folder} holds another evaluation ({what}); choose another --output folder, or give"
-            " the same options to continue it"
-        )
 
 
 def open_evaluation(
@@ -124,24 +62,22 @@ def open_evaluation(
         FileNotFoundError, ValueError: For a run, data or models that cannot be used.
     """
     run = open_run(Path(config.run)) if config.run else None
-    options = run_options(config, run)
-    adapted_lm = run is not None and run.config.trains_lm
-    adapted_retriever = run is not None and run.config.trains_retriever
-    system_names(config, adapts_lm=adapted_lm)  # raises before the data are read
+    options = run_options(config, run.config if run else None)
+    system_names(config, adapts_lm=options.trains_lm)  # raises before the data are read
     dataset = read_data(options, folder, report)
     questions = _choose_questions(config, options, dataset)
-    if run is None:
-        encoder = load_encoder(options.encoder, max_length=options.encoder_max_length or None)
-        lm = load_language_model(options.lm)
-        query_params, doc_params, lm_params = encoder.params, encoder.params, lm.params
-    else:
-        query, doc = run_towers(run)
-        language_model = run_language_model(run)
-        encoder, lm = query.model, language_model.model
-        query_params, doc_params = query.params, doc.params
-        lm_params = language_model.params
+    models = run.models if run else Models(options, folder)
+    # Read now: a run that has not ended is refused before the corpus is tokenised.
+    query, doc, lm = models.query_encoder, models.doc_encoder, models.language_model
     workspace = make_workspace(
-        options, folder, dataset, questions, encoder, lm, stop=stop, report=report
+        options,
+        folder,
+        dataset,
+        questions,
+        models.base_encoder,
+        models.base_language_model,
+        stop=stop,
+        report=report,
     )
     _check_prompts(workspace, config)
     _note_what_was_seen(workspace, config)
@@ -151,11 +87,9 @@ def open_evaluation(
         workspace=workspace,
         weighing=dataclasses.replace(workspace, questions=weighing),
         run=run,
-        query_params=query_params,
-        doc_params=doc_params,
-        lm_params=lm_params,
-        adapts_retriever=adapted_retriever,
-        adapts_lm=adapted_lm,
+        query_params=query.params,
+        doc_params=doc.params,
+        lm_params=lm.params,
     )
 
 
@@ -210,36 +144,56 @@ def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:
 
 def describe_cost(opened: Opened, config: EvaluateConfig) -> str:
     """Measures both models and says how long the evaluation will take at most."""
+    options = opened.workspace.config
     return describe_evaluation(
         opened.workspace,
         config.split,
-        system_names(config, adapts_lm=opened.adapts_lm),
-        encodings=1 + opened.adapts_retriever,
+        system_names(config, adapts_lm=options.trains_lm),
+        encodings=1 + options.trains_retriever,
         distractors=config.distractors if config.robustness else 0,
     )
 
 
-def evaluate(config: EvaluateConfig, *, stop: StopFlag, report: Report = print) -> dict[str, Any]:
-    """Evaluates whatever is not evaluated yet and returns what `metrics.json` holds.
+def evaluate(
+    config: EvaluateConfig, *, stop: StopFlag | None = None, report: Report = print
+) -> Evaluation:
+    """Compares systems on one split and writes the results; continues what was interrupted.
 
     Args:
-        config: Options; the caller has checked `config.output`
-            (`ragjax.runs.evaluate.check_output`).
-        stop: Looked at between batches.
+        config: Options.
+        stop: Set by the caller to stop between batches; None: set by SIGTERM and SIGINT.
         report: Shows one line to the user.
 
     Raises:
-        FileNotFoundError, ValueError: For a run, data or models that cannot be used, before any
-            expensive work.
+        FileNotFoundError, ValueError: For a run, data, models or an output folder that cannot be
+            used, before any expensive work.
     """
     folder = Path(config.output)
-    opened = open_evaluation(config, folder, stop=stop, report=report)
+    if config.run and Path(config.run).resolve() == folder.resolve():
+        raise ValueError(
+            f"--output {folder} is the folder of the run, whose results would be written over;"
+            " choose another"
+        )
+    run = open_run(config.run).config if config.run else None
+    record = config_record(config, config.fingerprint(run))
+    with claim(config, record, stop) as flag:
+        opened = open_evaluation(config, folder, stop=flag, report=report)
+        # Written after validation, so that a rejected evaluation leaves no config.json behind.
+        write_json(folder / CONFIG, record)
+        report(describe_cost(opened, config))
+        metrics = _evaluate(opened, config)
+        path = write_report(
+            folder,
+            title=f"Evaluation on {opened.workspace.dataset.name}, {config.split} questions",
+            lookup=corpus_lookup(opened.workspace.dataset.corpus),
+            gold=_gold(opened.workspace, config.split),
+        )
+        report(f"report: {path}")
+    return Evaluation(folder=folder, metrics=metrics, config=config)
+
+
+def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
     workspace, split = opened.workspace, config.split
-    # Only now: input that was refused leaves nothing that would refuse the next one.
-    fingerprint = evaluation_fingerprint(config, opened.run)
-    identity = {"program": PROGRAM, "fingerprint": fingerprint}
-    write_json(folder / CONFIG, identity | {"config": to_dict(config)})
-    report(describe_cost(opened, config))
     found = _retrieve(opened, split)
     base, lm = _readers(opened)
     cache = answer_cache(workspace, _earlier_answers(opened.run))
@@ -252,15 +206,7 @@ def evaluate(config: EvaluateConfig, *, stop: StopFlag, report: Report = print) 
             cache=cache,
         )
     robustness = _measure_robustness(opened, config, found, lm, cache)
-    metrics = write_evaluation(workspace, config, records, robustness)
-    path = write_report(
-        folder,
-        title=f"Evaluation on {workspace.dataset.name}, {split} questions",
-        lookup=corpus_lookup(workspace.dataset.corpus),
-        gold=_gold(workspace, split),
-    )
-    report(f"report: {path}")
-    return metrics
+    return write_evaluation(workspace, config, records, robustness)
 
 
 class _Found(NamedTuple):
@@ -282,7 +228,7 @@ def _retrieve(opened: Opened, split: str) -> _Found:
             doc_params=encoder.params, earlier=earlier,
         )  # fmt: skip
     after = before
-    if opened.adapts_retriever:
+    if opened.workspace.config.trains_retriever:
         with workspace.timed("index after"):
             after = build_retriever(
                 opened.weighing, bm25, version=1, query_params=opened.query_params,
@@ -319,14 +265,16 @@ def _systems(
         "closed_book_lm_half": System("closed_book_lm_half", lm, None),
         "hybrid_base_lm": System("hybrid_base_lm", base, hybrid, after(hybrid)),
     }
-    return [there[name] for name in system_names(config, adapts_lm=opened.adapts_lm)]
+    return [
+        there[name] for name in system_names(config, adapts_lm=opened.workspace.config.trains_lm)
+    ]
 
 
 def _readers(opened: Opened) -> tuple[FrozenLM, FrozenLM]:
     """Returns the un-adapted language model and the adapted one, which may be the same."""
     workspace = opened.workspace
     base = workspace.base_lm()
-    if not opened.adapts_lm:
+    if not opened.workspace.config.trains_lm:
         return base, base
     return base, workspace.adapted_lm(opened.lm_params)
 

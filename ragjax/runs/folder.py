@@ -1,15 +1,18 @@
-"""The output folder of a run: who owns it, what its files hold, what the run cost."""
+"""The output folder of a run: its lock, its options, its files and what the run cost."""
 
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import to_dict
-from ragjax.runs.options.shared import RunConfig, fingerprint
-from ragjax.storage import read_lines, write_json
+from ragjax.runs.options.shared import RunConfig
+from ragjax.storage import RunLock, read_lines, write_json
+from ragjax.training.loop import StopFlag, graceful_stop
 
 
 class RunFiles:
@@ -52,6 +55,7 @@ class RunFiles:
         return [row for row in rows if row is not None]
 
 
+CONFIG = "config.json"
 COST = "cost.json"
 # Written last: where it lies, the run is finished and repeating it costs no more.
 REPORT = "report.html"
@@ -92,42 +96,60 @@ def _peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-_CONFIG = "config.json"
-
-
-def check_output(config: RunConfig, folder: Path) -> None:
-    """Checks that an output folder is free, or holds an earlier life of this same run.
+@contextmanager
+def claim(
+    config: RunConfig | EvaluateConfig, record: Mapping[str, Any], stop: StopFlag | None
+) -> Iterator[StopFlag]:
+    """Holds an output folder that is free, or that holds an earlier part of the same run.
 
     Args:
-        config: Options of the run.
-        folder: Output folder; may be missing.
+        config: Options; its folder is made where it is missing.
+        record: What config.json will hold, as of `config_record`.
+        stop: Set by the caller to stop the run; None: set by SIGTERM and SIGINT.
+
+    Yields:
+        The flag that stops the run.
 
     Raises:
-        ValueError: If the folder holds something else, or a run with other options (the first that
-            differ are named).
+        ValueError: Another process holds the folder, or it holds something else, or a run with
+            other options (the first that differ are named).
     """
-    path = folder / _CONFIG
+    folder = Path(config.output)
+    with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, RunLock(folder):
+        _check_free(folder, record, config.kind)
+        yield flag
+
+
+def config_record(config: RunConfig | EvaluateConfig, fingerprint: str) -> dict[str, Any]:
+    """Returns what config.json holds: the options, a digest of them and who made the folder."""
+    made_by = {"program": config.program} if config.program else {}
+    return made_by | {"fingerprint": fingerprint, "config": to_dict(config)}
+
+
+def _check_free(folder: Path, record: Mapping[str, Any], kind: str) -> None:
+    path = folder / CONFIG
     if not path.is_file():
-        ours = {"run.lock", "data", _CONFIG + ".tmp"}  # what is there before the config is
+        ours = {"run.lock", "data", COST, CONFIG + ".tmp"}  # what is there before the config is
         strangers = sorted(p.name for p in folder.glob("*") if p.name not in ours)
         if strangers:
             raise ValueError(
-                f"{folder} is not empty ({', '.join(strangers[:3])}) and holds no run;"
+                f"{folder} is not empty ({', '.join(strangers[:3])}) and holds no {kind};"
                 " choose another --output folder"
             )
         return
     try:
         earlier = json.loads(path.read_text("utf-8"))
-        same = earlier["fingerprint"] == fingerprint(config)
-        differences = _differences(earlier["config"], to_dict(config))
+        same = earlier["fingerprint"] == record["fingerprint"]
+        differences = _differences(earlier["config"], record["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: not the config of a run ({error}); choose another --output"
+            f"{path}: not the config of a {kind} ({error}); choose another --output folder"
         ) from error
     if not same:
+        what = "; ".join(differences[:5]) or "the run was made again"
         raise ValueError(
-            f"{folder} holds a run with other options ({'; '.join(differences[:5])}); choose"
-            " another --output folder, or give the same options to continue it"
+            f"{folder} holds another {kind} ({what}); choose another --output folder, or give the"
+            " same options to continue it"
         )
 
 

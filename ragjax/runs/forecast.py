@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -182,6 +182,12 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def describe_time(seconds: Mapping[str, float], started: float) -> str:
+    """Returns a line on how long a call took, in all and by stage."""
+    stages = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items())
+    return f"\ntook {duration(time.perf_counter() - started)} in this call ({stages})"
 
 
 class _Texts:

@@ -1,17 +1,22 @@
-"""Reads what a finished run adapted: its encoder towers, its language model, its record."""
+"""What a finished run left in its folder: its options, its results and its models."""
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from ragjax.models.encoder import TextEncoder, load_encoder
 from ragjax.models.export.card import Card
 from ragjax.models.language_model import LanguageModel, load_language_model
+from ragjax.runs.folder import CONFIG, REPORT
 from ragjax.runs.options.dual import AdaptConfig
-from ragjax.runs.options.end_to_end import PROGRAM, RagConfig
+from ragjax.runs.options.end_to_end import RagConfig
+from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.trainable import (
@@ -23,6 +28,7 @@ from ragjax.runs.trainable import (
     whole_towers,
 )
 from ragjax.training.checkpoint import Checkpointer
+from ragjax.training.lsr import towers
 
 _RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", "answer@5")
 _ANSWERS = ("exact_match", "f1", "answer_nll")
@@ -39,57 +45,195 @@ SYSTEM_NOTES = {
 }
 
 
-class FinishedRun(NamedTuple):
-    """A folder that `experiments/adapt.py` or `experiments/train_rag.py` made."""
+# What the screen shows of a result, before and after.
+_SHOWN = ("recall@5", "f1", "answer_nll")
+
+
+class Models:
+    """The models of a run, each read when it is first asked for.
+
+    What the run did not train is the base model.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path):
+        """Names the run; with a config that trains nothing, the folder is not looked at.
+
+        Args:
+            config: Options of the run.
+            folder: Its output folder.
+        """
+        self._config, self._folder = config, folder
+
+    @cached_property
+    def base_encoder(self) -> TextEncoder:
+        """The encoder that training started from."""
+        config = self._config
+        return load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+
+    @cached_property
+    def base_language_model(self) -> LanguageModel:
+        """The language model that training started from."""
+        return load_language_model(self._config.lm)
+
+    @property
+    def query_encoder(self) -> TextEncoder:
+        """The encoder of queries with its trained parameters."""
+        return dataclasses.replace(self.base_encoder, params=self._towers[0])
+
+    @property
+    def doc_encoder(self) -> TextEncoder:
+        """The encoder of documents with its trained parameters."""
+        return dataclasses.replace(self.base_encoder, params=self._towers[1])
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The language model with its trained parameters, adapters beside the weights."""
+        config, base = self._config, self.base_language_model
+        if not config.trains_lm:
+            return base
+        if isinstance(config, RagConfig):
+            return dataclasses.replace(base, params=self._end_to_end.lm_params)
+        parts = lm_parts(config.language_model, base.family, base.params, seed=config.seed)
+        trained = self._restore("lm", parts.trainable)
+        return dataclasses.replace(base, params=parts.merge(trained, parts.frozen))
+
+    @cached_property
+    def _towers(self) -> tuple[Any, Any]:
+        """Parameters of the query and of the document encoder."""
+        config, base = self._config, self.base_encoder.params
+        params = dict.fromkeys(config.retriever.tower_names, base)
+        if isinstance(config, RagConfig) and config.trains_retriever:
+            params = self._end_to_end.towers
+        elif isinstance(config, AdaptConfig) and config.trains_retriever:
+            # Adapters, and layers trained on top of frozen ones, are relative to the round before.
+            for number in range(config.retriever.rounds):
+                parts = retriever_parts(config.retriever, params, seed=config.seed + number)
+                trained = self._restore(f"retriever-{number}", parts.trainable)
+                params = whole_towers(parts, trained)
+        return towers(params, None)
+
+    @cached_property
+    def _end_to_end(self) -> Trained:
+        config, lm = self._config, self.base_language_model
+        assert isinstance(config, RagConfig), "both models were trained and saved together"
+        params = dict.fromkeys(config.retriever.tower_names, self.base_encoder.params)
+        parts = split_models(config, lm.family, lm.params, params)
+        trained = self._restore(END_TO_END, parts.trainable)
+        return Trained(parts.whole_towers(trained), parts.whole_lm(trained))
+
+    def _restore(self, stage: str, template: Any) -> Any:
+        folder = self._folder / "checkpoints" / stage
+        notes: list[str] = []
+        where, again = f"{self._folder}: stage {stage}", f"the same {_script(self._config)} command"
+        if not folder.is_dir():
+            raise ValueError(f"{where} has not begun; {again} finishes the run")
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
+        restored = Checkpointer(folder, report=notes.append).latest_good_params(abstract)
+        listed = f" ({'; '.join(notes)})" if notes else ""
+        if restored is None:
+            raise ValueError(f"{where} has no whole checkpoint; {again} finishes the run{listed}")
+        steps = restored.info["num_steps"]
+        if restored.step != steps:
+            raise ValueError(
+                f"{where} is at step {restored.step} of {steps}; {again} finishes the run{listed}"
+            )
+        return restored.state
+
+
+@dataclass(frozen=True)
+class Results:
+    """What lies in an output folder.
+
+    Attributes:
+        folder: Output folder.
+        metrics: By system, then by metric with its 95 % interval ("value", "low", "high"); None:
+            the folder was not evaluated to its end.
+    """
 
     folder: Path
-    config: RunConfig  # AdaptConfig or RagConfig
-    metrics: Mapping[str, Any] | None  # by system; None: the run was not evaluated to its end
+    metrics: Mapping[str, Any] | None
+
+    @property
+    def report(self) -> Path:
+        """The page with all of it, where the run has ended."""
+        return self.folder / REPORT
+
+    def __repr__(self) -> str:
+        """Returns the folder and a few metrics, before and after, in one line."""
+        metrics = self.metrics or {}
+        sides = [metrics[name] for name in ("before", "after") if name in metrics]
+        shown = [
+            f"{name} " + " -> ".join(f"{side[name]['value']:.3g}" for side in sides)
+            for name in _SHOWN
+            if sides and all(name in side for side in sides)
+        ]
+        return f"{type(self).__name__}({', '.join([repr(str(self.folder)), *shown])})"
 
 
-class Adapted(NamedTuple):
-    """A model and what the run made of its parameters."""
+@dataclass(frozen=True, repr=False)
+class FinishedRun(Results):
+    """What `adapt` or `train_rag` made.
 
-    model: Any  # TextEncoder or LanguageModel, un-adapted
-    params: Any
+    Attributes:
+        config: An AdaptConfig or a RagConfig.
+        models: Base and trained models.
+    """
+
+    config: RunConfig
+
+    @cached_property
+    def models(self) -> Models:
+        """The base and the trained models."""
+        return Models(self.config, self.folder)
 
 
-def open_run(folder: Path) -> FinishedRun:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Results):
+    """What `evaluate` made.
+
+    Attributes:
+        config: Its options.
+    """
+
+    config: EvaluateConfig
+
+
+def open_run(folder: str | Path) -> FinishedRun:
     """Reads the options and results of a run.
 
     Raises:
         FileNotFoundError: There is no run.
         ValueError: Its `config.json` is not one of a run of this version.
     """
-    path = folder / "config.json"
+    folder = Path(folder)
+    path = folder / CONFIG
+    known = "give the --output folder of a run of experiments/adapt.py or experiments/train_rag.py"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: no run there (no config.json); give the --output folder of a run of"
-            " experiments/adapt.py or experiments/train_rag.py"
-        )
+        raise FileNotFoundError(f"{folder}: no run there (no {CONFIG}); {known}")
     try:
         content = json.loads(path.read_text("utf-8"))
         values, program = content["config"], content.get("program")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the config of a run ({error})") from error
-    if program not in (None, PROGRAM):
-        raise ValueError(
-            f"{folder} was made by {program}; give the --output folder of a run of"
-            " experiments/adapt.py or experiments/train_rag.py"
-        )
-    config = from_dict(RagConfig() if program == PROGRAM else AdaptConfig(), values, path)
-    return FinishedRun(folder, config, _read_metrics(folder))
+    bases = {base.program: base for base in (AdaptConfig(), RagConfig())}
+    if program not in bases:
+        raise ValueError(f"{folder} was made by {program}; {known}")
+    return FinishedRun(
+        folder=folder,
+        metrics=_read_metrics(folder),
+        config=from_dict(bases[program], values, path),
+    )
 
 
-def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
-    """Loads the base encoder and what the run made of one of its towers.
+def adapted_encoder(run: FinishedRun, tower: str) -> TextEncoder:
+    """Returns a trained encoder of a run.
 
     Args:
-        run: The run; its retriever stage must have ended.
+        run: The run; the training of its retriever must have ended.
         tower: `query`, `doc`, or `encoder` where one tower serves both.
 
     Raises:
-        ValueError: The run did not adapt an encoder, has two towers and none was chosen, or has
+        ValueError: The run did not train an encoder, has two towers and none was chosen, or has
             not ended.
         OSError: The base encoder is not there any more.
     """
@@ -98,68 +242,37 @@ def adapted_encoder(run: FinishedRun, tower: str) -> Adapted:
         raise ValueError(
             f"{run.folder}: this run adapted the language model only; export --what language_model"
         )
-    shared = config.retriever.train == "shared"
-    if tower == "encoder" and not shared:
+    if tower == "encoder" and config.retriever.train != "shared":
         raise ValueError(
             f"{run.folder}: this run has two encoders (--retriever.train"
             f" {config.retriever.train}); export --what query_encoder and --what doc_encoder"
         )
-    encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
-    towers: dict[str, Any] = dict.fromkeys(config.retriever.tower_names, encoder.params)
-    if isinstance(config, RagConfig):
-        trained = _trained_end_to_end(run, config, load_language_model(config.lm), towers)
-        return Adapted(encoder, trained.towers["shared" if shared else tower])
-    assert isinstance(config, AdaptConfig), "there are two kinds of runs"
-    # Adapters, and layers that learn on top of frozen ones, are relative to the round before.
-    for number in range(config.retriever.rounds):
-        seed = config.seed + number
-        parts = retriever_parts(config.retriever, towers, seed=seed)
-        trained = _restore(run, f"retriever-{number}", parts.trainable)
-        towers = whole_towers(parts, trained)
-    return Adapted(encoder, towers["shared" if shared else tower])
+    return run.models.doc_encoder if tower == "doc" else run.models.query_encoder
 
 
-def adapted_language_model(run: FinishedRun) -> Adapted:
-    """Loads the base language model and what the run made of it.
-
-    Args:
-        run: The run; its LM stage must have ended.
+def adapted_language_model(run: FinishedRun) -> LanguageModel:
+    """Returns the trained language model of a run.
 
     Raises:
-        ValueError: The run did not adapt a language model, or has not ended.
+        ValueError: The run did not train the language model, or its training has not ended.
         OSError: The base model is not there any more.
     """
-    config = run.config
-    if not config.trains_lm:
+    if not run.config.trains_lm:
         raise ValueError(
             f"{run.folder}: this run adapted the retriever only; export --what encoder,"
             " query_encoder or doc_encoder"
         )
-    lm = load_language_model(config.lm)
-    if isinstance(config, RagConfig):
-        encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
-        towers = dict.fromkeys(config.retriever.tower_names, encoder.params)
-        return Adapted(lm, _trained_end_to_end(run, config, lm, towers).lm_params)
-    parts = lm_parts(config.language_model, lm.family, lm.params, seed=config.seed)
-    trained = _restore(run, "lm", parts.trainable)
-    return Adapted(lm, parts.merge(trained, parts.frozen))
+    return run.models.language_model
 
 
-def _trained_end_to_end(
-    run: FinishedRun, rag: RagConfig, lm: LanguageModel, towers: dict[str, Any]
-) -> Trained:
-    """Reads both models of an end-to-end run, which learnt together and were saved together."""
-    parts = split_models(rag, lm.family, lm.params, towers)
-    trained = _restore(run, END_TO_END, parts.trainable)
-    return Trained(parts.whole_towers(trained), parts.whole_lm(trained))
-
-
-def run_card(run: FinishedRun, adapted: Adapted, what: str, *, license: str | None) -> Card:
+def run_card(
+    run: FinishedRun, model: TextEncoder | LanguageModel, what: str, *, license: str | None
+) -> Card:
     """Writes down what the run knows about a model, for its model card.
 
     Args:
         run: The run.
-        adapted: The exported model.
+        model: The exported model.
         what: `encoder`, `query_encoder`, `doc_encoder` or `language_model`.
         license: Licence of the base model, where the user gave it.
     """
@@ -185,11 +298,11 @@ def run_card(run: FinishedRun, adapted: Adapted, what: str, *, license: str | No
             " no test question. Nothing is recorded about the licence of the data."
         ),
         recipe=to_dict(config),
-        program=_script(run),
+        program=_script(run.config),
         metrics=metrics or None,
         columns=columns,
         metrics_note=_metrics_note(metrics),
-        limitations=_limitations(adapted.model, what, evaluated=bool(metrics)),
+        limitations=_limitations(model, what, evaluated=bool(metrics)),
     )
 
 
@@ -206,33 +319,8 @@ def _read_metrics(folder: Path) -> dict[str, Any] | None:
     return {**main, **others}
 
 
-def _script(run: FinishedRun) -> str:
-    return f"experiments/{'train_rag' if isinstance(run.config, RagConfig) else 'adapt'}.py"
-
-
-def _restore(run: FinishedRun, stage: str, template: Any) -> Any:
-    folder = run.folder / "checkpoints" / stage
-    notes: list[str] = []
-    again = f"the same {_script(run)} command finishes the run"
-    if not folder.is_dir():
-        raise ValueError(f"{run.folder}: stage {stage} has not begun; {again}")
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
-    restored = Checkpointer(folder, report=notes.append).latest_good_params(abstract)
-    if restored is None:
-        raise ValueError(
-            f"{run.folder}: stage {stage} has no whole checkpoint; {again}" + _listed(notes)
-        )
-    steps = restored.info["num_steps"]
-    if restored.step != steps:
-        raise ValueError(
-            f"{run.folder}: stage {stage} is at step {restored.step} of {steps}; {again}"
-            + _listed(notes)
-        )
-    return restored.state
-
-
-def _listed(notes: Sequence[str]) -> str:
-    return f" ({'; '.join(notes)})" if notes else ""
+def _script(config: RunConfig) -> str:
+    return f"experiments/{config.program or 'adapt'}.py"
 
 
 def _metrics_note(metrics: Mapping[str, Any]) -> str:

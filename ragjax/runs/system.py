@@ -1,6 +1,6 @@
-"""A question-answering system that can be opened: data, retriever and language model.
+"""A question-answering system: data, retriever and language model.
 
-    system = open_system(Path("runs/adapt"))
+    system = open_system("runs/adapt")
     retrieved = retrieve(system, ["what is a pytree?"], 4, by=by_hybrid)
 
 B questions, K documents each, N documents in all.
@@ -17,42 +17,37 @@ import numpy as np
 from ragjax.data import Corpus, Dataset, Question
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result
-from ragjax.models.encoder import load_encoder
 from ragjax.models.inputs import Tokens
-from ragjax.models.language_model import load_language_model
 from ragjax.refresh import encode_token_ids
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.saved import (
-    Adapted,
-    FinishedRun,
-    adapted_encoder,
-    adapted_language_model,
-    open_run,
-)
+from ragjax.runs.saved import Models, open_run
 from ragjax.runs.workspace import Report, Workspace, choose_questions, make_workspace, read_data
 from ragjax.training.loop import StopFlag
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What answers questions.
+    """Documents, a retriever and a language model that answer questions.
 
     Attributes:
         workspace: Data, tokenizers and options.
-        bm25: The lexical index.
+        bm25: The BM25 index.
         retriever: The dense index, its query encoder, and the hybrid of both indexes.
-        lm_params: Parameters of `workspace.lm`, adapted or not, in the dtype that it computes in.
-        scale: p_R = softmax(scale · cosine).
-        name: What the user gave, for messages.
+        lm_params: Parameters of `workspace.lm`, trained or base, in its compute dtype.
+        name: Run or data folder, for messages.
     """
 
     workspace: Workspace
     bm25: Bm25Index
     retriever: Retriever
     lm_params: Any
-    scale: float
     name: str
+
+    @property
+    def scale(self) -> float:
+        """p_R = softmax(scale · cosine)."""
+        return self.workspace.config.retriever.scale
 
     @property
     def size(self) -> int:
@@ -61,7 +56,7 @@ class System:
 
 
 class Retrieved(NamedTuple):
-    """The documents of each question, and how much the retriever believes in each."""
+    """The documents of each question and their scores."""
 
     found: SearchResult
     doc_scores: np.ndarray  # [B, K] float32, logits of p_R; 0 where masked
@@ -78,11 +73,13 @@ class Queries(NamedTuple):
 Search = Callable[[System, Queries, int], SearchResult]
 
 
-def open_system(folder: Path, *, stop: StopFlag | None = None, report: Report = print) -> System:
-    """Opens what a run adapted; what it did not adapt is as it was.
+def open_system(
+    folder: str | Path, *, stop: StopFlag | None = None, report: Report = print
+) -> System:
+    """Opens the models of a run, trained or base.
 
-    Its stored embeddings serve again, so nothing is encoded but the dev questions that choose the
-    weight of the hybrid.
+    Its stored embeddings are reused, so only the dev questions are encoded, which choose the weight
+    of the hybrid.
 
     Args:
         folder: Output folder of a finished run.
@@ -93,35 +90,35 @@ def open_system(folder: Path, *, stop: StopFlag | None = None, report: Report = 
         FileNotFoundError: There is no run, or its data or models are not there any more.
         ValueError: The run has not ended, or its files do not belong together.
     """
+    folder = Path(folder)
     run = open_run(folder)
     config = run.config
-    query, doc = run_towers(run)
-    lm = run_language_model(run)
+    models = run.models
     dataset = read_data(config, folder, report)
     workspace = make_workspace(
         config,
         folder,
         dataset,
         choose_questions(config, dataset),
-        query.model,
-        lm.model,
+        models.base_encoder,
+        models.base_language_model,
         stop=stop or StopFlag(),
         report=report,
     )
     version = _newest_index(folder) if config.trains_retriever else 0
-    return _assemble(workspace, query.params, doc.params, lm.params, version, str(folder))
+    return _assemble(workspace, models, version, str(folder))
 
 
 def open_base_system(
     config: RunConfig, *, cache: Path, stop: StopFlag | None = None, report: Report = print
 ) -> System:
-    """Opens documents and un-adapted models.
+    """Opens documents and base models.
 
     Args:
         config: `data` (a folder in the BEIR layout; `corpus.jsonl` alone is enough), `encoder`,
             `lm`, `prompt` and the scale of the retriever.
-        cache: Folder for the prepared corpus and its embeddings, which a later call finds again;
-            other data or another encoder get a place of their own in it.
+        cache: Folder for the prepared corpus and its embeddings, which later calls reuse; other
+            data or another encoder get a folder of their own in it.
         stop: Looked at while the corpus is encoded.
         report: Shows one line to the user.
 
@@ -129,8 +126,8 @@ def open_base_system(
         FileNotFoundError, ValueError: Data or models cannot be used.
     """
     dataset = _documents(config, cache, report)
-    encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
-    lm = load_language_model(config.lm)
+    models = Models(config, cache)
+    encoder = models.base_encoder
     dev = dataset.questions.get("dev", ())[: config.data_options.dev_questions]
     identity = (
         f"{encoder.fingerprint} {encoder.max_length} {config.compute_dtype}"
@@ -142,27 +139,26 @@ def open_base_system(
         dataset,
         {"train": (), "dev": dev, "test": dataset.questions.get("test", ())},
         encoder,
-        lm,
+        models.base_language_model,
         stop=stop or StopFlag(),
         report=report,
     )
-    params = encoder.params
-    return _assemble(workspace, params, params, lm.params, 0, config.data or "Python packages")
+    return _assemble(workspace, models, 0, config.data or "Python packages")
 
 
 def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) -> Retrieved:
     """Returns the k best documents of each question, and the logits of p_R.
 
-    Whatever finds the documents, p_R is the dense retriever's; see `doc_logits`.
+    Whichever index returns the documents, p_R is the dense retriever's; see `doc_logits`.
 
     Args:
-        system: What answers.
+        system: Documents and models.
         questions: B texts.
         k: Documents per question; beyond N the rest is masked.
         by: `by_dense`, `by_bm25` or `by_hybrid`.
 
     Returns:
-        `[B, k]` documents and logits. A question may have fewer, or none: BM25 finds only
+        `[B, k]` documents and logits. A question may have fewer, or none: BM25 returns only
         documents that share a word with it. With k = 0 nothing is retrieved.
 
     Raises:
@@ -184,7 +180,7 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
 
 
 def encode_query_of(system: System, num_tokens: int) -> None:
-    """Encodes a query of so many tokens, so that the first real one compiles nothing."""
+    """Encodes a dummy query of this many tokens, which compiles that shape."""
     workspace = system.workspace
     encode_token_ids(
         workspace.encoder.encode,
@@ -197,42 +193,22 @@ def encode_query_of(system: System, num_tokens: int) -> None:
 
 
 def by_dense(system: System, queries: Queries, k: int) -> SearchResult:
-    """Finds documents by the similarity of embeddings."""
+    """Returns documents by the similarity of embeddings."""
     return system.retriever.dense.search(queries.embeddings, k)
 
 
 def by_bm25(system: System, queries: Queries, k: int) -> SearchResult:
-    """Finds documents by the words they share with the question; there may be none."""
+    """Returns documents by the words they share with the question; there may be none."""
     return system.bm25.search(queries.texts, k)
 
 
 def by_hybrid(system: System, queries: Queries, k: int) -> SearchResult:
-    """Finds documents by both, as weighted on the dev questions."""
+    """Returns documents by both, weighted as on the dev questions."""
     both = HybridQueries(queries.embeddings, queries.texts)
     return system.retriever.hybrid.search(both, k)
 
 
 SEARCHES: dict[str, Search] = {"dense": by_dense, "bm25": by_bm25, "hybrid": by_hybrid}
-
-
-def run_towers(run: FinishedRun) -> tuple[Adapted, Adapted]:
-    """Returns the query and the document encoder of a run; see `adapted_encoder`."""
-    config = run.config
-    if not config.trains_retriever:
-        encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
-        return Adapted(encoder, encoder.params), Adapted(encoder, encoder.params)
-    if config.retriever.train == "shared":
-        both = adapted_encoder(run, "encoder")
-        return both, both
-    return adapted_encoder(run, "query"), adapted_encoder(run, "doc")
-
-
-def run_language_model(run: FinishedRun) -> Adapted:
-    """Returns the language model of a run; see `adapted_language_model`."""
-    if run.config.trains_lm:
-        return adapted_language_model(run)
-    lm = load_language_model(run.config.lm)
-    return Adapted(lm, lm.params)
 
 
 def _newest_index(folder: Path) -> int:
@@ -255,23 +231,19 @@ def _documents(config: RunConfig, cache: Path, report: Report) -> Dataset:
     return Dataset(name=source.name, corpus=corpus, questions={}, qrels={})
 
 
-def _assemble(
-    workspace: Workspace,
-    query_params: Any,
-    doc_params: Any,
-    lm_params: Any,
-    version: int,
-    name: str,
-) -> System:
+def _assemble(workspace: Workspace, models: Models, version: int, name: str) -> System:
     bm25 = build_bm25(workspace)
     retriever = build_retriever(
-        workspace, bm25, version=version, query_params=query_params, doc_params=doc_params
+        workspace,
+        bm25,
+        version=version,
+        query_params=models.query_encoder.params,
+        doc_params=models.doc_encoder.params,
     )
     return System(
         workspace=workspace,
         bm25=bm25,
         retriever=retriever,
-        lm_params=workspace.in_compute_dtype(lm_params),
-        scale=workspace.config.retriever.scale,
+        lm_params=workspace.in_compute_dtype(models.language_model.params),
         name=name,
     )

@@ -45,8 +45,17 @@ class StopFlag:
 
 
 @contextmanager
-def graceful_stop(report: Callable[[str], None] = print) -> Iterator[StopFlag]:
-    """Turns the first SIGTERM or SIGINT into a flag; the second one ends the process at once.
+def graceful_stop(
+    report: Callable[[str], None] = print, *, kill: bool = True
+) -> Iterator[StopFlag]:
+    """Turns the first SIGTERM or SIGINT into a flag; the second one stops at once.
+
+    Outside the main thread no signal can be caught: the flag is then set by nobody but the caller.
+
+    Args:
+      report: Shows one line to the user.
+      kill: Stop at once by ending the process; False raises KeyboardInterrupt, for a notebook whose
+        process has more to do.
 
     Yields:
       The flag. What is written to disk is whole at every moment, so ending at once is safe too; it
@@ -56,14 +65,19 @@ def graceful_stop(report: Callable[[str], None] = print) -> Iterator[StopFlag]:
 
     def handle(signum: int, _: Any) -> None:
         if flag.signum is not None:
-            os._exit(128 + signum)
+            if kill:
+                os._exit(128 + signum)
+            raise KeyboardInterrupt
         flag.signum = signum
         report(
             f"\n{signal.Signals(signum).name}: stopping after this batch and saving;"
             " once more to stop now"
         )
 
-    old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread
+        old = {}
     try:
         yield flag
     finally:

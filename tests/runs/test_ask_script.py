@@ -23,7 +23,7 @@ def flags(tiny_inputs, tmp_path_factory):
         f"--cache={tmp_path_factory.mktemp('ask')}",
         "--document_tokens=40",
         "--max_new_tokens=4",
-        "--k=3",
+        "--documents=3",
         "--no-warm_up",
     ]
 
@@ -51,18 +51,20 @@ def test_json_reads_questions_from_stdin_and_writes_nothing_else(ask_json, monke
     assert [value["question"] for value in objects] == ["red cat", "green cat", "elk"]
 
 
-def test_k_is_the_number_of_documents(ask_json):
+def test_the_number_of_documents_of_documents(ask_json):
     assert len(ask_json(QUESTION)[0]["documents"]) == 3
-    assert len(ask_json(QUESTION, "--k=1")[0]["documents"]) == 1
-    closed = ask_json(QUESTION, "--k=0")[0]
+    assert len(ask_json(QUESTION, "--documents=1")[0]["documents"]) == 1
+    closed = ask_json(QUESTION, "--documents=0")[0]
     assert closed["documents"] == []
     assert closed["notes"][0].startswith("answered without documents")
 
 
-def test_k_beyond_the_corpus_reads_all_of_it(ask_json, tmp_path):
+def test_more_documents_than_the_corpus_has_reads_all_of_it(ask_json, tmp_path):
     lines = [{"_id": str(n), "title": "", "text": f"the cat likes {n}"} for n in range(2)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    value = ask_json(QUESTION, "--k=9", f"--data={tmp_path}", f"--cache={tmp_path / 'cache'}")[0]
+    value = ask_json(
+        QUESTION, "--documents=9", f"--data={tmp_path}", f"--cache={tmp_path / 'cache'}"
+    )[0]
     assert len(value["documents"]) == 2
     assert any("fewer than the 9 asked" in note for note in value["notes"])
 
@@ -203,7 +205,7 @@ def test_the_loop_ends_with_the_input(ask, flags, capsys, monkeypatch):
     [
         (["--run=x"], "give one of --run FOLDER"),
         (["word", "--question=word"], "give the question once"),
-        (["--k=-1"], "--k must be at least 0, got -1"),
+        (["--documents=-1"], "--documents must be at least 0, got -1"),
         (["--max_new_tokens=0"], "--max_new_tokens must be at least 1, got 0"),
         (["--document_tokens=-2"], "--document_tokens must be at least 0, got -2"),
         (["--answer=x"], "--answer explains the answer to one question"),
@@ -230,5 +232,5 @@ def test_a_run_has_its_own_models(ask, capsys, tmp_path):
 
 
 def test_debug_shows_the_traceback(ask, flags):
-    with pytest.raises(ValueError, match="--k must be"):
-        ask([*flags, "--k=-1", "--debug"])
+    with pytest.raises(ValueError, match="--documents must be"):
+        ask([*flags, "--documents=-1", "--debug"])

@@ -1,5 +1,6 @@
 """Each mistake ends with code 2 and one sentence, before anything expensive."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,11 @@ import pytest
 from programs import ROOT, load_script
 from safetensors.numpy import load_file, save_file
 
+from ragjax.runs import AdaptConfig
+from ragjax.runs.folder import claim, config_record
+
 RECIPES = ROOT / "experiments" / "recipes"
+parse_flags = load_script("experiments/_program.py").parse_flags
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,8 @@ def refuse(script, tiny_inputs, tmp_path, capsys, monkeypatch):
     def expensive(*_args, **_kwargs):
         raise AssertionError("the run went on to its expensive part")
 
-    monkeypatch.setattr("ragjax.runs.adapt.estimate_cost", expensive)
+    module = importlib.import_module("ragjax.runs.adapt")  # its name in the package is a function
+    monkeypatch.setattr(module, "estimate_cost", expensive)
 
     def check(*flags, **changed):
         inputs = {**tiny_inputs, "output": str(tmp_path / "out"), **changed}
@@ -210,17 +216,17 @@ def test_b26_a_misspelt_key_in_a_config_file(refuse, tmp_path):
     assert "did you mean retriever.epochs?" in refuse(config=str(path))
 
 
-def test_flags_override_the_config_file(script, tmp_path):
+def test_flags_override_the_config_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 5\nretriever:\n  learning_rate: 1e-4\n")
-    flags = script.parse_flags([f"--config={path}", "--seed=6"])
-    assert flags.seed == 6 and flags.retriever.learning_rate == 1e-4
+    options = parse_flags(AdaptConfig(), None, [f"--config={path}", "--seed=6"]).options
+    assert options.seed == 6 and options.retriever.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")))
-def test_every_recipe_is_read(script, recipe):
-    flags = script.parse_flags(["--config", str(recipe)])
-    assert flags.retriever.negatives == "none"
+def test_every_recipe_is_read(recipe):
+    flags = parse_flags(AdaptConfig(), None, ["--config", str(recipe)])
+    assert flags.options.retriever.negatives == "none"
 
 
 def test_b29_a_folder_with_something_else_is_left_alone(refuse, tmp_path):
@@ -232,14 +238,10 @@ def test_b29_a_folder_with_something_else_is_left_alone(refuse, tmp_path):
 
 
 def test_b29_a_run_with_other_options_is_not_overwritten(refuse, script, tiny_inputs, tmp_path):
-    from ragjax.runs.options.dual import AdaptConfig
-    from ragjax.runs.options.files import to_dict
-    from ragjax.runs.options.shared import fingerprint
-
     config = AdaptConfig(**tiny_inputs, seed=1)
     output = tmp_path / "run"
     output.mkdir()
-    text = json.dumps({"fingerprint": fingerprint(config), "config": to_dict(config)})
+    text = json.dumps(config_record(config, config.fingerprint()))
     (output / "config.json").write_text(text)
     message = refuse("--seed=2", output=str(output))
     assert "seed: 1 there, 2 here" in message
@@ -249,10 +251,9 @@ def test_b29_a_run_with_other_options_is_not_overwritten(refuse, script, tiny_in
 def test_input_that_was_refused_does_not_block_the_next_try(refuse, domain, tmp_path, script):
     (domain / "qrels" / "train.tsv").unlink()
     refuse(data=str(domain))
-    from ragjax.runs.folder import check_output
-    from ragjax.runs.options.dual import AdaptConfig
-
-    check_output(AdaptConfig(output=str(tmp_path / "out")), tmp_path / "out")
+    config = AdaptConfig(output=str(tmp_path / "out"))
+    with claim(config, config_record(config, config.fingerprint()), None):
+        pass
 
 
 def test_b7_b14_b15_what_can_be_used_is_used_and_said(

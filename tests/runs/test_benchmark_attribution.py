@@ -21,7 +21,7 @@ def benchmark_flags(tiny_inputs, tmp_path_factory):
         "--document_tokens=40",
         "--max_new_tokens=4",
         "--questions=6",
-        "--k=3",
+        "--documents=3",
         "--resamples=50",
     ]
 
@@ -57,7 +57,7 @@ def test_the_benchmark_goes_on_with_its_output(benchmark, benchmark_flags, capsy
     ("more", "message"),
     [
         (["--run=x"], "give one of --run FOLDER"),
-        (["--k=0"], "--k must be at least 1, got 0"),
+        (["--documents=0"], "--documents must be at least 1, got 0"),
         (["--questions=0"], "--questions must be at least 1, got 0"),
         (["--resamples=0"], "--resamples must be at least 1, got 0"),
     ],

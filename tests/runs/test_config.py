@@ -4,7 +4,6 @@ import pytest
 
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.files import load_config_file
-from ragjax.runs.options.shared import fingerprint
 
 
 def write(tmp_path, name, text):
@@ -76,5 +75,5 @@ def test_values_out_of_range_are_named(make, match):
 
 def test_the_fingerprint_follows_what_decides_the_result_and_nothing_else():
     base = AdaptConfig()
-    assert fingerprint(dataclasses.replace(base, output="elsewhere")) == fingerprint(base)
-    assert fingerprint(dataclasses.replace(base, seed=1)) != fingerprint(base)
+    assert dataclasses.replace(base, output="elsewhere").fingerprint() == base.fingerprint()
+    assert dataclasses.replace(base, seed=1).fingerprint() != base.fingerprint()

@@ -12,7 +12,6 @@ from programs import load_script
 from ragjax.evaluation import f1_score
 from ragjax.runs.options.evaluate import (
     EvaluateConfig,
-    evaluation_fingerprint,
     run_options,
     system_names,
 )
@@ -308,13 +307,13 @@ def test_a_run_is_evaluated_on_other_data(script, run_folder, write_domain, tmp_
 
 @pytest.mark.slow
 def test_the_options_of_a_run_hold_unless_flags_say_otherwise(run_folder):
-    run = open_run(run_folder)
+    run = open_run(run_folder).config
     same = run_options(EvaluateConfig(run=str(run_folder)), run)
     assert same.evaluation.documents == 2 and same.evaluation.max_new_tokens == 3
     assert (same.data, same.encoder, same.lm) == (
-        run.config.data,
-        run.config.encoder,
-        run.config.lm,
+        run.data,
+        run.encoder,
+        run.lm,
     )
     changed = run_options(
         EvaluateConfig(
@@ -358,12 +357,12 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
         "distractors": 3, "encode_tokens": 3, "score_tokens": 3,
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(config)} - {"run", "output"} == set(changed)
-    plain = evaluation_fingerprint(config, None)
+    plain = config.fingerprint(None)
     for name, value in changed.items():
         other = dataclasses.replace(config, **{name: value})
-        assert evaluation_fingerprint(other, None) != plain, name
+        assert other.fingerprint(None) != plain, name
     elsewhere = dataclasses.replace(config, output="elsewhere")
-    assert evaluation_fingerprint(elsewhere, None) == plain
+    assert elsewhere.fingerprint(None) == plain
 
 
 @pytest.mark.slow
@@ -394,7 +393,11 @@ def test_flags_of_what_is_measured(script, base, evaluated, tmp_path, capsys):
 def test_the_config_file_comes_before_the_flags(script, tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('documents = 3\nsystems = ["bm25", "before"]\nbins = 4\n')
-    flags = script.parse_flags([f"--config={path}", "--bins=5"])
+    flags = (
+        load_script("experiments/_program.py")
+        .parse_flags(EvaluateConfig(), None, [f"--config={path}", "--bins=5"])
+        .options
+    )
     assert (flags.documents, flags.systems, flags.bins) == (3, ("bm25", "before"), 5)
 
 

@@ -230,11 +230,12 @@ def test_open_run_reads_what_adapt_writes(tmp_path):
     assert run.config == AdaptConfig() and run.metrics is None
     with pytest.raises(ValueError, match="two encoders"):
         adapted_encoder(
-            run._replace(config=dataclasses.replace(run.config, retriever=_both())), "encoder"
+            dataclasses.replace(run, config=dataclasses.replace(run.config, retriever=_both())),
+            "encoder",
         )
     with pytest.raises(ValueError, match="adapted the retriever only"):
         only = dataclasses.replace(run.config, stages=("retriever",))
-        adapted_language_model(run._replace(config=only))
+        adapted_language_model(dataclasses.replace(run, config=only))
 
 
 def _both():

@@ -19,7 +19,6 @@ from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor, live_
 from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
-from ragjax.runs.options.shared import fingerprint
 from ragjax.runs.teacher import score_candidates, score_step
 from ragjax.runs.train import retriever as stages
 from ragjax.runs.train.live import open_labelled, open_refresher, refresh_options, workspace_task
@@ -299,9 +298,9 @@ def test_live_retrieval_without_training_the_retriever_is_refused():
 def test_where_and_how_an_index_is_built_may_change_when_a_run_is_continued():
     here = AdaptConfig(refresh=RefreshConfig(mode="async", every="5"))
     there = RefreshConfig(mode="async", every="5", workers=True, deadline_seconds=9.0, keep=4)
-    assert fingerprint(here) == fingerprint(AdaptConfig(refresh=there))
+    assert here.fingerprint() == AdaptConfig(refresh=there).fingerprint()
     other = AdaptConfig(refresh=RefreshConfig(mode="async", every="6"))
-    assert fingerprint(here) != fingerprint(other)
+    assert here.fingerprint() != other.fingerprint()
 
 
 def test_the_forecast_says_what_refreshing_costs_before_the_start(make):

@@ -75,11 +75,10 @@ def test_what_a_run_trained_can_be_opened(finished, tiny_inputs):
     encoder, lm = adapted_encoder(run, "encoder"), adapted_language_model(run)
     ids = np.full((1, 4), 5, np.int32)
     texts = Tokens(ids, np.ones_like(ids, bool))
-    old, new = (
-        encoder.model.encode(params, texts) for params in (encoder.model.params, encoder.params)
-    )
+    base, base_lm = run.models.base_encoder, run.models.base_language_model
+    old, new = (base.encode(params, texts) for params in (base.params, encoder.params))
     assert 0 < np.abs(np.asarray(old) - np.asarray(new)).max() < 0.1
-    assert lm.params is not lm.model.params
+    assert lm.params is not base_lm.params
     assert run_card(run, encoder, "encoder", license=None).program == "experiments/train_rag.py"
 
 
@@ -139,8 +138,9 @@ def test_a_dry_run_forecasts_and_writes_nothing(script, flags, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_override_a_config_file(script, tmp_path):
+def test_flags_override_a_config_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[objective]\nmarginal = "token"\nlsr_weight = 2.0\n')
-    parsed = script.parse_flags([f"--config={path}", "--objective.lsr_weight=3"])
+    flags = [f"--config={path}", "--objective.lsr_weight=3"]
+    parsed = load_script("experiments/_program.py").parse_flags(RagConfig(), None, flags).options
     assert (parsed.objective.marginal, parsed.objective.lsr_weight) == ("token", 3.0)

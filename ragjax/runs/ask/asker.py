@@ -19,10 +19,10 @@ from ragjax.data import passage_text
 from ragjax.evaluation.spans import Match, Window, find_answer, find_similar, split_windows
 from ragjax.losses import document_posterior
 from ragjax.runs.ask.attribution import Attribution, attribute
-from ragjax.runs.ask.decoding import Decode, Generated, Listener
+from ragjax.runs.ask.decoding import Decode, Generated, Listener, decode_ensemble
 from ragjax.runs.ask.prompts import Prompt, ReaderOptions
 from ragjax.runs.ask.reader import Reader
-from ragjax.runs.system import Retrieved, Search, System, encode_query_of, retrieve
+from ragjax.runs.system import Retrieved, Search, System, by_hybrid, encode_query_of, retrieve
 
 # Longer questions are compiled for when the first one comes.
 _WARM_QUERY_TOKENS = 256
@@ -112,17 +112,17 @@ class Asker:
     def __init__(
         self,
         system: System,
-        options: ReaderOptions,
+        options: ReaderOptions | None = None,
         *,
-        decode: Decode,
-        by: Search,
+        decode: Decode = decode_ensemble,
+        by: Search = by_hybrid,
         closed_book: bool = False,
     ) -> None:
         """Takes what the answers need.
 
         Args:
             system: What answers.
-            options: How much is read and written.
+            options: How much is read and written; None: the defaults.
             decode: How the answer comes out of the documents.
             by: What finds the documents.
             closed_book: Retrieve nothing.
@@ -131,8 +131,8 @@ class Asker:
             ValueError: The model's context is too short for the options.
         """
         self.system = system
-        self.reader = Reader(system, options)
-        self.asked_documents = 0 if closed_book else options.documents
+        self.reader = Reader(system, options or ReaderOptions())
+        self.asked_documents = 0 if closed_book else self.reader.options.documents
         self._decode, self._by = decode, by
         self._known: tuple[tuple[int, int], _Read] | None = None  # of (corpus row, tokens read)
 
@@ -389,7 +389,7 @@ class Asker:
     def _retrieval_notes(self, retrieved: Retrieved) -> list[str]:
         asked, found = self.asked_documents, int(retrieved.found.mask.sum())
         if asked == 0:
-            return ["answered without documents (--k 0)"]
+            return ["answered without documents (--documents 0)"]
         if found == 0:
             return ["no document shares a word with the question: answered without documents"]
         if asked > self.system.size:

@@ -64,7 +64,7 @@ def decode_concat(reader: Reader, prompt: Prompt, listen: Listener) -> Generated
     if not prompt.joined:
         raise ValueError(
             f"--decode concat: {len(prompt.docs)} documents and the question do not fit into one"
-            " prompt of the language model; use --decode ensemble, or a smaller --k"
+            " prompt of the language model; use --decode ensemble, or fewer --documents"
         )
     length = reader.concat_length(len(prompt.joined))
     slots = reader.concat_lengths[-1] + reader.max_target

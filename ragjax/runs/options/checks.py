@@ -25,9 +25,9 @@ def fraction(config: Any, *names: str) -> None:
 
 
 def check_accumulate(batch_size: int, accumulate: int) -> None:
-    """Raises ValueError where a batch cannot be taken in equal parts."""
+    """Raises ValueError where a batch does not split into equal microbatches."""
     if batch_size % accumulate:
         raise ValueError(
-            f"accumulate={accumulate} does not divide batch_size={batch_size}; a step is taken in"
-            " equal parts"
+            f"accumulate={accumulate} does not divide batch_size={batch_size}; microbatches have"
+            " equal size"
         )

