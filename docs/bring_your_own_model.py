@@ -9,8 +9,7 @@ from ragjax.index import ExactIndex
 from ragjax.losses import rag_sequence_loss
 from ragjax.models import LMBatch, Tokens
 from ragjax.refresh import encode_token_ids
-from ragjax.training.lm import make_lm_loss
-from ragjax.training.steps import init_state, make_train_step
+from ragjax.training import init_state, make_lm_loss, make_train_step
 
 FACTS, K, VOCAB, SIZE = 200, 8, 600, 32
 rng = np.random.default_rng(0)

@@ -1,1 +1,29 @@
-"""The only place that differentiates and updates: steps, optimisers, checkpoints, the loop."""
+"""The only place that differentiates and updates: steps, optimizers, checkpoints, the loop."""
+
+from ragjax.training.ahead import AheadRetrieval as AheadRetrieval
+from ragjax.training.checkpoint import Checkpointer as Checkpointer
+from ragjax.training.end_to_end import RagBatch as RagBatch
+from ragjax.training.end_to_end import Reader as Reader
+from ragjax.training.end_to_end import fusion_reader as fusion_reader
+from ragjax.training.end_to_end import make_rag_loss as make_rag_loss
+from ragjax.training.end_to_end import separate_reader as separate_reader
+from ragjax.training.live import LiveRetrieval as LiveRetrieval
+from ragjax.training.live import refresh_trigger as refresh_trigger
+from ragjax.training.lm import answer_tokens as answer_tokens
+from ragjax.training.lm import make_lm_loss as make_lm_loss
+from ragjax.training.loop import HostWork as HostWork
+from ragjax.training.loop import Interrupted as Interrupted
+from ragjax.training.loop import LoopConfig as LoopConfig
+from ragjax.training.loop import MetricsLog as MetricsLog
+from ragjax.training.loop import NonFiniteError as NonFiniteError
+from ragjax.training.loop import StopFlag as StopFlag
+from ragjax.training.loop import graceful_stop as graceful_stop
+from ragjax.training.loop import run_steps as run_steps
+from ragjax.training.lsr import LsrBatch as LsrBatch
+from ragjax.training.lsr import make_lsr_loss as make_lsr_loss
+from ragjax.training.optimizer import OptimizerConfig as OptimizerConfig
+from ragjax.training.optimizer import learning_rate_schedule as learning_rate_schedule
+from ragjax.training.optimizer import make_optimizer as make_optimizer
+from ragjax.training.steps import TrainState as TrainState
+from ragjax.training.steps import init_state as init_state
+from ragjax.training.steps import make_train_step as make_train_step
