@@ -26,6 +26,7 @@ from ragjax.runs.options.shared import PromptConfig as PromptConfig
 from ragjax.runs.options.shared import RunConfig as RunConfig
 from ragjax.runs.options.shared import TowersConfig as TowersConfig
 from ragjax.runs.preview import dry_run as dry_run
+from ragjax.runs.saved import Evaluation as Evaluation
 from ragjax.runs.saved import FinishedRun as FinishedRun
 from ragjax.runs.saved import open_run as open_run
 from ragjax.runs.system import open_base_system as open_base_system

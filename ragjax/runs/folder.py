@@ -19,7 +19,7 @@ class RunFiles:
     """Reads the files of a folder and remembers what could not be read.
 
     Attributes:
-        problems: A sentence on each file that is damaged.
+        problems: A sentence on each damaged file.
     """
 
     def __init__(self, folder: Path):
@@ -57,15 +57,15 @@ class RunFiles:
 
 CONFIG = "config.json"
 COST = "cost.json"
-# Written last: where it lies, the run is finished and repeating it costs no more.
+# Written last: where it is, the run has finished.
 REPORT = "report.html"
 
 
 def add_seconds(folder: Path, stage: str, seconds: float) -> None:
-    """Adds the wall-clock time of a stage to what earlier calls of the run took for it.
+    """Adds the wall-clock time of a stage to that of earlier calls of the run.
 
-    A run that has its report is finished; what it cost stays as it is, so that repeating it changes
-    no byte of the report.
+    The cost of a run that has its report stays as it is, so that repeating it changes no byte of
+    the report.
 
     Args:
         folder: Output folder of the run.
@@ -82,13 +82,9 @@ def add_seconds(folder: Path, stage: str, seconds: float) -> None:
 
 
 def read_cost(folder: Path) -> dict[str, Any]:
-    """Returns what is known; a damaged file, which no result depends on, counts as none."""
-    try:
-        cost = json.loads((folder / COST).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    whole = isinstance(cost, dict) and isinstance(cost.get("seconds", {}), dict)
-    return cost if whole else {}
+    """Returns the cost so far; a damaged file, which no result depends on, counts as none."""
+    cost = RunFiles(folder).mapping(COST)
+    return cost if isinstance(cost.get("seconds", {}), dict) else {}
 
 
 def _peak_memory_bytes() -> int:

@@ -1,8 +1,16 @@
 import dataclasses
 
 import pytest
+from programs import load_script
 
-from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
+from ragjax.runs import (
+    AdaptConfig,
+    EvaluateConfig,
+    LMConfig,
+    RagConfig,
+    RetrieverConfig,
+    RunConfig,
+)
 from ragjax.runs.options.files import load_config_file
 
 
@@ -71,6 +79,17 @@ def test_an_unknown_ending_is_refused(tmp_path):
 def test_values_out_of_range_are_named(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("config", [AdaptConfig(), RagConfig(), EvaluateConfig()])
+def test_documents_read_for_an_answer_are_one_flag_of_every_script(config):
+    parse_flags = load_script("experiments/_program.py").parse_flags
+    options = parse_flags(config, None, ["--documents=3"]).options
+    assert getattr(options, "evaluation", options).documents == 3
+    if isinstance(config, RunConfig):
+        longer = parse_flags(config, None, ["--evaluation.documents=3"]).options
+        assert longer == options
+    assert load_script("experiments/ask.py").Flags(documents=3).documents == 3
 
 
 def test_the_fingerprint_follows_what_decides_the_result_and_nothing_else():

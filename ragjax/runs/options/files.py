@@ -5,7 +5,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +14,12 @@ import yaml
 from ragjax.storage import nearest_name
 
 Config = TypeVar("Config")
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".json": json.loads,
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -36,19 +42,14 @@ def load_config_file(path: str | Path, base: Config) -> Config:
         FileNotFoundError: There is no such file.
     """
     path = Path(path)
-    text = path.read_text("utf-8")
+    parse = _PARSERS.get(path.suffix)
+    if parse is None:
+        raise ValueError(f"{path}: a config file ends in {', '.join(_PARSERS)}")
     try:
-        if path.suffix == ".toml":
-            values = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(text) or {}
-        elif path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            raise ValueError("a config file ends in .toml, .yaml, .yml or .json")
+        values = parse(path.read_text("utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return _updated(base, values, path, "")
+    return _updated(base, {} if values is None else values, path, "")
 
 
 def from_dict(base: Config, values: Mapping[str, Any], path: str | Path) -> Config:
