@@ -1,4 +1,4 @@
-"""Numbers that say whether a retriever is learning; one per query, to be averaged by the caller.
+"""Metrics of a retriever in training, one per query, to be averaged by the caller.
 
 They are differentiable like any other function: an entropy may serve as a regulariser.
 """
@@ -68,8 +68,8 @@ def target_entropy(target_log_probs: ArrayLike, *, doc_mask: ArrayLike | None = 
     .. math::
         H(q) = -\sum_c q(c) \log q(c)
 
-    A normalised value ≥ 0.98 teaches nothing (use a score per token or a smaller temperature), one
-    ≤ 0.02 is a single document (use a larger temperature).
+    A normalised value ≥ 0.98 is a uniform target, from which nothing can be learned (use a score
+    per token or a smaller temperature), one ≤ 0.02 a single document (use a larger temperature).
 
     Args:
         target_log_probs: `[..., K]` log q in nats, from `lsr_target`; -inf is allowed.
@@ -270,7 +270,7 @@ def retrieval_utility(
 
 
 class Degeneracy(NamedTuple):
-    """Whether a target can teach anything."""
+    """Whether a target is uniform or a single document."""
 
     uniform: Array
     """`[...]` bool, normalised entropy ≥ 0.98: use a score per token or a smaller temperature."""

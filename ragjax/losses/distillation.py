@@ -1,4 +1,4 @@
-"""LM-supervised retrieval: teach the retriever which documents help the language model.
+"""LM-supervised retrieval: training the retriever on which documents help the language model.
 
     lengths = token_mask.sum(-1)
     scores = log_prob_per_token(sequence_log_probs(token_log_probs, token_mask=token_mask), lengths)
@@ -30,8 +30,8 @@ def prob(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Array:
         g_c = \exp(\ell_c)
 
     The formula as RA-DIT and REPLUG print it. exp underflows below ℓ ≈ −103 and its differences
-    vanish long before: for answers of more than a few tokens the target is uniform and teaches
-    nothing. Watch `target_entropy`.
+    vanish long before: for answers of more than a few tokens the target is uniform, and nothing
+    can be learned from it. Watch `target_entropy`.
 
     Args:
         sequence_log_probs: `[..., K]` ℓ_c in nats.
@@ -322,7 +322,9 @@ def loop_target(
     temperature: float | Array,
     doc_mask: ArrayLike | None = None,
 ) -> Array:
-    r"""Turns leave-one-out log-likelihoods into a target: a document counts by what it is missed.
+    r"""Turns leave-one-out log-likelihoods into a target.
+
+    A document is the likelier the less likely the answer is without it.
 
     .. math::
         \log q(c) = \log\operatorname{softmax}_c\big(-\ell^{(-c)} / \tau\big)
@@ -352,7 +354,7 @@ def loop_target(
         >>> import numpy as np
         >>> from ragjax import losses
         >>> target = losses.loop_target(jnp.log(jnp.array([[0.1, 0.3]])), temperature=1.0)
-        >>> print(np.asarray(jnp.exp(target)).round(3))  # missed more: 0
+        >>> print(np.asarray(jnp.exp(target)).round(3))  # the answer needs document 0
         [[0.75 0.25]]
     """
     scores = -Axes().floats("leave_one_out_log_probs", leave_one_out_log_probs, "...K")
@@ -371,7 +373,7 @@ def attention_mass(
     .. math::
         g_c = \frac1{A\,T} \sum_{a,t,l} \alpha_{atcl}\, \lVert v_{acl} \rVert
 
-    `lsr_target` makes the target of it.
+    Made for `lsr_target`, which turns it into a target.
 
     Args:
         attention: `[..., A, T, K, L]` cross-attention probabilities α of the target tokens; A are

@@ -51,8 +51,8 @@ def rag_sequence_loss(
         ValueError: Wrong rank, shape or dtype; smoothing out of range or without its log-probs.
 
     Gradients:
-        ∂/∂doc_scores = p_R − posterior; ∂/∂ℓ_ct = −posterior_c at every kept token: both towers
-        learn. The posterior is `document_posterior`.
+        ∂/∂doc_scores = p_R − posterior; ∂/∂ℓ_ct = −posterior_c at every kept token: both models
+        are trained. The posterior is `document_posterior`.
 
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
@@ -115,7 +115,7 @@ def rag_token_loss(
 
     Gradients:
         With r_ct = softmax_c(log p_R(c) + ℓ_ct): ∂/∂doc_scores = Σ_t (p_R − r_t) and
-        ∂/∂ℓ_ct = −r_ct: both towers learn.
+        ∂/∂ℓ_ct = −r_ct: both models are trained.
 
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
