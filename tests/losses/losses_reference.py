@@ -1,8 +1,16 @@
-"""Every loss again, in float64 numpy, query by query, with masked entries removed, not masked."""
+"""Every loss again, in float64 numpy, query by query, with masked entries removed, not masked.
+
+`CASES` names each loss as a function of a `Batch`, with its reference; `OTHERS` what other modules
+test the values of; `FUNCTIONS` both.
+"""
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from ragjax import losses
 
 
 class Batch(NamedTuple):
@@ -142,3 +150,154 @@ def posterior_entropy(batch):
 def retrieval_utility(batch):
     without = np.where(batch.token_mask, batch.no_doc_log_probs, 0).sum(1)
     return np.where(batch.doc_mask.any(1), -rag_sequence(batch) - without, 0)
+
+
+def _call(function, *fields, masks=("doc_mask",), **options):
+    def of_batch(b: Batch):
+        arrays = (getattr(b, field) for field in fields)
+        return function(*arrays, **{name: getattr(b, name) for name in masks}, **options)
+
+    return of_batch
+
+
+def _answers(function, *fields, **options):
+    both = ("doc_mask", "token_mask")
+    return _call(function, "doc_scores", "token_log_probs", *fields, masks=both, **options)
+
+
+def _part(name, function):
+    return lambda b: getattr(function(b), name)
+
+
+def _exp(function):
+    return lambda b: jnp.exp(function(b))
+
+
+_retriever_entropy = _call(losses.retriever_entropy, "doc_scores")
+
+CASES = {
+    "rag_sequence_loss": (_answers(losses.rag_sequence_loss), rag_sequence),
+    "rag_token_loss": (_answers(losses.rag_token_loss), rag_token),
+    "lm_loss": (_call(losses.lm_loss, "token_log_probs", masks=("doc_mask", "token_mask")), lm),
+    "lsr_loss": (_call(losses.lsr_loss, "doc_scores", "target"), lsr),
+    "pdist_loss": (_call(losses.pdist_loss, "doc_scores", "sparse_target"), pdist),
+    "info_nce_loss": (
+        lambda b: losses.info_nce_loss(b.doc_scores, b.positives, mask=b.doc_mask),
+        info_nce,
+    ),
+    "retriever_entropy": (_part("nats", _retriever_entropy), retriever_entropy),
+    "retriever_entropy_normalized": (
+        _part("normalized", _retriever_entropy),
+        retriever_entropy_normalized,
+    ),
+    "target_entropy": (
+        _part("nats", _call(losses.target_entropy, "sparse_target")),
+        target_entropy,
+    ),
+    "posterior_entropy": (_part("nats", _answers(losses.posterior_entropy)), posterior_entropy),
+    "kl_divergence": (
+        _call(losses.kl_divergence, "sparse_target", "target"),
+        lambda b: pdist(b._replace(doc_scores=b.target)),
+    ),
+    "retrieval_utility": (
+        _answers(losses.retrieval_utility, "no_doc_log_probs"),
+        retrieval_utility,
+    ),
+}
+
+
+def _smoothed(function):
+    def loss(b: Batch):
+        vocab = jax.nn.log_softmax(jnp.stack([b.token_log_probs, b.token_log_probs * 2], axis=-1))
+        answers = _answers(function, label_smoothing=0.1, vocab_log_probs=vocab)
+        return answers(b._replace(token_log_probs=vocab[..., 0]))
+
+    return loss
+
+
+def _attention_mass(b: Batch):
+    attention = jnp.exp(jnp.swapaxes(b.token_log_probs, -1, -2))[..., None, :, :, None]
+    norms, keep = jnp.exp(b.doc_scores)[..., None, :, None], b.doc_mask[..., None]
+    return losses.attention_mass(attention, norms, context_mask=keep, token_mask=b.token_mask)
+
+
+def _dpr(b: Batch):
+    """K queries of T numbers, two documents each."""
+    docs = jnp.stack([jnp.sin(b.token_log_probs), jnp.cos(b.token_log_probs)], axis=-2)
+    ids = jnp.broadcast_to(jnp.arange(12).reshape(6, 2) % 5, docs.shape[:-1])
+    keep = jnp.stack([b.doc_mask, b.doc_mask], axis=-1)
+    return losses.dpr_loss(b.token_log_probs, docs, doc_ids=ids, doc_mask=keep)
+
+
+def _symmetric(b: Batch):
+    ids = jnp.broadcast_to(jnp.arange(6) % 5, b.doc_mask.shape)
+    docs = jnp.sin(b.token_log_probs)
+    return losses.symmetric_contrastive_loss(
+        b.token_log_probs, docs, doc_ids=ids, doc_mask=b.doc_mask
+    )
+
+
+def _degeneracy(b: Batch):
+    flags = losses.target_degeneracy(40 * b.sparse_target, doc_mask=b.doc_mask)
+    return flags.uniform.astype(jnp.float32) + 2 * flags.one_hot.astype(jnp.float32)
+
+
+def _drawn(b: Batch):
+    docs = _call(losses.gumbel_top_k, "doc_scores", key=KEY, num_samples=2)(b)
+    return docs.weights * b.token_log_probs[..., :2].swapaxes(-1, -2).astype(jnp.float32)
+
+
+def _reinforce(b: Batch):
+    samples = jnp.stack([b.positives, 0 * b.positives], axis=-1)
+    utilities = b.token_log_probs[..., :2, 0]
+    return losses.reinforce_loss(b.doc_scores, samples, utilities, doc_mask=b.doc_mask)
+
+
+def _combined(b: Batch):
+    parts = {"a": b.doc_scores[..., 0], "b": b.token_log_probs[..., 0, 0]}
+    return losses.combine_losses(parts, {"a": 1.0, "b": 0.5}).total
+
+
+def _token_ids(b: Batch):
+    return jnp.broadcast_to(b.positives[..., None], b.doc_scores.shape)
+
+
+KEY, TABLE = jax.random.key(0), f32(np.sin(np.arange(36)).reshape(9, 4))
+
+OTHERS = {
+    "rag_sequence_loss smoothed": _smoothed(losses.rag_sequence_loss),
+    "rag_token_loss smoothed": _smoothed(losses.rag_token_loss),
+    "emdr2_loss": _answers(losses.emdr2_loss),
+    "emdr2_loss of whole answers": lambda b: losses.emdr2_loss(
+        b.doc_scores, b.token_log_probs.sum(-1), doc_mask=b.doc_mask
+    ),
+    "document_posterior": _exp(_answers(losses.document_posterior)),
+    "leave_one_out_log_probs": _answers(losses.leave_one_out_log_probs),
+    "lsr_target": _exp(_call(losses.lsr_target, "doc_scores", temperature=0.5)),
+    "loop_target": _exp(_call(losses.loop_target, "doc_scores", temperature=0.5)),
+    "attention_mass": _attention_mass,
+    "agreement": _call(losses.agreement, "doc_scores", "target"),
+    "target_degeneracy": _degeneracy,
+    "dpr_loss": _dpr,
+    "symmetric_contrastive_loss": _symmetric,
+    "gumbel_top_k": _drawn,
+    "stochastic_rag_loss": lambda b: losses.stochastic_rag_loss(
+        b.doc_scores, b.token_log_probs[..., 0], KEY, num_samples=2, doc_mask=b.doc_mask
+    ),
+    "reinforce_loss": _reinforce,
+    "combine_losses": _combined,
+    "sequence_log_probs": _call(
+        losses.sequence_log_probs, "token_log_probs", masks=("token_mask",)
+    ),
+    "sequence_log_probs given no document": lambda b: losses.sequence_log_probs(
+        b.token_log_probs[..., 0, :], token_mask=b.token_mask
+    ),
+    "token_log_probs": lambda b: losses.token_log_probs(b.token_log_probs, _token_ids(b)),
+    "chunked_token_log_probs": lambda b: losses.chunked_token_log_probs(
+        b.token_log_probs, TABLE, _token_ids(b), mask=b.doc_mask, chunk_size=4
+    ),
+} | {
+    score.__name__: lambda b, score=score: score(b.token_log_probs.sum(-1), b.token_mask.sum(-1))
+    for score in (losses.prob, losses.prob_per_token, losses.log_prob, losses.log_prob_per_token)
+}
+FUNCTIONS = {name: loss for name, (loss, _) in CASES.items()} | OTHERS
