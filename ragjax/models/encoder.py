@@ -6,7 +6,7 @@ embeddings = jax.jit(encoder.encode)(encoder.params, tokens)  # [B, D] float32
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from ragjax.models.encoders import bert, dpr, modernbert, roberta
-from ragjax.models.encoders import causal as decoder_encoder
+from ragjax.models.encoders import bert, causal, dpr, modernbert, roberta
 from ragjax.models.families import EncoderFamily
 from ragjax.models.files.config import fingerprint, parse_sizes, read_config
 from ragjax.models.files.key_table import apply_key_table, read_safetensors, renamed
@@ -53,32 +52,59 @@ FAMILIES: tuple[EncoderFamily, ...] = (
     dpr.FAMILY,
     roberta.FAMILY,
     modernbert.FAMILY,
-    decoder_encoder.FAMILY,
+    causal.FAMILY,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoder:
-    """A text encoder: parameters, the pure function that uses them, and its tokenizer."""
+class EncoderOptions:
+    """How an architecture and its parameters are used as a text encoder.
 
-    # Nested dict of float32 arrays; identical layers stacked on axis 0, and under "projection" the
-    # dense layers that follow the pooling.
-    params: Params
-    encode: Encode  # (params, tokens) -> [B, D] float32; pure and not jitted
-    tokenizer: Tokenizer  # adds its special tokens; neither truncates nor pads
+    Attributes:
+        pad_id: Token that fills up rows.
+        pooling: Key of `POOLINGS`, or several joined by "+", whose results are concatenated.
+        steps: What follows the pooling, in this order.
+        max_length: Tokens per text, special tokens included.
+        query_prefix: Text put before each query, often "".
+        doc_prefix: Text put before each document, often "".
+        lowercase: True: the tokenizer was told to lower-case (and does).
+        source: Where the encoder comes from, as the user gave it.
+    """
+
     pad_id: int
-    max_length: int  # tokens per text, special tokens included
-    embedding_size: int  # D
-    query_prefix: str  # text put before each query, often ""
-    doc_prefix: str  # text put before each document, often ""
+    pooling: str
+    steps: tuple[Step, ...] = ()
+    max_length: int
+    query_prefix: str = ""
+    doc_prefix: str = ""
+    lowercase: bool = False
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder(EncoderOptions):
+    """A text encoder: parameters, the pure function that uses them, and its tokenizer.
+
+    Attributes:
+        params: Nested dict of float32 arrays; identical layers stacked on axis 0, and under
+            "projection" the dense layers that follow the pooling.
+        encode: `(params, tokens) -> [B, D]` float32; pure and not jitted.
+        tokenizer: Adds its special tokens; neither truncates nor pads.
+        embedding_size: D.
+        family: Architecture.
+        config: Sizes, as `family.parse_config` returns them.
+        normalized: True: embeddings have length 1.
+        fingerprint: sha256 of configuration, parameters, tokenizer and pooling.
+    """
+
+    params: Params
+    encode: Encode
+    tokenizer: Tokenizer
+    embedding_size: int
     family: EncoderFamily
-    config: Any  # sizes, as `family.parse_config` returns them
-    pooling: str  # key of POOLINGS, or several joined by "+", whose results are concatenated
-    steps: tuple[Step, ...]  # what follows the pooling, in this order
-    normalized: bool  # True = embeddings have length 1
-    lowercase: bool  # True = the tokenizer was told to lower-case (and does)
-    source: str  # as the user gave it
-    fingerprint: str  # sha256 of configuration, parameters, tokenizer and pooling
+    config: Any
+    normalized: bool
+    fingerprint: str
 
 
 def load_encoder(
@@ -101,7 +127,7 @@ def load_encoder(
     prefixes of their model cards. What was chosen without the folder saying so is logged.
 
     Args:
-        source: Any source of `ragjax.models.files.sources.resolve_source`.
+        source: Any source of `ragjax.models.resolve_source`.
         pooling: A key of `POOLINGS`, or several joined by "+"; None takes the folder's.
         normalize: True scales embeddings to length 1 (after truncation); None does as the folder
             says, before truncation as sentence-transformers does.
@@ -110,8 +136,7 @@ def load_encoder(
         doc_prefix: Text put before each document; None takes the folder's prompt.
         truncate_dim: Dimensions to keep (Matryoshka); None takes the folder's.
         dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
-        shardings: Where the parameters go, see `ragjax.models.files.placement.sharding_of`; None:
-            the default device.
+        shardings: Where the parameters go, see `sharding_of`; None: the default device.
 
     Returns:
         The encoder.
@@ -134,26 +159,24 @@ def load_encoder(
     if not pad.declared:
         logger.warning("%s: no pad token declared; rows are filled with %r", source, pad.token)
     with loading_as(dtype=dtype, shardings=shardings):
-        params = _read_params(recipe.folder, family, config)
+        params = fill_params(family, config, read_safetensors(recipe.folder), recipe.folder)
+    if recipe.projection:
+        params["projection"] = recipe.projection
     prefixes = _prefixes(recipe, query_prefix, doc_prefix, [source, raw.get("_name_or_path")])
     pooling = _pooling(pooling, recipe, family, source)
     try:
-        steps = _steps(recipe, truncate_dim, normalize, _pooled_size(config, pooling), source)
-        return build_encoder(
-            family,
-            config,
-            params | ({"projection": recipe.projection} if recipe.projection else {}),
-            lowercased(tokenizer) if recipe.lowercase else tokenizer,
+        options = EncoderOptions(
             pad_id=pad.id,
             pooling=pooling,
-            steps=steps,
-            normalized=normalize,
+            steps=_steps(recipe, truncate_dim, normalize, _pooled_size(config, pooling), source),
             max_length=_max_length(max_length, recipe, config),
             query_prefix=prefixes[0],
             doc_prefix=prefixes[1],
             lowercase=recipe.lowercase,
             source=source,
         )
+        tokenizer = lowercased(tokenizer) if recipe.lowercase else tokenizer
+        return build_encoder(family, config, params, tokenizer, options, normalized=normalize)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -163,60 +186,68 @@ def build_encoder(
     config: Any,
     params: Params,
     tokenizer: Tokenizer,
+    options: EncoderOptions,
     *,
-    pad_id: int,
-    pooling: str,
     normalized: bool | None = None,
-    max_length: int,
-    steps: Sequence[Step] = (),
-    query_prefix: str = "",
-    doc_prefix: str = "",
-    lowercase: bool = False,
-    source: str,
 ) -> TextEncoder:
-    """Puts a `TextEncoder` together from its parts; the arguments are its fields.
+    """Puts a `TextEncoder` together from its parts.
 
     Args:
         family: Architecture.
         config: Its sizes.
         params: Parameters; with those of the `Dense` steps under "projection".
         tokenizer: Adds its special tokens; neither truncates nor pads.
-        pad_id: Token that fills up rows.
-        pooling: Key of `POOLINGS`, or several joined by "+".
+        options: How they are used; may be another `TextEncoder`.
         normalized: True or False: embeddings come out with length 1, or as they are, whatever the
             steps say; None: as the steps say.
-        max_length: Tokens per text.
-        steps: What follows the pooling.
-        query_prefix: Text put before each query.
-        doc_prefix: Text put before each document.
-        lowercase: Whether the tokenizer was told to lower-case.
-        source: Where the parts come from.
 
     Raises:
         ValueError: Unknown pooling, or a step that does not fit the embeddings that it gets.
     """
-    steps = with_normalization(steps, normalized)
-    size = output_size(steps, _pooled_size(config, pooling))
-    identity = (config, pooling, is_normalized(steps), max_length, query_prefix, doc_prefix)
+    steps = with_normalization(options.steps, normalized)
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(EncoderOptions)}
+    prefixes = (options.query_prefix, options.doc_prefix)
+    identity = (config, options.pooling, is_normalized(steps), options.max_length, *prefixes)
     if any(not isinstance(step, Normalize) for step in steps):
         identity = (*identity, steps)
     return TextEncoder(
+        **fields | {"steps": steps},
         params=params,
-        encode=_make_encode(family, config, pooling, steps),
+        encode=_make_encode(family, config, options.pooling, steps),
         tokenizer=tokenizer,
-        pad_id=pad_id,
-        max_length=max_length,
-        embedding_size=size,
-        query_prefix=query_prefix,
-        doc_prefix=doc_prefix,
+        embedding_size=output_size(steps, _pooled_size(config, options.pooling)),
         family=family,
         config=config,
-        pooling=pooling,
-        steps=steps,
         normalized=is_normalized(steps),
-        lowercase=lowercase,
-        source=source,
         fingerprint=fingerprint(identity, params, tokenizer),
+    )
+
+
+def fill_params(
+    family: EncoderFamily, config: Any, tensors: Mapping[str, Any], source: str | Path
+) -> Params:
+    """Fills the parameters of an encoder from the tensors of a published file.
+
+    Args:
+        family: Architecture.
+        config: Its sizes.
+        tensors: Tensor name, in any published form, to array.
+        source: Folder they came from, for the messages.
+
+    Raises:
+        ValueError: A tensor is missing, left over, of another shape, or there twice.
+    """
+    _, target = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
+    names: dict[str, str] = {}
+    for name in tensors:
+        if (other := names.setdefault(family.canonical_key(name), name)) != name:
+            raise ValueError(f"{source}: tensors {other} and {name} are the same parameter twice")
+    return apply_key_table(
+        renamed(names, tensors),
+        family.key_table(config),
+        target,
+        ignored=family.ignored_keys,
+        source=source,
     )
 
 
@@ -233,14 +264,8 @@ def with_options(
     Returns:
         An encoder with the same parameters (float32) and the same fingerprint.
     """
-    encode = _make_encode(
-        encoder.family,
-        encoder.config,
-        encoder.pooling,
-        encoder.steps,
-        remat=remat,
-        compute_dtype=compute_dtype,
-    )
+    parts = (encoder.family, encoder.config, encoder.pooling, encoder.steps)
+    encode = _make_encode(*parts, remat=remat, compute_dtype=compute_dtype)
     return dataclasses.replace(encoder, encode=encode)
 
 
@@ -303,22 +328,6 @@ def _make_encode(
         return apply_steps(steps, projection, embeddings)
 
     return make_encode(family, config, concatenated(pooling_modes(pooling)), finish, **options)
-
-
-def _read_params(folder: Path, family: EncoderFamily, config: Any) -> Params:
-    _, target = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
-    tensors = read_safetensors(folder)
-    names: dict[str, str] = {}
-    for name in tensors:
-        if (other := names.setdefault(family.canonical_key(name), name)) != name:
-            raise ValueError(f"{folder}: tensors {other} and {name} are the same parameter twice")
-    return apply_key_table(
-        renamed(names, tensors),
-        family.key_table(config),
-        target,
-        ignored=family.ignored_keys,
-        source=folder,
-    )
 
 
 def _pooling(asked: str | None, recipe: Recipe, family: EncoderFamily, source: str) -> str:

@@ -42,15 +42,14 @@ class LMFamily(NamedTuple):
     parse_config: Callable[[Mapping[str, Any]], Any]  # config.json -> frozen dataclass, ValueError
     format_config: Callable[[Any], dict[str, Any]]  # its inverse: the contents of a config.json
     load_params: "LoadParams"
-    save_params: Callable[[Any, Params], dict[str, np.ndarray]]  # config, params -> named tensors
+    # config, params (layers in one stack or several) -> tensors named as in a Hugging Face folder,
+    # each made when it is read
+    save_params: Callable[[Any, Params], Mapping[str, np.ndarray]]
     token_log_probs: "TokenLogProbs"
     make_decoder: Callable[[Any], Any]  # config -> what `ragjax.generation` calls a Decoder
     layout: Layout  # for `ragjax.models.trainable.split_trainable`
     # Scores several answers behind one reading of a document; None where the family cannot.
     packed_token_log_probs: Callable[..., Array] | None = None
-    # config -> where each tensor goes, so that an export names one layer at a time; None: it takes
-    # all of `save_params` at once.
-    key_table: Callable[[Any], dict[str, KeyRule]] | None = None
     # True: an encoder reads contexts, and a target begins on its own (T5, BART).
     has_encoder: bool = False
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from jax import Array
 from tokenizers import Tokenizer
 
-from ragjax.models.decoder import family as decoder_family
 from ragjax.models.decoder.checkpoint import params_from_gguf
+from ragjax.models.decoder.family import FAMILY as DECODER_FAMILY
 from ragjax.models.families import LMFamily
 from ragjax.models.files.config import fingerprint, parse_sizes, read_config, read_json
 from ragjax.models.files.gguf.model import read_gguf
@@ -24,7 +24,7 @@ from ragjax.models.seq2seq import bart, t5
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: tuple[LMFamily, ...] = (decoder_family.FAMILY, t5.FAMILY, bart.FAMILY)
+FAMILIES: tuple[LMFamily, ...] = (DECODER_FAMILY, t5.FAMILY, bart.FAMILY)
 # Fields of config.json that transformers 5 moves to generation_config.json.
 _MOVED_FIELDS = ("decoder_start_token_id", "forced_bos_token_id")
 
@@ -91,9 +91,7 @@ def load_language_model(
         source: A folder as Hugging Face writes it (`config.json`, safetensors, `tokenizer.json`),
             a `*.gguf` file, a hub id `org/name[@revision]`, or `pip:NAME==VERSION`.
         dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
-        shardings: Where the parameters go, see `ragjax.models.files.placement.sharding_of`; None:
-            the
-            default device.
+        shardings: Where the parameters go, see `sharding_of`; None: the default device.
 
     Returns:
         The language model.
@@ -118,9 +116,17 @@ def build_language_model(
     eos_ids: tuple[int, ...],
     pad_id: int,
     source: str,
-    text_format: TextFormat = PLAIN_TEXT,
 ) -> LanguageModel:
-    """Puts a `LanguageModel` together from its parts; the arguments are its fields."""
+    """Puts a `LanguageModel` together from its parts; the arguments are its fields.
+
+    The special tokens of an encoder-decoder are those that its tokenizer adds; where it adds none,
+    texts end with the first of `eos_ids`.
+    """
+    text_format = PLAIN_TEXT
+    if family.has_encoder:
+        first, last = added_ids(tokenizer)
+        last = last or eos_ids[:1]
+        text_format = TextFormat(last, first, last[0] if last else None)
     return LanguageModel(
         params=params,
         family=family,
@@ -135,36 +141,6 @@ def build_language_model(
         token_log_probs=functools.partial(family.token_log_probs, config),
         decoder=family.make_decoder(config),
         text_format=text_format,
-    )
-
-
-def build_encoder_decoder(
-    family: LMFamily,
-    config: Any,
-    params: dict[str, Any],
-    tokenizer: Tokenizer,
-    *,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    source: str,
-) -> LanguageModel:
-    """Puts an encoder-decoder together; its special tokens are those that its tokenizer adds.
-
-    Without a post-processor in the tokenizer, texts end with the first of `eos_ids`. The other
-    arguments are as in `build_language_model`.
-    """
-    first, last = added_ids(tokenizer)
-    last = last or eos_ids[:1]
-    return build_language_model(
-        family,
-        config,
-        params,
-        tokenizer,
-        bos_id=first[0] if first else None,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        source=source,
-        text_format=TextFormat(last, first, last[0] if last else None),
     )
 
 
@@ -186,7 +162,7 @@ def _load_gguf(path: Path, source: str) -> LanguageModel:
         pad_id = model.eos_ids[0] if model.eos_ids else 0
         _warn_of_chosen_pad(source, model.tokenizer.id_to_token(pad_id))
     return build_language_model(
-        decoder_family.FAMILY,
+        DECODER_FAMILY,
         model.config,
         params,
         model.tokenizer,
@@ -208,20 +184,14 @@ def _load_folder(folder: Path, source: str) -> LanguageModel:
     pad = choose_pad_token(tokenizer, folder, settings)
     if not pad.declared:
         _warn_of_chosen_pad(source, pad.token)
-    params = family.load_params(config, read_safetensors(folder), source=folder)
-    eos_ids = _eos_ids(folder, settings)
-    if family.has_encoder:
-        return build_encoder_decoder(
-            family, config, params, tokenizer, eos_ids=eos_ids, pad_id=pad.id, source=source
-        )
     first, _ = added_ids(tokenizer)
     return build_language_model(
         family,
         config,
-        params,
+        family.load_params(config, read_safetensors(folder), source=folder),
         tokenizer,
         bos_id=first[0] if first else None,
-        eos_ids=eos_ids,
+        eos_ids=_eos_ids(folder, settings),
         pad_id=pad.id,
         source=source,
     )

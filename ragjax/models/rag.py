@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from tokenizers import Tokenizer
 
-from ragjax.models.encoder import TextEncoder, build_encoder
+from ragjax.models.encoder import EncoderOptions, TextEncoder, build_encoder, fill_params
 from ragjax.models.encoders import dpr
 from ragjax.models.files.config import parse_sizes, read_config
-from ragjax.models.files.key_table import apply_key_table, read_safetensors, renamed
+from ragjax.models.files.key_table import read_safetensors, renamed
 from ragjax.models.files.sources import resolve_source
 from ragjax.models.files.tokenizers import choose_pad_token, load_tokenizer
-from ragjax.models.language_model import LanguageModel, added_ids, build_encoder_decoder
-from ragjax.models.layers.stacks import abstract
+from ragjax.models.language_model import LanguageModel, added_ids, build_language_model
 from ragjax.models.seq2seq import bart, t5
 
 _QUESTION_ENCODER, _GENERATOR = "question_encoder.", "generator."
@@ -35,7 +33,7 @@ _FAMILIES = (bart.FAMILY, t5.FAMILY)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RagConfig:
+class RagCheckpointConfig:
     """How the two models were trained together.
 
     Attributes:
@@ -75,16 +73,15 @@ class RagModel:
 
     query_encoder: TextEncoder
     language_model: LanguageModel
-    config: RagConfig
+    config: RagCheckpointConfig
 
 
 def load_rag(source: str) -> RagModel:
     """Loads a RAG checkpoint as Hugging Face writes it.
 
     Args:
-        source: Any source of `ragjax.models.files.sources.resolve_source`: a folder with
-            `config.json` of
-            model type `rag`, safetensors, and the tokenizers in `question_encoder_tokenizer` and
+        source: Any source of `ragjax.models.resolve_source`: a folder with `config.json` of model
+            type `rag`, safetensors, and the tokenizers in `question_encoder_tokenizer` and
             `generator_tokenizer`.
 
     Returns:
@@ -112,7 +109,7 @@ def load_rag(source: str) -> RagModel:
         language_model=_load_generator(
             generator, renamed(names[_GENERATOR], tensors), folder, source
         ),
-        config=_read_rag_config(settings, path),
+        config=_read_config(settings, path),
     )
 
 
@@ -150,26 +147,15 @@ def _load_query_encoder(
     # Some files name the class that they were made from.
     settings = settings | {"architectures": ["DPRQuestionEncoder"]}
     config = parse_sizes(family.parse_config, settings, folder / "config.json")
-    _, target = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
-    names = {family.canonical_key(name): name for name in tensors}
     tokenizer = _load_tokenizer(place, "DPRQuestionEncoderTokenizer", config.vocab_size)
-    return build_encoder(
-        family,
-        config,
-        apply_key_table(
-            renamed(names, tensors),
-            family.key_table(config),
-            target,
-            ignored=family.ignored_keys,
-            source=folder,
-        ),
-        tokenizer,
+    options = EncoderOptions(
         pad_id=choose_pad_token(tokenizer, place, settings).id,
         pooling=family.default_pooling,
-        normalized=False,
         max_length=config.max_positions,
         source=source,
     )
+    params = fill_params(family, config, tensors, folder)
+    return build_encoder(family, config, params, tokenizer, options)
 
 
 def _load_generator(
@@ -182,13 +168,15 @@ def _load_generator(
     place = folder / "generator_tokenizer"
     converter = {"bart": "BartTokenizer", "t5": "T5Tokenizer"}[settings["model_type"]]
     tokenizer = _load_tokenizer(place, converter, config.vocab_size)
+    first, last = added_ids(tokenizer)
     end = settings.get("eos_token_id")
-    return build_encoder_decoder(
+    return build_language_model(
         family,
         config,
         family.load_params(config, tensors, source=folder),
         tokenizer,
-        eos_ids=added_ids(tokenizer)[1] if end is None else (int(end),),
+        bos_id=first[0] if first else None,
+        eos_ids=last if end is None else (int(end),),
         pad_id=choose_pad_token(tokenizer, place, settings).id,
         source=source,
     )
@@ -221,7 +209,7 @@ def _load_tokenizer(folder: Path, converter: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _read_rag_config(settings: Mapping[str, Any], path: Path) -> RagConfig:
+def _read_config(settings: Mapping[str, Any], path: Path) -> RagCheckpointConfig:
     kinds: dict[str, type] = {
         "n_docs": int, "title_sep": str, "doc_sep": str, "prefix": str, "max_combined_length": int,
     }  # fmt: skip
@@ -231,9 +219,9 @@ def _read_rag_config(settings: Mapping[str, Any], path: Path) -> RagConfig:
             raise ValueError(
                 f"{path}: {name} must be of type {kinds[name].__name__}, got {value!r}"
             )
-    default = RagConfig()
+    default = RagCheckpointConfig()
     architectures = settings.get("architectures") or [""]
-    return RagConfig(
+    return RagCheckpointConfig(
         num_documents=given.get("n_docs", default.num_documents),
         title_separator=given.get("title_sep", default.title_separator),
         document_separator=given.get("doc_sep", default.document_separator),

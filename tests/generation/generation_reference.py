@@ -58,13 +58,15 @@ class Scorer:
         return jax.nn.log_softmax(read.logits[0])
 
     def _encoder_decoder(self, ids, mask, after, count):
+        from ragjax.models.layers.vocabulary import logits
         from ragjax.models.seq2seq import model as seq2seq
 
         config, params = self.model.config, self.model.params
         read = seq2seq.shift_right(config, jax.numpy.pad(after, ((0, 0), (0, 1))))
-        memory = seq2seq.remember(config, params, seq2seq.encode(config, params, ids, mask))
-        hidden, *_ = seq2seq.decode(config, params, read, memory=memory, memory_mask=mask)
-        return jax.nn.log_softmax(seq2seq.logits(params, hidden[0, count]))
+        context = seq2seq.Memory(seq2seq.encode(config, params, ids, mask), mask)
+        memory = seq2seq.remember(config, params, context)
+        hidden, *_ = seq2seq.decode(config, params, read, memory=memory)
+        return jax.nn.log_softmax(logits(params, hidden[0, count]))
 
 
 def mixture(scorer, prompts, weights):

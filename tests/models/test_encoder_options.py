@@ -10,7 +10,7 @@ import pytest
 from encoder_folders import edit_json, embed, tokenize
 
 from ragjax.models import Tokens, load_encoder
-from ragjax.models.encoder import build_encoder, make_encode, with_options
+from ragjax.models.encoder import EncoderOptions, build_encoder, make_encode, with_options
 from ragjax.models.export.dpr_as_bert import as_bert
 from ragjax.models.layers.pooling import cls_pool
 from ragjax.models.testing import tiny_encoder
@@ -107,10 +107,10 @@ def test_a_dpr_tower_becomes_a_bert_with_a_dense_layer(projected):
     if not projected:
         config = dataclasses.replace(encoder.config, projection_size=0)
         params = random_params(encoder.family, config, 1)
+        options = EncoderOptions(pad_id=0, pooling="cls", max_length=9, source="x")
         encoder = build_encoder(
-            encoder.family, config, params, encoder.tokenizer,
-            pad_id=0, pooling="cls", normalized=True, max_length=9, source="x",
-        )  # fmt: skip
+            encoder.family, config, params, encoder.tokenizer, options, normalized=True
+        )
     plain = as_bert(encoder)
     assert plain.family.model_types == ("bert",) and ("projection" in plain.params) == projected
     np.testing.assert_allclose(embed(plain, TEXTS), embed(encoder, TEXTS), atol=1e-5)

@@ -11,7 +11,7 @@ from seq2seq_reference import right_padded
 
 from ragjax import losses
 from ragjax.models.inputs import LMBatch, Tokens
-from ragjax.models.rag import RagConfig, load_rag
+from ragjax.models.rag import RagCheckpointConfig, load_rag
 from ragjax.models.testing.seq2seq import tiny_seq2seq_tokenizer
 
 QUESTIONS, DOCS, SLOTS, TOKENS, VOCAB = 2, 3, 8, 4, 259
@@ -162,7 +162,9 @@ def test_the_parts_are_complete_models(folder):
     assert rag.language_model.eos_ids == (2,)  # as the generator's configuration says
     assert rag.query_encoder.pooling == "cls" and not rag.query_encoder.normalized
     assert rag.query_encoder.max_length == 32
-    assert rag.config == RagConfig(num_documents=DOCS, architecture="RagTokenForGeneration")
+    assert rag.config == RagCheckpointConfig(
+        num_documents=DOCS, architecture="RagTokenForGeneration"
+    )
 
 
 def copy_of(folder, tmp_path, *, settings=None, tensors=None):

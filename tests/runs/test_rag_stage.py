@@ -10,7 +10,7 @@ import pytest
 
 from ragjax.data import Question
 from ragjax.index import SearchResult
-from ragjax.models.testing.seq2seq import write_tiny_seq2seq
+from ragjax.models.testing import write_tiny_language_model
 from ragjax.models.trainable import merge_trainable, split_trainable
 from ragjax.runs.compare import systems as systems_module
 from ragjax.runs.compare.dev import Side, evaluate_dev, marginal_nll
@@ -426,7 +426,7 @@ def test_a_frozen_retriever_keeps_its_bits_and_dense_candidates_are_others(
 @pytest.fixture(scope="module")
 def t5(tiny_inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
-    write_tiny_seq2seq(folder / "lm")
+    write_tiny_language_model(folder / "lm", family="t5")
     config = make_config(tiny_inputs | {"lm": str(folder / "lm")}, folder)
     return config, open_for(config, folder)
 

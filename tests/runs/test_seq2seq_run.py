@@ -7,7 +7,7 @@ import pytest
 from test_adapt import run
 from test_teacher import plain_score, some_candidates
 
-from ragjax.models.testing.seq2seq import write_tiny_seq2seq
+from ragjax.models.testing import write_tiny_language_model
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.options.shared import DataConfig
 from ragjax.runs.teacher import score_candidates
@@ -19,7 +19,7 @@ from ragjax.training.score_cache import ResultCache, Score
 @pytest.fixture(scope="module")
 def t5_inputs(tiny_inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
-    write_tiny_seq2seq(folder)
+    write_tiny_language_model(folder, family="t5")
     return tiny_inputs | {"lm": str(folder)}
 
 

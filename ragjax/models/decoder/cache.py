@@ -13,7 +13,9 @@ from jax import Array, lax
 
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.layers import KeyValues
-from ragjax.models.decoder.model import causal, logits, mask_positions, run_layers
+from ragjax.models.decoder.model import causal, mask_positions, run_layers
+from ragjax.models.inputs import check_prompts
+from ragjax.models.layers.vocabulary import logits
 
 
 class KVCache(NamedTuple):
@@ -49,29 +51,96 @@ class CachedDecoder:
     def prefill(
         self, params: dict[str, Any], ids: Array, mask: Array, *, cache_length: int
     ) -> Prefilled:
-        """See `prefill`."""
-        return prefill(self.config, params, ids, mask, cache_length=cache_length)
+        """Reads the prompts and returns the logits of the token that follows each.
+
+        Args:
+            params: Parameters.
+            ids: `[R, L]` int32, left-padded.
+            mask: `[R, L]` bool, True = real token.
+            cache_length: Slots C of the cache: L plus the number of tokens to append.
+
+        Returns:
+            Logits `[R, V]` and the cache.
+
+        Raises:
+            ValueError: The cache is shorter than the prompt, or the shapes differ.
+        """
+        check_prompts(ids, mask, cache_length)
+        free = cache_length - ids.shape[1]
+        hidden, new = run_layers(
+            self.config, params, ids, positions=mask_positions(mask), allowed=causal(mask)
+        )
+
+        def lengthen(leaf: Array, axis: int) -> Array:
+            return jnp.pad(leaf, [(0, free * (place == axis)) for place in range(leaf.ndim)])
+
+        cache = KVCache(
+            keys_values=jax.tree.map(lengthen, new, _SLOTS),
+            mask=jnp.pad(mask, ((0, 0), (0, free))),
+            positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
+            length=jnp.asarray(ids.shape[1], jnp.int32),
+        )
+        return Prefilled(logits(params, hidden[:, -1]), cache)
 
     def decode_step(self, params: dict[str, Any], cache: KVCache, token_ids: Array) -> Prefilled:
-        """See `decode_step`."""
-        return decode_step(self.config, params, cache, token_ids)
+        """Appends one token to every row.
+
+        The caller keeps the number of appended tokens within the cache's free slots: beyond it the
+        last slot is overwritten, as a traced length cannot be checked.
+
+        Args:
+            params: Parameters.
+            cache: What came before.
+            token_ids: `[R]` int32.
+
+        Returns:
+            Logits `[R, V]` of the next token, and the cache with the token appended.
+        """
+        appended = jnp.ones((token_ids.shape[0], 1), bool)
+        hidden, new = self._extend(params, cache, token_ids[:, None], appended)
+
+        def append(old: Array, leaf: Array, axis: int) -> Array:
+            return lax.dynamic_update_slice_in_dim(old, leaf, cache.length, axis=axis)
+
+        cache = KVCache(
+            keys_values=jax.tree.map(append, cache.keys_values, new, _SLOTS),
+            mask=append(cache.mask, appended, 1),
+            positions=cache.positions + 1,
+            length=cache.length + 1,
+        )
+        return Prefilled(logits(params, hidden[:, 0]), cache)
 
     def score(
         self, params: dict[str, Any], prefilled: Prefilled, target_ids: Array, target_mask: Array
     ) -> Array:
-        """See `score_with_cache`."""
-        cache, first_logits = prefilled.cache, prefilled.logits
-        return score_with_cache(self.config, params, cache, first_logits, target_ids, target_mask)
+        """Scores target tokens after prompts that have been read; equals `token_log_probs`.
+
+        Args:
+            params: Parameters.
+            prefilled: From `prefill`; not changed.
+            target_ids: `[R, T]` int32, right-padded.
+            target_mask: `[R, T]` bool, True = token counts.
+
+        Returns:
+            `[R, T]` float32 log-probabilities in nats, 0 where masked.
+        """
+        scores = prefilled.logits[:, None]
+        if target_ids.shape[1] > 1:
+            hidden, _ = self._extend(
+                params, prefilled.cache, target_ids[:, :-1], target_mask[:, :-1]
+            )
+            scores = jnp.concatenate([scores, logits(params, hidden)], axis=1)
+        log_probs = jax.nn.log_softmax(scores, axis=-1)
+        chosen = jnp.take_along_axis(log_probs, target_ids[:, :, None], axis=-1)[:, :, 0]
+        return jnp.where(target_mask, chosen, 0.0)
 
     def repeat(self, cache: KVCache, times: int) -> KVCache:
         """Copies each row: row r becomes the rows from r * times to (r + 1) * times - 1."""
         return KVCache(
-            keys_values=jax.tree.map(
-                lambda leaf: jnp.repeat(leaf, times, axis=1), cache.keys_values
-            ),
-            mask=jnp.repeat(cache.mask, times, axis=0),
-            positions=jnp.repeat(cache.positions, times),
-            length=cache.length,
+            jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=1), cache.keys_values),
+            jnp.repeat(cache.mask, times, axis=0),
+            jnp.repeat(cache.positions, times),
+            cache.length,
         )
 
     def reorder(self, cache: KVCache, rows: Array, *, prompt_slots: int) -> KVCache:
@@ -92,122 +161,17 @@ class CachedDecoder:
 
         return cache._replace(keys_values=jax.tree.map(exchange, cache.keys_values, _SLOTS))
 
-
-def prefill(
-    config: DecoderConfig, params: dict[str, Any], ids: Array, mask: Array, *, cache_length: int
-) -> Prefilled:
-    """Reads the prompts and returns the logits of the token that follows each.
-
-    Args:
-        config: Sizes.
-        params: Parameters.
-        ids: `[R, L]` int32, left-padded.
-        mask: `[R, L]` bool, True = real token.
-        cache_length: Slots C of the cache: L plus the number of tokens to append.
-
-    Returns:
-        Logits `[R, V]` and the cache.
-
-    Raises:
-        ValueError: The cache is shorter than the prompt, or the shapes differ.
-    """
-    if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] < 1:
-        raise ValueError(f"ids and mask must both be [R, L >= 1], got {ids.shape} and {mask.shape}")
-    length = ids.shape[1]
-    if cache_length < length:
-        raise ValueError(f"cache_length={cache_length} is shorter than the prompts ({length})")
-    positions = mask_positions(mask)
-    hidden, new = run_layers(config, params, ids, positions=positions, allowed=causal(mask))
-    free = cache_length - length
-
-    def lengthen(leaf: Array, axis: int) -> Array:
-        return jnp.pad(leaf, [(0, free * (place == axis)) for place in range(leaf.ndim)])
-
-    cache = KVCache(
-        keys_values=jax.tree.map(lengthen, new, _SLOTS),
-        mask=jnp.pad(mask, ((0, 0), (0, free))),
-        positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
-        length=jnp.asarray(length, jnp.int32),
-    )
-    return Prefilled(logits(params, hidden[:, -1]), cache)
-
-
-def decode_step(
-    config: DecoderConfig, params: dict[str, Any], cache: KVCache, token_ids: Array
-) -> Prefilled:
-    """Appends one token to every row.
-
-    The caller keeps the number of appended tokens within the cache's free slots: beyond it the
-    last slot is overwritten, as a traced length cannot be checked.
-
-    Args:
-        config: Sizes.
-        params: Parameters.
-        cache: What came before.
-        token_ids: `[R]` int32.
-
-    Returns:
-        Logits `[R, V]` of the next token, and the cache with the token appended.
-    """
-    appended = jnp.ones((token_ids.shape[0], 1), bool)
-    hidden, new = _extend(config, params, cache, token_ids[:, None], appended)
-    slot = cache.length
-    cache = KVCache(
-        keys_values=jax.tree.map(
-            lambda old, leaf, axis: lax.dynamic_update_slice_in_dim(old, leaf, slot, axis=axis),
-            cache.keys_values,
-            new,
-            _SLOTS,
-        ),
-        mask=lax.dynamic_update_slice_in_dim(cache.mask, appended, slot, axis=1),
-        positions=cache.positions + 1,
-        length=slot + 1,
-    )
-    return Prefilled(logits(params, hidden[:, 0]), cache)
-
-
-def score_with_cache(
-    config: DecoderConfig,
-    params: dict[str, Any],
-    cache: KVCache,
-    first_logits: Array,
-    target_ids: Array,
-    target_mask: Array,
-) -> Array:
-    """Scores target tokens after a prompt that has been read; equals `token_log_probs`.
-
-    Args:
-        config: Sizes.
-        params: Parameters.
-        cache: Of the prompts; not changed.
-        first_logits: `[R, V]`, the logits that came with the cache.
-        target_ids: `[R, T]` int32, right-padded.
-        target_mask: `[R, T]` bool, True = token counts.
-
-    Returns:
-        `[R, T]` float32 log-probabilities in nats, 0 where masked.
-    """
-    scores = first_logits[:, None]
-    if target_ids.shape[1] > 1:
-        hidden, _ = _extend(config, params, cache, target_ids[:, :-1], target_mask[:, :-1])
-        scores = jnp.concatenate([scores, logits(params, hidden)], axis=1)
-    log_probs = jax.nn.log_softmax(scores, axis=-1)
-    chosen = jnp.take_along_axis(log_probs, target_ids[:, :, None], axis=-1)[:, :, 0]
-    return jnp.where(target_mask, chosen, 0.0)
-
-
-def _extend(
-    config: DecoderConfig, params: dict[str, Any], cache: KVCache, ids: Array, mask: Array
-) -> tuple[Array, KeyValues]:
-    """Runs the layers over new tokens `[R, T]` that follow those of the cache."""
-    rows, slots = ids.shape
-    before = jnp.broadcast_to(cache.mask[:, None, :], (rows, slots, cache.mask.shape[1]))
-    return run_layers(
-        config,
-        params,
-        ids,
-        positions=cache.positions[:, None] + mask_positions(mask),
-        allowed=jnp.concatenate([before, causal(mask)], axis=2),
-        past=cache.keys_values,
-        past_positions=mask_positions(cache.mask),
-    )
+    def _extend(
+        self, params: dict[str, Any], cache: KVCache, ids: Array, mask: Array
+    ) -> tuple[Array, KeyValues]:
+        """Runs the layers over new tokens `[R, T]` that follow those of the cache."""
+        before = jnp.broadcast_to(cache.mask[:, None, :], (*ids.shape, cache.mask.shape[1]))
+        return run_layers(
+            self.config,
+            params,
+            ids,
+            positions=cache.positions[:, None] + mask_positions(mask),
+            allowed=jnp.concatenate([before, causal(mask)], axis=2),
+            past=cache.keys_values,
+            past_positions=mask_positions(cache.mask),
+        )

@@ -11,7 +11,6 @@ import numpy as np
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.model import init_params
 from ragjax.models.files.key_table import KeyRule, apply_key_table, named_tensors, transpose
-from ragjax.models.trainable import join_layers
 
 # Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
 _LINEAR = {
@@ -117,7 +116,9 @@ def params_from_gguf(
     return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
 
 
-def params_to_huggingface(config: DecoderConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+def params_to_huggingface(
+    config: DecoderConfig, params: dict[str, Any]
+) -> Mapping[str, np.ndarray]:
     """Names the parameters as a Hugging Face folder does: the inverse of the loader.
 
     Args:
@@ -125,9 +126,9 @@ def params_to_huggingface(config: DecoderConfig, params: dict[str, Any]) -> dict
         params: Parameters; the layers in one stack or several.
 
     Returns:
-        Tensor name to contiguous float array, ready for `safetensors.numpy.save_file`.
+        Tensor name to contiguous float array, see `named_tensors`.
     """
-    return named_tensors(join_layers(params), huggingface_key_table(config))
+    return named_tensors(params, huggingface_key_table(config))
 
 
 def huggingface_key_table(config: DecoderConfig) -> dict[str, KeyRule]:

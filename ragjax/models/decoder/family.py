@@ -1,17 +1,13 @@
 """Causal decoders as a family: what loading, training, generation and export need of them."""
 
-from ragjax.models.decoder import model as decoder
 from ragjax.models.decoder.cache import CachedDecoder
-from ragjax.models.decoder.checkpoint import (
-    huggingface_key_table,
-    params_from_huggingface,
-    params_to_huggingface,
-)
+from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
 from ragjax.models.decoder.config import (
     MODEL_TYPES,
     format_huggingface_config,
     parse_huggingface_config,
 )
+from ragjax.models.decoder.model import packed_token_log_probs, token_log_probs
 from ragjax.models.families import LMFamily
 from ragjax.models.trainable import DECODER
 
@@ -21,9 +17,8 @@ FAMILY = LMFamily(
     format_config=format_huggingface_config,
     load_params=params_from_huggingface,
     save_params=params_to_huggingface,
-    token_log_probs=decoder.token_log_probs,
+    token_log_probs=token_log_probs,
     make_decoder=CachedDecoder,
     layout=DECODER,
-    packed_token_log_probs=decoder.packed_token_log_probs,
-    key_table=huggingface_key_table,
+    packed_token_log_probs=packed_token_log_probs,
 )

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.layers.attention import attend
 from ragjax.models.layers.linear import Linear
+from ragjax.models.layers.norms import RMSNorm
 from ragjax.models.layers.rotary import Rotary, rotate
 
 # Finite, so that a slot that may attend to nothing yields numbers (which a mask then drops)
@@ -29,32 +30,6 @@ class KeyValues(NamedTuple):
     # step took two thirds of the time of the other order (32 rows, 202 slots, two CPU cores).
     keys: Array  # [R, kv_heads, D, S]
     values: Array  # [R, kv_heads, S, D]
-
-
-class RMSNorm(nnx.Module):
-    """Scales each vector to unit root mean square, then by a learned weight."""
-
-    def __init__(self, size: int, *, epsilon: float, offset: float = 0.0) -> None:
-        """Creates a unit scale of `size` entries.
-
-        Args:
-            size: Entries of the last axis.
-            epsilon: Added to the mean square before the root.
-            offset: Added to the stored scale. Gemma stores scale - 1, and so do the parameters
-                here: bfloat16 holds a small weight more finely than 1 + weight, weight decay pulls
-                towards the same scale as in its training, and a checkpoint comes back bit by bit.
-        """
-        self.scale = nnx.Param(jnp.full(size, 1.0 - offset, jnp.float32))
-        self.epsilon = epsilon
-        self.offset = offset
-
-    def __call__(self, hidden: Array) -> Array:
-        """Normalises the last axis, in float32."""
-        wide = hidden.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        scale = self.scale[...].astype(jnp.float32) + self.offset
-        normalised = wide * lax.rsqrt(mean_square + self.epsilon) * _expand(scale, wide.ndim)
-        return normalised.astype(hidden.dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -148,7 +123,3 @@ def _attend_with_past(
         )
     )
     return (earlier + current).reshape(rows, heads, slots, width).swapaxes(1, 2)
-
-
-def _expand(vector: Array, ndim: int) -> Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)

@@ -26,16 +26,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
-from ragjax.losses import chunked_token_log_probs
 from ragjax.models.decoder.config import DecoderConfig
-from ragjax.models.decoder.layers import DecoderLayer, KeyValues, RMSNorm
+from ragjax.models.decoder.layers import DecoderLayer, KeyValues
 from ragjax.models.decoder.packing import PackedBatch
-from ragjax.models.inputs import LMBatch
+from ragjax.models.inputs import LMBatch, check_batch
 from ragjax.models.layers import stacks
+from ragjax.models.layers.norms import RMSNorm
 from ragjax.models.layers.rotary import Rotary, rotary_angles
 from ragjax.models.layers.stacks import over_stacks
+from ragjax.models.layers.vocabulary import score
 
 
 def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def token_log_probs(
     Gradients:
         With respect to `params`; a row whose context is empty still has a finite gradient.
     """
-    _check_batch(batch)
+    check_batch(batch)
     context_length = batch.context_ids.shape[1]
     ids = jnp.concatenate([batch.context_ids, batch.target_ids[:, :-1]], axis=1)
     mask = jnp.concatenate([batch.context_mask, batch.target_mask[:, :-1]], axis=1)
@@ -95,7 +96,7 @@ def token_log_probs(
         config, params, ids, positions=mask_positions(mask), allowed=causal(mask), remat=remat
     )
     predictors = hidden[:, context_length - 1 :]
-    return _target_log_probs(params, predictors, batch.target_ids, batch.target_mask)
+    return score(params, predictors, batch.target_ids, batch.target_mask)
 
 
 def packed_token_log_probs(
@@ -123,7 +124,7 @@ def packed_token_log_probs(
         remat=remat,
     )
     hidden = jnp.take_along_axis(hidden, batch.predictors[:, :, None], axis=1)
-    return _target_log_probs(params, hidden, batch.target_ids, batch.target_mask)
+    return score(params, hidden, batch.target_ids, batch.target_mask)
 
 
 def run_layers(
@@ -169,23 +170,6 @@ def run_layers(
         apply_layer, _embed(config, params, ids), params["layers"], (past, flags), remat=remat
     )
     return _rms_norm(config, params["final_norm"], hidden), new
-
-
-def logits(params: dict[str, Any], hidden: Array) -> Array:
-    """Multiplies hidden states `[..., H]` by the unembedding.
-
-    Args:
-        params: Parameters; without "unembed" the embedding table is used (tied).
-        hidden: `[..., H]`, as `run_layers` returns it.
-
-    Returns:
-        `[..., V]` float32.
-    """
-    if "unembed" in params:
-        return jnp.matmul(hidden, params["unembed"]["kernel"], preferred_element_type=jnp.float32)
-    contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
-    table = params["embed"]["embedding"]
-    return lax.dot_general(hidden, table, contracted, preferred_element_type=jnp.float32)
 
 
 def mask_positions(mask: Array) -> Array:
@@ -261,38 +245,13 @@ def _packed_attention(segments: Array) -> Array:
     return causal(segments > 0) & ((key == query) | (key == 1))
 
 
-def _target_log_probs(
-    params: dict[str, Any], hidden: Array, target_ids: Array, mask: Array
-) -> Array:
-    """Returns log p(target) `[R, T]` from the hidden states `[R, T, H]` that predict them."""
-    table = params["unembed"]["kernel"].T if "unembed" in params else params["embed"]["embedding"]
-    return chunked_token_log_probs(hidden, table, target_ids, mask=mask)
-
-
 def _rms_norm(config: DecoderConfig, norm_params: dict[str, Any], hidden: Array) -> Array:
-    graphdef, _ = stacks.abstract(
-        lambda: RMSNorm(
-            config.hidden_size, epsilon=config.rms_norm_eps, offset=config.family.norm_offset
-        )
+    make_norm = functools.partial(
+        RMSNorm, config.hidden_size, epsilon=config.rms_norm_eps, offset=config.family.norm_offset
     )
-    return stacks.merge(graphdef, norm_params)(hidden)
+    return stacks.apply(make_norm, norm_params, hidden)
 
 
 @functools.lru_cache
 def _layer_structure(config: DecoderConfig) -> Any:
     return stacks.abstract(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))[0]
-
-
-def _check_batch(batch: LMBatch) -> None:
-    for name in ("context", "target"):
-        ids, mask = getattr(batch, f"{name}_ids"), getattr(batch, f"{name}_mask")
-        if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] < 1:
-            raise ValueError(
-                f"{name}_ids and {name}_mask must both have one shape [rows, length >= 1], got "
-                f"{ids.shape} and {mask.shape}"
-            )
-    if batch.context_ids.shape[0] != batch.target_ids.shape[0]:
-        raise ValueError(
-            f"as many contexts as targets are needed, got {batch.context_ids.shape[0]} and "
-            f"{batch.target_ids.shape[0]} rows"
-        )

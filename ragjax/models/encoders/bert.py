@@ -12,11 +12,12 @@ from flax import nnx
 from jax import Array
 
 from ragjax.models.families import EncoderFamily
-from ragjax.models.files.config import MAX_LAYERS, integer_field
+from ragjax.models.files.config import integer_field, number_field, read_sizes, write_fields
 from ragjax.models.files.key_table import KeyRule, transpose
 from ragjax.models.inputs import Tokens
 from ragjax.models.layers.attention import attend
 from ragjax.models.layers.linear import Linear
+from ragjax.models.layers.norms import layer_norm
 from ragjax.models.layers.stacks import count_layers, scan_layers, split_last, stacked
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -26,8 +27,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-
-
+# Size: field of config.json.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
 # Tokens of a batch, per layer, from which `Bert.first_hidden` saves more time than it costs: D^2
 # parameters take as long to copy as their products with about 50 tokens on two CPU cores.
 _TOKENS_PER_LAYER = 64
@@ -75,12 +83,7 @@ def parse_config(config: Mapping[str, Any]) -> BertConfig:
     if config.get("is_decoder"):
         raise ValueError("is_decoder is true: a decoder is not a text encoder")
     return BertConfig(
-        vocab_size=integer_field(config, "vocab_size"),
-        hidden_size=integer_field(config, "hidden_size"),
-        num_layers=integer_field(config, "num_hidden_layers", most=MAX_LAYERS),
-        num_heads=integer_field(config, "num_attention_heads"),
-        intermediate_size=integer_field(config, "intermediate_size"),
-        max_positions=integer_field(config, "max_position_embeddings"),
+        **read_sizes(config, SIZES),
         type_vocab_size=integer_field(config, "type_vocab_size"),
         layer_norm_eps=number_field(config, "layer_norm_eps", 1e-12),
         activation=str(config.get("hidden_act", "gelu")),
@@ -92,12 +95,7 @@ def format_config(config: BertConfig) -> dict[str, Any]:
     return {
         "model_type": "bert",
         "architectures": ["BertModel"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(config, SIZES),
         "type_vocab_size": config.type_vocab_size,
         "layer_norm_eps": config.layer_norm_eps,
         "hidden_act": config.activation,
@@ -298,17 +296,7 @@ def canonical_key(name: str) -> str:
 
 
 def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels: it loses digits where the mean is large.
-    epsilon = config.layer_norm_eps
-    return nnx.LayerNorm(config.hidden_size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
-
-
-def number_field(config: Mapping[str, Any], field: str, default: float) -> float:
-    """Returns a positive number from a `config.json`; ValueError where it is none."""
-    value = config.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise ValueError(f"{field} must be a positive number, got {value!r}")
-    return float(value)
+    return layer_norm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
 
 
 FAMILY = EncoderFamily(

@@ -15,6 +15,7 @@ from jax import Array
 from ragjax.models.encoders import bert
 from ragjax.models.encoders.bert import Bert, BertConfig
 from ragjax.models.families import EncoderFamily
+from ragjax.models.files.config import integer_field
 from ragjax.models.files.key_table import KeyRule, transpose
 from ragjax.models.inputs import Tokens
 from ragjax.models.layers.linear import Linear
@@ -79,7 +80,7 @@ def parse_config(config: Mapping[str, Any]) -> DprConfig:
     return DprConfig(
         **dataclasses.asdict(bert.parse_config(config)),
         tower=towers[0],
-        projection_size=bert.integer_field(config, "projection_dim") if projected else 0,
+        projection_size=integer_field(config, "projection_dim") if projected else 0,
     )
 
 

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ragjax.models.encoders.bert import ACTIVATIONS, number_field
+from ragjax.models.encoders.bert import ACTIVATIONS, SIZES
 from ragjax.models.families import EncoderFamily
-from ragjax.models.files.config import MAX_LAYERS, integer_field
+from ragjax.models.files.config import integer_field, number_field, read_sizes, write_fields
 from ragjax.models.files.key_table import KeyRule, transpose
 from ragjax.models.inputs import Tokens
 from ragjax.models.layers.attention import attend
 from ragjax.models.layers.linear import Linear
+from ragjax.models.layers.norms import layer_norm
 from ragjax.models.layers.stacks import scan_layers, stacked
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
+_EVERY = "global_attn_every_n_layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +74,10 @@ def parse_config(config: Mapping[str, Any]) -> ModernBertConfig:
     Raises:
         ValueError: A field is missing, is not of its type, or asks for what is not supported.
     """
-    num_layers = integer_field(config, "num_hidden_layers", most=MAX_LAYERS)
+    sizes = read_sizes(config, SIZES)
     return ModernBertConfig(
-        vocab_size=integer_field(config, "vocab_size"),
-        hidden_size=integer_field(config, "hidden_size"),
-        num_layers=num_layers,
-        num_heads=integer_field(config, "num_attention_heads"),
-        intermediate_size=integer_field(config, "intermediate_size"),
-        max_positions=integer_field(config, "max_position_embeddings"),
-        global_layers=_global_layers(config, num_layers),
+        **sizes,
+        global_layers=_global_layers(config, sizes["num_layers"]),
         local_attention=integer_field({"local_attention": 128, **config}, "local_attention"),
         global_theta=_theta(config, _GLOBAL, "global_rope_theta", 160_000.0),
         local_theta=_theta(config, _LOCAL, "local_rope_theta", 10_000.0),
@@ -102,12 +99,7 @@ def format_config(config: ModernBertConfig) -> dict[str, Any]:
     return {
         "model_type": "modernbert",
         "architectures": ["ModernBertModel"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(config, SIZES),
         "layer_types": [_GLOBAL if full else _LOCAL for full in config.global_layers],
         "global_attn_every_n_layers": every,
         "local_attention": config.local_attention,
@@ -299,13 +291,8 @@ def _window(length: int, reach: int) -> Array:
 
 
 def _layer_norm(config: ModernBertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels: it loses digits where the mean is large.
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.norm_eps,
-        use_bias=config.norm_bias,
-        use_fast_variance=False,
-        rngs=rngs,
+    return layer_norm(
+        config.hidden_size, epsilon=config.norm_eps, use_bias=config.norm_bias, rngs=rngs
     )
 
 
@@ -339,14 +326,11 @@ def key_table(config: ModernBertConfig) -> dict[str, KeyRule]:
 def _global_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     types = config.get("layer_types")
     if types is None:
-        every = integer_field({"global_attn_every_n_layers": 3, **config}, _EVERY)
+        every = integer_field({_EVERY: 3, **config}, _EVERY)
         return tuple(layer % every == 0 for layer in range(num_layers))
     if not isinstance(types, list) or any(kind not in (_GLOBAL, _LOCAL) for kind in types):
         raise ValueError(f"layer_types must be a list of {_GLOBAL!r} and {_LOCAL!r}, got {types!r}")
     return tuple(kind == _GLOBAL for kind in types)
-
-
-_EVERY = "global_attn_every_n_layers"
 
 
 def _theta(config: Mapping[str, Any], kind: str, old_field: str, default: float) -> float:

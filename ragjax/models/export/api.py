@@ -18,7 +18,7 @@ from ragjax.models.export.dpr_as_bert import as_bert
 from ragjax.models.export.encoder import encoder_files, encoder_weights
 from ragjax.models.export.folder import Exported, ModelFolder, publish
 from ragjax.models.export.language_model import language_model_files
-from ragjax.models.export.weights import lazy_tensors, plan_weights
+from ragjax.models.export.weights import plan_weights
 from ragjax.models.language_model import LanguageModel
 from ragjax.models.layers.stacks import Params
 from ragjax.models.lora import merge
@@ -122,12 +122,7 @@ def plan_language_model(
     """Makes what `export_language_model` writes, with every file's size; arguments as there."""
     base, card = _base_and_card(lm.source, card)
     params = merge(lm.params if params is None else params)
-    table = lm.family.key_table
-    tensors = (
-        lazy_tensors(params, table(lm.config))
-        if table is not None
-        else lm.family.save_params(lm.config, params)
-    )
+    tensors = lm.family.save_params(lm.config, params)
     weights = plan_weights(tensors, dtype=dtype, max_shard_size=max_shard_size)
     return ModelFolder(language_model_files(lm, base, card, dtype=dtype), {"": weights})
 

@@ -1,5 +1,7 @@
 """Turns a DPR tower into a BERT that other programs know."""
 
+import dataclasses
+
 from ragjax.models.encoder import TextEncoder, build_encoder
 from ragjax.models.encoders import bert, dpr
 from ragjax.models.layers.head import Dense
@@ -39,17 +41,5 @@ def as_bert(encoder: TextEncoder) -> TextEncoder:
         later = encoder.params.get("projection", {})
         moved = {str(int(number) + 1): layer for number, layer in later.items()}
         params["projection"] = {"0": encoder.params["output"], **moved}
-    return build_encoder(
-        bert.FAMILY,
-        config,
-        params,
-        encoder.tokenizer,
-        pad_id=encoder.pad_id,
-        pooling=encoder.pooling,
-        max_length=encoder.max_length,
-        steps=steps,
-        query_prefix=encoder.query_prefix,
-        doc_prefix=encoder.doc_prefix,
-        lowercase=encoder.lowercase,
-        source=encoder.source,
-    )
+    options = dataclasses.replace(encoder, steps=steps)
+    return build_encoder(bert.FAMILY, config, params, encoder.tokenizer, options)

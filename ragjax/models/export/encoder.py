@@ -10,7 +10,7 @@ from ragjax.models.export.base import BaseModel
 from ragjax.models.export.card import Card, Use, format_card
 from ragjax.models.export.language_model import model_config
 from ragjax.models.export.tokenizer import check_tokenizer, to_json, tokenizer_files
-from ragjax.models.export.weights import lazy_tensors
+from ragjax.models.files.key_table import named_tensors
 from ragjax.models.layers.head import Dense, Normalize, Truncate
 from ragjax.models.layers.pooling import pooling_modes
 
@@ -84,7 +84,7 @@ def encoder_weights(encoder: TextEncoder) -> dict[str, Mapping[str, np.ndarray]]
     """Names the parameters: the transformer's under "", each dense layer's under its folder."""
     params = encoder.params
     tower = {name: leaf for name, leaf in params.items() if name != "projection"}
-    weights = {"": lazy_tensors(tower, encoder.family.key_table(encoder.config))}
+    weights = {"": named_tensors(tower, encoder.family.key_table(encoder.config))}
     for place, step in _places(encoder).items():
         if isinstance(step, _Matrix):
             tensors = {"linear.weight": step.kernel(params).T}

@@ -1,6 +1,6 @@
 """Writes tensors as safetensors, one at a time, and proves that the files hold them.
 
-weights = plan_weights(lazy_tensors(params, table), dtype="bfloat16", max_shard_size=5 * 10**9)
+weights = plan_weights(named_tensors(params, table), dtype="bfloat16", max_shard_size=5 * 10**9)
 write_weights(weights, folder)
 check_weights(weights, folder)
 """
@@ -8,15 +8,13 @@ check_weights(weights, folder)
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-
-from ragjax.models.files.key_table import KeyRule
 
 # Floats that a file may hold, by the names that people use and those of the format.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -39,42 +37,6 @@ class Weights(NamedTuple):
     dtype: str  # a key of DTYPES
     shards: tuple[Shard, ...]
     index: str | None  # contents of model.safetensors.index.json where there are several shards
-
-
-def lazy_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> Mapping[str, Any]:
-    """Names parameters as a checkpoint does: `safetensors.apply_key_table` backwards.
-
-    Args:
-        params: Nested dict of arrays; layers may be a tuple of stacks, each stacked on axis 0.
-        table: Pattern of tensor names → `KeyRule`, as for `apply_key_table`.
-
-    Returns:
-        Tensor name → C-contiguous array, made at each access from its slice of the parameters, so
-        that a model larger than half of the memory can be written.
-
-    Raises:
-        ValueError: A parameter that no rule names (adapters that were not merged, say), or a rule
-            without its parameter.
-    """
-    pieces: dict[str, Callable[[], np.ndarray]] = {}
-    flat = dict(_leaves(params, ()))
-    ruled = {rule.path for rule in table.values()}
-    if ruled != flat.keys():
-        raise ValueError(
-            f"these parameters are not the model's own: missing {sorted(ruled - flat.keys())[:5]}, "
-            f"left over {sorted(flat.keys() - ruled)[:5]}; give the parameters of one model, with "
-            "adapters merged"
-        )
-    for pattern, rule in table.items():
-        stacks = flat[rule.path]
-        if "{}" not in pattern:
-            (leaf,) = stacks
-            pieces[pattern] = _piece(leaf, None, rule)
-            continue
-        slices = ((leaf, layer) for leaf in stacks for layer in range(leaf.shape[0]))
-        for number, (leaf, layer) in enumerate(slices, rule.first_layer):
-            pieces[pattern.replace("{}", str(number))] = _piece(leaf, layer, rule)
-    return _LazyMapping(pieces)
 
 
 def plan_weights(
@@ -165,40 +127,6 @@ def check_weights(weights: Weights, folder: Path) -> int:
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be read back ({error})") from error
     return compared
-
-
-class _LazyMapping(Mapping[str, Any]):
-    """Values computed at each access."""
-
-    def __init__(self, pieces: Mapping[str, Callable[[], np.ndarray]]):
-        self._pieces = pieces
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._pieces[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-
-def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yields ("a/b", leaves): one leaf, or, below a tuple of stacks, one of each stack in turn."""
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _leaves(value, (*path, name))
-    elif isinstance(tree, tuple | list):
-        parts = [dict(_leaves(stack, path)) for stack in tree]
-        for name in parts[0]:
-            yield name, tuple(leaf for part in parts for leaf in part[name])
-    else:
-        yield "/".join(path), (tree,)
-
-
-def _piece(leaf: Any, layer: int | None, rule: KeyRule) -> Callable[[], np.ndarray]:
-    undo = rule.inverse or rule.transform
-    return lambda: np.asarray(undo(np.asarray(leaf if layer is None else leaf[layer])), order="C")
 
 
 def _as_written(tensor: np.ndarray, dtype: str) -> np.ndarray:

@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 _MAX_JSON = 100_000_000  # bytes; the index of a model of a trillion parameters has 20 MB
 _MAX_LAYERS = 10_000
 _MAX_SIZE = 2**31  # beyond it, the product of two sizes does not fit 64 bits
+_MAX_INTEGER = 2**31 - 1
+_MOST_LAYERS = 1000  # a larger number is a damaged file, and would be looped over
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -224,17 +226,6 @@ def fingerprint(config: Any, params: Mapping[str, Any], tokenizer: Tokenizer) ->
     return digest.hexdigest()
 
 
-def optional_integer(
-    config: Mapping[str, Any], field: str, default: int, *, most: int = 2**31 - 1
-) -> int:
-    """Returns a size, or the default where the field is missing or null.
-
-    Raises:
-        ValueError: It is not a whole number of 1 … `most`.
-    """
-    return default if config.get(field) is None else integer_field(config, field, most=most)
-
-
 def token_id(config: Mapping[str, Any], field: str, default: int | None) -> int | None:
     """Returns a token id, or the default where the field is missing or null.
 
@@ -249,13 +240,50 @@ def token_id(config: Mapping[str, Any], field: str, default: int | None) -> int 
     return value
 
 
-MAX_LAYERS = 1000  # a larger number is a damaged file, and would be looped over
+def integer_field(config: Mapping[str, Any], field: str, *, most: int = _MAX_INTEGER) -> int:
+    """Returns a size from a `config.json`.
 
-
-def integer_field(config: Mapping[str, Any], field: str, *, most: int = 2**31 - 1) -> int:
-    """Returns a size from a `config.json`; ValueError where it is none."""
+    Raises:
+        ValueError: It is not a whole number of 1 … `most`.
+    """
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        limit = "" if most == 2**31 - 1 else f" up to {most}"
+        limit = "" if most == _MAX_INTEGER else f" up to {most}"
         raise ValueError(f"{field} must be a positive whole number{limit}, got {value!r}")
     return value
+
+
+def number_field(config: Mapping[str, Any], field: str, default: float) -> float:
+    """Returns a number from a `config.json`, or the default where the field is missing.
+
+    Raises:
+        ValueError: It is not a positive number.
+    """
+    value = config.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise ValueError(f"{field} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def read_sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+    """Returns several sizes from a `config.json`.
+
+    Args:
+        config: The parsed file.
+        names: Name in the result to field of the file; those that end in "layers" are numbers of
+            layers.
+
+    Raises:
+        ValueError: One is not a positive whole number, or there are too many layers.
+    """
+    return {
+        ours: integer_field(
+            config, field, most=_MOST_LAYERS if ours.endswith("layers") else _MAX_INTEGER
+        )
+        for ours, field in names.items()
+    }
+
+
+def write_fields(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns fields of a `config.json`: the inverse of `read_sizes`, from a dataclass."""
+    return {field: getattr(config, ours) for ours, field in names.items()}

@@ -7,6 +7,7 @@ table = {
 params = apply_key_table(read_safetensors(folder), table, abstract_params, source=folder)
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def apply_key_table(
             (not the stack) and returns it in the parameter's layout; it is also tried on zeros of
             the tensor's shape, to know the shape that comes out.
         target: Nested dict of what has `.shape` (arrays or `jax.ShapeDtypeStruct`): the
-            parameters to fill, for instance from `nnx_trees.abstract`. The size of axis 0 of a
+            parameters to fill, for instance from `stacks.abstract`. The size of axis 0 of a
             parameter with a `{}` rule is the number of layers.
         ignored: Patterns of tensor names that may be there and are not used; `{}` stands for a
             number and `*` for anything.
@@ -83,7 +84,7 @@ def apply_key_table(
         ValueError: A tensor that no rule or ignored pattern names, a parameter without its
             tensor, or a shape that differs; the message lists the first ten of them with shapes.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(target)}
+    shapes = {path: tuple(leaf.shape) for path, (leaf,) in _flatten(target)}
     _check_layers(table, shapes, len(tensors), source)
     places = _places(table, shapes)
     problems = _key_problems(tensors, table, places, shapes, ignored)
@@ -108,25 +109,71 @@ def apply_key_table(
     return _nest(filled)
 
 
-def named_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> dict[str, np.ndarray]:
+def named_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> Mapping[str, Any]:
     """Names parameters as a checkpoint does: `apply_key_table` backwards.
 
     Args:
-        params: Nested dict of arrays, stacked layers on axis 0.
-        table: As `apply_key_table` takes it.
+        params: Nested dict of arrays; layers may be a tuple of stacks, each stacked on axis 0.
+        table: Pattern of tensor names → `KeyRule`, as for `apply_key_table`.
 
     Returns:
-        Tensor name → C-contiguous array (safetensors writes others wrongly), layer by layer.
+        Tensor name → C-contiguous array (safetensors writes others wrongly), made at each access
+        from its slice of the parameters, so that a model larger than half of the memory can be
+        written.
+
+    Raises:
+        ValueError: A parameter that no rule names (adapters that were not merged, say), or a rule
+            without its parameter.
     """
+    pieces: dict[str, Callable[[], np.ndarray]] = {}
     flat = dict(_flatten(params))
-    tensors = {}
+    ruled = {rule.path for rule in table.values()}
+    if ruled != flat.keys():
+        raise ValueError(
+            f"these parameters are not the model's own: missing {sorted(ruled - flat.keys())[:5]}, "
+            f"left over {sorted(flat.keys() - ruled)[:5]}; give the parameters of one model, with "
+            "adapters merged"
+        )
     for pattern, rule in table.items():
-        leaf = np.asarray(flat[rule.path])
-        undo = rule.inverse or rule.transform
-        pieces = enumerate(leaf, rule.first_layer) if "{}" in pattern else [(0, leaf)]
-        for layer, piece in pieces:
-            tensors[pattern.replace("{}", str(layer))] = np.ascontiguousarray(undo(piece))
-    return tensors
+        stacks = flat[rule.path]
+        if "{}" not in pattern:
+            pieces[pattern] = _piece(stacks[0], None, rule)
+            continue
+        slices = ((leaf, layer) for leaf in stacks for layer in range(leaf.shape[0]))
+        for number, (leaf, layer) in enumerate(slices, rule.first_layer):
+            pieces[pattern.replace("{}", str(number))] = _piece(leaf, layer, rule)
+    return _Lazy(pieces)
+
+
+def renamed(names: Mapping[str, str], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns tensors under other names, still read one at a time.
+
+    Args:
+        names: New name to the name in `tensors`.
+        tensors: Those of a file; what `names` leaves out is not in the result.
+    """
+    return _Lazy({new: functools.partial(tensors.__getitem__, old) for new, old in names.items()})
+
+
+class _Lazy(Mapping[str, Any]):
+    """Values computed at each access."""
+
+    def __init__(self, pieces: Mapping[str, Callable[[], Any]]) -> None:
+        self._pieces = pieces
+
+    def __getitem__(self, name: str) -> Any:
+        return self._pieces[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+def _piece(leaf: Any, layer: int | None, rule: KeyRule) -> Callable[[], np.ndarray]:
+    undo = rule.inverse or rule.transform
+    return lambda: np.asarray(undo(np.asarray(leaf if layer is None else leaf[layer])), order="C")
 
 
 class _Place(NamedTuple):
@@ -215,12 +262,17 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
+def _flatten(tree: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yields ("a/b", leaves): one leaf, or, below a tuple of stacks, one of each stack in turn."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _flatten(value, f"{path}/{name}" if path else name)
+    elif isinstance(tree, tuple | list):
+        parts = [dict(_flatten(stack, path)) for stack in tree]
+        for name in parts[0]:
+            yield name, tuple(leaf for part in parts for leaf in part[name])
+    else:
+        yield path, (tree,)
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,29 +284,3 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
-
-
-def renamed(names: Mapping[str, str], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns tensors under other names, still read one at a time.
-
-    Args:
-        names: New name to the name in `tensors`.
-        tensors: Those of a file; what `names` leaves out is not in the result.
-    """
-    return _Renamed(names, tensors)
-
-
-class _Renamed(Mapping[str, Any]):
-    """Tensors under other names, still read one at a time."""
-
-    def __init__(self, names: Mapping[str, str], tensors: Mapping[str, Any]) -> None:
-        self._names, self._tensors = names, tensors
-
-    def __getitem__(self, name: str) -> Any:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

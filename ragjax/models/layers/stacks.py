@@ -78,6 +78,11 @@ def abstract(make_module: Callable[[], nnx.Module]) -> tuple[Any, Params]:
     return split(nnx.eval_shape(make_module))
 
 
+def apply(make_module: Callable[[], nnx.Module], params: Params, inputs: Any) -> Any:
+    """Runs the module that `make_module` would build, holding `params`, on some input."""
+    return merge(abstract(make_module)[0], params)(inputs)
+
+
 def stacked(make_layer: Callable[[jax.Array], nnx.Module], key: jax.Array, num_layers: int) -> Any:
     """Builds `num_layers` identical layers as one module whose arrays are stacked on axis 0.
 

@@ -6,31 +6,25 @@ Contexts and targets both are `<s> … </s>`; the decoder starts from </s>.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from ragjax.models.encoders import bert
-from ragjax.models.families import LMFamily
-from ragjax.models.files.config import MAX_LAYERS, integer_field, token_id
+from ragjax.models.files.config import read_sizes, token_id, write_fields
 from ragjax.models.files.key_table import KeyRule, transpose
-from ragjax.models.layers import stacks
-from ragjax.models.seq2seq import checkpoint as seq2seq_checkpoint
-from ragjax.models.seq2seq import model as seq2seq
-from ragjax.models.seq2seq.cache import CachedSeq2Seq
+from ragjax.models.layers.norms import LayerNorm
+from ragjax.models.layers.stacks import apply
+from ragjax.models.seq2seq.checkpoint import Names, make_family
 from ragjax.models.seq2seq.layers import Attention, FeedForward, Layer, LayerParts
 from ragjax.models.seq2seq.model import DECODER, ENCODER, Params, Seq2SeqConfig
-from ragjax.models.trainable import SEQ2SEQ
 
 ACTIVATIONS = {name: bert.ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu")}
 # The first two rows of the position tables are left over from an older numbering and not used.
 POSITION_OFFSET = 2
-_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +88,7 @@ class BartConfig(Seq2SeqConfig):
                     use_bias=True,
                     rngs=rngs,
                 ),
-                make_norm=lambda: _make_norm(self.hidden_size),
+                make_norm=lambda: LayerNorm(self.hidden_size),
                 norm_first=False,
             )
         )
@@ -128,8 +122,8 @@ class BartConfig(Seq2SeqConfig):
         if self.scale_embedding:
             embedded = embedded * jnp.asarray(self.hidden_size**0.5, embedded.dtype)
         table = outer["positions"]["embedding"]
-        norm = stacks.merge(_norm_structure(self.hidden_size), outer["embedding_norm"])
-        return norm(embedded + table[positions + POSITION_OFFSET])
+        embedded = embedded + table[positions + POSITION_OFFSET]
+        return apply(lambda: LayerNorm(self.hidden_size), outer["embedding_norm"], embedded)
 
     def leave(self, outer: Params, side: str, hidden: Array) -> Array:
         """See `Seq2SeqConfig`."""
@@ -147,35 +141,6 @@ class BartConfig(Seq2SeqConfig):
         return 1.0
 
 
-class LayerNorm(nnx.Module):
-    """Scales each vector to mean 0 and variance 1 in float32, then by learned weights."""
-
-    def __init__(self, size: int) -> None:
-        """Creates a unit scale and a zero bias of `size` entries."""
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
-
-    def __call__(self, hidden: Array) -> Array:
-        """Normalises the last axis; the result has the dtype of the input."""
-        wide = hidden.astype(jnp.float32)
-        centred = wide - wide.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        axes = (1,) * (hidden.ndim - 1) + (-1,)
-        scale, bias = (part[...].reshape(axes) for part in (self.scale, self.bias))
-        normalised = centred * jax.lax.rsqrt(variance + _NORM_EPS)
-        return (normalised * scale + bias).astype(hidden.dtype)
-
-
-def _make_norm(size: int) -> LayerNorm:
-    return LayerNorm(size)
-
-
-@functools.lru_cache
-def _norm_structure(size: int) -> object:
-    return stacks.abstract(lambda: _make_norm(size))[0]
-
-
-MODEL_TYPES = ("bart",)
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
 _ATTENTIONS = {"self_attn": "attention", "encoder_attn": "cross_attention"}
 _NORMS = {
@@ -183,8 +148,20 @@ _NORMS = {
     "encoder_attn_layer_norm": "cross_norm",
     "final_layer_norm": "feed_forward_norm",
 }
-# Markers of the first converted checkpoints.
-_IGNORED = ("encoder.version", "decoder.version")
+
+
+# Size: field of config.json.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_layers": "decoder_layers",
+    "num_encoder_layers": "encoder_layers",
+    "num_heads": "decoder_attention_heads",
+    "num_encoder_heads": "encoder_attention_heads",
+    "intermediate_size": "decoder_ffn_dim",
+    "encoder_intermediate_size": "encoder_ffn_dim",
+    "max_positions": "max_position_embeddings",
+}
 
 
 def parse_config(config: Mapping[str, Any]) -> BartConfig:
@@ -211,15 +188,7 @@ def parse_config(config: Mapping[str, Any]) -> BartConfig:
         if (found := config.get(name, value)) != value:
             raise ValueError(f"{name} = {found!r} is not supported; only {value!r} is")
     return BartConfig(
-        vocab_size=integer_field(config, "vocab_size"),
-        hidden_size=integer_field(config, "d_model"),
-        num_layers=integer_field(config, "decoder_layers", most=MAX_LAYERS),
-        num_encoder_layers=integer_field(config, "encoder_layers", most=MAX_LAYERS),
-        num_heads=integer_field(config, "decoder_attention_heads"),
-        num_encoder_heads=integer_field(config, "encoder_attention_heads"),
-        intermediate_size=integer_field(config, "decoder_ffn_dim"),
-        encoder_intermediate_size=integer_field(config, "encoder_ffn_dim"),
-        max_positions=integer_field(config, "max_position_embeddings"),
+        **read_sizes(config, _SIZES),
         decoder_start_id=token_id(config, "decoder_start_token_id", 2) or 0,
         forced_first_id=token_id(config, "forced_bos_token_id", None),
         activation=str(config.get("activation_function", "gelu")),
@@ -233,15 +202,7 @@ def format_config(config: BartConfig) -> dict[str, Any]:
         "model_type": "bart",
         "architectures": ["BartForConditionalGeneration"],
         "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
-        "d_model": config.hidden_size,
-        "decoder_layers": config.num_layers,
-        "encoder_layers": config.num_encoder_layers,
-        "decoder_attention_heads": config.num_heads,
-        "encoder_attention_heads": config.num_encoder_heads,
-        "decoder_ffn_dim": config.intermediate_size,
-        "encoder_ffn_dim": config.encoder_intermediate_size,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(config, _SIZES),
         "decoder_start_token_id": config.decoder_start_id,
         "forced_bos_token_id": config.forced_first_id,
         "activation_function": config.activation,
@@ -250,7 +211,7 @@ def format_config(config: BartConfig) -> dict[str, Any]:
     }
 
 
-def key_table() -> dict[str, KeyRule]:
+def key_table(config: BartConfig) -> dict[str, KeyRule]:
     """Returns where each tensor but the embeddings goes, by its canonical name."""
     table = {}
     for side in (ENCODER, DECODER):
@@ -273,39 +234,16 @@ def key_table() -> dict[str, KeyRule]:
     return table
 
 
-def load_params(
-    config: BartConfig, tensors: Mapping[str, np.ndarray], *, source: str | Path
-) -> Params:
-    """Fills the parameters; see `seq2seq_checkpoint.load_params`.
-
-    The tensors may be those of the bare model (as facebook/bart-base has them) or of the model
-    with its unembedding, whose names begin with "model.".
-    """
-    return seq2seq_checkpoint.load_params(
-        config,
-        tensors,
-        key_table(),
-        ignored=_IGNORED,
-        canonical_key=lambda name: name.removeprefix("model."),
-        source=source,
-    )
-
-
-def save_params(config: BartConfig, params: Params) -> dict[str, np.ndarray]:
-    """Names the parameters as a Hugging Face folder does: the inverse of `load_params`."""
-    tensors = seq2seq_checkpoint.save_params(config, params, key_table())
-    bias = tensors.pop("final_logits_bias", np.zeros((1, config.vocab_size), np.float32))
-    return {"final_logits_bias": bias} | {f"model.{name}": t for name, t in tensors.items()}
-
-
-FAMILY = LMFamily(
-    model_types=MODEL_TYPES,
-    parse_config=parse_config,
-    format_config=format_config,
-    load_params=load_params,
-    save_params=save_params,
-    token_log_probs=seq2seq.token_log_probs,
-    make_decoder=CachedSeq2Seq,
-    layout=SEQ2SEQ,
-    has_encoder=True,
+# Tensors may be those of the bare model (as facebook/bart-base has them).
+FAMILY = make_family(
+    ("bart",),
+    parse_config,
+    format_config,
+    Names(
+        key_table,
+        # Markers of the first converted checkpoints.
+        ignored=("encoder.version", "decoder.version"),
+        prefix="model.",
+        has_final_bias=True,
+    ),
 )

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ragjax.models.inputs import check_prompts
+from ragjax.models.layers.vocabulary import logits
 from ragjax.models.seq2seq.layers import KeyValues
 from ragjax.models.seq2seq.model import (
+    Memory,
     Params,
     Seq2SeqConfig,
     decode,
     encode,
-    logits,
     remember,
     target_log_probs,
 )
@@ -27,8 +29,7 @@ class Seq2SeqCache(NamedTuple):
     """What the decoder's layers remember of the context and of the answer so far."""
 
     keys_values: KeyValues  # leaves [N, R, H, C, D], of the answer
-    memory: KeyValues  # leaves [N, R, H, L, D], of the context
-    memory_mask: Array  # [R, L] bool, True = token of the context
+    memory: Memory  # of the context, states with leaves [N, R, H, L, D]
     length: Array  # [] int32, next free slot
 
 
@@ -65,19 +66,70 @@ class CachedSeq2Seq:
         Raises:
             ValueError: The cache is shorter than the contexts, or the shapes differ.
         """
-        if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] < 1:
-            raise ValueError(
-                f"ids and mask must both be [R, L >= 1], got {ids.shape} and {mask.shape}"
-            )
-        length = ids.shape[1]
-        if cache_length < length:
-            raise ValueError(f"cache_length={cache_length} is shorter than the contexts ({length})")
+        check_prompts(ids, mask, cache_length)
         encoded = encode(self.config, params, ids, mask)
-        return start(self.config, params, encoded, mask, slots=cache_length - length + 1)
+        slots = cache_length - ids.shape[1] + 1
+        return self.start(params, Memory(encoded, mask), slots=slots)
+
+    def start(self, params: Params, context: Memory, *, slots: int) -> Prefilled:
+        """Begins answers to contexts that have been encoded: feeds the start token.
+
+        Args:
+            params: Parameters.
+            context: The encoder's output.
+            slots: C, the start token and the tokens to append.
+
+        Returns:
+            Logits `[R, V]` of the first token, and the cache.
+
+        Raises:
+            ValueError: There are more slots than the decoder has positions.
+        """
+        config, limit = self.config, self.config.position_limit
+        if limit is not None and slots > limit:
+            raise ValueError(
+                f"room for {slots} tokens (the start token included) was asked for, but the model "
+                f"has {limit} positions; generate fewer tokens"
+            )
+        memory = remember(config, params, context)
+        layers, rows, heads, _, width = memory.states.keys.shape
+        empty = jnp.zeros((layers, rows, heads, slots, width), memory.states.keys.dtype)
+        cache = Seq2SeqCache(KeyValues(empty, empty), memory, jnp.zeros((), jnp.int32))
+        first = self.decode_step(params, cache, jnp.full(rows, config.decoder_start_id, jnp.int32))
+        if config.forced_first_id is None:
+            return first
+        chosen = jnp.arange(first.logits.shape[1]) == config.forced_first_id
+        return first._replace(logits=jnp.where(chosen[None, :], first.logits, -jnp.inf))
 
     def decode_step(self, params: Params, cache: Seq2SeqCache, token_ids: Array) -> Prefilled:
-        """See `decode_step`."""
-        return decode_step(self.config, params, cache, token_ids)
+        """Appends one token to every row.
+
+        The caller keeps the number of appended tokens within the cache's free slots: beyond it the
+        last slot is overwritten, as a traced length cannot be checked.
+
+        Args:
+            params: Parameters.
+            cache: What came before.
+            token_ids: `[R]` int32.
+
+        Returns:
+            Logits `[R, V]` of the next token, and the cache with the token appended.
+        """
+        hidden, new, _ = decode(
+            self.config,
+            params,
+            token_ids[:, None],
+            memory=cache.memory,
+            past=cache.keys_values,
+            past_length=cache.length,
+        )
+        keys_values = jax.tree.map(
+            lambda old, leaf: lax.dynamic_update_slice_in_dim(old, leaf, cache.length, axis=3),
+            cache.keys_values,
+            new,
+        )
+        cache = cache._replace(keys_values=keys_values, length=cache.length + 1)
+        return Prefilled(logits(params, hidden[:, 0]), cache)
 
     def score(
         self, params: Params, prefilled: Prefilled, target_ids: Array, target_mask: Array
@@ -93,18 +145,16 @@ class CachedSeq2Seq:
         Returns:
             `[R, T]` float32 log-probabilities in nats, 0 where masked.
         """
-        cache = prefilled.cache
-        return target_log_probs(
-            self.config, params, cache.memory, cache.memory_mask, target_ids, target_mask
-        )
+        memory = prefilled.cache.memory
+        return target_log_probs(self.config, params, memory, target_ids, target_mask)
 
     def repeat(self, cache: Seq2SeqCache, times: int) -> Seq2SeqCache:
         """Copies each row: row r becomes the rows from r * times to (r + 1) * times - 1."""
-        keys_values, memory = jax.tree.map(
-            lambda leaf: jnp.repeat(leaf, times, axis=1), (cache.keys_values, cache.memory)
+        keys_values, states = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, times, axis=1), (cache.keys_values, cache.memory.states)
         )
-        mask = jnp.repeat(cache.memory_mask, times, axis=0)
-        return Seq2SeqCache(keys_values, memory, mask, cache.length)
+        mask = jnp.repeat(cache.memory.mask, times, axis=0)
+        return Seq2SeqCache(keys_values, Memory(states, mask), cache.length)
 
     def reorder(self, cache: Seq2SeqCache, rows: Array, *, prompt_slots: int) -> Seq2SeqCache:
         """Gives each row the answer of another row that has the same context.
@@ -118,77 +168,5 @@ class CachedSeq2Seq:
         Returns:
             The cache with the answers exchanged.
         """
-        del prompt_slots
         exchanged = jax.tree.map(lambda leaf: leaf[:, rows], cache.keys_values)
         return cache._replace(keys_values=exchanged)
-
-
-def start(
-    config: Seq2SeqConfig, params: Params, encoded: Array, mask: Array, *, slots: int
-) -> Prefilled:
-    """Begins answers to contexts that have been encoded: feeds the start token.
-
-    Args:
-        config: Sizes.
-        params: Parameters.
-        encoded: `[R, L, E]`, the encoder's output.
-        mask: `[R, L]` bool, True = token of the context.
-        slots: C, the start token and the tokens to append.
-
-    Returns:
-        Logits `[R, V]` of the first token, and the cache.
-
-    Raises:
-        ValueError: There are more slots than the decoder has positions.
-    """
-    limit = config.position_limit
-    if limit is not None and slots > limit:
-        raise ValueError(
-            f"room for {slots} tokens (the start token included) was asked for, but the model has "
-            f"{limit} positions; generate fewer tokens"
-        )
-    memory = remember(config, params, encoded)
-    layers, rows, heads, _, width = memory.keys.shape
-    empty = jnp.zeros((layers, rows, heads, slots, width), memory.keys.dtype)
-    cache = Seq2SeqCache(KeyValues(empty, empty), memory, mask, jnp.zeros((), jnp.int32))
-    begin = jnp.full(rows, config.decoder_start_id, jnp.int32)
-    first = decode_step(config, params, cache, begin)
-    if config.forced_first_id is None:
-        return first
-    chosen = jnp.arange(first.logits.shape[1]) == config.forced_first_id
-    return first._replace(logits=jnp.where(chosen[None, :], first.logits, -jnp.inf))
-
-
-def decode_step(
-    config: Seq2SeqConfig, params: Params, cache: Seq2SeqCache, token_ids: Array
-) -> Prefilled:
-    """Appends one token to every row.
-
-    The caller keeps the number of appended tokens within the cache's free slots: beyond it the
-    last slot is overwritten, as a traced length cannot be checked.
-
-    Args:
-        config: Sizes.
-        params: Parameters.
-        cache: What came before.
-        token_ids: `[R]` int32.
-
-    Returns:
-        Logits `[R, V]` of the next token, and the cache with the token appended.
-    """
-    hidden, new, _ = decode(
-        config,
-        params,
-        token_ids[:, None],
-        memory=cache.memory,
-        memory_mask=cache.memory_mask,
-        past=cache.keys_values,
-        past_length=cache.length,
-    )
-    keys_values = jax.tree.map(
-        lambda old, leaf: lax.dynamic_update_slice_in_dim(old, leaf, cache.length, axis=3),
-        cache.keys_values,
-        new,
-    )
-    cache = cache._replace(keys_values=keys_values, length=cache.length + 1)
-    return Prefilled(logits(params, hidden[:, 0]), cache)

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from ragjax.losses import attention_mass
-from ragjax.models.seq2seq.cache import CachedSeq2Seq, Prefilled, start
+from ragjax.models.inputs import check_batch
+from ragjax.models.seq2seq.cache import CachedSeq2Seq, Prefilled
 from ragjax.models.seq2seq.layers import KeyValues, Layer
 from ragjax.models.seq2seq.model import (
+    Memory,
     Params,
     Seq2SeqConfig,
-    check_batch,
     decode,
     encode,
     shift_right,
@@ -65,9 +66,9 @@ def fusion_token_log_probs(
         With respect to `params`; a context without tokens contributes nothing.
     """
     check_batch(batch, context_rank=3)
-    encoded, mask = _encode(config, params, batch.context_ids, batch.context_mask, remat=remat)
+    memory = _encode(config, params, batch.context_ids, batch.context_mask, remat=remat)
     return target_log_probs(
-        config, params, encoded, mask, batch.target_ids, batch.target_mask, remat=remat
+        config, params, memory, batch.target_ids, batch.target_mask, remat=remat
     )
 
 
@@ -101,10 +102,9 @@ def fusion_attention_mass(config: Seq2SeqConfig, params: Params, batch: FusionBa
             token_mask=batch.target_mask,
         )
 
-    encoded, mask = _encode(config, params, batch.context_ids, batch.context_mask)
+    memory = _encode(config, params, batch.context_ids, batch.context_mask)
     ids = shift_right(config, batch.target_ids)
-    mass = decode(config, params, ids, memory=encoded, memory_mask=mask, observe=observe)[2]
-    return mass.mean(axis=0)
+    return decode(config, params, ids, memory=memory, observe=observe)[2].mean(axis=0)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class FusionDecoder(CachedSeq2Seq):
             raise ValueError(
                 f"cache_length={cache_length} is below the number of contexts ({ids.shape[1]})"
             )
-        encoded, joined = _encode(self.config, params, ids, mask)
-        return start(self.config, params, encoded, joined, slots=cache_length - ids.shape[1] + 1)
+        memory = _encode(self.config, params, ids, mask)
+        return self.start(params, memory, slots=cache_length - ids.shape[1] + 1)
 
 
 def fusion_decoder(config: Seq2SeqConfig) -> FusionDecoder:
@@ -154,11 +154,11 @@ def fusion_decoder(config: Seq2SeqConfig) -> FusionDecoder:
 
 def _encode(
     config: Seq2SeqConfig, params: Params, ids: Array, mask: Array, *, remat: bool = False
-) -> tuple[Array, Array]:
+) -> Memory:
     """Encodes each context alone; returns the states `[B, K * L, E]` and their mask."""
     questions, contexts, length = ids.shape
     flat = encode(config, params, ids.reshape(-1, length), mask.reshape(-1, length), remat=remat)
-    return flat.reshape(questions, contexts * length, -1), mask.reshape(questions, -1)
+    return Memory(flat.reshape(questions, contexts * length, -1), mask.reshape(questions, -1))
 
 
 def _attention(

@@ -19,23 +19,31 @@ import abc
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
-from ragjax.losses import chunked_token_log_probs
-from ragjax.models.inputs import LMBatch
+from ragjax.models.inputs import LMBatch, check_batch
 from ragjax.models.layers import stacks
 from ragjax.models.layers.stacks import over_stacks
+from ragjax.models.layers.vocabulary import score
 from ragjax.models.seq2seq.layers import KeyValues, Layer
 
 ENCODER, DECODER = "encoder", "decoder"
 Params = dict[str, Any]
 # (layer, what asks the cross-attention [R, T, E], its keys and values [R, H, L, D]) -> any pytree.
 Observer = Callable[[Layer, Array, KeyValues], Any]
+
+
+class Memory(NamedTuple):
+    """Contexts as the decoder's cross-attention reads them."""
+
+    # The encoder's output [R, L, E], or `remember` of it: leaves [N, R, H, L, D].
+    states: Any
+    mask: Array  # [R, L] bool, True = token of the context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +176,9 @@ def token_log_probs(
     """
     check_batch(batch)
     encoded = encode(config, params, batch.context_ids, batch.context_mask, remat=remat)
+    memory = Memory(encoded, batch.context_mask)
     return target_log_probs(
-        config,
-        params,
-        encoded,
-        batch.context_mask,
-        batch.target_ids,
-        batch.target_mask,
-        remat=remat,
+        config, params, memory, batch.target_ids, batch.target_mask, remat=remat
     )
 
 
@@ -214,8 +217,7 @@ def encode(
 def target_log_probs(
     config: Seq2SeqConfig,
     params: Params,
-    memory: Array | KeyValues,
-    memory_mask: Array,
+    memory: Memory,
     target_ids: Array,
     target_mask: Array,
     *,
@@ -226,8 +228,7 @@ def target_log_probs(
     Args:
         config: Sizes.
         params: Parameters.
-        memory: The encoder's output `[R, L, E]`, or `remember` of it.
-        memory_mask: `[R, L]` bool, True = token of the context.
+        memory: The contexts.
         target_ids: `[R, T]` int32, right-padded.
         target_mask: `[R, T]` bool, True = token counts.
         remat: True: recompute each layer in the backward pass.
@@ -235,21 +236,9 @@ def target_log_probs(
     Returns:
         `[R, T]` float32 in nats, 0 where masked.
     """
-    hidden, _, _ = decode(
-        config,
-        params,
-        shift_right(config, target_ids),
-        memory=memory,
-        memory_mask=memory_mask,
-        remat=remat,
-    )
-    table = _unembedding(params)
-    if "final_bias" in params:
-        # One more hidden unit, always 1, adds the bias to the logits of every block.
-        bias = params["final_bias"]["bias"].astype(table.dtype)
-        table = jnp.concatenate([table, bias.T], axis=1)
-        hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
-    return chunked_token_log_probs(hidden, table, target_ids, mask=target_mask)
+    ids = shift_right(config, target_ids)
+    hidden = decode(config, params, ids, memory=memory, remat=remat)[0]
+    return score(params, hidden, target_ids, target_mask)
 
 
 def decode(
@@ -257,8 +246,7 @@ def decode(
     params: Params,
     ids: Array,
     *,
-    memory: Array | KeyValues,
-    memory_mask: Array,
+    memory: Memory,
     past: KeyValues | None = None,
     past_length: Array | None = None,
     remat: bool = False,
@@ -270,8 +258,7 @@ def decode(
         config: Sizes.
         params: Parameters.
         ids: `[R, T]` int32, what the decoder reads.
-        memory: The encoder's output `[R, L, E]`, or `remember` of it.
-        memory_mask: `[R, L]` bool, True = token of the context.
+        memory: The contexts.
         past: Keys and values of earlier slots, leaves `[N, R, H, C, D]`, or None.
         past_length: `[]` int32, how many of the C slots are filled; with `past`.
         remat: True: recompute each layer in the backward pass.
@@ -292,14 +279,14 @@ def decode(
         key_slots = jnp.concatenate([earlier, slots])
     bias = config.position_bias(outer, DECODER, slots, key_slots)
     graphdef = _layer_structure(config, DECODER)
-    given = memory if isinstance(memory, KeyValues) else None
-    attended = memory_mask[:, None, None, :]
+    given = memory.states if isinstance(memory.states, KeyValues) else None
+    attended = memory.mask[:, None, None, :]
 
     def apply(hidden: Array, inputs: Any) -> tuple[Array, Any]:
         layer_params, (layer_past, layer_memory) = inputs
         layer = stacks.merge(graphdef, layer_params)
         if layer_memory is None:
-            layer_memory = layer.remember(memory)
+            layer_memory = layer.remember(memory.states)
         result = layer.decode(
             hidden,
             allowed=allowed[None, None],
@@ -318,43 +305,23 @@ def decode(
     return hidden * jnp.asarray(config.output_scale, hidden.dtype), new, seen
 
 
-def remember(config: Seq2SeqConfig, params: Params, encoded: Array) -> KeyValues:
+def remember(config: Seq2SeqConfig, params: Params, memory: Memory) -> Memory:
     """Projects the encoder's output to the keys and values of every layer's cross-attention.
 
     Args:
         config: Sizes.
         params: Parameters.
-        encoded: `[R, L, E]`.
+        memory: Contexts, their states `[R, L, E]`.
 
     Returns:
-        Leaves `[N, R, H, L, D]`.
+        The same contexts with states `[N, R, H, L, D]`.
     """
     graphdef = _layer_structure(config, DECODER)
 
     def project(carry: None, inputs: Any) -> tuple[None, KeyValues]:
-        return carry, stacks.merge(graphdef, inputs[0]).remember(encoded)
+        return carry, stacks.merge(graphdef, inputs[0]).remember(memory.states)
 
-    return over_stacks(project, None, params[DECODER]["layers"])[1]
-
-
-def logits(params: Params, hidden: Array) -> Array:
-    """Multiplies the decoder's output `[..., E]` by the unembedding.
-
-    Args:
-        params: Parameters.
-        hidden: `[..., E]`, as `decode` returns it.
-
-    Returns:
-        `[..., V]` float32.
-    """
-    contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
-    scores = lax.dot_general(
-        hidden, _unembedding(params), contracted, preferred_element_type=jnp.float32
-    )
-    if "final_bias" not in params:
-        return scores
-    bias = params["final_bias"]["bias"].astype(jnp.float32)
-    return scores + bias.reshape((1,) * (scores.ndim - 1) + bias.shape[1:])
+    return memory._replace(states=over_stacks(project, None, params[DECODER]["layers"])[1])
 
 
 def shift_right(config: Seq2SeqConfig, target_ids: Array) -> Array:
@@ -363,38 +330,8 @@ def shift_right(config: Seq2SeqConfig, target_ids: Array) -> Array:
     return jnp.concatenate([start, target_ids[:, :-1]], axis=1)
 
 
-def check_batch(batch: Any, *, context_rank: int = 2) -> None:
-    """Refuses contexts and targets that do not fit together.
-
-    Args:
-        batch: `LMBatch`, or `FusionBatch` with `context_rank` 3.
-        context_rank: Axes of the contexts.
-
-    Raises:
-        ValueError: Says which shapes were received.
-    """
-    for name, rank in (("context", context_rank), ("target", 2)):
-        ids, mask = getattr(batch, f"{name}_ids"), getattr(batch, f"{name}_mask")
-        if ids.ndim != rank or ids.shape != mask.shape or min(ids.shape[1:]) < 1:
-            expected = "[rows, length >= 1]" if rank == 2 else "[rows, contexts >= 1, length >= 1]"
-            raise ValueError(
-                f"{name}_ids and {name}_mask must both have one shape {expected}, got {ids.shape} "
-                f"and {mask.shape}"
-            )
-    if batch.context_ids.shape[0] != batch.target_ids.shape[0]:
-        raise ValueError(
-            f"as many contexts as targets are needed, got {batch.context_ids.shape[0]} and "
-            f"{batch.target_ids.shape[0]} rows"
-        )
-
-
 def _embed(params: Params, ids: Array) -> Array:
     return params["embed"]["embedding"][ids]
-
-
-def _unembedding(params: Params) -> Array:
-    """Returns the table `[V, E]` whose rows give the logits."""
-    return params["unembed"]["kernel"].T if "unembed" in params else params["embed"]["embedding"]
 
 
 @functools.lru_cache

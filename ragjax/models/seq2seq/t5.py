@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,19 +15,20 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ragjax.models.decoder.layers import RMSNorm
 from ragjax.models.encoders import bert
-from ragjax.models.encoders.bert import number_field
-from ragjax.models.families import LMFamily
-from ragjax.models.files.config import MAX_LAYERS, integer_field, optional_integer, token_id
+from ragjax.models.files.config import (
+    integer_field,
+    number_field,
+    read_sizes,
+    token_id,
+    write_fields,
+)
 from ragjax.models.files.key_table import KeyRule, transpose
-from ragjax.models.layers import stacks
-from ragjax.models.seq2seq import checkpoint as seq2seq_checkpoint
-from ragjax.models.seq2seq import model as seq2seq
-from ragjax.models.seq2seq.cache import CachedSeq2Seq
+from ragjax.models.layers.norms import RMSNorm
+from ragjax.models.layers.stacks import apply
+from ragjax.models.seq2seq.checkpoint import Names, make_family
 from ragjax.models.seq2seq.layers import Attention, FeedForward, Layer, LayerParts
 from ragjax.models.seq2seq.model import DECODER, ENCODER, Params, Seq2SeqConfig
-from ragjax.models.trainable import SEQ2SEQ
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     **{name: bert.ACTIVATIONS[name] for name in ("relu", "gelu", "gelu_new")},
@@ -105,10 +105,13 @@ class T5Config(Seq2SeqConfig):
                     use_bias=False,
                     rngs=rngs,
                 ),
-                make_norm=lambda: _make_norm(self),
+                make_norm=self._make_norm,
                 norm_first=True,
             )
         )
+
+    def _make_norm(self) -> RMSNorm:
+        return RMSNorm(self.hidden_size, epsilon=self.layer_norm_eps)
 
     def init_outer(self, side: str, key: Array) -> Params:
         """See `Seq2SeqConfig`."""
@@ -124,7 +127,7 @@ class T5Config(Seq2SeqConfig):
 
     def leave(self, outer: Params, side: str, hidden: Array) -> Array:
         """See `Seq2SeqConfig`."""
-        return stacks.merge(_norm_structure(self), outer["final_norm"])(hidden)
+        return apply(self._make_norm, outer["final_norm"], hidden)
 
     def position_bias(
         self, outer: Params, side: str, query_slots: Array, key_slots: Array
@@ -180,16 +183,23 @@ def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     return np.where(distance < exact, distance, far).astype(np.int32)
 
 
-def _make_norm(config: T5Config) -> RMSNorm:
-    return RMSNorm(config.hidden_size, epsilon=config.layer_norm_eps)
-
-
-@functools.lru_cache
-def _norm_structure(config: T5Config) -> object:
-    return stacks.abstract(lambda: _make_norm(config))[0]
-
-
-MODEL_TYPES = ("t5",)
+# Size: field of config.json.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "head_dim": "d_kv",
+    "intermediate_size": "d_ff",
+    "num_encoder_layers": "num_layers",
+    "num_layers": "num_decoder_layers",
+    "num_heads": "num_heads",
+    "num_buckets": "relative_attention_num_buckets",
+}
+_DEFAULTS = {
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    # Relative positions have no end; this is the length of the pre-training texts.
+    "n_positions": 512,
+}
 _FARTHEST = 10**6  # tokens; a larger number is a damaged file, and would be counted up to
 
 
@@ -210,23 +220,14 @@ def parse_config(config: Mapping[str, Any]) -> T5Config:
     # one that is not scaled has an unembedding only where it differs from the embedding table.
     tied_table = config.get("tie_word_embeddings") is not False
     tied = bool(config.get("scale_decoder_outputs", tied_table))
-    layers = integer_field(config, "num_layers", most=MAX_LAYERS)
     pad = token_id(config, "pad_token_id", 0)
+    given = {name: value for name, value in config.items() if value is not None}
+    sizes = {**_DEFAULTS, "num_decoder_layers": given.get("num_layers"), **given}
     return T5Config(
-        vocab_size=integer_field(config, "vocab_size"),
-        hidden_size=integer_field(config, "d_model"),
-        head_dim=integer_field(config, "d_kv"),
-        intermediate_size=integer_field(config, "d_ff"),
-        num_encoder_layers=layers,
-        num_layers=optional_integer(config, "num_decoder_layers", layers, most=MAX_LAYERS),
-        num_heads=integer_field(config, "num_heads"),
-        num_buckets=optional_integer(config, "relative_attention_num_buckets", 32),
-        max_distance=optional_integer(
-            config, "relative_attention_max_distance", 128, most=_FARTHEST
-        ),
+        **read_sizes(sizes, _SIZES),
+        max_distance=integer_field(sizes, "relative_attention_max_distance", most=_FARTHEST),
         layer_norm_eps=number_field(config, "layer_norm_epsilon", 1e-6),
-        # Relative positions have no end; this is the length of the pre-training texts.
-        max_positions=optional_integer(config, "n_positions", 512),
+        max_positions=integer_field(sizes, "n_positions"),
         decoder_start_id=token_id(config, "decoder_start_token_id", pad) or 0,
         gated=gated,
         activation=activation,
@@ -244,14 +245,7 @@ def format_config(config: T5Config) -> dict[str, Any]:
         "model_type": "t5",
         "architectures": ["T5ForConditionalGeneration"],
         "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
-        "d_model": config.hidden_size,
-        "d_kv": config.head_dim,
-        "d_ff": config.intermediate_size,
-        "num_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.num_buckets,
+        **write_fields(config, _SIZES),
         "relative_attention_max_distance": config.max_distance,
         "layer_norm_epsilon": config.layer_norm_eps,
         "n_positions": config.max_positions,
@@ -275,8 +269,6 @@ def _feed_forward(name: str) -> tuple[bool, str]:
 
 
 _PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "output"}
-# Old files have a table for cross-attention too, which no version of the model reads.
-_IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
 def key_table(config: T5Config) -> dict[str, KeyRule]:
@@ -302,28 +294,13 @@ def key_table(config: T5Config) -> dict[str, KeyRule]:
     return table
 
 
-def load_params(
-    config: T5Config, tensors: Mapping[str, np.ndarray], *, source: str | Path
-) -> Params:
-    """Fills the parameters; see `seq2seq_checkpoint.load_params`."""
-    return seq2seq_checkpoint.load_params(
-        config, tensors, key_table(config), ignored=_IGNORED, source=source
-    )
-
-
-def save_params(config: T5Config, params: Params) -> dict[str, np.ndarray]:
-    """Names the parameters as a Hugging Face folder does: the inverse of `load_params`."""
-    return seq2seq_checkpoint.save_params(config, params, key_table(config))
-
-
-FAMILY = LMFamily(
-    model_types=MODEL_TYPES,
-    parse_config=parse_config,
-    format_config=format_config,
-    load_params=load_params,
-    save_params=save_params,
-    token_log_probs=seq2seq.token_log_probs,
-    make_decoder=CachedSeq2Seq,
-    layout=SEQ2SEQ,
-    has_encoder=True,
+FAMILY = make_family(
+    ("t5",),
+    parse_config,
+    format_config,
+    # Old files have a table for cross-attention too, which no version of the model reads.
+    Names(
+        key_table,
+        ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    ),
 )

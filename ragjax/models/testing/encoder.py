@@ -1,7 +1,6 @@
 """Tiny random text encoders and their tokenizer, built in memory: no files, no network."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +12,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ragjax.models.decoder.config import DecoderConfig
-from ragjax.models.encoder import TextEncoder, build_encoder
-from ragjax.models.encoders import bert, dpr, modernbert, roberta
-from ragjax.models.encoders import causal as decoder_encoder
+from ragjax.models.encoder import EncoderOptions, TextEncoder, build_encoder
+from ragjax.models.encoders import bert, causal, dpr, modernbert, roberta
 from ragjax.models.families import EncoderFamily
-from ragjax.models.files.key_table import KeyRule, named_tensors
+from ragjax.models.files.key_table import named_tensors
 from ragjax.models.layers.stacks import Params, abstract
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -55,7 +53,7 @@ _FAMILIES = {
         ),
     ),
     "qwen3": _Tiny(
-        decoder_encoder.FAMILY,
+        causal.FAMILY,
         DecoderConfig(**_SIZES, num_kv_heads=1, head_dim=8, model_type="qwen3"),
     ),
 }
@@ -81,16 +79,11 @@ def tiny_encoder(seed: int = 0, family: str = "bert") -> TextEncoder:
         raise ValueError(f"family {family!r} is not one of {', '.join(_FAMILIES)}")
     tiny = _FAMILIES[family]
     name = f"tiny_encoder({seed})" if family == "bert" else f"tiny_encoder({seed}, {family!r})"
+    pooling = tiny.family.default_pooling
+    options = EncoderOptions(pad_id=0, pooling=pooling, max_length=_MAX_POSITIONS, source=name)
+    params = random_params(tiny.family, tiny.config, seed)
     return build_encoder(
-        tiny.family,
-        tiny.config,
-        random_params(tiny.family, tiny.config, seed),
-        _tokenizer(),
-        pad_id=0,
-        pooling=tiny.family.default_pooling,
-        normalized=tiny.normalized,
-        max_length=_MAX_POSITIONS,
-        source=name,
+        tiny.family, tiny.config, params, _tokenizer(), options, normalized=tiny.normalized
     )
 
 
@@ -108,7 +101,7 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
     encoder = tiny_encoder(seed, family)
     folder.mkdir(parents=True, exist_ok=True)
     table = encoder.family.key_table(encoder.config)
-    save_file(huggingface_tensors(encoder.params, table), folder / "model.safetensors")
+    save_file(dict(named_tensors(encoder.params, table)), folder / "model.safetensors")
     encoder.tokenizer.save(str(folder / "tokenizer.json"))
     settings = encoder.family.format_config(encoder.config) | {"pad_token_id": encoder.pad_id}
     _write_json(folder / "config.json", settings)
@@ -131,21 +124,6 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
     _write_json(folder / "1_Pooling" / "config.json", pooling)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
     return folder
-
-
-def huggingface_tensors(
-    params: Params, table: Mapping[str, KeyRule] = bert.KEY_TABLE
-) -> dict[str, np.ndarray]:
-    """Names an encoder's parameters as Hugging Face does, layer by layer.
-
-    Args:
-        params: Parameters of the family's module.
-        table: `family.key_table(config)`.
-
-    Returns:
-        Tensor name → C-contiguous float32 array.
-    """
-    return named_tensors(params, table)
 
 
 def random_params(family: EncoderFamily, config: Any, seed: int, *, vary: bool = False) -> Params:

@@ -8,9 +8,9 @@ import jax
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ragjax.models.decoder import model as decoder
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.family import FAMILY
+from ragjax.models.decoder.model import init_params
 from ragjax.models.language_model import LanguageModel, build_language_model
 from ragjax.models.layers.rotary import LinearScaling
 
@@ -41,18 +41,22 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 _SEQ2SEQ = ("t5", "flan-t5", "bart")
 
 
-def tiny_tokenizer() -> Tokenizer:
-    """Builds a byte-level tokenizer without merges: one token per byte, an end and a pad token.
+def tiny_tokenizer(*special: str) -> Tokenizer:
+    """Builds a byte-level tokenizer without merges: one token per byte, then the special tokens.
+
+    Args:
+        *special: Special tokens; without any, an end and a pad token.
 
     Returns:
-        Tokenizer of 258 tokens; decoding gives the text back.
+        Tokenizer that adds none of them; decoding gives the text back.
     """
+    special = special or (_END, _PAD)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*alphabet, _END, _PAD])}
+    vocab = {token: index for index, token in enumerate([*alphabet, *special])}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_END, _PAD])
+    tokenizer.add_special_tokens(list(special))
     return tokenizer
 
 
@@ -123,18 +127,20 @@ def write_tiny_language_model(folder: Path, seed: int = 0, family: str = "llama"
     """
     model, folder = tiny_language_model(seed, family), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = model.family.save_params(model.config, model.params)
-    save_file(tensors, folder / "model.safetensors")
+    tensors = dict(model.family.save_params(model.config, model.params))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.tokenizer.save(str(folder / "tokenizer.json"))
     settings = model.family.format_config(model.config)
     settings |= {"eos_token_id": model.eos_ids[0], "pad_token_id": model.pad_id}
+    if model.family.has_encoder:
+        settings["bos_token_id"] = model.bos_id
     (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _random_params(config: DecoderConfig, seed: int) -> dict[str, Any]:
     # A fresh model's logits are almost flat, and tied embeddings make it repeat its last token:
     # larger embeddings and residual branches give tests distributions with clear winners.
-    params = decoder.init_params(config, jax.random.key(seed))
+    params = init_params(config, jax.random.key(seed))
     embed, layers = params["embed"], params["layers"]
     factor = 20 / config.embedding_scale
     branches = {

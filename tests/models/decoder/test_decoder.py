@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.models.decoder import cache as decoder_cache
 from ragjax.models.decoder import model as decoder
 from ragjax.models.decoder import packing
 from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
@@ -209,9 +208,7 @@ def test_scores_from_the_cache_equal_token_log_probs(model, rng, target_slots):
 def test_a_cache_shorter_than_the_prompt_is_refused(model, rng):
     batch = make_batch(rng)
     with pytest.raises(ValueError, match="cache_length=8 is shorter than the prompts"):
-        decoder_cache.prefill(
-            model.config, model.params, batch.context_ids, batch.context_mask, cache_length=8
-        )
+        model.decoder.prefill(model.params, batch.context_ids, batch.context_mask, cache_length=8)
 
 
 # --- packing ------------------------------------------------------------------------------------

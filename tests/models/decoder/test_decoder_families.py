@@ -20,6 +20,7 @@ from ragjax.models.decoder.config import (
 from ragjax.models.decoder.packing import Suffix
 from ragjax.models.inputs import LMBatch
 from ragjax.models.layers.stacks import cast_floats
+from ragjax.models.layers.vocabulary import logits
 from ragjax.models.testing.language_model import tiny_decoder_config, tiny_language_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
@@ -305,7 +306,7 @@ def full_logits(model, ids, mask):
         positions=decoder.mask_positions(mask),
         allowed=decoder.causal(mask),
     )
-    return decoder.logits(model.params, hidden)
+    return logits(model.params, hidden)
 
 
 def test_cached_steps_equal_the_full_forward(model, rng):

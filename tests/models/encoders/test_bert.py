@@ -18,10 +18,9 @@ from ragjax.models.encoders.bert import (
     BertConfig,
     canonical_key,
 )
-from ragjax.models.files.key_table import apply_key_table
+from ragjax.models.files.key_table import apply_key_table, named_tensors
 from ragjax.models.inputs import Tokens
 from ragjax.models.layers.stacks import abstract, merge, split
-from ragjax.models.testing.encoder import huggingface_tensors
 
 CONFIG = BertConfig(
     vocab_size=50,
@@ -98,7 +97,7 @@ def numpy_bert(tensors, ids):
 def test_equals_the_equations_in_numpy_with_and_without_padding(params, tokens):
     hidden = np.asarray(run(CONFIG, params, tokens))
     assert hidden.dtype == np.float32
-    tensors = huggingface_tensors(params)
+    tensors = named_tensors(params, bert.KEY_TABLE)
     for row in range(3):
         length = int(tokens.mask[row].sum())
         expected = numpy_bert(tensors, np.asarray(tokens.ids[row, :length]))
@@ -113,7 +112,9 @@ def test_equals_pytorch_on_the_same_weights(params, tokens, activation):
 
     torch_config = TorchConfig(**HUGGINGFACE, hidden_act=activation)
     model = BertModel(torch_config, add_pooling_layer=False).eval()
-    tensors = {name: torch.tensor(array) for name, array in huggingface_tensors(params).items()}
+    tensors = {
+        name: torch.tensor(array) for name, array in named_tensors(params, bert.KEY_TABLE).items()
+    }
     model.load_state_dict(tensors, strict=True)
     real = slice(0, 3)  # PyTorch has no defined answer for a text without tokens
     with torch.inference_mode():
@@ -182,7 +183,7 @@ def test_layers_start_different_and_depend_on_the_seed_only():
 
 
 def test_published_key_variants_load(params):
-    tensors = huggingface_tensors(params)
+    tensors = named_tensors(params, bert.KEY_TABLE)
     old = {
         "bert."
         + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(

@@ -52,13 +52,9 @@ def with_head(encoder, pooling, steps, *, seed=0):
         encoder.config,
         encoder.params | ({"projection": layers} if layers else {}),
         encoder.tokenizer,
-        pad_id=encoder.pad_id,
-        pooling=pooling,
-        steps=steps,
-        max_length=encoder.max_length,
-        query_prefix="ask: ",
-        doc_prefix="text: ",
-        source=encoder.source,
+        dataclasses.replace(
+            encoder, pooling=pooling, steps=steps, query_prefix="ask: ", doc_prefix="text: "
+        ),
     )
 
 

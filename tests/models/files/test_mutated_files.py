@@ -17,7 +17,6 @@ from ragjax.models.files.config import parse_sizes, read_config
 from ragjax.models.files.gguf.model import read_gguf
 from ragjax.models.files.key_table import read_safetensors
 from ragjax.models.testing import write_tiny_encoder, write_tiny_language_model
-from ragjax.models.testing.seq2seq import write_tiny_seq2seq
 
 # Of each kind of file; RAGJAX_MUTATIONS=10000 for a thorough run.
 MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "2000"))
@@ -161,7 +160,7 @@ def family_of(families, name):
 CASES = [
     *((write_tiny_encoder, encoder.FAMILIES, name) for name in ENCODERS),
     *((write_tiny_language_model, language_model.FAMILIES, name) for name in DECODERS),
-    *((write_tiny_seq2seq, language_model.FAMILIES, name) for name in SEQ2SEQ),
+    *((write_tiny_language_model, language_model.FAMILIES, name) for name in SEQ2SEQ),
 ]
 
 

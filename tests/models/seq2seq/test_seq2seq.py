@@ -17,7 +17,8 @@ from ragjax.models import load_language_model
 from ragjax.models.inputs import LMBatch
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.models.seq2seq import model as seq2seq
-from ragjax.models.testing.seq2seq import tiny_seq2seq, tiny_seq2seq_config, write_tiny_seq2seq
+from ragjax.models.testing import write_tiny_language_model
+from ragjax.models.testing.seq2seq import tiny_seq2seq, tiny_seq2seq_config
 from ragjax.models.trainable import SEQ2SEQ, join_layers, merge_trainable, split_trainable
 
 FAMILIES = ("t5", "flan-t5", "bart")
@@ -172,7 +173,7 @@ def test_scoring_with_the_cache_equals_scoring_without(model, rng):
 
 def test_a_cache_shorter_than_the_contexts_is_refused(two, rng):
     batch = make_batch(rng)
-    with pytest.raises(ValueError, match="cache_length=10 is shorter than the contexts"):
+    with pytest.raises(ValueError, match="cache_length=10 is shorter than the prompts"):
         two.decoder.prefill(two.params, batch.context_ids, batch.context_mask, cache_length=10)
 
 
@@ -232,7 +233,7 @@ def test_the_number_of_learning_layers_is_checked(two):
 
 
 def saved(model):
-    return model.family.save_params(model.config, model.params)
+    return dict(model.family.save_params(model.config, model.params))
 
 
 def test_names_of_a_checkpoint_round_trip(model):
@@ -249,7 +250,7 @@ def test_a_final_bias_round_trips(rng):
     tensors = saved(model) | {"final_logits_bias": bias}
     params = model.family.load_params(model.config, tensors, source="memory")
     np.testing.assert_array_equal(params["final_bias"]["bias"], bias)
-    again = model.family.save_params(model.config, params)
+    again = dict(model.family.save_params(model.config, params))
     jax.tree.map(np.testing.assert_array_equal, again, tensors)
 
 
@@ -283,7 +284,7 @@ def test_an_unscaled_model_that_transformers_5_tied_is_filled_twice():
 
 
 def test_a_lost_unembedding_is_not_replaced_by_the_embedding(tmp_path):
-    write_tiny_seq2seq(tmp_path, family="flan-t5")
+    write_tiny_language_model(tmp_path, family="flan-t5")
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("lm_head.weight")
     save_file(tensors, tmp_path / "model.safetensors")
@@ -305,7 +306,7 @@ def test_a_written_folder_is_read_by_pytorch_and_here(family, tmp_path, rng):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
     model = tiny_seq2seq(family=family)
-    write_tiny_seq2seq(tmp_path / "ours", family=family)
+    write_tiny_language_model(tmp_path / "ours", family=family)
     reference = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()
     assert reference.dtype == torch.float32
     batch = make_batch(rng, vocab_size=256)
@@ -351,7 +352,7 @@ def test_prompts_get_the_special_tokens_that_the_tokenizer_would_add(family):
 
 
 def test_a_tokenizer_that_adds_nothing_leaves_the_end_to_the_configuration(tmp_path):
-    write_tiny_seq2seq(tmp_path)
+    write_tiny_language_model(tmp_path, family="t5")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     plain = json.loads(tokenizer.to_str()) | {"post_processor": None}
     (tmp_path / "tokenizer.json").write_text(json.dumps(plain))

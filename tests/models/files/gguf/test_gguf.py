@@ -339,7 +339,7 @@ def test_smollm2_equals_pytorch(smollm2):
         pad_token_id=None,
     )
     reference = transformers.LlamaForCausalLM(settings).eval()
-    tensors = params_to_huggingface(config, smollm2.params)
+    tensors = dict(params_to_huggingface(config, smollm2.params))
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     reference.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
 
