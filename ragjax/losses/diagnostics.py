@@ -305,9 +305,8 @@ def target_degeneracy(
         >>> print(losses.target_degeneracy(jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))).uniform)
         [ True False]
     """
-    entropy = target_entropy(target_log_probs, doc_mask=doc_mask).normalized
-    kept = jnp.ones(jnp.shape(target_log_probs), bool) if doc_mask is None else doc_mask
-    choice = jnp.sum(jnp.asarray(kept), axis=-1) > 1
+    target, keep = checked_docs(doc_mask, target_log_probs=target_log_probs)
+    entropy, choice = _entropy(target, keep).normalized, keep.sum(axis=-1) > 1
     return Degeneracy(entropy >= 0.98, choice & (entropy <= 0.02))
 
 
