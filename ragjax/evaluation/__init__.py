@@ -1,4 +1,4 @@
-"""What a retriever and its reader gained: metrics per question, intervals, paired tests, tables."""
+"""Retrieval and answer metrics per question, intervals, paired tests, tables."""
 
 from ragjax.evaluation.answers import answer_at_k as answer_at_k
 from ragjax.evaluation.answers import answer_in_text as answer_in_text
@@ -9,9 +9,7 @@ from ragjax.evaluation.intervals import Interval as Interval
 from ragjax.evaluation.intervals import PairedDifference as PairedDifference
 from ragjax.evaluation.intervals import bootstrap_interval as bootstrap_interval
 from ragjax.evaluation.intervals import paired_difference as paired_difference
-from ragjax.evaluation.records import COMPARED_PAIRS as COMPARED_PAIRS
 from ragjax.evaluation.records import METRICS as METRICS
-from ragjax.evaluation.records import SYSTEMS as SYSTEMS
 from ragjax.evaluation.records import Comparison as Comparison
 from ragjax.evaluation.records import QuestionRecord as QuestionRecord
 from ragjax.evaluation.records import compare as compare
@@ -20,6 +18,8 @@ from ragjax.evaluation.retrieval import ndcg as ndcg
 from ragjax.evaluation.retrieval import recall_at_k as recall_at_k
 from ragjax.evaluation.retrieval import reciprocal_rank as reciprocal_rank
 from ragjax.evaluation.retrieval import retrieval_metrics as retrieval_metrics
+from ragjax.evaluation.systems import COMPARED_PAIRS as COMPARED_PAIRS
+from ragjax.evaluation.systems import SYSTEMS as SYSTEMS
 from ragjax.evaluation.table import format_difference as format_difference
 from ragjax.evaluation.table import format_report as format_report
 from ragjax.evaluation.table import format_table as format_table

@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.evaluation.intervals import (
-    PairedDifference,
-    bootstrap_interval,
-    paired_difference,
-)
+from ragjax.evaluation.intervals import PairedDifference, bootstrap_interval, paired_difference
+from ragjax.evaluation.systems import COMPARED_PAIRS
 
 # The order of reports.
 METRICS = (
@@ -30,8 +27,6 @@ METRICS = (
     "f1",
     "answer_nll",
 )
-SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
-COMPARED_PAIRS = (("after", "before"), ("after", "closed_book"), ("hybrid", "bm25"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +90,11 @@ class Comparison(NamedTuple):
     system: str
     baseline: str
     difference: PairedDifference  # system - baseline
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the comparison as a flat JSON object."""
+        names = {"metric": self.metric, "system": self.system, "baseline": self.baseline}
+        return names | self.difference._asdict()
 
 
 def summarize(

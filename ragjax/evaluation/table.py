@@ -7,7 +7,8 @@ Example:
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ragjax.evaluation.records import METRICS, SYSTEMS, Comparison
+from ragjax.evaluation.records import METRICS, Comparison
+from ragjax.evaluation.systems import SYSTEMS
 
 _ABSENT = "-"
 # What a summary holds beside its metrics.

@@ -9,7 +9,7 @@ import numpy as np
 
 from ragjax.index import Bm25Index, SearchResult
 from ragjax.losses import target_entropy
-from ragjax.runs.compare.systems import evaluate_run
+from ragjax.runs.compare.results import evaluate_run
 from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers, search

@@ -1,39 +1,36 @@
-"""Evaluates a finished run, or models as they were published, on questions of any split."""
+"""Evaluates a finished run, or base models, on questions of any split."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragjax.data import Dataset, Question, batch_rows
-from ragjax.index import SearchResult
-from ragjax.runs.compare.answers import Answer
+from ragjax.index import Bm25Index
 from ragjax.runs.compare.measures import measure_answer
-from ragjax.runs.compare.results import write_evaluation
-from ragjax.runs.compare.robustness import Robustness, answer_conditions
+from ragjax.runs.compare.results import Checks, write_results
+from ragjax.runs.compare.robustness import answer_conditions
 from ragjax.runs.compare.systems import (
-    SEARCH_DEPTH,
-    System,
     answer_cache,
     answered_rows,
     evaluate_systems,
+    make_columns,
+    retrieve_documents,
 )
 from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_evaluation
-from ragjax.runs.indexes import Rankings, Retriever, build_bm25, build_retriever, doc_logits, search
+from ragjax.runs.indexes import Retriever, build_bm25, build_retriever
 from ragjax.runs.options.evaluate import (
     EvaluateConfig,
     run_options,
     system_names,
 )
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.report.page import corpus_lookup, write_report
+from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
-from ragjax.runs.workspace import FrozenLM, Report, Workspace, make_workspace, read_data
+from ragjax.runs.workspace import Report, Workspace, make_workspace, read_data
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
-from ragjax.training.score_cache import ResultCache
 
 
 class Opened(NamedTuple):
@@ -45,6 +42,7 @@ class Opened(NamedTuple):
     query_params: Any  # trained, or of the base encoder
     doc_params: Any
     lm_params: Any
+    systems: tuple[str, ...]  # that are compared
 
 
 def open_evaluation(
@@ -63,7 +61,7 @@ def open_evaluation(
     """
     run = open_run(Path(config.run)) if config.run else None
     options = run_options(config, run.config if run else None)
-    system_names(config, adapts_lm=options.trains_lm)  # raises before the data are read
+    systems = system_names(config, adapts_lm=options.trains_lm)
     dataset = read_data(options, folder, report)
     questions = _choose_questions(config, options, dataset)
     models = run.models if run else Models(options, folder)
@@ -90,6 +88,7 @@ def open_evaluation(
         query_params=query.params,
         doc_params=doc.params,
         lm_params=lm.params,
+        systems=systems,
     )
 
 
@@ -148,7 +147,7 @@ def describe_cost(opened: Opened, config: EvaluateConfig) -> str:
     return describe_evaluation(
         opened.workspace,
         config.split,
-        system_names(config, adapts_lm=options.trains_lm),
+        opened.systems,
         encodings=1 + options.trains_retriever,
         distractors=config.distractors if config.robustness else 0,
     )
@@ -186,7 +185,9 @@ def evaluate(
             folder,
             title=f"Evaluation on {opened.workspace.dataset.name}, {config.split} questions",
             lookup=corpus_lookup(opened.workspace.dataset.corpus),
-            gold=_gold(opened.workspace, config.split),
+            gold=gold_ids(
+                opened.workspace.dataset, config.split, opened.workspace.questions[config.split]
+            ),
         )
         report(f"report: {path}")
     return Evaluation(folder=folder, metrics=metrics, config=config)
@@ -194,31 +195,32 @@ def evaluate(
 
 def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
     workspace, split = opened.workspace, config.split
-    found = _retrieve(opened, split)
-    base, lm = _readers(opened)
-    cache = answer_cache(workspace, _earlier_answers(opened.run))
+    bm25, before, after = _indexes(opened)
+    base = workspace.base_lm()
+    lm = workspace.adapted_lm(opened.lm_params) if workspace.config.trains_lm else base
+    documents = retrieve_documents(workspace, bm25, before, after, split)
+    cache = answer_cache(workspace.folder, _earlier_answers(opened.run))
+    measure = measure_answer(workspace, config.support_threshold)
     with workspace.timed("answers"):
-        records = evaluate_systems(
-            workspace,
-            _systems(opened, config, found, base, lm),
-            split=split,
-            measure=measure_answer(config.support_threshold),
-            cache=cache,
-        )
-    robustness = _measure_robustness(opened, config, found, lm, cache)
-    return write_evaluation(workspace, config, records, robustness)
+        columns = make_columns(opened.systems, documents, base, lm)
+        records = evaluate_systems(workspace, columns, cache, split=split, measure=measure)
+    robustness = None
+    if config.robustness and answered_rows(workspace, split):
+        with workspace.timed("robustness"):
+            robustness = answer_conditions(
+                workspace, lm, after, documents["hybrid"].found, cache,
+                split=split, num_distractors=config.distractors, measure=measure,
+            )  # fmt: skip
+        if robustness is None:
+            workspace.report(
+                "note: no question has a relevant passage and a distractor: no robustness"
+            )
+    checks = Checks(config.bins, config.support_threshold, robustness)
+    return write_results(workspace, records, checks)
 
 
-class _Found(NamedTuple):
-    before: Retriever
-    after: Retriever  # the same where the run did not adapt it
-    bm25: SearchResult
-    found_before: Rankings
-    found_after: Rankings
-
-
-def _retrieve(opened: Opened, split: str) -> _Found:
-    """Builds the indexes and searches each once."""
+def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:
+    """Builds BM25, the base index and the adapted one, which may be the base one again."""
     workspace, encoder = opened.workspace, opened.workspace.encoder
     earlier = sorted((opened.run.folder / "index").glob("*")) if opened.run else []
     with workspace.timed("index before"):
@@ -227,90 +229,17 @@ def _retrieve(opened: Opened, split: str) -> _Found:
             opened.weighing, bm25, version=0, query_params=encoder.params,
             doc_params=encoder.params, earlier=earlier,
         )  # fmt: skip
-    after = before
-    if opened.workspace.config.trains_retriever:
-        with workspace.timed("index after"):
-            after = build_retriever(
-                opened.weighing, bm25, version=1, query_params=opened.query_params,
-                doc_params=opened.doc_params, earlier=earlier,
-            )  # fmt: skip
-    questions = workspace.questions[split]
-    found_before = search(workspace, before, questions, SEARCH_DEPTH)
-    return _Found(
-        before,
-        after,
-        bm25.search([question.text for question in questions], SEARCH_DEPTH),
-        found_before,
-        search(workspace, after, questions, SEARCH_DEPTH) if after is not before else found_before,
-    )
-
-
-def _systems(
-    opened: Opened, config: EvaluateConfig, found: _Found, base: FrozenLM, lm: FrozenLM
-) -> list[System]:
-    """Returns the systems that are compared; p_R is the dense retriever's in all of them."""
-    scale = opened.workspace.config.retriever.scale
-    dense_before, hybrid_before, queries_before = found.found_before
-    dense, hybrid, queries = found.found_after
-    before = functools.partial(doc_logits, found.before, queries_before, scale=scale)
-    after = functools.partial(doc_logits, found.after, queries, scale=scale)
-    there = {
-        "closed_book": System("closed_book", base, None),
-        "bm25": System("bm25", base, found.bm25, before(found.bm25)),
-        "before": System("before", base, dense_before, before(dense_before)),
-        "hybrid_before": System("hybrid_before", base, hybrid_before, before(hybrid_before)),
-        "after": System("after", lm, dense, after(dense)),
-        "hybrid": System("hybrid", lm, hybrid, after(hybrid)),
-        "lm_half": System("lm_half", lm, dense_before, before(dense_before)),
-        "closed_book_lm_half": System("closed_book_lm_half", lm, None),
-        "hybrid_base_lm": System("hybrid_base_lm", base, hybrid, after(hybrid)),
-    }
-    return [
-        there[name] for name in system_names(config, adapts_lm=opened.workspace.config.trains_lm)
-    ]
-
-
-def _readers(opened: Opened) -> tuple[FrozenLM, FrozenLM]:
-    """Returns the un-adapted language model and the adapted one, which may be the same."""
-    workspace = opened.workspace
-    base = workspace.base_lm()
-    if not opened.workspace.config.trains_lm:
-        return base, base
-    return base, workspace.adapted_lm(opened.lm_params)
-
-
-def _measure_robustness(
-    opened: Opened, config: EvaluateConfig, found: _Found, lm: FrozenLM, cache: ResultCache[Answer]
-) -> Robustness | None:
-    workspace, rows = opened.workspace, answered_rows(opened.workspace, config.split)
-    if not (config.robustness and rows):
-        return None
-    with workspace.timed("robustness"):
-        robustness = answer_conditions(
-            workspace,
-            lm,
-            found.after,
-            found.found_after.hybrid,
-            cache,
-            split=config.split,
-            rows=rows,
-            num_distractors=config.distractors,
-            measure=measure_answer(config.support_threshold),
-        )
-    if robustness is None:
-        workspace.report("note: no question has a relevant passage and a distractor: no robustness")
-    return robustness
+    if not workspace.config.trains_retriever:
+        return bm25, before, before
+    with workspace.timed("index after"):
+        after = build_retriever(
+            opened.weighing, bm25, version=1, query_params=opened.query_params,
+            doc_params=opened.doc_params, earlier=earlier,
+        )  # fmt: skip
+    return bm25, before, after
 
 
 def _earlier_answers(run: FinishedRun | None) -> list[Path]:
     """Returns the answers that the run kept: the same prompts were read for its own table."""
     path = run.folder / "evaluation" / "answers.jsonl" if run else None
     return [path] if path and path.is_file() else []
-
-
-def _gold(workspace: Workspace, split: str) -> dict[str, list[str]]:
-    judged = workspace.dataset.qrels[split]
-    return {
-        question.id: sorted(doc for doc, grade in judged[question.id].items() if grade > 0)
-        for question in workspace.questions[split]
-    }

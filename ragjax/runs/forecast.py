@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ragjax.evaluation.systems import SYSTEMS
 from ragjax.index import choose_index
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.refresh import (
@@ -158,7 +159,7 @@ def describe_evaluation(
     """
     texts = _Texts(workspace, workspace.config)
     answered, read = texts.answered(split), texts.config.evaluation.documents
-    closed_book = sum(name.startswith("closed_book") for name in systems)
+    closed_book = sum(SYSTEMS[name].documents is None for name in systems)
     # Documents of each answer to a question.
     answers = [0] * closed_book + [read] * (len(systems) - closed_book)
     if distractors:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from ragjax.evaluation.systems import SYSTEMS
 from ragjax.models.encoder import TextEncoder, load_encoder
 from ragjax.models.export.card import Card
 from ragjax.models.language_model import LanguageModel, load_language_model
@@ -32,17 +33,6 @@ from ragjax.training.lsr import towers
 
 _RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", "answer@5")
 _ANSWERS = ("exact_match", "f1", "answer_nll")
-SYSTEM_NOTES = {
-    "closed_book": "the base language model without documents",
-    "bm25": "documents by BM25",
-    "before": "documents by the base encoder",
-    "after": "documents by the adapted encoder",
-    "hybrid": "documents by BM25 and the adapted encoder",
-    "lm_half": "documents by the base encoder, read by the adapted language model",
-    "closed_book_lm_half": "the adapted language model without documents",
-    "hybrid_base_lm": "documents as hybrid, read by the base language model",
-    "hybrid_before": "documents by BM25 and the base encoder",
-}
 
 
 # What the screen shows of a result, before and after.
@@ -329,9 +319,7 @@ def _metrics_note(metrics: Mapping[str, Any]) -> str:
     counts = sorted({row["n"] for row in metrics.values() if "n" in row})
     count = f" of {counts[0]:,} test questions of that data" if len(counts) == 1 else ""
     systems = "; ".join(
-        f"{name.replace('_', ' ')}: {SYSTEM_NOTES[name]}"
-        for name in metrics
-        if name in SYSTEM_NOTES
+        f"{name.replace('_', ' ')}: {SYSTEMS[name].note}" for name in metrics if name in SYSTEMS
     )
     return f"Mean{count} [95 % bootstrap interval]. {systems[:1].upper()}{systems[1:]}."
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from ragjax.runs.compare.dev import Side, evaluate_dev
-from ragjax.runs.compare.systems import evaluate_run
+from ragjax.runs.compare.results import evaluate_run
 from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_rag_cost
 from ragjax.runs.indexes import build_bm25, build_towers, source_rows

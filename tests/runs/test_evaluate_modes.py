@@ -11,7 +11,7 @@ from programs import load_script
 
 from ragjax.generation import Limits, Prompts, generate_greedy
 from ragjax.models.inputs import LMBatch
-from ragjax.runs.compare.answers import Answer, Request, answer_requests, stop_ids
+from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests, stop_ids
 from ragjax.runs.compare.measures import measure_answer, passages_read
 from ragjax.runs.compare.systems import answer_cache
 from ragjax.runs.evaluate import open_evaluation
@@ -83,7 +83,7 @@ def in_mode(opened, folder, **evaluation):
 
 def answers_in(workspace, requests):
     teacher = workspace.base_lm()
-    return answer_requests(workspace, teacher, requests, answer_cache(workspace))
+    return answer_requests(workspace, teacher, requests, answer_cache(workspace.folder))
 
 
 def requests_of(workspace, docs, scores):
@@ -95,7 +95,7 @@ def requests_of(workspace, docs, scores):
 def test_the_probability_of_an_answer_is_that_of_its_tokens(opened, tmp_path):
     workspace = in_mode(opened, tmp_path, mode="concat")
     requests = requests_of(workspace, (4, 1), (0.0, 0.0))
-    stops = stop_ids(workspace)
+    stops = stop_ids(workspace.lm)
     for request, answer in zip(requests, answers_in(workspace, requests), strict=True):
         documents = workspace.documents.get(request.docs)
         context = workspace.prompts.context(request.question.text, documents)
@@ -176,7 +176,7 @@ def test_more_beams_are_another_answer_in_the_cache(opened, tmp_path):
     (greedy,) = answers_in(one, requests)
     (best,) = answers_in(three, requests)
     assert best.log_prob / best.num_tokens >= greedy.log_prob / greedy.num_tokens - 1e-4
-    assert len(answer_cache(one)) == 2
+    assert len(answer_cache(one.folder)) == 2
 
 
 @pytest.mark.slow
@@ -200,16 +200,16 @@ def test_support_counts_the_part_that_was_read(opened, tmp_path):
     assert fox.startswith("fox") and "chapter" not in fox
     # Of the novel the first 24 tokens were read, not its end.
     assert "near" not in novel
-    measure = measure_answer(0.8)
-    said = Answer("novel", None, -1.0, 2)
-    metrics = measure(workspace, request, said)
+    measure = measure_answer(workspace, 0.8)
+    said = ScoredAnswer("novel", None, -1.0, 2)
+    metrics = measure(request, said)
     assert metrics["supported"] == 1.0
     assert metrics["confidence"] == pytest.approx(math.exp(-1.0))
     assert metrics["confidence_per_token"] == pytest.approx(math.exp(-0.5))
-    assert measure(workspace, request, Answer("near", None, -1.0, 2))["supported"] == 0.0
-    closed = measure(workspace, Request(question, (), ()), said)
+    assert measure(request, ScoredAnswer("near", None, -1.0, 2))["supported"] == 0.0
+    closed = measure(Request(question, (), ()), said)
     assert "supported" not in closed and "confidence" in closed
-    empty = measure(workspace, request, Answer("", None, -1.0, 1))
+    empty = measure(request, ScoredAnswer("", None, -1.0, 1))
     assert empty["empty_answer"] == 1.0 and math.isnan(empty["supported"])
 
 

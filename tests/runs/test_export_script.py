@@ -13,7 +13,7 @@ from programs import load_script
 
 from ragjax.data import pad_right
 from ragjax.models import Tokens, load_encoder, load_language_model
-from ragjax.runs.compare.answers import Answer, Request, answer_requests
+from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run
@@ -125,7 +125,9 @@ def test_the_language_model_answers_as_in_the_run(export, runs, tmp_path, name):
     questions = {question.id: question for question in workspace.questions["test"]}
     requests = [Request(questions[line["id"]], (), ()) for line in lines]
     teacher = workspace.base_lm()
-    answers = answer_requests(workspace, teacher, requests, ResultCache(tmp_path / "c", Answer))
+    answers = answer_requests(
+        workspace, teacher, requests, ResultCache(tmp_path / "c", ScoredAnswer)
+    )
     written = [line["systems"]["closed_book_lm_half"]["metrics"]["answer_nll"] for line in lines]
     assert len(lines) == 6
     np.testing.assert_allclose([answer.nll for answer in answers], written, atol=1e-4)

@@ -12,7 +12,7 @@ from ragjax.data import Question
 from ragjax.index import SearchResult
 from ragjax.models.testing import write_tiny_language_model
 from ragjax.models.trainable import merge_trainable, split_trainable
-from ragjax.runs.compare import systems as systems_module
+from ragjax.runs.compare import results as results_module
 from ragjax.runs.compare.dev import Side, evaluate_dev, marginal_nll
 from ragjax.runs.forecast import estimate_rag_cost
 from ragjax.runs.indexes import build_bm25, build_towers, drop_rows, source_rows
@@ -567,16 +567,16 @@ def test_every_system_of_the_table_weighs_documents_by_the_dense_retriever(
     bm25, _, before = start
     heard = []
     monkeypatch.setattr(
-        systems_module, "evaluate_systems", lambda _, systems: heard.extend(systems)
+        results_module, "evaluate_systems", lambda _, columns, *__, **___: heard.extend(columns)
     )
-    monkeypatch.setattr(systems_module, "write_results", lambda *_: {})
+    monkeypatch.setattr(results_module, "write_results", lambda *_: {})
     base, other = (FrozenLM(workspace.lm.params, name) for name in (workspace.lm.fingerprint, "b"))
-    systems_module.evaluate_run(workspace, bm25, before, before, other)
+    results_module.evaluate_run(workspace, bm25, before, before, other)
     asked = workspace.encode_queries(before.query_params, workspace.questions["test"])
-    read = {system.name: system for system in heard if system.lm and system.found}
+    read = {column.name: column for column in heard if column.lm and column.documents}
     assert set(read) == {"bm25", "before", "after", "hybrid", "lm_half", "hybrid_base_lm"}
     assert base.fingerprint == read["bm25"].lm.fingerprint
-    for name, (_, _, found, logits) in read.items():
+    for name, (_, _, (found, logits)) in read.items():
         for row, docs in enumerate(found.doc_ids):
             there = found.mask[row]
             cosines = before.embeddings[docs[there]] @ asked[row]

@@ -7,7 +7,7 @@ import pytest
 from ragjax.index import SearchResult
 from ragjax.models import LMBatch
 from ragjax.runs import teacher as teacher_module
-from ragjax.runs.compare.answers import Answer, Request, answer_requests
+from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.teacher import TeacherScores, score_candidates, target_log_probs
@@ -163,18 +163,18 @@ def test_an_answer_depends_on_its_prompt_only_and_is_computed_once(
     )
     workspace = dataclasses.replace(workspace, config=config)
     requests = [request(workspace, row, [row, row + 1]) for row in (0, 1, 2, 0)]
-    cache = ResultCache(tmp_path / "a.jsonl", Answer)
+    cache = ResultCache(tmp_path / "a.jsonl", ScoredAnswer)
     answers = answer_requests(workspace, teacher, requests, cache)
     assert len(cache) == 3 and answers[0] == answers[3]
     alone = answer_requests(
-        workspace, teacher, requests[1:2], ResultCache(tmp_path / "b.jsonl", Answer)
+        workspace, teacher, requests[1:2], ResultCache(tmp_path / "b.jsonl", ScoredAnswer)
     )
     assert alone[0].prediction == answers[1].prediction
     assert alone[0].nll == pytest.approx(answers[1].nll, abs=1e-4)
 
 
 def test_the_nll_of_an_answer_is_that_of_its_tokens(workspace, teacher, tmp_path):
-    cache = ResultCache(tmp_path / "a.jsonl", Answer)
+    cache = ResultCache(tmp_path / "a.jsonl", ScoredAnswer)
     (answer,) = answer_requests(workspace, teacher, [request(workspace, 0, [7])], cache)
     question = workspace.questions["train"][0]
     length = len(workspace.prompts.target(question.answers[0]))
@@ -187,7 +187,7 @@ def test_the_ensemble_nll_is_the_marginal_over_documents(workspace, teacher, tmp
         workspace.config, evaluation=EvaluationConfig(mode="ensemble", documents=2)
     )
     workspace = dataclasses.replace(workspace, config=config)
-    cache = ResultCache(tmp_path / "a.jsonl", Answer)
+    cache = ResultCache(tmp_path / "a.jsonl", ScoredAnswer)
     (answer,) = answer_requests(workspace, teacher, [request(workspace, 0, [7, 9])], cache)
     question = workspace.questions["train"][0]
     length = len(workspace.prompts.target(question.answers[0]))

@@ -8,7 +8,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ragjax.evaluation.report.checks import calibration_section, nested_section
+from ragjax.evaluation.report.checks import (
+    calibration_section,
+    dev_section,
+    robustness_section,
+    support_section,
+)
 from ragjax.evaluation.report.curves import curves
 from ragjax.evaluation.report.explained import explained_section
 from ragjax.evaluation.report.html import details, escape, is_number, isolated, page, table
@@ -23,11 +28,9 @@ from ragjax.evaluation.report.results import (
 )
 
 
-class Section(NamedTuple):
-    """A part of the page that the caller wrote."""
-
+class _Section(NamedTuple):
     title: str  # plain text
-    body: str  # HTML: whatever is not markup must have passed `report_html.escape`
+    body: str  # HTML
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,18 +42,18 @@ class ReportData:
         facts: Name to value, a line under the heading: data, models, objective.
         metrics: System to metric to `{"value": ..., "low": ..., "high": ...}`.
         other_metrics: The same for systems that are shown on demand.
-        system_notes: System to what it is.
         differences: Paired differences, as in differences.json.
         steps: Lines of metrics.jsonl.
         questions: Lines of predictions.jsonl.
         gold: Question id to relevant document ids.
         passages: Document id to title and text, for the documents shown.
-        explained: See `report_explained.explained_section`.
-        calibration: See `report_checks.calibration_section`.
-        checks: Title to results of any form; see `report_checks.nested_section`.
+        explained: As in explained.json.
+        calibration: As in calibration.json.
+        dev: As in dev.json.
+        robustness: As in robustness.json.
+        support: As in support.json.
         cost: `{"seconds": {stage: seconds}, "peak_memory_bytes": ..., "counts": {what: number}}`.
         config: Options, nested.
-        sections: Further parts.
         problems: Sentences on what could not be read.
     """
 
@@ -58,7 +61,6 @@ class ReportData:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     other_metrics: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    system_notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     differences: Sequence[Mapping[str, Any]] = ()
     steps: Sequence[Mapping[str, Any]] = ()
     questions: Sequence[Mapping[str, Any]] = ()
@@ -66,10 +68,11 @@ class ReportData:
     passages: Mapping[str, PassageText] = dataclasses.field(default_factory=dict)
     explained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    checks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dev: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    robustness: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    support: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sections: Sequence[Section] = ()
     problems: Sequence[str] = ()
 
 
@@ -110,7 +113,7 @@ def render_report(data: ReportData) -> str:
     return page(data.title, "\n".join(part for part in body if part))
 
 
-def _sections(data: ReportData) -> list[Section]:
+def _sections(data: ReportData) -> list[_Section]:
     metrics = {**data.metrics, **data.other_metrics}
     found = findings(metrics, data.differences)
     pair = main_pair(metrics, data.differences)
@@ -127,13 +130,13 @@ def _sections(data: ReportData) -> list[Section]:
         if data.other_metrics:
             further = results_table(data.other_metrics)
             body += details(f"Further systems ({len(data.other_metrics)})", further)
-        body += legend(metrics, data.system_notes)
+        body += legend(metrics)
         if differences:
             body += f"<h3>Paired differences</h3>{differences}"
-        sections.append(Section("What changed", body))
+        sections.append(_Section("What changed", body))
     if data.questions and pair:
         sections.append(
-            Section(
+            _Section(
                 "Questions won and lost",
                 _lead(
                     "Those that changed most, with what was retrieved before and after. Passages"
@@ -143,22 +146,27 @@ def _sections(data: ReportData) -> list[Section]:
             )  # fmt: skip
         )
     if data.explained.get("questions"):
-        sections.append(Section("Retriever and language model", _explained_lead(data.explained)
+        sections.append(_Section("Retriever and language model", _explained_lead(data.explained)
                                 + explained_section(data.explained, lookup)))  # fmt: skip
     if data.calibration:
         lead = _lead("How far the probability that the model gives its answer can be trusted.")
-        sections.append(Section("Calibration", lead + calibration_section(data.calibration)))
-    sections += [Section(title, nested_section(values)) for title, values in data.checks.items()]
-    sections += data.sections
+        sections.append(_Section("Calibration", lead + calibration_section(data.calibration)))
+    for title, values, render in (
+        ("Dev questions", data.dev, dev_section),
+        ("Robustness", data.robustness, robustness_section),
+        ("Answers supported by a passage", data.support, support_section),
+    ):
+        if values:
+            sections.append(_Section(title, render(values)))
     if data.steps:
         lead = _lead("As logged at each step. Where there are many, the thin line is the values"
                      " and the strong one their running mean.")  # fmt: skip
-        sections.append(Section("Training curves", lead + curves(data.steps)))
+        sections.append(_Section("Training curves", lead + curves(data.steps)))
     cost = _cost(data)
     if cost:
-        sections.append(Section("Cost", cost))
+        sections.append(_Section("Cost", cost))
     if data.config:
-        sections.append(Section("Options", _options(data.config)))
+        sections.append(_Section("Options", _options(data.config)))
     return sections
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ragjax.evaluation.records import METRICS, SYSTEMS
+from ragjax.evaluation.records import METRICS
 from ragjax.evaluation.report.charts import interval_bar
 from ragjax.evaluation.report.html import (
     details,
@@ -16,6 +16,7 @@ from ragjax.evaluation.report.html import (
     signed,
     table,
 )
+from ragjax.evaluation.systems import SYSTEMS
 
 # (system, baseline) that a run is about; the first that was compared.
 _MAIN_PAIRS = (
@@ -171,14 +172,9 @@ def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def legend(metrics: Mapping[str, Mapping[str, Any]], notes: Mapping[str, str]) -> str:
-    """Returns what the systems and the metrics are, shown on demand.
-
-    Args:
-        metrics: System to metrics.
-        notes: System to what it is.
-    """
-    systems = [(name, notes[name]) for name in metrics if name in notes]
+def legend(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns what the systems and the metrics are, shown on demand."""
+    systems = [(name, SYSTEMS[name].note) for name in metrics if name in SYSTEMS]
     names = [(name, _MEANINGS[name]) for name in _metric_names(metrics) if name in _MEANINGS]
     items = "".join(f"<dt>{isolated(a)}</dt><dd>{isolated(b)}</dd>" for a, b in systems + names)
     title = "What the systems and the metrics are"

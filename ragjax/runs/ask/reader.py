@@ -43,7 +43,7 @@ class Reader(Prompts):
         super().__init__(system, options)
         self.limits = Limits(
             max_new_tokens=self.max_target,
-            stop_ids=stop_ids(system.workspace),
+            stop_ids=stop_ids(system.workspace.lm),
             # An un-adapted model often begins its answer on a new line; that is no empty answer.
             min_new_tokens=1,
         )

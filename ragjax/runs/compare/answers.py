@@ -25,6 +25,7 @@ from ragjax.generation import (
 )
 from ragjax.losses import rag_sequence_loss, rag_token_loss
 from ragjax.models.inputs import LMBatch
+from ragjax.models.language_model import LanguageModel
 from ragjax.runs.options.shared import EvaluationConfig
 from ragjax.runs.teacher import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -43,8 +44,8 @@ class Request(NamedTuple):
     doc_scores: tuple[float, ...]  # logits of p_R of those documents
 
 
-class Answer(NamedTuple):
-    """What the language model says, and how surprising the right answer is to it."""
+class ScoredAnswer(NamedTuple):
+    """What the language model generates, and the NLL of the right answer."""
 
     prediction: str
     nll: float | None  # nats per token of the first right answer; None where there is none
@@ -54,8 +55,11 @@ class Answer(NamedTuple):
 
 
 def answer_requests(
-    workspace: Workspace, model: FrozenLM, requests: Sequence[Request], cache: ResultCache[Answer]
-) -> list[Answer]:
+    workspace: Workspace,
+    model: FrozenLM,
+    requests: Sequence[Request],
+    cache: ResultCache[ScoredAnswer],
+) -> list[ScoredAnswer]:
     """Answers each request; requests that read the same prompt are answered once.
 
     A request without documents is answered closed book, in every mode.
@@ -83,9 +87,8 @@ def answer_requests(
     return [answer for answer in answers if answer is not None]
 
 
-def stop_ids(workspace: Workspace) -> tuple[int, ...]:
+def stop_ids(lm: LanguageModel) -> tuple[int, ...]:
     """Returns the tokens that end an answer: end of text, and every token with a line break."""
-    lm = workspace.lm
     vocabulary = lm.tokenizer.get_vocab(with_added_tokens=True).values()
     texts = lm.tokenizer.decode_batch([[index] for index in sorted(vocabulary)])
     breaks = [index for index, text in zip(sorted(vocabulary), texts, strict=True) if "\n" in text]
@@ -95,7 +98,7 @@ def stop_ids(workspace: Workspace) -> tuple[int, ...]:
 def _limits(workspace: Workspace) -> Limits:
     return Limits(
         max_new_tokens=workspace.config.evaluation.max_new_tokens,
-        stop_ids=stop_ids(workspace),
+        stop_ids=stop_ids(workspace.lm),
         min_new_tokens=_MIN_NEW_TOKENS,
     )
 
@@ -118,7 +121,7 @@ def _key(workspace: Workspace, model: FrozenLM, request: Request) -> str:
     )
 
 
-def _is_known(cache: ResultCache[Answer], key: str) -> bool:
+def _is_known(cache: ResultCache[ScoredAnswer], key: str) -> bool:
     answer = cache.get(key)
     return answer is not None and answer.log_prob is not None
 
@@ -135,7 +138,7 @@ def _answer_concatenated(
     model: FrozenLM,
     keys: Sequence[str],
     requests: Sequence[Request],
-    cache: ResultCache[Answer],
+    cache: ResultCache[ScoredAnswer],
 ) -> None:
     contexts = [
         workspace.prompts.context(r.question.text, workspace.documents.get(r.docs))
@@ -179,7 +182,7 @@ def _answer_apart(
     model: FrozenLM,
     keys: Sequence[str],
     requests: Sequence[Request],
-    cache: ResultCache[Answer],
+    cache: ResultCache[ScoredAnswer],
 ) -> None:
     reading = _reading(workspace.config.evaluation)
     count = max(len(request.docs) for request in requests)
@@ -248,7 +251,7 @@ def _pack_groups(
 
 def _store(
     workspace: Workspace,
-    cache: ResultCache[Answer],
+    cache: ResultCache[ScoredAnswer],
     keys: Sequence[str],
     generated: Any,
     nlls: np.ndarray,
@@ -264,7 +267,9 @@ def _store(
     # What ends an answer is none of its tokens, but was generated unless the limit came first.
     counts = np.minimum(ends + 1, ids.shape[1]).tolist()
     answers = [
-        Answer(text.strip(), float(nll) / length if length else None, min(log_prob, 0.0), count)
+        ScoredAnswer(
+            text.strip(), float(nll) / length if length else None, min(log_prob, 0.0), count
+        )
         for text, nll, length, log_prob, count in zip(
             texts, nlls, lengths, log_probs.tolist(), counts, strict=False
         )

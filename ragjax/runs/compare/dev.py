@@ -18,6 +18,7 @@ from ragjax.evaluation import (
 )
 from ragjax.index import SearchResult
 from ragjax.losses import rag_sequence_loss
+from ragjax.runs.compare.systems import make_record
 from ragjax.runs.indexes import Retriever, search
 from ragjax.runs.teacher import score_candidates
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -67,11 +68,7 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
             name: summarize(rows, num_resamples=resamples, seed=seed)
             for name, rows in records.items()
         },
-        "differences": [
-            {"metric": c.metric, "system": c.system, "baseline": c.baseline}
-            | c.difference._asdict()
-            for c in differences
-        ],
+        "differences": [c.as_json() for c in differences],
     }
     write_json(workspace.folder / "dev.json", result)
     workspace.report(f"\n{len(questions)} dev questions (marginal_nll in nats per token)")
@@ -130,11 +127,9 @@ def _records(
         nll[answered] = marginal_nll(workspace, side.lm, chosen, part, cache)
     columns[MARGINAL_NLL] = nll
     return [
-        QuestionRecord(
-            id=question.id,
-            system=side.name,
-            question=question.text,
-            answers=question.answers,
+        make_record(
+            question,
+            side.name,
             metrics={name: float(column[row]) for name, column in columns.items()},
         )
         for row, question in enumerate(questions)

@@ -1,28 +1,36 @@
-"""What an evaluation writes and shows: metrics, differences, calibration, support, robustness."""
+"""Result files and printed tables of a run and of an evaluation."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.evaluation import METRICS, QuestionRecord, compare, format_report, summarize
+from ragjax.evaluation import METRICS, Comparison, compare, format_report, summarize
 from ragjax.evaluation.calibration import Calibration, calibrate
+from ragjax.evaluation.systems import MAIN_SYSTEMS, PAIRS, RUN_PAIRS, SYSTEMS
+from ragjax.index import Bm25Index
 from ragjax.runs.compare.measures import RIGHT_F1, is_right
-from ragjax.runs.compare.robustness import METRICS as CONDITION_METRICS
 from ragjax.runs.compare.robustness import (
+    CONDITION_METRICS,
     Robustness,
     compare_conditions,
     condition_lines,
     summarize_robustness,
 )
-from ragjax.runs.compare.systems import Records, as_json, prediction_lines
-from ragjax.runs.options.evaluate import EvaluateConfig
-from ragjax.runs.saved import SYSTEM_NOTES
-from ragjax.runs.workspace import Workspace
+from ragjax.runs.compare.systems import (
+    Records,
+    answer_cache,
+    evaluate_systems,
+    make_columns,
+    retrieve_documents,
+)
+from ragjax.runs.indexes import Retriever
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json, write_text
 
-CONFIDENCES = ("confidence", "confidence_per_token")
-SUPPORT = (
+_CONFIDENCES = ("confidence", "confidence_per_token")
+_SUPPORT = (
     "support",
     "supported",
     "supported_if_right",
@@ -30,115 +38,167 @@ SUPPORT = (
     "hallucination",
     "empty_answer",
 )
-_PAIRS = (
-    ("after", "before"),
-    ("hybrid", "hybrid_before"),
-    ("hybrid", "bm25"),
-    ("hybrid_before", "bm25"),
-    ("before", "closed_book"),
-    ("hybrid_before", "closed_book"),
-    ("after", "closed_book_lm_half"),
-    ("hybrid", "closed_book_lm_half"),
-    ("after", "closed_book"),
-    ("hybrid", "closed_book"),
-    ("closed_book_lm_half", "closed_book"),
-    ("lm_half", "before"),
-    ("hybrid", "hybrid_base_lm"),
-)
-# Differences shown on the screen; all of them are in differences.json.
-_SHOWN = {
-    ("after", "before"): ("recall@5", "mrr@10", "f1", "answer_nll", "hallucination"),
-    ("hybrid", "hybrid_before"): ("recall@5", "f1", "answer_nll", "hallucination"),
-    ("hybrid", "bm25"): ("recall@5", "f1"),
-    ("hybrid_before", "bm25"): ("recall@5",),
-    ("before", "closed_book"): ("f1", "answer_nll"),
-    ("after", "closed_book_lm_half"): ("f1", "answer_nll"),
-}
+_COMPARED = (*METRICS, "supported", "hallucination")
+_TABLE = (*_COMPARED, "empty_answer")
 _CONDITIONS_SHOWN = ("f1", "answer_nll")
-_TABLE = (*METRICS, "supported", "hallucination", "empty_answer")
 
 
-def write_evaluation(
-    workspace: Workspace, config: EvaluateConfig, records: Records, robustness: Robustness | None
+class Checks(NamedTuple):
+    """What an evaluation has beside the table of a run.
+
+    Attributes:
+        bins: Bins of equal mass in which confidence is compared with outcome.
+        support_threshold: Share of content words that supports a long answer.
+        robustness: Records by condition; None: not measured.
+    """
+
+    bins: int
+    support_threshold: float
+    robustness: Robustness | None
+
+
+def evaluate_run(
+    workspace: Workspace, bm25: Bm25Index, before: Retriever, after: Retriever, lm: FrozenLM
 ) -> dict[str, Any]:
-    """Writes every result file and shows the tables.
-
-    Files: metrics.json, differences.json, calibration.json, support.json, robustness.json (if
-    there is any), predictions.jsonl.
+    """Compares the systems of a run on its test questions and writes its results.
 
     Args:
-        workspace: Where, and whom to show.
-        config: Options.
+        workspace: Data and base models.
+        bm25: The index of words.
+        before: The base retriever.
+        after: The adapted one, or the base one.
+        lm: The adapted language model, or the base one.
+
+    Returns:
+        What `metrics.json` holds.
+    """
+    base = workspace.base_lm()
+    # Where the language model was not adapted, systems that differ in it alone are the same.
+    names = [
+        name
+        for name, kind in SYSTEMS.items()
+        if kind.num_adapted != 1 or lm.fingerprint != base.fingerprint
+    ]
+    documents = retrieve_documents(workspace, bm25, before, after, "test")
+    columns = [
+        # Its documents alone are compared: answers cost the most time.
+        column._replace(lm=None) if column.name == "hybrid_before" else column
+        for column in make_columns(names, documents, base, lm)
+    ]
+    cache = answer_cache(workspace.folder)
+    return write_results(workspace, evaluate_systems(workspace, columns, cache, split="test"))
+
+
+def write_results(
+    workspace: Workspace, records: Records, checks: Checks | None = None
+) -> dict[str, Any]:
+    """Writes every result file and prints the tables.
+
+    Files: metrics.json, differences.json, predictions.jsonl; with checks also calibration.json,
+    support.json and, if it was measured, robustness.json.
+
+    Args:
+        workspace: Folder, options, log.
         records: By system.
-        robustness: Records by condition; None: not measured.
+        checks: Further results of an evaluation; None: a run, which has fewer pairs and keeps
+            systems beside the main ones in differences.json.
 
     Returns:
         What metrics.json holds.
     """
-    options = {"num_resamples": config.resamples, "seed": workspace.config.seed}
+    options = {
+        "num_resamples": workspace.config.evaluation.resamples,
+        "seed": workspace.config.seed,
+    }
     records = {name: rows for name, rows in records.items() if any(r.metrics for r in rows)}
     summaries = {name: summarize(rows, **options) for name, rows in records.items()}
-    pairs = [pair for pair in _PAIRS if set(pair) <= set(records)]
-    metrics = (*METRICS, "supported", "hallucination")
-    comparisons = compare(records, pairs=pairs, metrics=metrics, **options)
-    calibrations = {
-        name: found
-        for name, rows in records.items()
-        if (found := _calibrations(rows, config.bins, options))
-    }
-    shown = [c for c in comparisons if c.metric in _SHOWN.get((c.system, c.baseline), ())]
-    table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in records}
-    workspace.report("\n" + format_report(table, shown) + "\n" + _legend(config, list(records)))
-    folder = workspace.folder
-    conditions: Mapping[int, Any] = {}
-    if robustness is not None:
-        workspace.report("\n" + _robustness_report(robustness, options))
-        write_json(folder / "robustness.json", summarize_robustness(robustness, **options))
-        conditions = condition_lines(robustness)
-    asked = len(next(iter(records.values())))
-    more = [{"robustness": conditions[row]} if row in conditions else {} for row in range(asked)]
-    write_text(folder / "predictions.jsonl", prediction_lines(records, more))
-    write_json(
-        folder / "calibration.json",
-        {
-            name: {confidence: _calibration_json(found) for confidence, found in by_name.items()}
-            for name, by_name in calibrations.items()
-        },
+    comparisons = compare(
+        records, pairs=RUN_PAIRS if checks is None else tuple(PAIRS), metrics=_COMPARED, **options
     )
-    write_json(folder / "support.json", _support(summaries))
-    write_json(folder / "differences.json", {"differences": [as_json(c) for c in comparisons]})
-    write_json(folder / "metrics.json", summaries)
-    return summaries
+    calibrations = {} if checks is None else _calibrations(records, checks.bins, options)
+    names = list(records) if checks else [name for name in MAIN_SYSTEMS if name in records]
+    table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
+    shown = [c for c in comparisons if c.metric in PAIRS[c.system, c.baseline]]
+    workspace.report("\n" + format_report(table, shown) + "\n" + _legend(list(records), checks))
+    folder = workspace.folder
+    lines = {}
+    if checks is not None:
+        write_json(folder / "calibration.json", _calibration_json(calibrations))
+        write_json(folder / "support.json", _support(summaries))
+        if checks.robustness is not None:
+            summary = summarize_robustness(checks.robustness, **options)
+            compared = compare_conditions(checks.robustness, **options)
+            workspace.report("\n" + _robustness_report(summary, compared))
+            write_json(folder / "robustness.json", summary)
+            lines = condition_lines(checks.robustness)
+    write_text(folder / "predictions.jsonl", _prediction_lines(records, lines))
+    differences: dict[str, Any] = {"differences": [c.as_json() for c in comparisons]}
+    if checks is None:
+        others = {name: value for name, value in summaries.items() if name not in names}
+        differences["other_systems"] = others
+    write_json(folder / "differences.json", differences)
+    metrics = {name: summaries[name] for name in names}
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def _prediction_lines(records: Records, conditions: Mapping[int, Any]) -> str:
+    """Returns one JSON line per question, with what each system did, and under each condition."""
+    lines = []
+    for row, rows in enumerate(zip(*records.values(), strict=True)):
+        systems = {
+            r.system: {
+                "prediction": r.prediction,
+                "doc_ids": list(r.doc_ids),
+                "doc_scores": list(r.doc_scores),
+                "metrics": dict(r.metrics),
+            }
+            for r in rows
+        }
+        first = rows[0]
+        line = {"id": first.id, "question": first.question, "answers": list(first.answers)}
+        line |= {"systems": systems}
+        if row in conditions:
+            line["robustness"] = conditions[row]
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
+    return "".join(line + "\n" for line in lines)
 
 
 def _calibrations(
-    records: Sequence[QuestionRecord], bins: int, options: Mapping[str, int]
-) -> dict[str, Calibration]:
-    """Returns how well each confidence of one system fits F1 >= `RIGHT_F1`."""
-    found = {}
-    for name in CONFIDENCES:
-        rows = [r.metrics for r in records if name in r.metrics and "f1" in r.metrics]
-        if rows:
-            confidence = np.array([row[name] for row in rows])
-            right = np.array([is_right(row["f1"]) for row in rows])
-            found[name] = calibrate(confidence, right, num_bins=bins, **options)
+    records: Records, bins: int, options: Mapping[str, int]
+) -> dict[str, dict[str, Calibration]]:
+    """Returns by system how well each confidence fits F1 >= `RIGHT_F1`."""
+    found: dict[str, dict[str, Calibration]] = {}
+    for system, lines in records.items():
+        for name in _CONFIDENCES:
+            rows = [r.metrics for r in lines if name in r.metrics and "f1" in r.metrics]
+            if rows:
+                confidence = np.array([row[name] for row in rows])
+                right = np.array([is_right(row["f1"]) for row in rows])
+                calibration = calibrate(confidence, right, num_bins=bins, **options)
+                found.setdefault(system, {})[name] = calibration
     return found
 
 
-def _calibration_json(found: Calibration) -> dict[str, Any]:
-    intervals = ("accuracy", "confidence", "ece", "brier", "auroc", "aurc")
-    values = {name: getattr(found, name) for name in intervals}
+def _calibration_json(calibrations: Mapping[str, Mapping[str, Calibration]]) -> dict[str, Any]:
+    def plain(found: Calibration) -> dict[str, Any]:
+        values = {k: v for k, v in found._asdict().items() if k not in ("n", "reliability")}
+        return {
+            "n": found.n,
+            **{name: value._asdict() for name, value in values.items() if value is not None},
+            "reliability": [row._asdict() for row in found.reliability],
+        }
+
     return {
-        "n": found.n,
-        **{name: value._asdict() for name, value in values.items() if value is not None},
-        "reliability": [row._asdict() for row in found.reliability],
+        system: {name: plain(found) for name, found in by_name.items()}
+        for system, by_name in calibrations.items()
     }
 
 
 def _support(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     for name, summary in summaries.items():
-        rates = {key: summary[key] for key in SUPPORT if key in summary}
+        rates = {key: summary[key] for key in _SUPPORT if key in summary}
         if "supported" in rates:
             counts = {k: v for k, v in summary.get("applicable", {}).items() if k in rates}
             found[name] = {**rates, "n": summary["n"], "applicable": counts}
@@ -148,7 +208,7 @@ def _support(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _shown_summary(
     summary: Mapping[str, Any], calibrations: Mapping[str, Calibration]
 ) -> dict[str, Any]:
-    """Returns the rows of one system on the screen: its calibration is that per token."""
+    """Returns the printed rows of one system: its calibration is that per token."""
     rows = {name: summary[name] for name in _TABLE if name in summary}
     found = calibrations.get("confidence_per_token")
     if found is not None:
@@ -158,40 +218,34 @@ def _shown_summary(
     return rows | {"n": summary["n"]} | ({"applicable": counts} if counts else {})
 
 
-def _legend(config: EvaluateConfig, systems: Sequence[str]) -> str:
-    lines = ["; ".join(f"{name}: {SYSTEM_NOTES[name]}" for name in systems if name in SYSTEM_NOTES)]
+def _legend(systems: Sequence[str], checks: Checks | None) -> str:
+    lines = ["; ".join(f"{name}: {SYSTEMS[name].note}" for name in systems)]
     if "after" in systems:
         lines[0] += ". after and hybrid are read by the language model as the run left it"
-    lines += [
-        "supported: a passage that was read contains the answer, or"
-        f" {config.support_threshold:.0%} of the content words of a longer one;"
-        f" hallucination: not supported, and F1 below {RIGHT_F1:g}; empty answers are in neither",
-        "calibration_error, auroc: of the answer's probability per token against"
-        f" F1 >= {RIGHT_F1:g} (lower, higher is better)",
-    ]
+    if checks is not None:
+        lines += [
+            "supported: a passage that was read contains the answer, or"
+            f" {checks.support_threshold:.0%} of the content words of a longer one;"
+            f" hallucination: not supported, and F1 below {RIGHT_F1:g}; empty answers are in"
+            " neither",
+            "calibration_error, auroc: of the answer's probability per token against"
+            f" F1 >= {RIGHT_F1:g} (lower, higher is better)",
+        ]
     return "\n".join(lines)
 
 
-def _robustness_report(robustness: Robustness, options: Mapping[str, int]) -> str:
-    summaries = {
-        name: _only(summarize(rows, **options), (*CONDITION_METRICS, "hallucination"))
-        for name, rows in robustness.records.items()
+def _robustness_report(summary: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
+    names = (*CONDITION_METRICS, "hallucination", "n")
+    conditions = {
+        condition: {name: values[name] for name in names if name in values}
+        for condition, values in summary["conditions"].items()
     }
-    same = summarize_robustness(robustness, **options)["same_as_closed_book"]
-    told = (
+    same = summary["same_as_closed_book"]
+    # All of them are in robustness.json.
+    shown = [comparison for comparison in compared if comparison.metric in _CONDITIONS_SHOWN]
+    return (
+        "Robustness: relevant passages alone, before and behind distractors; distractors alone\n"
+        f"{format_report(conditions, shown)}\n"
         "distractors alone give the answer of no documents in"
         f" {same['value']:.0%} [{same['low']:.0%}, {same['high']:.0%}] of the questions"
     )
-    # All of them are in robustness.json.
-    shown = [c for c in compare_conditions(robustness, **options) if c.metric in _CONDITIONS_SHOWN]
-    return "\n".join(
-        [
-            "Robustness: relevant passages alone, before and behind distractors; distractors alone",
-            format_report(summaries, shown),
-            told,
-        ]
-    )
-
-
-def _only(summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: summary[name] for name in names if name in summary} | {"n": summary["n"]}

@@ -1,23 +1,30 @@
-"""How a language model answers from relevant passages, with distractors, and from these alone.
+"""Answers from relevant passages, from these with distractors, and from distractors alone.
 
-Q questions, N documents.
+Q questions, R passages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ragjax.data import Question
+import numpy as np
+
 from ragjax.evaluation import Comparison, QuestionRecord, bootstrap_interval, compare, summarize
 from ragjax.evaluation.robustness import PassageSets, passage_sets, same_answers
 from ragjax.index import SearchResult
-from ragjax.runs.compare.answers import Answer, Request, answer_requests
-from ragjax.runs.compare.systems import Measure, as_json
+from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
+from ragjax.runs.compare.systems import AnswerMeasure, answered_rows, make_record
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache
 
-METRICS = ("exact_match", "f1", "answer_nll")
-_CONDITIONS = ("closed_book", "gold", "gold_first", "gold_last", "distractors")
+CONDITION_METRICS = ("exact_match", "f1", "answer_nll")
+_CONDITIONS: dict[str, Callable[[PassageSets], tuple[int, ...]]] = {
+    "closed_book": lambda sets: (),
+    "gold": lambda sets: sets.gold,
+    "gold_first": lambda sets: sets.gold_first,
+    "gold_last": lambda sets: sets.gold_last,
+    "distractors": lambda sets: sets.distractors,
+}
 _PAIRS = (
     ("gold", "closed_book"),
     ("gold_first", "gold"),
@@ -39,12 +46,11 @@ def answer_conditions(
     lm: FrozenLM,
     retriever: Retriever,
     found: SearchResult,
-    cache: ResultCache[Answer],
+    cache: ResultCache[ScoredAnswer],
     *,
     split: str,
-    rows: Sequence[int],
     num_distractors: int,
-    measure: Measure,
+    measure: AnswerMeasure,
 ) -> Robustness | None:
     """Answers each question under every condition.
 
@@ -54,47 +60,46 @@ def answer_conditions(
     Args:
         workspace: Data, prompts, options.
         lm: The language model that answers.
-        retriever: Gives the logits of p_R.
-        found: `[Q, K]` documents of the split's questions; the distractors come from them.
+        retriever: Computes the logits of p_R.
+        found: `[Q, K]` documents of the split's questions; the distractors are chosen among them.
         cache: Answers known already.
         split: Of the workspace's questions.
-        rows: Questions that are answered.
         num_distractors: Distractors read.
-        measure: What is measured of an answer.
+        measure: Computes the metrics of an answer.
 
     Returns:
         The records; None where no question has a relevant passage and a distractor.
     """
-    questions, grades = workspace.questions[split], workspace.gold_rows(split)
-    sets: dict[int, PassageSets] = {}
-    for row in rows:
-        ranked = sorted((-grade, doc) for doc, grade in grades[row].items() if grade > 0)
-        chosen = passage_sets(
-            [doc for _, doc in ranked],
-            found.doc_ids[row].tolist(),
-            num_gold=workspace.config.evaluation.documents,
-            num_distractors=num_distractors,
-        )
-        if chosen is not None:
-            sets[row] = chosen
+    sets = _passage_sets(workspace, found, split, num_distractors)
     if not sets:
         return None
     workspace.report(f"answers of {len(sets)} questions with and without distractors")
-    asked = [questions[row] for row in sets]
+    asked = [workspace.questions[split][row] for row in sets]
+    # One product for all passages that are read: each has one logit, whatever is read beside it.
+    passages = sorted({doc for chosen in sets.values() for doc in chosen.gold_first})
+    place = {doc: column for column, doc in enumerate(passages)}
     queries = workspace.encode_queries(retriever.query_params, asked)
-    logits = workspace.config.retriever.scale * queries @ retriever.embeddings.T  # [Q, N]
+    scale = workspace.config.retriever.scale
+    logits = scale * queries @ retriever.embeddings[np.array(passages)].T  # [Q, R]
     records = {}
-    for name in _CONDITIONS:
-        docs = [getattr(chosen, name, ()) for chosen in sets.values()]
+    for name, condition in _CONDITIONS.items():
         if name == "gold_last" and workspace.config.evaluation.mode != "concat":
             continue  # read apart, passages have no order
         requests = [
-            Request(question, passages, tuple(scores[list(passages)].tolist()))
-            for question, passages, scores in zip(asked, docs, logits, strict=True)
-        ]
+            Request(question, docs, tuple(scores[[place[doc] for doc in docs]].tolist()))
+            for question, docs, scores in zip(asked, map(condition, sets.values()), logits,
+                                              strict=True)
+        ]  # fmt: skip
         answers = answer_requests(workspace, lm, requests, cache)
         records[name] = [
-            _record(workspace, name, request, answer, measure)
+            make_record(
+                request.question,
+                name,
+                prediction=answer.prediction,
+                doc_ids=[workspace.dataset.corpus.id_of(row) for row in request.docs],
+                doc_scores=[round(score, 6) for score in request.doc_scores],
+                metrics=measure(request, answer),
+            )
             for request, answer in zip(requests, answers, strict=True)
         ]
     return Robustness(records, list(sets))
@@ -122,7 +127,7 @@ def summarize_robustness(
     return {
         "n": len(robustness.rows),
         "conditions": {name: summarize(rows, **options) for name, rows in records.items()},
-        "differences": [as_json(c) for c in compare_conditions(robustness, **options)],
+        "differences": [c.as_json() for c in compare_conditions(robustness, **options)],
         "same_as_closed_book": bootstrap_interval(same, **options)._asdict(),
     }
 
@@ -130,10 +135,13 @@ def summarize_robustness(
 def compare_conditions(
     robustness: Robustness, *, num_resamples: int, seed: int
 ) -> list[Comparison]:
-    """Returns what passages and distractors change, in pairs of the same questions."""
-    pairs = [pair for pair in _PAIRS if set(pair) <= set(robustness.records)]
+    """Returns the differences that passages and distractors make, paired by question."""
     return compare(
-        robustness.records, pairs=pairs, metrics=METRICS, num_resamples=num_resamples, seed=seed
+        robustness.records,
+        pairs=_PAIRS,
+        metrics=CONDITION_METRICS,
+        num_resamples=num_resamples,
+        seed=seed,
     )
 
 
@@ -152,17 +160,20 @@ def condition_lines(robustness: Robustness) -> dict[int, dict[str, Any]]:
     }
 
 
-def _record(
-    workspace: Workspace, name: str, request: Request, answer: Answer, measure: Measure
-) -> QuestionRecord:
-    question: Question = request.question
-    return QuestionRecord(
-        id=question.id,
-        system=name,
-        question=question.text,
-        answers=question.answers,
-        prediction=answer.prediction,
-        doc_ids=[workspace.dataset.corpus.id_of(row) for row in request.docs],
-        doc_scores=[round(score, 6) for score in request.doc_scores],
-        metrics=measure(workspace, request, answer),
-    )
+def _passage_sets(
+    workspace: Workspace, found: SearchResult, split: str, num_distractors: int
+) -> dict[int, PassageSets]:
+    """Returns the passages of each answered question that has a relevant one and a distractor."""
+    grades, num_gold = workspace.gold_rows(split), workspace.config.evaluation.documents
+    sets = {}
+    for row in answered_rows(workspace, split):
+        ranked = sorted((-grade, doc) for doc, grade in grades[row].items() if grade > 0)
+        chosen = passage_sets(
+            [doc for _, doc in ranked],
+            found.doc_ids[row].tolist(),
+            num_gold=num_gold,
+            num_distractors=num_distractors,
+        )
+        if chosen is not None:
+            sets[row] = chosen
+    return sets

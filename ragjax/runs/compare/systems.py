@@ -1,78 +1,98 @@
-"""Systems side by side: retrieval and answers, intervals, paired tests, one line per question."""
+"""Systems side by side: their documents, their answers, one record per question."""
 
-import functools
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ragjax.data import Question
 from ragjax.evaluation import (
-    Comparison,
     QuestionRecord,
     answer_at_k,
-    compare,
     exact_match,
     f1_score,
-    format_report,
     retrieval_metrics,
-    summarize,
 )
+from ragjax.evaluation.systems import SYSTEMS
 from ragjax.index import Bm25Index, SearchResult
-from ragjax.runs.compare.answers import Answer, Request, answer_requests
-from ragjax.runs.indexes import (
-    Retriever,
-    doc_logits,
-    search,
-)
+from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
+from ragjax.runs.indexes import Rankings, Retriever, doc_logits, search
 from ragjax.runs.workspace import FrozenLM, Workspace
-from ragjax.storage import write_json, write_text
 from ragjax.training.score_cache import ResultCache
 
-MAIN_SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
-_PAIRS = (
-    ("after", "before"),
-    ("lm_half", "before"),
-    ("hybrid", "hybrid_base_lm"),
-    ("before", "closed_book"),
-    ("after", "closed_book_lm_half"),
-    ("hybrid", "bm25"),
-    ("hybrid", "hybrid_before"),
-)
-# Differences shown on the screen; all of them are in differences.json.
-_SHOWN = {
-    ("after", "before"): ("recall@5", "mrr@10", "f1", "answer_nll"),
-    ("lm_half", "before"): ("f1", "answer_nll"),
-    ("hybrid", "hybrid_base_lm"): ("f1", "answer_nll"),
-    ("before", "closed_book"): ("f1", "answer_nll"),
-    ("after", "closed_book_lm_half"): ("f1",),
-    ("hybrid", "bm25"): ("recall@5", "f1"),
-    ("hybrid", "hybrid_before"): ("recall@5",),
-}
-_LEGEND = (
-    "closed_book, bm25, before: un-adapted language model; after (dense), hybrid: adapted;"
-    " lm_half: adapted language model over the documents of before; hybrid_base_lm: un-adapted one"
-    " over those of hybrid; closed_book_lm_half: adapted one without documents"
-)
+# Documents listed for each question; recall@20 is the deepest metric.
+_SEARCH_DEPTH = 20
 
 Records = dict[str, list[QuestionRecord]]
 # Metric name to value of one answer; NaN where it does not apply.
-Measure = Callable[[Workspace, Request, Answer], dict[str, float]]
+AnswerMeasure = Callable[[Request, ScoredAnswer], dict[str, float]]
 
 
-class System(NamedTuple):
-    """A language model reading what a retriever found."""
+class Documents(NamedTuple):
+    """The documents that were retrieved for Q questions."""
+
+    found: SearchResult
+    logits: np.ndarray  # [Q, K] of p_R
+
+
+class Column(NamedTuple):
+    """One column of the table: a language model and the documents that it reads."""
 
     name: str
     lm: FrozenLM | None  # None: retrieval metrics only
-    found: SearchResult | None  # None: closed book
-    logits: np.ndarray | None = None  # [Q, K] of p_R, where the language model reads what was found
+    documents: Documents | None  # None: closed book
 
 
-def answer_metrics(workspace: Workspace, request: Request, answer: Answer) -> dict[str, float]:
-    """Returns how right an answer is, and how surprising the right one was."""
+def retrieve_documents(
+    workspace: Workspace, bm25: Bm25Index, before: Retriever, after: Retriever, split: str
+) -> dict[str, Documents]:
+    """Searches each index once.
+
+    Args:
+        workspace: Data and options.
+        bm25: The index of words.
+        before: The base retriever.
+        after: The adapted one, or the base one again.
+        split: Of the workspace's questions.
+
+    Returns:
+        The documents by their name in `SYSTEMS`. p_R is a dense retriever's in all of them; that of
+        the documents of BM25 is the base retriever's.
+    """
+    questions = workspace.questions[split]
+    lexical = bm25.search([question.text for question in questions], _SEARCH_DEPTH)
+    old = search(workspace, before, questions, _SEARCH_DEPTH)
+    new = old if after is before else search(workspace, after, questions, _SEARCH_DEPTH)
+    scale = workspace.config.retriever.scale
+
+    def weighed(retriever: Retriever, ranked: Rankings, found: SearchResult) -> Documents:
+        return Documents(found, doc_logits(retriever, ranked.queries, found, scale=scale))
+
+    return {
+        "bm25": weighed(before, old, lexical),
+        "before": weighed(before, old, old.dense),
+        "hybrid_before": weighed(before, old, old.hybrid),
+        "after": weighed(after, new, new.dense),
+        "hybrid": weighed(after, new, new.hybrid),
+    }
+
+
+def make_columns(
+    names: Iterable[str], documents: Mapping[str, Documents], base: FrozenLM, adapted: FrozenLM
+) -> list[Column]:
+    """Returns the systems of these names as `SYSTEMS` describes them."""
+    lms = {"base": base, "adapted": adapted}
+    kinds = {name: SYSTEMS[name] for name in names}
+    return [
+        Column(name, lms[kind.lm], documents[kind.documents] if kind.documents else None)
+        for name, kind in kinds.items()
+    ]
+
+
+def answer_metrics(request: Request, answer: ScoredAnswer) -> dict[str, float]:
+    """Returns exact match and F1 of an answer, and the NLL of the right one."""
     answers = request.question.answers
     metrics = {
         "exact_match": exact_match(answer.prediction, answers),
@@ -83,11 +103,11 @@ def answer_metrics(workspace: Workspace, request: Request, answer: Answer) -> di
 
 def evaluate_systems(
     workspace: Workspace,
-    systems: Sequence[System],
+    columns: Sequence[Column],
+    cache: ResultCache[ScoredAnswer],
     *,
-    split: str = "test",
-    measure: Measure = answer_metrics,
-    cache: ResultCache[Answer] | None = None,
+    split: str,
+    measure: AnswerMeasure = answer_metrics,
 ) -> Records:
     """Returns one record per system and question of a split.
 
@@ -96,30 +116,47 @@ def evaluate_systems(
 
     Args:
         workspace: Data, models, options.
-        systems: What is compared.
+        columns: The systems.
+        cache: Answers known already.
         split: Of the workspace's questions.
-        measure: What is measured of an answer.
-        cache: Answers known already; None: those of this folder.
+        measure: Computes the metrics of an answer.
     """
     questions = workspace.questions[split]
     answered = answered_rows(workspace, split)
-    known = answer_cache(workspace) if cache is None else cache
-    answers = _answers(workspace, systems, questions, answered, known)
+    count = workspace.config.evaluation.documents
+    requests = {
+        column.name: [_request(column.documents, questions[row], row, count) for row in answered]
+        for column in columns
+    }
+    answers = _answers(workspace, columns, requests, cache)
     records: Records = {}
-    for system in systems:
+    for column in columns:
         metrics: list[dict[str, float]] = [{} for _ in questions]
         predictions: list[str | None] = [None] * len(questions)
-        if system.found is not None:
-            _add_retrieval(workspace, system.found, split, metrics)
-        for row, answer in zip(answered, answers.get(system.name, ()), strict=False):
+        if column.documents is not None:
+            _add_retrieval(workspace, column.documents.found, split, metrics)
+        known = zip(requests[column.name], answers.get(column.name, ()), strict=False)
+        for row, (request, answer) in zip(answered, known, strict=False):
             predictions[row] = answer.prediction
-            request = _request(workspace, system, questions[row], row)
-            metrics[row] |= measure(workspace, request, answer)
-        records[system.name] = [
-            _record(workspace, system, question, row, predictions[row], metrics[row])
+            metrics[row] |= measure(request, answer)
+        records[column.name] = [
+            make_record(
+                question,
+                column.name,
+                prediction=predictions[row],
+                metrics=metrics[row],
+                **_listed(workspace, column.documents, row),
+            )
             for row, question in enumerate(questions)
         ]
     return records
+
+
+def make_record(question: Question, system: str, **values: Any) -> QuestionRecord:
+    """Returns what a system did with a question; `values` are further fields of the record."""
+    return QuestionRecord(
+        id=question.id, system=system, question=question.text, answers=question.answers, **values
+    )
 
 
 def answered_rows(workspace: Workspace, split: str) -> list[int]:
@@ -129,108 +166,42 @@ def answered_rows(workspace: Workspace, split: str) -> list[int]:
 
 
 def answer_cache(
-    workspace: Workspace, earlier: Sequence[str | os.PathLike[str]] = ()
-) -> ResultCache[Answer]:
-    """Opens the answers of this folder, which nothing computes twice.
+    folder: Path, earlier: Sequence[str | os.PathLike[str]] = ()
+) -> ResultCache[ScoredAnswer]:
+    """Opens the answers of a folder, which nothing computes twice.
 
     Args:
-        workspace: The folder.
+        folder: Output folder.
         earlier: Files of answers that other runs kept.
     """
-    path = workspace.folder / "evaluation" / "answers.jsonl"
-    return ResultCache(path, Answer, earlier=earlier)
+    return ResultCache(folder / "evaluation" / "answers.jsonl", ScoredAnswer, earlier=earlier)
 
 
 def _answers(
     workspace: Workspace,
-    systems: Sequence[System],
-    questions: Sequence[Question],
-    rows: Sequence[int],
-    cache: ResultCache[Answer],
-) -> dict[str, list[Answer]]:
-    """Returns the answers of each system to the questions in `rows`.
+    columns: Sequence[Column],
+    requests: Mapping[str, Sequence[Request]],
+    cache: ResultCache[ScoredAnswer],
+) -> dict[str, list[ScoredAnswer]]:
+    """Returns the answers by system.
 
     Systems with the same language model are answered together: where they retrieve the same
     documents, the same prompt is read once.
     """
-    together: dict[tuple[str, bool], list[System]] = {}
-    for system in systems:
-        if system.lm is not None and rows:
-            kind = (system.lm.fingerprint, system.found is None)
-            together.setdefault(kind, []).append(system)
-    answers: dict[str, list[Answer]] = {}
-    for group in together.values():
-        workspace.report(f"answers of {', '.join(system.name for system in group)}")
-        requests = [
-            _request(workspace, system, questions[row], row) for system in group for row in rows
-        ]
+    groups: dict[tuple[str, bool], list[Column]] = {}
+    for column in columns:
+        if column.lm is not None and requests[column.name]:
+            kind = (column.lm.fingerprint, column.documents is None)
+            groups.setdefault(kind, []).append(column)
+    answers: dict[str, list[ScoredAnswer]] = {}
+    for group in groups.values():
+        workspace.report(f"answers of {', '.join(column.name for column in group)}")
         lm = group[0].lm
         assert lm is not None, "only systems that answer are grouped"
-        found = iter(answer_requests(workspace, lm, requests, cache))
-        answers |= {system.name: [next(found) for _ in rows] for system in group}
+        together = [request for column in group for request in requests[column.name]]
+        found = iter(answer_requests(workspace, lm, together, cache))
+        answers |= {column.name: [next(found) for _ in requests[column.name]] for column in group}
     return answers
-
-
-def write_results(workspace: Workspace, records: Records) -> dict[str, Any]:
-    """Writes metrics.json, differences.json and predictions.jsonl, and shows the table.
-
-    Returns:
-        What metrics.json holds.
-    """
-    config = workspace.config
-    resamples = config.evaluation.resamples
-    records = {name: rows for name, rows in records.items() if any(r.metrics for r in rows)}
-    summaries = {
-        name: summarize(rows, num_resamples=resamples, seed=config.seed)
-        for name, rows in records.items()
-    }
-    comparisons = compare(records, pairs=_PAIRS, num_resamples=resamples, seed=config.seed)
-    main = {name: summaries[name] for name in MAIN_SYSTEMS if name in summaries}
-    shown = [c for c in comparisons if c.metric in _SHOWN[(c.system, c.baseline)]]
-    workspace.report("\n" + format_report(main, shown) + f"\n{_LEGEND}")
-    write_text(workspace.folder / "predictions.jsonl", prediction_lines(records))
-    others = {name: summary for name, summary in summaries.items() if name not in main}
-    write_json(
-        workspace.folder / "differences.json",
-        {"differences": [as_json(c) for c in comparisons], "other_systems": others},
-    )
-    write_json(workspace.folder / "metrics.json", main)
-    return main
-
-
-def prediction_lines(records: Records, more: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Returns one JSON line per question, with what each system did.
-
-    Args:
-        records: By system, all of the same questions.
-        more: What else is in the line of each question; none: nothing.
-    """
-    lines = []
-    for row, rows in enumerate(zip(*records.values(), strict=True)):
-        systems = {
-            r.system: {
-                "prediction": r.prediction,
-                "doc_ids": list(r.doc_ids),
-                "doc_scores": list(r.doc_scores),
-                "metrics": dict(r.metrics),
-            }
-            for r in rows
-        }
-        first = rows[0]
-        line = {"id": first.id, "question": first.question, "answers": list(first.answers)}
-        line |= {"systems": systems, **(more[row] if more else {})}
-        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
-    return "".join(line + "\n" for line in lines)
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Returns a comparison as a flat JSON object."""
-    return {
-        "metric": comparison.metric,
-        "system": comparison.system,
-        "baseline": comparison.baseline,
-        **comparison.difference._asdict(),
-    }
 
 
 def _add_retrieval(
@@ -252,88 +223,20 @@ def _add_retrieval(
             metrics[row][name] = float(value)
 
 
-def _request(workspace: Workspace, system: System, question: Question, row: int) -> Request:
-    if system.found is None:
+def _request(documents: Documents | None, question: Question, row: int, count: int) -> Request:
+    if documents is None:
         return Request(question, (), ())
-    count = workspace.config.evaluation.documents
-    kept = np.flatnonzero(system.found.mask[row])[:count]
-    assert system.logits is not None, "documents that are read are weighed"
-    scores = system.logits[row, kept]
-    return Request(
-        question, tuple(system.found.doc_ids[row, kept].tolist()), tuple(scores.tolist())
-    )
+    kept = np.flatnonzero(documents.found.mask[row])[:count]
+    docs = documents.found.doc_ids[row, kept].tolist()
+    return Request(question, tuple(docs), tuple(documents.logits[row, kept].tolist()))
 
 
-def _record(
-    workspace: Workspace,
-    system: System,
-    question: Question,
-    row: int,
-    prediction: str | None,
-    metrics: Mapping[str, float],
-) -> QuestionRecord:
-    docs: list[str] = []
-    scores: list[float] = []
-    if system.found is not None:
-        kept = system.found.mask[row]
-        docs = [workspace.dataset.corpus.id_of(int(d)) for d in system.found.doc_ids[row][kept]]
-        scores = [round(float(score), 6) for score in system.found.scores[row][kept]]
-    return QuestionRecord(
-        id=question.id,
-        system=system.name,
-        question=question.text,
-        answers=question.answers,
-        prediction=prediction,
-        doc_ids=docs,
-        doc_scores=scores,
-        metrics=metrics,
-    )
-
-
-# Documents listed for each test question; recall@20 is the deepest metric.
-SEARCH_DEPTH = 20
-
-
-def evaluate_run(
-    workspace: Workspace,
-    bm25: Bm25Index,
-    before: Retriever,
-    after: Retriever,
-    lm: FrozenLM,
-) -> dict[str, Any]:
-    """Compares the systems of a run on its test questions and writes its results.
-
-    Args:
-        workspace: Data and un-adapted models.
-        bm25: The lexical baseline.
-        before: The un-adapted retriever.
-        after: The adapted one.
-        lm: The adapted language model, or the un-adapted one.
-
-    Returns:
-        What `metrics.json` holds.
-    """
-    questions = workspace.questions["test"]
-    base = workspace.base_lm()
-    found_before = search(workspace, before, questions, SEARCH_DEPTH)
-    found_after = search(workspace, after, questions, SEARCH_DEPTH)
-    lexical = bm25.search([question.text for question in questions], SEARCH_DEPTH)
-    scale = workspace.config.retriever.scale
-    logits_before = functools.partial(doc_logits, before, found_before.queries, scale=scale)
-    logits_after = functools.partial(doc_logits, after, found_after.queries, scale=scale)
-    systems = [
-        System("closed_book", base, None),
-        System("bm25", base, lexical, logits_before(lexical)),
-        System("before", base, found_before.dense, logits_before(found_before.dense)),
-        System("after", lm, found_after.dense, logits_after(found_after.dense)),
-        System("hybrid", lm, found_after.hybrid, logits_after(found_after.hybrid)),
-        System("hybrid_before", None, found_before.hybrid),
-    ]
-    if lm.fingerprint != base.fingerprint:  # what the LM half did alone, with and without documents
-        systems += [
-            System("lm_half", lm, found_before.dense, logits_before(found_before.dense)),
-            System("closed_book_lm_half", lm, None),
-            System("hybrid_base_lm", base, found_after.hybrid, logits_after(found_after.hybrid)),
-        ]
-    records = evaluate_systems(workspace, systems)
-    return write_results(workspace, records)
+def _listed(workspace: Workspace, documents: Documents | None, row: int) -> dict[str, Any]:
+    if documents is None:
+        return {}
+    found = documents.found
+    kept = found.mask[row]
+    return {
+        "doc_ids": [workspace.dataset.corpus.id_of(int(doc)) for doc in found.doc_ids[row][kept]],
+        "doc_scores": [round(float(score), 6) for score in found.scores[row][kept]],
+    }

@@ -8,26 +8,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
+from ragjax.evaluation.systems import SYSTEMS
 from ragjax.runs.options.checks import at_least
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import Mode, RunConfig
 
-SystemName = Literal[
-    "closed_book",
-    "bm25",
-    "before",
-    "hybrid_before",
-    "after",
-    "hybrid",
-    "lm_half",
-    "closed_book_lm_half",
-    "hybrid_base_lm",
-]
-# Of base models, and what a run adds to them.
-BASE_SYSTEMS: tuple[SystemName, ...] = ("closed_book", "bm25", "before", "hybrid_before")
-RUN_SYSTEMS: tuple[SystemName, ...] = ("after", "hybrid")
-# One model trained, the other as it was.
-HALF_SYSTEMS: tuple[SystemName, ...] = ("lm_half", "closed_book_lm_half", "hybrid_base_lm")
+# Systems of base models alone, then what a run adds, then what an adapted language model does
+# without the adapted retriever and the other way round.
+BASE_SYSTEMS, _HALF_SYSTEMS, _RUN_SYSTEMS = (
+    tuple(name for name, kind in SYSTEMS.items() if kind.num_adapted == count) for count in range(3)
+)
+SystemName = Literal[(*BASE_SYSTEMS, *_RUN_SYSTEMS, *_HALF_SYSTEMS)]  # pyrefly: ignore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +165,8 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
     )
 
 
-def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[SystemName, ...]:
-    """Returns what is compared.
+def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[str, ...]:
+    """Returns the systems that are compared.
 
     Args:
         config: Options.
@@ -184,8 +175,8 @@ def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[SystemName
     Raises:
         ValueError: A system was chosen that needs one, and there is none.
     """
-    halves = HALF_SYSTEMS if adapts_lm else ()
-    there = BASE_SYSTEMS + (RUN_SYSTEMS + halves if config.run else ())
+    halves = _HALF_SYSTEMS if adapts_lm else ()
+    there = BASE_SYSTEMS + (_RUN_SYSTEMS + halves if config.run else ())
     if missing := [name for name in config.systems if name not in there]:
         raise ValueError(
             f"--systems {' '.join(missing)}: {config.run} did not adapt the language model, so it"

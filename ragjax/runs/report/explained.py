@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.data import Corpus, Question
+from ragjax.data import Corpus, Dataset, Question
 from ragjax.evaluation.report.questions import (
     Change,
     Lookup,
@@ -66,7 +66,7 @@ def explain(
     target = target._replace(prior_weight=0.0)
     read = RunFiles(workspace.folder)
     lines = read.lines("predictions.jsonl")
-    gold = _gold(workspace)
+    gold = gold_ids(workspace.dataset, "test", workspace.questions["test"])
     compared = read.mapping("differences.json").get("differences") or ()
     pair = main_pair(read.mapping("metrics.json"), compared) or ("after", "before")
     questions = _chosen(workspace, changes(lines, pair, gold))
@@ -104,6 +104,15 @@ def corpus_lookup(corpus: Corpus) -> Lookup:
     return lookup
 
 
+def gold_ids(dataset: Dataset, split: str, questions: Sequence[Question]) -> dict[str, list[str]]:
+    """Returns question id to the sorted ids of its relevant documents."""
+    judged = dataset.qrels[split]
+    return {
+        question.id: sorted(doc for doc, grade in judged[question.id].items() if grade > 0)
+        for question in questions
+    }
+
+
 def shown_passages(
     lines: Sequence[Mapping[str, Any]],
     pair: tuple[str, str],
@@ -129,14 +138,6 @@ def _encoded(workspace: Workspace) -> dict[str, int]:
     return {
         "documents in the corpus": documents,
         "documents encoded for the indexes before and after": documents * versions,
-    }
-
-
-def _gold(workspace: Workspace) -> dict[str, list[str]]:
-    judged = workspace.dataset.qrels["test"]
-    return {
-        question.id: sorted(doc for doc, grade in judged[question.id].items() if grade > 0)
-        for question in workspace.questions["test"]
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ragjax.evaluation.report import ReportData, Section, render_report
+from ragjax.evaluation.report import ReportData, render_report
 from ragjax.evaluation.report.html import is_number
 from ragjax.evaluation.report.questions import Lookup, PassageText
 from ragjax.evaluation.report.results import main_pair
@@ -17,7 +17,7 @@ from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.report.explained import EXPLAINED, explain, shown_passages
 from ragjax.runs.report.explained import corpus_lookup as corpus_lookup
-from ragjax.runs.saved import SYSTEM_NOTES
+from ragjax.runs.report.explained import gold_ids as gold_ids
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_text
 
@@ -28,8 +28,6 @@ def write_report(
     title: str,
     lookup: Lookup | None = None,
     gold: Mapping[str, Sequence[str]] | None = None,
-    system_notes: Mapping[str, str] = SYSTEM_NOTES,
-    sections: Sequence[Section] = (),
 ) -> Path:
     """Draws `report.html` from the files of a folder; what is missing is left out.
 
@@ -42,8 +40,6 @@ def write_report(
         title: Heading.
         lookup: Document id to its text; None: what explained.json holds.
         gold: Question id to relevant document ids; None: what explained.json holds.
-        system_notes: System to what it is.
-        sections: Further parts.
 
     Returns:
         The file written.
@@ -69,17 +65,11 @@ def write_report(
     pair = main_pair({**metrics, **others}, differences)
     if lookup is not None and pair is not None:
         passages |= shown_passages(questions, pair, relevant, lookup)
-    checks = {
-        "Dev questions": read.mapping("dev.json"),
-        "Robustness": read.mapping("robustness.json"),
-        "Answers supported by a passage": read.mapping("support.json"),
-    }
     data = ReportData(
         title=title,
         facts=_facts(options, metrics),
         metrics=metrics,
         other_metrics=others,
-        system_notes=system_notes,
         differences=differences,
         steps=read.lines("metrics.jsonl"),
         questions=questions,
@@ -87,10 +77,11 @@ def write_report(
         passages=passages,
         explained=explained,
         calibration=read.mapping("calibration.json"),
-        checks={name: values for name, values in checks.items() if values},
+        dev=read.mapping("dev.json"),
+        robustness=read.mapping("robustness.json"),
+        support=read.mapping("support.json"),
         cost=read_cost(folder) | {"counts": explained.get("counts")},
         config=options,
-        sections=sections,
         problems=read.problems,
     )
     write_text(folder / REPORT, render_report(data))
@@ -105,7 +96,6 @@ def report_run(
     *,
     title: str,
     target: LsrTarget,
-    sections: Sequence[Section] = (),
 ) -> Path:
     """Explains a few test questions and draws the report of a run whose results are written.
 
@@ -116,13 +106,12 @@ def report_run(
         lm: The language model that teaches.
         title: Heading.
         target: Options of p_LSR.
-        sections: Further parts.
 
     Returns:
         The file written.
     """
     explain(workspace, before, after, lm, target=target)
-    path = write_report(workspace.folder, title=title, sections=sections)
+    path = write_report(workspace.folder, title=title)
     workspace.report(f"report: {path}")
     return path
 

@@ -1,0 +1,67 @@
+"""The systems that are compared, and which differences between them are tested and shown."""
+
+from typing import Literal, NamedTuple
+
+
+class SystemKind(NamedTuple):
+    """One system: a language model and the documents that it reads."""
+
+    note: str
+    lm: Literal["base", "adapted"]
+    # None: closed book; `hybrid_before` and `hybrid`: BM25 with the encoder of `before`, `after`.
+    documents: Literal["bm25", "before", "hybrid_before", "after", "hybrid"] | None
+
+    @property
+    def num_adapted(self) -> int:
+        """Number of its two models that are adapted."""
+        return (self.lm == "adapted") + (self.documents in ("after", "hybrid"))
+
+
+# In the order of tables.
+SYSTEMS = {
+    "closed_book": SystemKind("the base language model without documents", "base", None),
+    "bm25": SystemKind("documents by BM25", "base", "bm25"),
+    "before": SystemKind("documents by the base encoder", "base", "before"),
+    "after": SystemKind("documents by the adapted encoder", "adapted", "after"),
+    "hybrid": SystemKind("documents by BM25 and the adapted encoder", "adapted", "hybrid"),
+    "hybrid_before": SystemKind("documents by BM25 and the base encoder", "base", "hybrid_before"),
+    "lm_half": SystemKind(
+        "documents by the base encoder, read by the adapted language model", "adapted", "before"
+    ),
+    "closed_book_lm_half": SystemKind(
+        "the adapted language model without documents", "adapted", None
+    ),
+    "hybrid_base_lm": SystemKind(
+        "documents as hybrid, read by the base language model", "base", "hybrid"
+    ),
+}
+# In the table and the metrics.json of a run; the others are in its differences.json.
+MAIN_SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
+
+# (system, baseline) to the metrics whose differences are printed; files hold those of all metrics.
+PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("after", "before"): ("recall@5", "mrr@10", "f1", "answer_nll", "hallucination"),
+    ("hybrid", "hybrid_before"): ("recall@5", "f1", "answer_nll", "hallucination"),
+    ("hybrid", "bm25"): ("recall@5", "f1"),
+    ("hybrid_before", "bm25"): ("recall@5",),
+    ("before", "closed_book"): ("f1", "answer_nll"),
+    ("hybrid_before", "closed_book"): (),
+    ("after", "closed_book_lm_half"): ("f1", "answer_nll"),
+    ("hybrid", "closed_book_lm_half"): (),
+    ("after", "closed_book"): (),
+    ("hybrid", "closed_book"): (),
+    ("closed_book_lm_half", "closed_book"): (),
+    ("lm_half", "before"): ("f1", "answer_nll"),
+    ("hybrid", "hybrid_base_lm"): ("f1", "answer_nll"),
+}
+COMPARED_PAIRS = tuple(PAIRS)
+# Those of a run's own table, in the order of its differences.json.
+RUN_PAIRS = (
+    ("after", "before"),
+    ("lm_half", "before"),
+    ("hybrid", "hybrid_base_lm"),
+    ("before", "closed_book"),
+    ("after", "closed_book_lm_half"),
+    ("hybrid", "bm25"),
+    ("hybrid", "hybrid_before"),
+)
