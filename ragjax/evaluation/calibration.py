@@ -154,17 +154,8 @@ def calibrate(
     estimate = {name: measure(np.arange(data.n)[None, :])[0] for name, measure in measures.items()}
     drawn = _resampled(measures, data.n, num_resamples, seed)
     intervals = {name: _interval(estimate[name], drawn[name]) for name in measures}
-    one_class = np.isnan(estimate["auroc"])
-    return Calibration(
-        n=data.n,
-        accuracy=intervals["accuracy"],
-        confidence=intervals["confidence"],
-        ece=intervals["ece"],
-        brier=intervals["brier"],
-        auroc=None if one_class else intervals["auroc"],
-        aurc=intervals["aurc"],
-        reliability=table,
-    )
+    found = Calibration(n=data.n, **intervals, reliability=table)
+    return found._replace(auroc=None) if np.isnan(estimate["auroc"]) else found
 
 
 class _Sorted(NamedTuple):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_report import read
 
+from ragjax.evaluation.calibration import ReliabilityBin
 from ragjax.evaluation.report.charts import (
-    Bin,
     Series,
     interval_bar,
     line_chart,
@@ -132,8 +132,9 @@ def test_bars_and_whiskers_are_to_scale():
     assert 'width="100.0"' in share_bar(7, 0, "l")
 
 
-def test_a_reliability_diagram_has_a_disc_per_bin_with_answers():
-    svg = reliability_diagram([Bin(0.2, 0.4, 9), Bin(0.9, 0.5, 4), Bin(0.5, 0.5, 0)], title="t")
+def test_a_reliability_diagram_has_a_disc_per_bin():
+    bins = [ReliabilityBin(0.1, 0.3, 0.2, 0.4, 9), ReliabilityBin(0.8, 1.0, 0.9, 0.5, 4)]
+    svg = reliability_diagram(bins, title="t", note="n")
     discs = re.findall(r'<circle class="f0" cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', svg)
     (x0, y0, r0), (x1, y1, r1) = [tuple(map(float, disc)) for disc in discs]
     assert x0 < x1 and y0 > y1 and (r0 - 2) / (r1 - 2) == pytest.approx(1.5, abs=0.03)
@@ -147,7 +148,7 @@ def test_curves_group_the_values_and_join_the_rounds():
             {
                 "stage": f"retriever-{round}", "step": step, "loss": 1.0,
                 "retriever_entropy": 0.9, "target_entropy": None, "index/staleness_steps": step,
-                "index/recall": 1.0, "retrieval/gold_recall@5": 0.5, "grad_norm": 1.0,
+                "index/recall": 1.0, "retrieval/recall": 0.5, "grad_norm": 1.0,
                 "index/build_seconds": 3.0, "odd": float(step), "constant": 1.0,
                 "marginal": 0.5, "marginal_nll": 2.0,
             }

@@ -205,7 +205,8 @@ def test_other_evaluations_are_shown_where_their_files_lie(tmp_path):
     row = {"low": 0, "high": 1, "confidence": 0.5, "accuracy": 0.4, "count": 11}
     files = {
         "calibration": {"after": {"confidence": {"n": 11, "ece": cell, "reliability": [row]}}},
-        "robustness": {"conditions": {"gold only": {"f1": cell}}},
+        "robustness": {"n": 1, "conditions": {"gold only": {"f1": cell}},
+                       "same_as_closed_book": {"value": 0.1, "low": 0.0, "high": 0.2}},
         "support": {"after": {"supported": cell}},
         "dev": {"systems": {"after": {"marginal_nll": cell}}, "differences": []},
         "config": {
@@ -235,8 +236,11 @@ def test_texts_and_judgements_may_come_from_the_caller(tmp_path, tiny_inputs):
     assert lookup("red-cat") == PassageText("cat", "the red cat likes 0")
     assert lookup("no such id") is None
     systems = {
-        "before": {"prediction": "9", "doc_ids": ["red-dog", "red-cat"], "metrics": {"f1": 0.0}},
-        "after": {"prediction": "0", "doc_ids": ["red-cat", "red-dog"], "metrics": {"f1": 1.0}},
+        name: {"prediction": said, "doc_ids": docs, "doc_scores": [0.9, 0.1], "metrics": {"f1": f1}}
+        for name, said, docs, f1 in (
+            ("before", "9", ["red-dog", "red-cat"], 0.0),
+            ("after", "0", ["red-cat", "red-dog"], 1.0),
+        )
     }
     line = {"id": "q0", "question": "what?", "answers": ["0"], "systems": systems}
     (tmp_path / "predictions.jsonl").write_text(json.dumps(line) + "\n")

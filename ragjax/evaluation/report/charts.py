@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ragjax.evaluation.calibration import ReliabilityBin
 from ragjax.evaluation.report.html import escape, number
 
 _MAX_POINTS = 300
@@ -29,14 +30,6 @@ class Series(NamedTuple):
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
-
-
-class Bin(NamedTuple):
-    """Answers of similar predicted probability."""
-
-    confidence: float  # mean predicted probability
-    accuracy: float  # share that is right
-    count: int
 
 
 def thin(series: Series, limit: int = _MAX_POINTS) -> Series:
@@ -101,14 +94,8 @@ def line_chart(
     if averaged > 1:
         note = "; ".join(filter(None, [note, f"each point is the mean of {averaged} steps"]))
     described = "; ".join(_described(one) for one in series)
-    caption = f"<strong>{escape(title)}</strong>" + (
-        f' <span class="soft">{escape(note)}</span>' if note else ""
-    )
     if not values:
-        return (
-            f'<figure class="chart"><figcaption>{caption}</figcaption>'
-            '<p class="soft">No value was logged.</p></figure>'
-        )
+        return _figure(title, note, '<p class="soft">No value was logged.</p>')
     scale = _scale(places, values)
     shapes = [_axes(scale, _whole_ticks(scale), x_label, y_label)]
     shapes += [
@@ -118,34 +105,29 @@ def line_chart(
     ]
     shapes += [_curve(scale, one, place, smoothed_from) for place, one in enumerate(drawn)]
     legend = "" if len(series) < 2 else _legend([one.name for one in series])
-    return (
-        f'<figure class="chart"><figcaption>{caption}</figcaption>{legend}'
-        + _svg("".join(shapes), title=title, description=described)
-        + "</figure>"
-    )
+    return _figure(title, note, legend + _svg("".join(shapes), title=title, description=described))
 
 
-def reliability_diagram(bins: Sequence[Bin], *, title: str, note: str = "") -> str:
+def reliability_diagram(bins: Sequence[ReliabilityBin], *, title: str, note: str) -> str:
     """Returns a figure of the share of right answers over the predicted probability.
 
     The area of a disc is the number of answers in a bin; on the diagonal, probability and share
     agree.
 
     Args:
-        bins: Bins; those without answers are left out.
+        bins: Bins of answers.
         title: What the chart shows.
         note: A sentence under the title.
     """
-    filled = [one for one in bins if one.count > 0]
     scale = _Scale(0.0, 1.0, 0.0, 1.0, False)
-    most = max((one.count for one in filled), default=1)
+    most = max((one.count for one in bins), default=1)
     places = ticks(0.0, 1.0)
     shapes = [_axes(scale, places, "predicted probability of the answer", "share that is right")]
     shapes.append(
         f'<line class="diagonal" x1="{scale.x(0)}" y1="{scale.y(0)}" x2="{scale.x(1)}"'
         f' y2="{scale.y(1)}"/>'
     )
-    for one in filled:
+    for one in bins:
         radius = round(2 + 8 * math.sqrt(one.count / most), 1)
         shapes.append(
             f'<circle class="f0" cx="{scale.x(one.confidence)}" cy="{scale.y(one.accuracy)}"'
@@ -154,14 +136,9 @@ def reliability_diagram(bins: Sequence[Bin], *, title: str, note: str = "") -> s
     described = "; ".join(
         f"at probability {number(one.confidence, 2)}, {number(one.accuracy, 2)} of {one.count}"
         " right"
-        for one in filled
+        for one in bins
     )
-    subtitle = f' <span class="soft">{escape(note)}</span>' if note else ""
-    return (
-        f'<figure class="chart"><figcaption><strong>{escape(title)}</strong>{subtitle}</figcaption>'
-        + _svg("".join(shapes), title=title, description=described)
-        + "</figure>"
-    )
+    return _figure(title, note, _svg("".join(shapes), title=title, description=described))
 
 
 def interval_bar(value: float, low: float, high: float, *, limit: float, label: str) -> str:
@@ -342,6 +319,14 @@ def _described(series: Series) -> str:
     return (
         f"{series.name}: first {number(values[0])}, last {number(values[-1])}, lowest"
         f" {number(min(values))}, highest {number(max(values))}, {len(values)} values{missing}"
+    )
+
+
+def _figure(title: str, note: str, body: str) -> str:
+    subtitle = f' <span class="soft">{escape(note)}</span>' if note else ""
+    return (
+        f'<figure class="chart"><figcaption><strong>{escape(title)}</strong>{subtitle}</figcaption>'
+        f"{body}</figure>"
     )
 
 

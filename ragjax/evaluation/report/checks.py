@@ -1,12 +1,14 @@
-"""Further evaluations in a report: calibration, dev questions, robustness, support."""
+"""Further evaluations in a report: calibration, dev questions, robustness."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ragjax.evaluation.report.charts import Bin, reliability_diagram
-from ragjax.evaluation.report.html import is_number, isolated, number
+from ragjax.evaluation.calibration import ReliabilityBin
+from ragjax.evaluation.report.charts import reliability_diagram
+from ragjax.evaluation.report.html import isolated, number
 from ragjax.evaluation.report.results import differences_tables, findings, results_table
 
+_CELL = ("value", "low", "high")
 Summaries = Mapping[str, Mapping[str, Any]]
 
 
@@ -42,24 +44,16 @@ def robustness_section(robustness: Mapping[str, Any]) -> str:
         robustness: `{"n", "conditions": {condition: summary}, "differences": [...],
             "same_as_closed_book": {"value", "low", "high"}}`.
     """
-    shown = {}
-    if is_number(robustness.get("n")):
-        shown["questions"] = f"{robustness['n']:,}"
-    if same := robustness.get("same_as_closed_book"):
-        low, high = number(same["low"]), number(same["high"])
-        shown["same as closed book"] = f"{number(same['value'])} [{low}, {high}]"
+    if not robustness:
+        return ""
+    value, low, high = (number(robustness["same_as_closed_book"][k]) for k in _CELL)
+    shown = {"questions": f"{robustness['n']:,}", "same as closed book": f"{value} [{low}, {high}]"}
     items = "".join(f"<dt>{isolated(name)}</dt><dd>{text}</dd>" for name, text in shown.items())
-    lead = f'<dl class="answers">{items}</dl>' if items else ""
-    return lead + _compared("conditions", robustness)
-
-
-def support_section(support: Summaries) -> str:
-    """Returns the table of support.json: system to rates."""
-    return results_table(support)
+    return f'<dl class="answers">{items}</dl>' + _compared("conditions", robustness)
 
 
 def _diagram(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    bins = [Bin(float(one["confidence"]), float(one["accuracy"]), one["count"]) for one in rows]
+    bins = [ReliabilityBin(**row) for row in rows]
     total = sum(one.count for one in bins)
     return reliability_diagram(
         bins, title=name, note=f"{total:,} answers; below the diagonal: too confident"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ragjax.evaluation.report.charts import Series, line_chart
-from ragjax.evaluation.report.html import details, escape, is_number
+from ragjax.evaluation.report.html import details, escape
 
 Row = Mapping[str, Any]
 
@@ -14,36 +14,33 @@ Row = Mapping[str, Any]
 class _Chart(NamedTuple):
     title: str
     unit: str
-    pattern: str  # of the names of the values, whole
+    names: tuple[str, ...]  # of the values
     note: str = ""
     smoothed_from: float = 40  # points; a running mean says nothing of a sawtooth or a single peak
 
 
-# The first chart whose pattern fits takes a value; those of the first list are always open.
+# These are always open.
 _CHARTS = (
-    _Chart("Loss", "nats", r"(.*[_/])?loss"),
+    _Chart("Loss", "nats", ("loss",)),
     _Chart(
-        "Entropy over the candidates", "share of the maximum", r"(.*[_/])?entropy",
+        "Entropy over the candidates", "share of the maximum",
+        ("target_entropy", "retriever_entropy", "posterior_entropy"),
         "1: all alike, 0: a single document",
     ),
-    _Chart("Terms of the loss", "nats", r"marginal|lm|lsr|contrastive|negatives"),
-    _Chart("Negative log-likelihood of the answer", "nats per token", r"(.*[_/])?nll"),
-    _Chart("Log-likelihood of the answer", "nats", r"(.*[_/])?(log_likelihood|log_prob)"),
+    _Chart("Terms of the loss", "nats", ("marginal", "lm", "lsr", "contrastive", "negatives")),
+    _Chart("Negative log-likelihood of the answer", "nats per token", ("marginal_nll",)),
+    _Chart("Right passage among the retrieved", "share of the questions", ("retrieval/recall",)),
     _Chart(
-        "Right passage among the retrieved", "share of the questions",
-        r"(?!index/)(.*[_/])?(recall|gold|hit|mrr)([@_/].*)?",
-    ),
-    _Chart(
-        "Staleness of the index", "steps", r"(.*[_/])?staleness_steps",
+        "Staleness of the index", "steps", ("index/staleness_steps",),
         "steps since the encoder that made it", smoothed_from=math.inf,
     ),
-    _Chart("Agreement with the language model", "share of the questions", r"(.*[_/])?agreement",
+    _Chart("Agreement with the language model", "share of the questions", ("agreement",),
            "the same best document"),
-    _Chart("Gradient norm", "before clipping", r"(.*[_/])?grad(ient)?_norm"),
-    _Chart("Time per step", "seconds", r"seconds", "the first step compiles",
+    _Chart("Gradient norm", "before clipping", ("grad_norm",)),
+    _Chart("Time per step", "seconds", ("seconds",), "the first step compiles",
            smoothed_from=math.inf),
 )  # fmt: skip
-_IGNORED = r"stage|step|skipped|.*_seconds(_.*)?|index/(version|refreshing|failures)"
+_IGNORED = re.compile(r"stage|step|skipped|.*_seconds(_.*)?|index/(version|refreshing|failures)")
 
 
 def curves(rows: Sequence[Row]) -> str:
@@ -59,13 +56,13 @@ def curves(rows: Sequence[Row]) -> str:
     for stage, rounds in _by_stage(rows).items():
         placed, boundaries = _placed(rounds)
         names = list(dict.fromkeys(name for _, row in placed for name in row))
-        left = [name for name in names if not re.fullmatch(_IGNORED, name)]
+        left = [name for name in names if not _IGNORED.fullmatch(name)]
         shown = []
         for chart in _CHARTS:
-            mine = [name for name in left if re.fullmatch(chart.pattern, name)]
+            mine = [name for name in left if name in chart.names]
             left = [name for name in left if name not in mine]
-            series = [one for name in mine if (one := _series(name, placed)).x]
-            if series:
+            if mine:
+                series = [_series(name, placed) for name in mine]
                 shown.append(_drawn(chart, series, boundaries))
         others = [
             _drawn(_Chart(_readable(name), "value", ""), [one], boundaries)
@@ -84,7 +81,7 @@ def _by_stage(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     """Returns rows by stage without the number of its round, then by round."""
     stages: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        name = str(row.get("stage", "training"))
+        name = row["stage"]
         base = re.sub(r"-\d+$", "", name)
         stages.setdefault(base, {}).setdefault(name, []).append(row)
     return stages
@@ -98,19 +95,14 @@ def _placed(rounds: Mapping[str, Sequence[Row]]) -> tuple[list[tuple[float, Row]
     for rows in rounds.values():
         if placed:
             boundaries.append(start)
-        known = [
-            float(row["step"]) if is_number(row.get("step")) else float(place)
-            for place, row in enumerate(rows)
-        ]
-        placed += [(start + step, row) for step, row in zip(known, rows, strict=True)]
-        start += max(known) + 1
+        placed += [(start + row["step"], row) for row in rows]
+        start += max(row["step"] for row in rows) + 1
     return placed, boundaries
 
 
 def _series(name: str, placed: Sequence[tuple[float, Row]]) -> Series:
     there = [(x, row[name]) for x, row in placed if name in row]
-    values = [float(value) if is_number(value) else None for _, value in there]
-    return Series(_readable(name), [x for x, _ in there], values)
+    return Series(_readable(name), [x for x, _ in there], [value for _, value in there])
 
 
 def _drawn(chart: _Chart, series: Sequence[Series], boundaries: Sequence[float]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ragjax.evaluation.report.charts import share_bar
-from ragjax.evaluation.report.html import excerpt, is_number, isolated, number
+from ragjax.evaluation.report.html import excerpt, isolated, number
 from ragjax.evaluation.report.questions import Lookup
 
 # Key in a candidate, its column header.
@@ -26,17 +26,8 @@ def explained_section(explained: Mapping[str, Any], lookup: Lookup) -> str:
             sums to 1 over the candidates.
         lookup: Document id to its text.
     """
-    boxes = []
-    for question in explained.get("questions") or ():
-        candidates = [
-            one for one in question.get("candidates") or ()
-            if all(is_number(one.get(key)) for key, _ in _VIEWS)
-        ]  # fmt: skip
-        if candidates:
-            boxes.append(_box(question, candidates, lookup))
-    if not boxes:
-        return '<p class="soft">No question had candidates to compare.</p>'
-    return f'<div class="boxes">{"".join(boxes)}</div>'
+    boxes = "".join(_box(question, lookup) for question in explained["questions"])
+    return f'<div class="boxes">{boxes}</div>'
 
 
 def divergence(target: Sequence[float], other: Sequence[float]) -> float:
@@ -53,20 +44,16 @@ def divergence(target: Sequence[float], other: Sequence[float]) -> float:
     )
 
 
-def _box(
-    question: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], lookup: Lookup
-) -> str:
-    ordered = sorted(candidates, key=lambda one: (-one["target"], str(one.get("doc_id"))))
-    target, before, after = (
-        [float(one[key]) for one in ordered] for key in ("target", "before", "after")
-    )
+def _box(question: Mapping[str, Any], lookup: Lookup) -> str:
+    ordered = sorted(question["candidates"], key=lambda one: (-one["target"], one["doc_id"]))
+    target, before, after = ([one[key] for one in ordered] for key in ("target", "before", "after"))
     distance = [divergence(target, other) for other in (before, after)]
-    answers = [str(answer) for answer in question.get("answers") or ()]
+    answers = question["answers"]
     named = ", ".join(map(isolated, answers)) or "none"
     columns = "".join(f'<th scope="col">{header}</th>' for _, header in _VIEWS)
     rows = "".join(_candidate(one, answers, lookup) for one in ordered)
     return (
-        f'<article class="box"><h3>{isolated(question.get("question", ""))}</h3>'
+        f'<article class="box"><h3>{isolated(question["question"])}</h3>'
         f'<p class="soft">Right answer: {named}. Distance of p<sub>R</sub> from the'
         f" language model's view, KL in nats: {number(distance[0])} \u2192 {number(distance[1])}."
         f'</p><table class="views"><thead><tr>{columns}</tr></thead>{rows}</table></article>'
@@ -74,10 +61,9 @@ def _box(
 
 
 def _candidate(one: Mapping[str, Any], answers: Sequence[str], lookup: Lookup) -> str:
-    doc_id = str(one.get("doc_id"))
-    passage = lookup(doc_id)
-    title = passage.title if passage and passage.title else doc_id
-    badge = ' <span class="badge">\u2605 relevant</span>' if one.get("relevant") else ""
+    passage = lookup(one["doc_id"])
+    title = passage.title if passage and passage.title else one["doc_id"]
+    badge = ' <span class="badge">\u2605 relevant</span>' if one["relevant"] else ""
     # Passages of one document often share its title: the text tells them apart.
     text = excerpt(passage.text, answers, length=110) if passage else ""
     cells = "".join(

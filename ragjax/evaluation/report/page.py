@@ -6,19 +6,19 @@ Example:
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ragjax.evaluation.report.checks import (
     calibration_section,
     dev_section,
     robustness_section,
-    support_section,
 )
 from ragjax.evaluation.report.curves import curves
 from ragjax.evaluation.report.explained import explained_section
-from ragjax.evaluation.report.html import details, escape, is_number, isolated, page, table
+from ragjax.evaluation.report.html import details, escape, isolated, page, table
 from ragjax.evaluation.report.questions import PassageText, questions_section
 from ragjax.evaluation.report.results import (
+    Finding,
     differences_tables,
     findings,
     legend,
@@ -26,11 +26,6 @@ from ragjax.evaluation.report.results import (
     results_table,
     verdict_box,
 )
-
-
-class _Section(NamedTuple):
-    title: str  # plain text
-    body: str  # HTML
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,24 +82,25 @@ def render_report(data: ReportData) -> str:
     metrics = {**data.metrics, **data.other_metrics}
     found = findings(metrics, data.differences)
     pair = main_pair(metrics, data.differences)
-    sections = _sections(data)
+    sections = {title: body for title, body in _sections(data, found, pair).items() if body}
     links = "".join(
-        f'<li><a href="#part-{place}">{escape(section.title)}</a></li>'
-        for place, section in enumerate(sections)
+        f'<li><a href="#part-{place}">{escape(title)}</a></li>'
+        for place, title in enumerate(sections)
     )
     facts = "".join(
         f"<li>{escape(name)} <b>{isolated(value)}</b></li>" for name, value in data.facts.items()
     )
+    problems = "".join(f"<li>{isolated(problem)}</li>" for problem in data.problems)
     body = [
         f"<header><h1>{isolated(data.title)}</h1>",
         f'<ul class="facts">{facts}</ul>' if facts else "",
-        _problems(data.problems),
+        f'<div class="problems"><ul>{problems}</ul></div>' if problems else "",
         verdict_box(found, pair),
         f'<nav aria-label="Contents"><ul>{links}</ul></nav></header><main>',
     ]
     body += [
-        f'<section id="part-{place}"><h2>{escape(section.title)}</h2>{section.body}</section>'
-        for place, section in enumerate(sections)
+        f'<section id="part-{place}"><h2>{escape(title)}</h2>{content}</section>'
+        for place, (title, content) in enumerate(sections.items())
     ]
     body.append(
         "</main><footer><p>Written by ragjax. The numbers are in the files of this folder.</p>"
@@ -113,71 +109,63 @@ def render_report(data: ReportData) -> str:
     return page(data.title, "\n".join(part for part in body if part))
 
 
-def _sections(data: ReportData) -> list[_Section]:
-    metrics = {**data.metrics, **data.other_metrics}
-    found = findings(metrics, data.differences)
-    pair = main_pair(metrics, data.differences)
-
-    def lookup(doc_id: str) -> PassageText | None:
-        return data.passages.get(doc_id)
-
-    sections = []
-    if data.metrics or found:
-        lead = _lead("Every system on the same test questions, and what is left of the differences"
-                     " once chance is taken into account.")  # fmt: skip
-        differences = differences_tables(found, pair)
-        body = lead + (results_table(data.metrics) if data.metrics else "")
-        if data.other_metrics:
-            further = results_table(data.other_metrics)
-            body += details(f"Further systems ({len(data.other_metrics)})", further)
-        body += legend(metrics)
-        if differences:
-            body += f"<h3>Paired differences</h3>{differences}"
-        sections.append(_Section("What changed", body))
-    if data.questions and pair:
-        sections.append(
-            _Section(
-                "Questions won and lost",
-                _lead(
-                    "Those that changed most, with what was retrieved before and after. Passages"
-                    " are shortened; answers in them are marked."
-                )
-                + questions_section(data.questions, pair, data.gold, lookup),
-            )  # fmt: skip
-        )
-    if data.explained.get("questions"):
-        sections.append(_Section("Retriever and language model", _explained_lead(data.explained)
-                                + explained_section(data.explained, lookup)))  # fmt: skip
-    if data.calibration:
-        lead = _lead("How far the probability that the model gives its answer can be trusted.")
-        sections.append(_Section("Calibration", lead + calibration_section(data.calibration)))
-    for title, values, render in (
-        ("Dev questions", data.dev, dev_section),
-        ("Robustness", data.robustness, robustness_section),
-        ("Answers supported by a passage", data.support, support_section),
-    ):
-        if values:
-            sections.append(_Section(title, render(values)))
-    if data.steps:
-        lead = _lead("As logged at each step. Where there are many, the thin line is the values"
-                     " and the strong one their running mean.")  # fmt: skip
-        sections.append(_Section("Training curves", lead + curves(data.steps)))
-    cost = _cost(data)
-    if cost:
-        sections.append(_Section("Cost", cost))
-    if data.config:
-        sections.append(_Section("Options", _options(data.config)))
-    return sections
+def _sections(
+    data: ReportData, found: Sequence[Finding], pair: tuple[str, str] | None
+) -> dict[str, str]:
+    """Returns title to body; a body is empty where its data are missing."""
+    lookup, explained = data.passages.get, data.explained
+    changed = questions_section(data.questions, pair, data.gold, lookup) if pair else ""
+    return {
+        "What changed": _changed(data, found, pair) if data.metrics or found else "",
+        "Questions won and lost": _led(
+            "Those that changed most, with what was retrieved before and after. Passages are"
+            " shortened; answers in them are marked.",
+            changed if data.questions else "",
+        ),
+        "Retriever and language model": (
+            _explained_lead(explained) + explained_section(explained, lookup)
+            if explained.get("questions")
+            else ""
+        ),
+        "Calibration": _led(
+            "How far the probability that the model gives its answer can be trusted.",
+            calibration_section(data.calibration),
+        ),
+        "Dev questions": dev_section(data.dev),
+        "Robustness": robustness_section(data.robustness),
+        "Answers supported by a passage": results_table(data.support) if data.support else "",
+        "Training curves": _led(
+            "As logged at each step. Where there are many, the thin line is the values and the"
+            " strong one their running mean.",
+            curves(data.steps),
+        ),
+        "Cost": _cost(data),
+        "Options": _options(data.config) if data.config else "",
+    }
 
 
-def _lead(text: str) -> str:
-    return f'<p class="lead">{escape(text)}</p>'
+def _changed(data: ReportData, found: Sequence[Finding], pair: tuple[str, str] | None) -> str:
+    body = results_table(data.metrics) if data.metrics else ""
+    if data.other_metrics:
+        further = results_table(data.other_metrics)
+        body += details(f"Further systems ({len(data.other_metrics)})", further)
+    body += legend({**data.metrics, **data.other_metrics})
+    if found:
+        body += f"<h3>Paired differences</h3>{differences_tables(found, pair)}"
+    return _led(
+        "Every system on the same test questions, and what is left of the differences once chance"
+        " is taken into account.",
+        body,
+    )
+
+
+def _led(lead: str, body: str) -> str:
+    return f'<p class="lead">{escape(lead)}</p>{body}' if body else ""
 
 
 def _explained_lead(explained: Mapping[str, Any]) -> str:
-    settings = explained.get("settings")
-    known = settings if isinstance(settings, Mapping) else {}
-    named = ", ".join(f"{escape(k)} {isolated(v)}" for k, v in known.items())
+    settings = explained.get("settings", {})
+    named = ", ".join(f"{escape(name)} {isolated(value)}" for name, value in settings.items())
     return (
         '<p class="lead">For a few test questions, the candidates of both retrievers: which ones'
         " help the language model to the right answer (p<sub>LSR</sub>), which ones the retriever"
@@ -188,40 +176,23 @@ def _explained_lead(explained: Mapping[str, Any]) -> str:
     )
 
 
-def _problems(problems: Sequence[str]) -> str:
-    items = "".join(f"<li>{isolated(problem)}</li>" for problem in problems)
-    return f'<div class="problems"><ul>{items}</ul></div>' if items else ""
-
-
 def _cost(data: ReportData) -> str:
-    seconds = data.cost.get("seconds")
-    stages = {
-        str(stage): float(took)
-        for stage, took in (seconds.items() if isinstance(seconds, Mapping) else ())
-        if is_number(took)
-    }
     parts = []
-    if stages:
+    if stages := data.cost.get("seconds"):
         total = sum(stages.values())
         rows = [
             [isolated(stage), _duration(took), f"{100 * took / total if total else 0:.0f} %"]
             for stage, took in stages.items()
         ]
         rows.append(["all stages", _duration(total), "100 %"])
-        parts.append(
-            table(
-                ["stage", "time", "share"],
-                rows,
-                caption="Wall-clock time, all calls of the run added up; that of a call that was"
-                " killed is missing.",
-            )  # fmt: skip
+        caption = (
+            "Wall-clock time, all calls of the run added up; that of a call that was killed is"
+            " missing."
         )
-    counts = dict(_step_counts(data.steps))
-    given = data.cost.get("counts")
-    if isinstance(given, Mapping):
-        counts |= {str(k): f"{v:,}" for k, v in given.items() if is_number(v)}
-    memory = data.cost.get("peak_memory_bytes")
-    if memory is not None and is_number(memory):
+        parts.append(table(["stage", "time", "share"], rows, caption=caption))
+    counts = _step_counts(data.steps)
+    counts |= {name: f"{count:,}" for name, count in data.cost.get("counts", {}).items()}
+    if memory := data.cost.get("peak_memory_bytes"):
         counts["peak memory of the process"] = f"{memory / 2**30:.1f} GiB"
     items = "".join(f"<dt>{isolated(k)}</dt><dd>{escape(v)}</dd>" for k, v in counts.items())
     if items:
@@ -229,17 +200,16 @@ def _cost(data: ReportData) -> str:
     return "".join(parts)
 
 
-def _step_counts(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _step_counts(steps: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     by_stage: dict[str, list[Mapping[str, Any]]] = {}
     for row in steps:
-        by_stage.setdefault(str(row.get("stage", "training")), []).append(row)
-    counts = []
+        by_stage.setdefault(row["stage"], []).append(row)
+    counts = {}
     for stage, rows in by_stage.items():
-        took = sum(row["seconds"] for row in rows if is_number(row.get("seconds")))
-        counts.append((f"{stage}: steps", f"{len(rows):,} in {_duration(took)}"))
-        versions = [row["index/version"] for row in rows if is_number(row.get("index/version"))]
-        if versions:
-            counts.append((f"{stage}: refreshes of the index", f"{int(max(versions)):,}"))
+        took = sum(row.get("seconds") or 0 for row in rows)
+        counts[f"{stage}: steps"] = f"{len(rows):,} in {_duration(took)}"
+        if versions := [row["index/version"] for row in rows if "index/version" in row]:
+            counts[f"{stage}: refreshes of the index"] = f"{int(max(versions)):,}"
     return counts
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ragjax.evaluation.report.html import details, excerpt, is_number, isolated, number, signed
+from ragjax.evaluation.report.html import details, excerpt, isolated, number, signed
 
 # Passages shown of each side; a relevant one further down is shown as well.
 _SHOWN_PASSAGES = 3
@@ -56,24 +56,21 @@ def changes(
     """
     found = []
     for line in lines:
-        after, before = (_system(line, name) for name in pair)
-        if after is None or before is None:
+        if not all(name in line["systems"] for name in pair):
             continue
-        relevant = gold.get(str(line.get("id")), ())
-        ranks = [_rank(system, relevant) for system in (before, after)]
-        retrieved = bool(before.get("doc_ids") and after.get("doc_ids"))
+        after, before = (line["systems"][name] for name in pair)
+        relevant = gold.get(line["id"], ())
+        retrieved = bool(before["doc_ids"] and after["doc_ids"])
         passages = [
-            _reciprocal(system, rank, relevant) if retrieved else None
-            for system, rank in zip((before, after), ranks, strict=True)
+            _reciprocal(system, relevant) if retrieved else None for system in (before, after)
         ]
-        answers = [_metric(system, "f1") for system in (before, after)]
         found.append(
             Change(
                 line=line,
-                rank_before=ranks[0],
-                rank_after=ranks[1],
-                passage_change=_difference(passages[0], passages[1]),
-                answer_change=_difference(answers[0], answers[1]),
+                rank_before=_rank(before, relevant),
+                rank_after=_rank(after, relevant),
+                passage_change=_difference(*passages),
+                answer_change=_difference(*(s["metrics"].get("f1") for s in (before, after))),
             )
         )
     return found
@@ -84,7 +81,7 @@ def select(found: Sequence[Change], by: Callable[[Change], float | None], count:
     known = [(value, one) for one in found if (value := by(one)) is not None]
 
     def order(item: tuple[float, Change]) -> tuple[float, str]:
-        return (-abs(item[0]), str(item[1].line.get("id")))
+        return (-abs(item[0]), item[1].line["id"])
 
     won = sorted((item for item in known if item[0] > 1e-9), key=order)
     lost = sorted((item for item in known if item[0] < -1e-9), key=order)
@@ -125,11 +122,11 @@ def questions_section(
             f" {selection.num_lost:,} lost, {selection.num_same:,} the same.</p>"
         )
         for title, group in (("Won", selection.won), ("Lost", selection.lost)):
-            fresh = [one for one in group if str(one.line.get("id")) not in shown]
+            fresh = [one for one in group if one.line["id"] not in shown]
             if fresh:
                 parts.append(f"<h3>{title} by {what}</h3>")
             for one in fresh:
-                shown.add(str(one.line.get("id")))
+                shown.add(one.line["id"])
                 # The first of all is open, so that one sees what the boxes hold.
                 parts.append(_card(one, pair, gold, lookup, open=len(shown) == 1))
     return "".join(parts) or '<p class="soft">No question was given to both systems.</p>'
@@ -144,36 +141,11 @@ def shown_documents(
     docs: dict[str, None] = {}
     for _, selection in _selections(lines, pair, gold):
         for one in (*selection.won, *selection.lost):
-            relevant = gold.get(str(one.line.get("id")), ())
+            relevant = gold.get(one.line["id"], ())
             for name in pair:
-                listed = _docs(_system(one.line, name) or {})
+                listed = one.line["systems"][name]["doc_ids"]
                 docs |= dict.fromkeys(listed[place] for place in _places(listed, relevant))
     return list(docs)
-
-
-def passage_card(
-    passage: PassageText | None,
-    doc_id: str,
-    *,
-    rank: int,
-    score: Any,
-    relevant: bool,
-    answers: Sequence[str],
-) -> str:
-    """Returns one retrieved passage: rank, title, score, mark, and a part of its text."""
-    title = passage.title if passage and passage.title else doc_id
-    badge = '<span class="badge">\u2605 relevant</span>' if relevant else ""
-    shown = f'<span class="score">score {number(score)}</span>' if is_number(score) else ""
-    text = (
-        f'<p dir="auto">{excerpt(passage.text, answers)}</p>'
-        if passage
-        else '<p class="soft">The text is not at hand.</p>'
-    )
-    return (
-        f'<li class="passage{" gold" if relevant else ""}"><p class="meta">'
-        f'<span class="rank">{rank}</span><span class="title">{isolated(title)}</span>{badge}'
-        f"{shown}</p>{text}</li>"
-    )
 
 
 def _card(
@@ -185,8 +157,7 @@ def _card(
     open: bool,
 ) -> str:
     line = change.line
-    answers = [str(answer) for answer in line.get("answers") or ()]
-    relevant = frozenset(gold.get(str(line.get("id")), ()))
+    relevant = frozenset(gold.get(line["id"], ()))
     chips = ""
     if relevant and change.passage_change is not None:
         ranks = f"{_rank_text(change.rank_before)} \u2192 {_rank_text(change.rank_after)}"
@@ -197,22 +168,20 @@ def _card(
             f"F1 {signed(change.answer_change, 2)}</span>"
         )
     columns = "".join(
-        f"<section><h4>{isolated(name)}</h4>{_passages(line, name, relevant, answers, lookup)}"
-        "</section>"
+        f"<section><h4>{isolated(name)}</h4>{_passages(line, name, relevant, lookup)}</section>"
         for name in (pair[1], pair[0])
     )
-    body = _answers(line, pair, answers) + f'<div class="columns">{columns}</div>'
-    return details(isolated(line.get("question", "")) + chips, body, open=open)
+    body = _answers(line, pair) + f'<div class="columns">{columns}</div>'
+    return details(isolated(line["question"]) + chips, body, open=open)
 
 
-def _answers(line: Mapping[str, Any], pair: tuple[str, str], answers: Sequence[str]) -> str:
-    rows = [("right answer", ", ".join(isolated(answer) for answer in answers) or "\N{EN DASH}")]
+def _answers(line: Mapping[str, Any], pair: tuple[str, str]) -> str:
+    rows = [("right answer", ", ".join(map(isolated, line["answers"])) or "\N{EN DASH}")]
     for name in (pair[1], pair[0]):
-        system = _system(line, name) or {}
-        prediction = system.get("prediction")
+        system = line["systems"][name]
+        prediction, f1 = system["prediction"], system["metrics"].get("f1")
         if prediction is not None:
-            f1 = _metric(system, "f1")
-            said = isolated(prediction) if str(prediction).strip() else "(nothing)"
+            said = isolated(prediction) if prediction.strip() else "(nothing)"
             rows.append(
                 (isolated(name), said + (f" (F1 {number(f1, 2)})" if f1 is not None else ""))
             )
@@ -220,47 +189,31 @@ def _answers(line: Mapping[str, Any], pair: tuple[str, str], answers: Sequence[s
     return f'<dl class="answers">{items}</dl>'
 
 
-def _passages(
-    line: Mapping[str, Any],
-    name: str,
-    relevant: frozenset[str],
-    answers: Sequence[str],
-    lookup: Lookup,
-) -> str:
-    system = _system(line, name) or {}
-    docs = _docs(system)
-    scores = list(system.get("doc_scores") or ())
-    scores += [None] * (len(docs) - len(scores))
-    places = _places(docs, relevant)
-    cards = [
-        passage_card(
-            lookup(docs[place]), docs[place], rank=place + 1, score=scores[place],
-            relevant=docs[place] in relevant, answers=answers,
-        )
-        for place in places
-    ]  # fmt: skip
-    if not cards:
+def _passages(line: Mapping[str, Any], name: str, relevant: frozenset[str], lookup: Lookup) -> str:
+    system = line["systems"][name]
+    docs = system["doc_ids"]
+    if not docs:
         return '<p class="soft">Nothing was retrieved.</p>'
+    cards = []
+    for place in _places(docs, relevant):
+        passage, is_gold = lookup(docs[place]), docs[place] in relevant
+        title = passage.title if passage and passage.title else docs[place]
+        text = (
+            f'<p dir="auto">{excerpt(passage.text, line["answers"])}</p>'
+            if passage
+            else '<p class="soft">The text is not at hand.</p>'
+        )
+        cards.append(
+            f'<li class="passage{" gold" if is_gold else ""}"><p class="meta">'
+            f'<span class="rank">{place + 1}</span><span class="title">{isolated(title)}</span>'
+            + ('<span class="badge">\u2605 relevant</span>' if is_gold else "")
+            + f'<span class="score">score {number(system["doc_scores"][place])}</span></p>'
+            f"{text}</li>"
+        )
     note = ""
     if relevant and not relevant.intersection(docs):
         note = f'<p class="soft">No relevant passage among the first {len(docs)}.</p>'
     return f'<ol class="passages">{"".join(cards)}</ol>{note}'
-
-
-def _system(line: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    systems = line.get("systems")
-    system = systems.get(name) if isinstance(systems, Mapping) else None
-    return system if isinstance(system, Mapping) else None
-
-
-def _metric(system: Mapping[str, Any], name: str) -> float | None:
-    metrics = system.get("metrics")
-    value = metrics.get(name) if isinstance(metrics, Mapping) else None
-    return float(value) if value is not None and is_number(value) else None
-
-
-def _docs(system: Mapping[str, Any]) -> list[str]:
-    return [str(doc) for doc in system.get("doc_ids") or ()]
 
 
 def _places(docs: Sequence[str], relevant: Collection[str]) -> list[int]:
@@ -283,14 +236,13 @@ def _selections(
 
 
 def _rank(system: Mapping[str, Any], relevant: Sequence[str]) -> int | None:
-    return next((place for place, doc in enumerate(_docs(system), 1) if doc in relevant), None)
+    return next((rank for rank, doc in enumerate(system["doc_ids"], 1) if doc in relevant), None)
 
 
-def _reciprocal(
-    system: Mapping[str, Any], rank: int | None, relevant: Sequence[str]
-) -> float | None:
+def _reciprocal(system: Mapping[str, Any], relevant: Sequence[str]) -> float | None:
     if not relevant:
-        return _metric(system, "mrr@10")
+        return system["metrics"].get("mrr@10")
+    rank = _rank(system, relevant)
     return 1 / rank if rank else 0.0
 
 

@@ -1,6 +1,5 @@
 """What changed: the verdict in words, the systems side by side, and the paired differences."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ from ragjax.evaluation.report.html import (
     details,
     escape,
     interval,
-    is_number,
     isolated,
     number,
     signed,
@@ -19,15 +17,10 @@ from ragjax.evaluation.report.html import (
 from ragjax.evaluation.systems import SYSTEMS
 
 # (system, baseline) that a run is about; the first that was compared.
-_MAIN_PAIRS = (
-    ("after", "before"),
-    ("adapted", "dense"),
-    ("adapted", "before"),
-    ("after", "closed_book"),
-)
+_MAIN_PAIRS = (("after", "before"), ("after", "closed_book"))
 _HEADLINES = ("recall@5", "mrr@10", "f1", "answer_nll")
-_LOWER_IS_BETTER = re.compile(
-    r"(.*[_/@])?(nll|loss|perplexity|brier|ece|aurc|calibration_error|error|hallucination|empty_answer)"
+_LOWER_IS_BETTER = frozenset(
+    ("answer_nll", "marginal_nll", "brier", "ece", "aurc", "hallucination", "empty_answer")
 )
 _MEANINGS = {
     "recall@1": "a relevant passage is first (share of the relevant ones)",
@@ -49,31 +42,35 @@ _MEANINGS = {
 _SYMBOLS = {"better": "\u25b2", "worse": "\u25bc", "undecided": "\u25cb", "same": "="}
 
 
+# Keys of a row of differences.json.
+DIFFERENCE = ("metric", "system", "baseline", "value", "low", "high", "p_value", "n")
+
+
 class Finding(NamedTuple):
-    """One paired difference and what it means."""
+    """One paired difference and its verdict."""
 
     metric: str
     system: str
     baseline: str
-    before: float | None  # value of the baseline
-    after: float | None  # value of the system
     value: float  # mean difference, with its 95 % interval
     low: float
     high: float
-    p_value: float | None
-    n: int | None
+    p_value: float
+    n: int
+    before: float | None  # value of the baseline
+    after: float | None  # value of the system
     state: str  # "better", "worse", "undecided" or "same"
 
 
 def lower_is_better(metric: str) -> bool:
     """Tells whether a smaller value of a metric is the better one."""
-    return _LOWER_IS_BETTER.fullmatch(metric) is not None
+    return metric in _LOWER_IS_BETTER
 
 
 def findings(
     metrics: Mapping[str, Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]
 ) -> list[Finding]:
-    """Returns the differences that are complete, with the values they lie between.
+    """Returns the differences with the values they lie between.
 
     A difference is better or worse where its interval leaves zero out, the same where nothing
     changed on any question, else undecided.
@@ -84,29 +81,13 @@ def findings(
     """
     found = []
     for row in differences:
-        numbers = [row.get(name) for name in ("value", "low", "high")]
-        if not all(map(is_number, numbers)):
-            continue
-        metric, system, baseline = (str(row.get(k)) for k in ("metric", "system", "baseline"))
-        value, low, high = (float(n) for n in numbers if n is not None)
-        state = "same" if value == low == high == 0 else "undecided"
+        metric, low, high = row["metric"], row["low"], row["high"]
+        state = "same" if row["value"] == low == high == 0 else "undecided"
         if low > 0 or high < 0:
             state = "better" if (low > 0) is not lower_is_better(metric) else "worse"
-        found.append(
-            Finding(
-                metric,
-                system,
-                baseline,
-                _value(metrics, baseline, metric),
-                _value(metrics, system, metric),
-                value,
-                low,
-                high,
-                row["p_value"] if is_number(row.get("p_value")) else None,
-                row["n"] if is_number(row.get("n")) else None,
-                state,
-            )  # fmt: skip
-        )
+        before, after = (_value(metrics, row[side], metric) for side in ("baseline", "system"))
+        values = [row[name] for name in DIFFERENCE]
+        found.append(Finding(*values, before=before, after=after, state=state))
     return found
 
 
@@ -114,7 +95,7 @@ def main_pair(
     metrics: Mapping[str, Any], differences: Sequence[Mapping[str, Any]]
 ) -> tuple[str, str] | None:
     """Returns the (system, baseline) that the run is about, None where nothing was compared."""
-    compared = [(str(row.get("system")), str(row.get("baseline"))) for row in differences]
+    compared = [(row["system"], row["baseline"]) for row in differences]
     known = [pair for pair in _MAIN_PAIRS if pair in compared]
     there = [pair for pair in _MAIN_PAIRS if all(name in metrics for name in pair)]
     return next(iter([*known, *compared, *there]), None)
@@ -200,8 +181,7 @@ def differences_tables(found: Sequence[Finding], pair: tuple[str, str] | None) -
 
 def _value(metrics: Mapping[str, Mapping[str, Any]], system: str, metric: str) -> float | None:
     cell = metrics.get(system, {}).get(metric)
-    value = cell.get("value") if isinstance(cell, Mapping) else None
-    return float(value) if value is not None and is_number(value) else None
+    return cell["value"] if cell else None
 
 
 def _opening(found: Sequence[Finding]) -> str:
@@ -243,24 +223,22 @@ def _state(one: Finding) -> str:
 def _metric_row(
     metrics: Mapping[str, Mapping[str, Any]], systems: Sequence[str], metric: str
 ) -> list[str]:
-    values = {system: _value(metrics, system, metric) for system in systems}
-    there = [value for value in values.values() if value is not None]
+    there = [value for s in systems if (value := _value(metrics, s, metric)) is not None]
     best = (min if lower_is_better(metric) else max)(there, default=None)
     # Where all are equal, none is best.
     best = None if len(set(there)) < 2 else best
     cells = []
     for system in systems:
         cell = metrics[system].get(metric)
-        if not isinstance(cell, Mapping) or values[system] is None:
+        if cell is None:
             cells.append('<span class="soft">\N{EN DASH}</span>')
             continue
-        text = f"<b>{number(values[system])}</b>"
-        if is_number(cell.get("low")) and is_number(cell.get("high")):
-            text += f"<small>[{number(cell['low'])}, {number(cell['high'])}]</small>"
-        applicable = metrics[system].get("applicable")
-        if isinstance(applicable, Mapping) and metric in applicable:
+        text = f"<b>{number(cell['value'])}</b>"
+        text += f"<small>[{number(cell['low'])}, {number(cell['high'])}]</small>"
+        applicable = metrics[system].get("applicable", {})
+        if metric in applicable:
             text += f"<small>{_whole(applicable[metric])} questions</small>"
-        cells.append(f'<span class="best">{text}</span>' if values[system] == best else text)
+        cells.append(f'<span class="best">{text}</span>' if cell["value"] == best else text)
     return [isolated(metric), *cells]
 
 
@@ -274,8 +252,8 @@ def _metric_names(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name in METRICS if name in named] + [n for n in named if n not in METRICS]
 
 
-def _whole(value: Any) -> str:
-    return f"{int(value):,}" if is_number(value) else "\N{EN DASH}"
+def _whole(value: int | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:,}"
 
 
 def _difference_table(found: Sequence[Finding], system: str, baseline: str) -> str:
@@ -299,14 +277,13 @@ def _difference_table(found: Sequence[Finding], system: str, baseline: str) -> s
                 f"<b>{signed(one.value)}</b><small>[{signed(one.low)}, {signed(one.high)}]</small>",
                 f'<span class="{one.state}">{bar}</span>',
                 between,
-                _p_value(one.p_value),
+                "&lt; .001" if one.p_value < 0.001 else number(one.p_value),
                 _whole(one.n),
             ]
         )
-    headers = ["metric", "", "difference", "around zero", "from \u2192 to", "p", "questions"]
-    headers[1] = '<span class="soft">verdict</span>'
+    verdict = '<span class="soft">verdict</span>'
     return table(
-        headers,
+        ["metric", verdict, "difference", "around zero", "from \u2192 to", "p", "questions"],
         rows,
         caption=(
             f"{system} minus {baseline} on the same questions, 95 % bootstrap interval, and p of a"
@@ -314,9 +291,3 @@ def _difference_table(found: Sequence[Finding], system: str, baseline: str) -> s
         ),
         name="differences",
     )
-
-
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    return "&lt; .001" if value < 0.001 else number(value)

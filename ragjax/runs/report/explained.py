@@ -20,7 +20,7 @@ from ragjax.evaluation.report.questions import (
     shown_documents,
 )
 from ragjax.evaluation.report.results import main_pair
-from ragjax.index import SearchResult
+from ragjax.index.base import empty_result
 from ragjax.runs.folder import RunFiles
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.shared import LsrTarget
@@ -45,7 +45,7 @@ def explain(
     lm: FrozenLM,
     *,
     target: LsrTarget,
-) -> dict[str, Any]:
+) -> None:
     """Compares p_R before and after with p_LSR on a few test questions, in `explained.json`.
 
     p_R(c|x) = softmax(scale · q·d), p_LSR(c) = softmax(g/τ) with g the score of the options and no
@@ -59,9 +59,6 @@ def explain(
         after: The adapted one.
         lm: The language model that scores.
         target: Options of p_LSR.
-
-    Returns:
-        What was written.
     """
     target = target._replace(prior_weight=0.0)
     read = RunFiles(workspace.folder)
@@ -89,7 +86,6 @@ def explain(
         "passages": {doc: passages[doc]._asdict() for doc in sorted(passages)},
     }
     write_json(workspace.folder / EXPLAINED, explained)
-    return explained
 
 
 def corpus_lookup(corpus: Corpus) -> Lookup:
@@ -144,11 +140,10 @@ def _encoded(workspace: Workspace) -> dict[str, int]:
 def _chosen(workspace: Workspace, found: Sequence[Change]) -> list[Question]:
     """Returns questions with an answer: those that changed most, then the first ones."""
     known = {question.id: question for question in workspace.questions["test"] if question.answers}
-    able = [change for change in found if change.line.get("id") in known]
+    able = [change for change in found if change.line["id"] in known]
     first = [select(able, by, _CHANGED_MOST) for by in (by_passage, by_answer)]
-    ids = [str(one.line["id"]) for s in first for one in (*s.won, *s.lost)]
-    ids = list(dict.fromkeys([*ids, *known]))
-    return [known[id] for id in ids[:_EXPLAINED_QUESTIONS]]
+    changed = [one.line["id"] for chosen in first for one in (*chosen.won, *chosen.lost)]
+    return [known[id] for id in list(dict.fromkeys([*changed, *known]))[:_EXPLAINED_QUESTIONS]]
 
 
 class _Scores(NamedTuple):
@@ -191,13 +186,10 @@ def _explained(
     if not questions:
         return []
     scores = _candidate_scores(workspace, before, after, questions)
-    most = max(len(one.rows) for one in scores)
-    doc_ids = np.zeros((len(questions), most), np.int32)
-    mask = np.zeros((len(questions), most), bool)
+    candidates = empty_result(len(questions), max(len(one.rows) for one in scores))
     for place, one in enumerate(scores):
-        doc_ids[place, : len(one.rows)] = one.rows
-        mask[place, : len(one.rows)] = True
-    candidates = SearchResult(doc_ids, np.zeros(mask.shape, np.float32), mask)
+        candidates.doc_ids[place, : len(one.rows)] = one.rows
+        candidates.mask[place, : len(one.rows)] = True
     cache = ResultCache(workspace.folder / "scores" / "explained.jsonl", Score)
     taught = score_candidates(workspace, lm, questions, candidates, cache)
     targets = np.exp(target_log_probs(target, taught, candidates).astype(np.float64))
@@ -218,30 +210,17 @@ def _explained(
                 "question": question.text,
                 "answers": list(question.answers),
                 "candidates": [
-                    _described(workspace, row, gold[question.id], log_probs[slot], views, slot)
-                    for slot, row in enumerate(one.rows)
+                    {
+                        "doc_id": doc_id,
+                        "relevant": doc_id in gold[question.id],
+                        "log_prob": round(float(log_probs[slot]), 4),
+                    }
+                    | {name: round(float(values[slot]), 5) for name, values in views.items()}
+                    for slot, doc_id in enumerate(map(workspace.dataset.corpus.id_of, one.rows))
                 ],
             }
         )
     return described
-
-
-def _described(
-    workspace: Workspace,
-    row: int,
-    relevant: Sequence[str],
-    log_prob: float,
-    views: Mapping[str, np.ndarray],
-    slot: int,
-) -> dict[str, Any]:
-    doc_id = workspace.dataset.corpus.id_of(row)
-    shares = {name: round(float(values[slot]), 5) for name, values in views.items()}
-    return {
-        "doc_id": doc_id,
-        "relevant": doc_id in relevant,
-        "log_prob": round(float(log_prob), 4),
-        **shares,
-    }
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ragjax.evaluation.report import ReportData, render_report
-from ragjax.evaluation.report.html import is_number
 from ragjax.evaluation.report.questions import Lookup, PassageText
-from ragjax.evaluation.report.results import main_pair
+from ragjax.evaluation.report.results import DIFFERENCE, main_pair
 from ragjax.runs.folder import REPORT, RunFiles, read_cost
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.shared import LsrTarget
@@ -45,22 +44,19 @@ def write_report(
         The file written.
     """
     read = RunFiles(folder)
-    metrics = read.mapping("metrics.json")
-    compared = read.mapping("differences.json")
-    differences = [row for row in compared.get("differences") or () if isinstance(row, dict)]
-    others = compared.get("other_systems")
-    metrics = _summaries(metrics)
-    others = _summaries(others if isinstance(others, dict) else {})
+    metrics, compared = read.mapping("metrics.json"), read.mapping("differences.json")
+    others = compared.get("other_systems", {})
+    differences = _whole(compared.get("differences"), *DIFFERENCE)
     explained = read.mapping(EXPLAINED)
+    explained["questions"] = _whole(explained.get("questions"), "question", "answers", "candidates")
     config = read.mapping("config.json")
-    options = config.get("config", config)
-    options = {k: v for k, v in options.items() if k != "output"} if options else {}
-    questions = read.lines("predictions.jsonl")
-    relevant = gold if gold is not None else explained.get("gold") or {}
+    options = {k: v for k, v in config.get("config", config).items() if k != "output"}
+    questions = _whole(read.lines("predictions.jsonl"), "id", "question", "answers", "systems")
+    relevant = gold if gold is not None else explained.get("gold", {})
     passages = {
-        str(doc): PassageText(str(text.get("title", "")), str(text.get("text", "")))
-        for doc, text in (explained.get("passages") or {}).items()
-        if isinstance(text, dict)
+        doc: PassageText(text["title"], text["text"])
+        for doc, text in explained.get("passages", {}).items()
+        if _whole([text], "title", "text")
     }
     pair = main_pair({**metrics, **others}, differences)
     if lookup is not None and pair is not None:
@@ -71,7 +67,7 @@ def write_report(
         metrics=metrics,
         other_metrics=others,
         differences=differences,
-        steps=read.lines("metrics.jsonl"),
+        steps=_whole(read.lines("metrics.jsonl"), "stage", "step"),
         questions=questions,
         gold=relevant,
         passages=passages,
@@ -80,7 +76,7 @@ def write_report(
         dev=read.mapping("dev.json"),
         robustness=read.mapping("robustness.json"),
         support=read.mapping("support.json"),
-        cost=read_cost(folder) | {"counts": explained.get("counts")},
+        cost=read_cost(folder) | {"counts": explained.get("counts", {})},
         config=options,
         problems=read.problems,
     )
@@ -122,42 +118,39 @@ def data_name(data: str) -> str:
     return "/".join(parts[-2:]) if parts else "the Python documentation"
 
 
-def _summaries(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: summary for name, summary in metrics.items() if isinstance(summary, dict)}
+def _whole(rows: Any, *keys: str) -> list[dict[str, Any]]:
+    """Returns the rows that hold every key; those of a damaged file may not."""
+    return [row for row in rows or () if isinstance(row, dict) and row.keys() >= set(keys)]
 
 
 def _facts(options: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if "data" in options:
-        facts["data"] = data_name(str(options["data"]))
+        facts["data"] = data_name(options["data"])
     for name, label in (("encoder", "encoder"), ("lm", "language model")):
         if options.get(name):
-            facts[label] = _model_name(str(options[name]))
-    if isinstance(options.get("stages"), list):
-        facts["adapted"] = ", ".join(map(str, options["stages"]))
-    facts |= _objective(options)
-    counts = [s["n"] for s in metrics.values() if isinstance(s.get("n"), int)]
-    if counts:
+            facts[label] = _model_name(options[name])
+    if "stages" in options:
+        facts["adapted"] = ", ".join(options["stages"])
+    if objective := _objective(options):
+        facts["objective"] = objective
+    if counts := [summary["n"] for summary in metrics.values() if "n" in summary]:
         facts["test questions"] = f"{max(counts):,}"
     return facts
 
 
-def _objective(options: Mapping[str, Any]) -> dict[str, Any]:
+def _objective(options: Mapping[str, Any]) -> str:
     """Returns the objective: a name with dual training, a group of options end to end."""
     whole = options.get("objective")
-    if isinstance(whole, dict):
-        weights = {k.removesuffix("_weight"): v for k, v in whole.items() if k.endswith("_weight")}
-        names = {"marginal": f"marginal likelihood ({whole.get('marginal')})", "lsr": "LSR"}
-        terms = [
-            f"{weight:g} \N{MULTIPLICATION SIGN} {names.get(name, name)}"
-            for name, weight in weights.items()
-            if is_number(weight) and weight
-        ]
-        return {"objective": " + ".join(terms)}
-    retriever = options.get("retriever")
-    if isinstance(retriever, dict) and retriever.get("objective"):
-        return {"objective": retriever["objective"]}
-    return {}
+    if not whole:
+        return options.get("retriever", {}).get("objective", "")
+    names = {"marginal": f"marginal likelihood ({whole.get('marginal')})", "lsr": "LSR"}
+    weights = {k.removesuffix("_weight"): v for k, v in whole.items() if k.endswith("_weight")}
+    return " + ".join(
+        f"{weight:g} \N{MULTIPLICATION SIGN} {names.get(name, name)}"
+        for name, weight in weights.items()
+        if weight
+    )
 
 
 def _model_name(source: str) -> str:
