@@ -206,7 +206,7 @@ def test_hostile_passages_and_answers_stay_text(text):
 
 
 def test_lower_is_better_for_losses_only():
-    assert [name for name in ("answer_nll", "ece", "brier", "hallucination", "calibration_error")
+    assert [name for name in ("answer_nll", "ece", "brier", "aurc", "hallucination")
             if not lower_is_better(name)] == []  # fmt: skip
     assert [name for name in ("recall@5", "f1", "mrr@10", "precision", "auroc", "supported")
             if lower_is_better(name)] == []  # fmt: skip

@@ -65,7 +65,7 @@ def curves(rows: Sequence[Row]) -> str:
                 series = [_series(name, placed) for name in mine]
                 shown.append(_drawn(chart, series, boundaries))
         others = [
-            _drawn(_Chart(_readable(name), "value", ""), [one], boundaries)
+            _drawn(_Chart(_readable(name), "value", ()), [one], boundaries)
             for name in left
             if len(set((one := _series(name, placed)).y) - {None}) > 1
         ]
