@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tyro
+from _beside import run_program
 from numpy.typing import NDArray
 
 from ragjax.data import encode_texts, passage_text, read_beir
@@ -79,13 +79,11 @@ class Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit code: 0, or 2 for bad input."""
-    flags = tyro.cli(Flags, args=arguments)
-    try:
-        (kill_and_resume if flags.kill_resume else compare)(flags)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(Flags, _run, arguments, __doc__)
+
+
+def _run(flags: Flags) -> None:
+    (kill_and_resume if flags.kill_resume else compare)(flags)
 
 
 def compare(flags: Flags) -> None:

@@ -12,7 +12,6 @@ three minutes; a ratio above 1 means that ragjax is faster.
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from _beside import in_turns, ratios, run_program
 
 from ragjax.models.encoder import load_encoder
 from ragjax.models.inputs import Tokens
@@ -97,12 +96,7 @@ Step = Callable[[], float]  # takes one training step and returns its loss
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit code: 0, or 2 for bad input."""
-    try:
-        compare(tyro.cli(Flags, args=arguments, description=__doc__))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(Flags, compare, arguments, __doc__)
 
 
 def compare(flags: Flags) -> None:
@@ -113,13 +107,13 @@ def compare(flags: Flags) -> None:
         ours = ragjax_step(Path(folder), example, flags)
         theirs = _transformers_step(theirs_models, example, flags)
         first = ours(), theirs()
-        seconds = [(_seconds(ours), _seconds(theirs)) for _ in range(flags.rounds)]
-    for name, column in zip(("ragjax", "transformers"), zip(*seconds, strict=True), strict=True):
+        seconds = in_turns({"ragjax": ours, "transformers": theirs}, flags.rounds)
+    for name, column in seconds.items():
         print(f"{name:13} {1 / statistics.median(column):8.2f} steps/s")
-    ratios = [theirs / ours for ours, theirs in seconds]
+    ratio, least, most = ratios(seconds["transformers"], seconds["ragjax"])
     print(
-        f"ratio ragjax / transformers {statistics.median(ratios):.2f}x"
-        f" ({min(ratios):.2f} to {max(ratios):.2f}) over {flags.rounds} rounds;"
+        f"ratio ragjax / transformers {ratio:.2f}x ({least:.2f} to {most:.2f})"
+        f" over {flags.rounds} rounds;"
         f" {flags.batch_size} questions x {flags.documents} documents, RAG-{flags.form},"
         f" {flags.dtype}"
     )
@@ -278,12 +272,6 @@ def _transformers_step(models: tuple[Any, Any], example: Example, flags: Flags) 
         return float(loss.detach())
 
     return run
-
-
-def _seconds(run: Step) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import jax
 import numpy as np
-import tyro
+from _beside import run_program
 
 from ragjax.evaluation import bootstrap_interval, paired_difference, retrieval_metrics
 from ragjax.index import ExactIndex
 from ragjax.models import DEFAULT_ENCODER
 from ragjax.models.testing import write_tiny_language_model
-from ragjax.refresh import RefreshError, encode_corpus
+from ragjax.refresh import encode_corpus
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig
@@ -98,13 +98,7 @@ class Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit code: 0, or 2 for bad input."""
-    flags = tyro.cli(Flags, args=arguments, description=__doc__)
-    try:
-        run(flags)
-    except (ValueError, OSError, RefreshError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(Flags, run, arguments, __doc__)
 
 
 def run(flags: Flags) -> None:

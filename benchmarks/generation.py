@@ -8,24 +8,20 @@ untimed round each; neither may end early. Needs the [parity] extra; on a GPU, t
 for it. Two CPU cores take about three minutes; a ratio above 1 means that ragjax is faster.
 """
 
-import dataclasses
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from tqdm import tqdm
+from _beside import in_turns, ratios, run_program, torch_llama
 
 from ragjax.data import PromptBuilder, PromptTemplate, passage_text, read_beir
 from ragjax.generation import Limits, Prompts, generate_greedy
 from ragjax.models import DEFAULT_LM, LanguageModel, load_language_model
-from ragjax.models.decoder.checkpoint import params_to_huggingface
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.layers.stacks import cast_floats
 
@@ -60,18 +56,12 @@ class Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit code: 0, or 2 for bad input."""
-    flags = tyro.cli(Flags, args=arguments)
-    try:
-        _check(flags)
-        compare(flags)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(Flags, compare, arguments, __doc__)
 
 
 def compare(flags: Flags) -> None:
     """Measures both and prints tokens a second, the ratio and how far the outputs agree."""
+    _check(flags)
     model = load_language_model(flags.lm)
     if not isinstance(model.config, DecoderConfig) or model.config.model_type != "llama":
         raise ValueError(f"--lm {flags.lm}: a model of type llama is needed, as both sides have it")
@@ -80,18 +70,14 @@ def compare(flags: Flags) -> None:
     if flags.torch:
         runs["transformers"] = transformers_run(model, prompts, flags)
     outputs = {name: run() for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(flags.rounds), desc="rounds", file=sys.stderr):
-        for name, run in runs.items():
-            seconds[name].append(_seconds(run))
+    seconds = in_turns(runs, flags.rounds)
     shape, tokens = prompts.ids.shape, prompts.ids.shape[0] * flags.new_tokens
     print(f"{shape[0]} prompts of {shape[1]} tokens, {flags.new_tokens} new tokens, {flags.dtype}")
     for name, column in seconds.items():
         median = statistics.median(column)
         print(f"{name:12} {median:7.3f} s {tokens / median:8.0f} new tokens/s")
     if flags.torch:
-        pairs = zip(seconds["transformers"], seconds["ragjax"], strict=True)
-        ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+        ratio, _, _ = ratios(seconds["transformers"], seconds["ragjax"])
         print(f"ratio ragjax / transformers {ratio:.2f}x over {flags.rounds} rounds")
         same = (outputs["ragjax"] == outputs["transformers"]).all(axis=1)
         print(f"equal outputs: {same.sum()} of {len(same)} rows")
@@ -145,29 +131,9 @@ def transformers_run(
     model: LanguageModel, prompts: Prompts, flags: Flags
 ) -> Callable[[], np.ndarray]:
     """Returns a function that gives the new tokens `[R, T]`, on a GPU where torch sees one."""
-    try:
-        import torch  # pyrefly: ignore  (not a dependency)
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise ImportError(f"{error}; install the [parity] extra, or --no-torch") from error
-    sizes = dataclasses.asdict(model.config)
-    config = LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        num_key_value_heads=sizes["num_kv_heads"],
-        head_dim=sizes["head_dim"],
-        max_position_embeddings=sizes["max_positions"],
-        rms_norm_eps=sizes["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"]},
-        tie_word_embeddings=sizes["tie_embeddings"],
-        eos_token_id=None,
-    )
-    reference = LlamaForCausalLM(config).eval()
-    tensors = params_to_huggingface(model.config, model.params)
-    reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
+    reference = torch_llama(model)
+    import torch  # pyrefly: ignore  (not a dependency)
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reference = reference.to(device, getattr(torch, flags.dtype))  # pyrefly: ignore  (wrapped)
     given: dict[str, Any] = {
@@ -190,12 +156,6 @@ def _check(flags: Flags) -> None:
     for name in ("questions", "documents", "context_tokens", "new_tokens", "rounds"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(flags, name)}")
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

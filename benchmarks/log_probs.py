@@ -11,7 +11,6 @@ is measured if it is installed.
 import dataclasses
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _beside import in_turns
 
 from ragjax import losses
 
@@ -96,13 +96,8 @@ def measure(case: tuple[int, ...], arguments: tuple[np.ndarray, ...], rounds: in
         steps[name], memory[name] = jax_step(function, case, on_device)
     if importlib.util.find_spec("torch"):
         steps["PyTorch"] = torch_step(case, arguments)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    values = {}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            values[name] = float(step())
-            seconds[name].append(time.perf_counter() - start)
+    values = {name: float(step()) for name, step in steps.items()}
+    seconds = in_turns({name: lambda s=step: float(s()) for name, step in steps.items()}, rounds)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name in steps:
         mebibytes = f"{memory[name] / 2**20:8.0f} MiB" if memory.get(name) else ""

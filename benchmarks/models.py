@@ -17,7 +17,6 @@ import gc
 import importlib.util
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from tqdm import tqdm
+from _beside import in_turns, llama_settings
 
 from ragjax.models import LMBatch, Tokens
 from ragjax.models.decoder import model as decoder
@@ -325,7 +324,7 @@ def decoder_work(sizes: Sizes, mode: str, options: Options) -> Work:
             return torch.nn.functional.cross_entropy(logits, targets, reduction=reduction)
 
         return torch_step(
-            lambda: LlamaForCausalLM(LlamaConfig(**_llama_settings(config))),
+            lambda: LlamaForCausalLM(LlamaConfig(**llama_settings(config), use_cache=False)),
             loss,
             sizes.dtype,
             train=mode == "train",
@@ -341,24 +340,15 @@ def decoder_work(sizes: Sizes, mode: str, options: Options) -> Work:
 def measure(work: Work, rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of each implementation's steps, the implementations interleaved."""
     steps: dict[str, Callable[[], Any]] = {}
-    seconds: dict[str, list[float]] = {}
-    with tqdm(total=rounds + 1, desc=work.title, unit="round", file=sys.stderr) as progress:
-        for name, make in work.steps.items():
-            try:
-                steps[name] = make()
-                for _ in range(2):  # compiles, and lets the memory settle
-                    steps[name]()
-            except Exception as error:  # one implementation that cannot run leaves the others
-                steps.pop(name, None)
-                print(f"    {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        progress.update()
-        for _ in range(rounds):
-            for name, step in steps.items():
-                started = time.perf_counter()
-                step()
-                seconds.setdefault(name, []).append(time.perf_counter() - started)
-            progress.update()
-    return seconds
+    for name, make in work.steps.items():
+        try:
+            steps[name] = make()
+            for _ in range(2):  # compiles, and lets the memory settle
+                steps[name]()
+        except Exception as error:  # one implementation that cannot run leaves the others
+            steps.pop(name, None)
+            print(f"    {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    return in_turns(steps, rounds, work.title)
 
 
 def report(work: Work, seconds: dict[str, list[float]], peak: float | None) -> list[str]:
@@ -436,23 +426,6 @@ def _implementations(
         if options.torch_compile:
             steps["PyTorch compiled"] = functools.partial(make_torch, True)
     return steps
-
-
-def _llama_settings(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "use_cache": False,
-    }
 
 
 def _rngs() -> Any:

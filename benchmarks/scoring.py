@@ -7,19 +7,16 @@ the same courtesy of computing logits at the answer's positions only. Needs the 
 CPU cores take about three minutes; a ratio above 1 means that ragjax is faster.
 """
 
-import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-import tyro
+from _beside import in_turns, ratios, run_program, torch_llama
 
 from ragjax.models import DEFAULT_LM, LanguageModel, LMBatch, load_language_model
-from ragjax.models.decoder.checkpoint import params_to_huggingface
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +40,7 @@ class Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit code: 0, or 2 for bad input."""
-    flags = tyro.cli(Flags, args=arguments)
-    try:
-        compare(flags)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(Flags, compare, arguments, __doc__)
 
 
 def compare(flags: Flags) -> None:
@@ -61,10 +52,10 @@ def compare(flags: Flags) -> None:
     ).astype(np.int32)
     ours, theirs = _ragjax(model, ids, flags), _pytorch(model, ids, flags)
     difference = float(np.abs(ours() - theirs()).max())
-    seconds = [(_seconds(ours), _seconds(theirs)) for _ in range(flags.rounds)]
-    for name, column in zip(("ragjax", "PyTorch"), zip(*seconds, strict=True), strict=True):
+    seconds = in_turns({"ragjax": ours, "PyTorch": theirs}, flags.rounds)
+    for name, column in seconds.items():
         print(f"{name:8} {ids.size / statistics.median(column):8.0f} tokens/s")
-    ratio = statistics.median(theirs / ours for ours, theirs in seconds)
+    ratio, _, _ = ratios(seconds["PyTorch"], seconds["ragjax"])
     print(f"ratio ragjax / PyTorch {ratio:.2f}x over {flags.rounds} rounds of {ids.shape} tokens")
     print(f"largest difference of a log-probability: {difference:.1e} nats")
 
@@ -87,28 +78,9 @@ def _ragjax(model: LanguageModel, ids: np.ndarray, flags: Flags) -> Callable[[],
 
 
 def _pytorch(model: LanguageModel, ids: np.ndarray, flags: Flags) -> Callable[[], np.ndarray]:
-    try:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise ImportError(f"{error}; install the [parity] extra") from error
-    sizes = dataclasses.asdict(model.config)
-    config = LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        num_key_value_heads=sizes["num_kv_heads"],
-        head_dim=sizes["head_dim"],
-        max_position_embeddings=sizes["max_positions"],
-        rms_norm_eps=sizes["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"]},
-        tie_word_embeddings=sizes["tie_embeddings"],
-    )
-    reference = LlamaForCausalLM(config).eval()
-    tensors = params_to_huggingface(model.config, model.params)
-    reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
+    reference = torch_llama(model)
+    import torch  # pyrefly: ignore  (not a dependency)
+
     tokens = torch.tensor(ids.astype(np.int64))
     answers = tokens[:, flags.context_tokens :, None]
 
@@ -118,12 +90,6 @@ def _pytorch(model: LanguageModel, ids: np.ndarray, flags: Flags) -> Callable[[]
             return torch.log_softmax(logits.float(), -1).gather(-1, answers)[..., 0].numpy()
 
     return run
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

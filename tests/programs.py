@@ -19,6 +19,8 @@ def load_script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and tyro look it up
+    if str(folder := (ROOT / path).parent) not in sys.path:
+        sys.path.insert(0, str(folder))  # where Python puts it for a program
     spec.loader.exec_module(module)
     return module
 
