@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tyro
 from programs import load_script
 
 from ragjax.models.testing.language_model import write_tiny_language_model
@@ -50,7 +51,7 @@ def write_data(folder):
 
 def test_data_makes_the_prompts(script, lm, tmp_path):
     write_data(tmp_path)
-    flags = script.tyro.cli(
+    flags = tyro.cli(
         script.Flags,
         args=[lm, f"--data={tmp_path}", *SIZES, "--context_tokens=80"],
     )
