@@ -45,8 +45,8 @@ from ragjax.refresh import encode_corpus
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig
-from ragjax.runs.train.live import open_labelled, workspace_task
-from ragjax.runs.train.retriever import train_retriever
+from ragjax.runs.train.live import workspace_task
+from ragjax.runs.train.retriever import open_labelled, train_retriever
 from ragjax.runs.workspace import Workspace, open_workspace, tower_params
 from ragjax.training.live import LiveRetrieval
 from ragjax.training.loop import MetricsLog, StopFlag
@@ -314,13 +314,10 @@ class Bench:
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Trains; returns the metrics of each step and the towers after the steps in `at`."""
         params = tower_params(workspace)
-        half = open_labelled(workspace, config, params, self._before)
-        observed = _Observed(half.retrieval, at)
-        with closing(half.retrieval.refresher):
-            questions = workspace.questions["train"]
-            trained = train_retriever(
-                workspace, config, 0, params, questions, half.batch_of, observed
-            )
+        live = open_labelled(workspace, config, params, self._before)
+        observed = _Observed(live.retrieval, at)
+        with closing(live.retrieval.refresher):
+            trained = train_retriever(workspace, config, 0, params, live.at, observed)
         if at:
             observed.keep(at[-1], *towers(trained, None))
         lines = (workspace.folder / "metrics.jsonl").read_text("utf-8").splitlines()

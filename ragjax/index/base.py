@@ -32,6 +32,14 @@ class SearchResult(NamedTuple):
     scores: NDArray[np.float32]  # [B, K] higher is better; -inf in masked slots
     mask: NDArray[np.bool_]  # [B, K] True = a real result
 
+    def take(self, rows: NDArray[np.integer]) -> "SearchResult":
+        """Returns the results of some queries."""
+        return SearchResult(self.doc_ids[rows], self.scores[rows], self.mask[rows])
+
+    def top(self, k: int) -> "SearchResult":
+        """Returns the k best results of each query."""
+        return SearchResult(self.doc_ids[:, :k], self.scores[:, :k], self.mask[:, :k])
+
 
 class Index(Protocol[Queries_contra]):
     """Anything that finds documents: generic in what a query is (embeddings, texts, both)."""

@@ -88,6 +88,13 @@ class HybridIndex:
         """Weight of the dense side."""
         return self._weight
 
+    def depth_of(self, k: int) -> int:
+        """Returns how many candidates a search for k results takes from each index.
+
+        The scores, which are relative to the candidates, are the same for every k of equal depth.
+        """
+        return max(min(self._depth, self.size), k)
+
     def search(self, queries: HybridQueries, k: int) -> base.SearchResult:
         """Returns the k candidates of highest combined score for each query.
 
@@ -102,9 +109,7 @@ class HybridIndex:
             ValueError: k is not positive, or the two forms differ in number.
         """
         base.check_k(k, size=self.size)
-        dense, lexical = _search_both(
-            self._dense, self._lexical, queries, max(min(self._depth, self.size), k)
-        )
+        dense, lexical = _search_both(self._dense, self._lexical, queries, self.depth_of(k))
         result = base.empty_result(len(dense.doc_ids), k)
         for row in range(len(dense.doc_ids)):
             doc_ids, dense_z, lexical_z = _candidates(dense, lexical, row)

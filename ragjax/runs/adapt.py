@@ -1,40 +1,34 @@
 """Dual training from documents and questions to a before/after table, resumable at any point."""
 
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ragjax.index import Bm25Index, SearchResult
+from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
 from ragjax.runs.compare.results import evaluate_run
 from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
-from ragjax.runs.indexes import Retriever, build_bm25, build_towers, search
+from ragjax.runs.indexes import Retriever, build_bm25, build_towers
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.teacher import score_candidates, target_log_probs
 from ragjax.runs.train.language_model import train_lm
-from ragjax.runs.train.live import train_live
 from ragjax.runs.train.retriever import (
-    BatchOf,
-    Lessons,
-    fixed_lessons,
-    labelled_lessons,
+    Targets,
+    TargetsAt,
+    labelled_targets,
+    scored_targets,
+    train_live,
     train_retriever,
 )
-from ragjax.runs.workspace import (
-    FrozenLM,
-    Report,
-    Workspace,
-    gold_sets,
-    open_workspace,
-    question_rows,
-    tower_params,
-)
+from ragjax.runs.workspace import FrozenLM, Report, Workspace, open_workspace, tower_params
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
@@ -72,17 +66,15 @@ def adapt(
             bm25 = build_bm25(workspace)
             params = tower_params(workspace)
             before = build_towers(workspace, bm25, params, 0)
-        lm, candidates = workspace.base_lm(), None
+        most = max(config.language_model.documents, config.retriever.candidates)
+        candidates, lm = Candidates(workspace, before, most), workspace.base_lm()
         if config.trains_lm:
             with workspace.timed("language model"):
-                count = max(config.language_model.documents, config.retriever.candidates)
-                candidates = _candidates(workspace, before, count)
-                questions = workspace.questions["train"]
-                adapted = train_lm(workspace, config.language_model, questions, candidates)
-                lm = workspace.adapted_lm(adapted)
+                found = candidates.hybrid(config.language_model.documents)
+                lm = workspace.adapted_lm(train_lm(workspace, config.language_model, found))
         after = before
         if config.trains_retriever:
-            after = _adapt_retriever(workspace, config, bm25, params, before, lm, candidates)
+            after = _adapt_retriever(workspace, config, bm25, params, candidates, lm)
         with workspace.timed("evaluation"):
             evaluate_run(workspace, bm25, before, after, lm)
         with workspace.timed("report"):
@@ -101,13 +93,36 @@ def open_adapt(
     return open_workspace(config, folder, stop=stop, report=report)
 
 
-def _candidates(workspace: Workspace, retriever: Retriever, count: int) -> SearchResult:
-    """Returns the best documents of the training questions by the hybrid, the best there is."""
-    return search(workspace, retriever, workspace.questions["train"], count).hybrid
+class Candidates:
+    """The best documents of the training questions, which are embedded and searched once."""
 
+    def __init__(self, workspace: Workspace, retriever: Retriever, most: int) -> None:
+        """Names the retriever and the most documents that will be wanted of a hybrid search."""
+        self.retriever, self._workspace, self._most = retriever, workspace, most
 
-def _first(found: SearchResult, k: int) -> SearchResult:
-    return SearchResult(found.doc_ids[:, :k], found.scores[:, :k], found.mask[:, :k])
+    def hybrid(self, k: int) -> SearchResult:
+        """Returns the k best documents `[Q, k]` of BM25 and the dense index together."""
+        index = self.retriever.hybrid
+        # Scores are relative to the candidates of a search, whose number may depend on k.
+        if index.depth_of(k) == index.depth_of(self._most):
+            return self._best.top(k)
+        return index.search(self._queries, k)
+
+    def dense(self, k: int) -> SearchResult:
+        """Returns the k best documents `[Q, k]` of the dense index."""
+        return self.retriever.dense.search(self._queries.embeddings, k)
+
+    @functools.cached_property
+    def _best(self) -> SearchResult:
+        return self.retriever.hybrid.search(self._queries, self._most)
+
+    @functools.cached_property
+    def _queries(self) -> HybridQueries:
+        workspace = self._workspace
+        embeddings = workspace.encode_query_ids(
+            self.retriever.query_params, workspace.train_query_ids
+        )
+        return HybridQueries(embeddings, [q.text for q in workspace.questions["train"]])
 
 
 def _adapt_retriever(
@@ -115,30 +130,29 @@ def _adapt_retriever(
     config: AdaptConfig,
     bm25: Bm25Index,
     params: dict[str, Any],
-    before: Retriever,
+    candidates: Candidates,
     lm: FrozenLM,
-    candidates: SearchResult | None,
 ) -> Retriever:
-    options = config.retriever
+    options, before = config.retriever, candidates.retriever
     known = [config.score_cache] if config.score_cache else []
     if config.refresh.mode != "off":
         cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=known)
         with workspace.timed("retriever"):
             params = train_live(workspace, options, bm25, before, params, lm, cache)
         return _build_after(workspace, bm25, params, 1)
-    retriever = before
     for number in range(options.rounds):
-        lessons = (
-            _labelled_round(workspace, options, retriever, number)
-            if options.objective == "dpr"
-            else _taught_round(workspace, options, retriever, number, lm, known, candidates)
-        )
-        candidates = None  # the retriever will be another one
+        if options.objective == "dpr":
+            targets_at = _labelled_round(workspace, options, candidates, number)
+        else:
+            path = workspace.folder / "scores" / f"{number}.jsonl"
+            cache = ResultCache(path, Score, earlier=known)
+            known.append(str(path))
+            targets_at = _scored_round(workspace, options, candidates, lm, cache)
         with workspace.timed("retriever"):
-            questions = workspace.questions["train"]
-            params = train_retriever(workspace, options, number, params, questions, lessons)
+            params = train_retriever(workspace, options, number, params, targets_at)
         retriever = _build_after(workspace, bm25, params, number + 1)
-    return retriever
+        candidates = Candidates(workspace, retriever, options.candidates)
+    return candidates.retriever
 
 
 def _build_after(
@@ -148,57 +162,44 @@ def _build_after(
         return build_towers(workspace, bm25, params, version)
 
 
-def _taught_round(
+def _scored_round(
     workspace: Workspace,
     config: RetrieverConfig,
-    retriever: Retriever,
-    number: int,
+    candidates: Candidates,
     lm: FrozenLM,
-    known: list[str],
-    candidates: SearchResult | None,
-) -> BatchOf:
-    """Lets the language model score the candidates of all questions, where known those given."""
+    cache: ResultCache[Score],
+) -> TargetsAt:
+    """Lets the language model score the candidates of all questions."""
     with workspace.timed("teacher"):
-        path = workspace.folder / "scores" / f"{number}.jsonl"
-        cache = ResultCache(path, Score, earlier=known)
-        known.append(str(path))
-        if candidates is None:
-            candidates = _candidates(workspace, retriever, config.candidates)
-        candidates = _first(candidates, config.candidates)
-        questions = workspace.questions["train"]
-        scores = score_candidates(workspace, lm, questions, candidates, cache)
-        targets = target_log_probs(config.target, scores, candidates)
-        _report_target(workspace, targets, candidates)
-    return fixed_lessons(workspace, number, candidates, targets, batch_size=config.batch_size)
+        found, questions = candidates.hybrid(config.candidates), workspace.questions["train"]
+        scores = score_candidates(workspace, lm, questions, found, cache)
+        targets = scored_targets(found, target_log_probs(config.target, scores, found))
+        _report_target(targets, workspace.report)
+    return lambda step, rows: targets.take(rows)
 
 
 def _labelled_round(
-    workspace: Workspace, config: RetrieverConfig, retriever: Retriever, number: int
-) -> BatchOf:
-    """Takes the relevance judgements, and what the dense index finds as hard negatives."""
-    questions = workspace.questions["train"]
-    found = search(workspace, retriever, questions, config.negative_depth).dense
-    gold = gold_sets(workspace)
+    workspace: Workspace, config: RetrieverConfig, candidates: Candidates, number: int
+) -> TargetsAt:
+    """Takes the relevance judgements, with results of the dense index as hard negatives."""
+    found, relevant = candidates.dense(config.negative_depth), workspace.relevant_rows("train")
 
-    def batch_of(step: int) -> Lessons:
-        rows = question_rows(workspace, number, len(questions), step, batch_size=config.batch_size)
-        part = SearchResult(found.doc_ids[rows], found.scores[rows], found.mask[rows])
-        chosen = [gold[row] for row in rows]
-        seed = (workspace.config.seed + number, step)
-        return labelled_lessons(part, chosen, config.candidates, seed=seed)
+    def targets_at(step: int, rows: NDArray[np.int64]) -> Targets:
+        chosen, seed = [relevant[row] for row in rows], (workspace.config.seed + number, step)
+        return labelled_targets(found.take(rows), chosen, config.candidates, seed=seed)
 
-    return batch_of
+    return targets_at
 
 
-def _report_target(workspace: Workspace, targets: np.ndarray, candidates: SearchResult) -> None:
-    """Says how sharp the target is, and what to change where it teaches nothing."""
-    entropy = target_entropy(targets, doc_mask=candidates.mask)
+def _report_target(targets: Targets, report: Report) -> None:
+    """Reports how sharp the target is, and what to change where it teaches nothing."""
+    entropy = target_entropy(targets.log_probs, doc_mask=targets.mask)
     mean = float(np.asarray(entropy.normalized).mean())
-    workspace.report(f"teacher: entropy of p_LSR is {mean:.2f} of its maximum")
+    report(f"teacher: entropy of p_LSR is {mean:.2f} of its maximum")
     if mean >= 0.98:
-        workspace.report(
+        report(
             "warning: the target is uniform and teaches nothing; lower --retriever.temperature or"
             " use --retriever.score log_prob_per_token"
         )
     elif mean <= 0.02:
-        workspace.report("warning: the target is a single document; raise --retriever.temperature")
+        report("warning: the target is a single document; raise --retriever.temperature")

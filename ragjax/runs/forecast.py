@@ -24,10 +24,10 @@ from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.shared import LearningConfig, RunConfig
 from ragjax.runs.teacher import context_batches
-from ragjax.runs.train.batches import RagBatches, total_steps
-from ragjax.runs.train.retriever import retriever_steps
-from ragjax.runs.trainable import lm_parts, retriever_parts
-from ragjax.runs.workspace import Workspace, bucket_of, tower_params
+from ragjax.runs.train.batches import RagBatches
+from ragjax.runs.train.stages import stage_steps
+from ragjax.runs.trainable import split_lm, split_towers
+from ragjax.runs.workspace import Workspace, bucket_of, buckets, tower_params
 
 # A training step in forward passes. The encoder: one forward pass, one more for its chunks, and a
 # backward pass that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the
@@ -107,7 +107,9 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         touched = size * (1 - math.exp(-pairs / size))
         scored = touched * texts.document + pairs * texts.question
     rows = min(lm.questions, train) * lm.documents * lm.epochs if config.trains_lm else 0
-    length = bucket_of(workspace, min(retriever.doc_tokens, max(map(len, workspace.doc_ids))))
+    length = bucket_of(
+        workspace.encoder, min(retriever.doc_tokens, max(map(len, workspace.doc_ids)))
+    )
     taught = train * (retriever.candidates * length + 32) * retriever.epochs * rounds
     return _cost(
         texts,
@@ -118,7 +120,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         ],
         encodings=1 + rounds,
         prompts=pairs + rows,
-        steps=retriever_steps(retriever, train),
+        steps=stage_steps(retriever, train),
     )
 
 
@@ -126,7 +128,7 @@ def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
     """Measures both models on a few real texts and forecasts an end-to-end run."""
     texts = _Texts(workspace, config)
     batches = RagBatches(workspace, config, lambda batch: batch)
-    steps = total_steps(workspace, config)
+    steps = stage_steps(config.training, len(workspace.questions["train"]))
     questions = steps * config.training.batch_size
     read = questions * (batches.num_retrieved + config.training.null_document)
     encoded = read + questions * bool(config.objective.contrastive_weight)
@@ -213,14 +215,14 @@ class _Texts:
     @functools.cached_property
     def corpus(self) -> int:
         """Tokens of all documents for the encoder, padding included."""
-        buckets = np.asarray(self.workspace.buckets())
-        return int(buckets[np.searchsorted(buckets, self._lengths)].sum())
+        padded = np.asarray(buckets(self.workspace.encoder))
+        return int(padded[np.searchsorted(padded, self._lengths)].sum())
 
     @functools.cached_property
     def encoder_rate(self) -> float:
         """Tokens encoded a second, from one batch in the length of most documents."""
         encoder = self.workspace.encoder
-        length = bucket_of(self.workspace, int(np.median(self._lengths)))
+        length = bucket_of(encoder, int(np.median(self._lengths)))
         rows = max(1, min(64, self.config.encode_tokens // length))
         tokens, encode = Tokens(*_filled(rows, length, encoder.pad_id)), jax.jit(encoder.encode)
         return rows * length / _mean_seconds(lambda: encode(encoder.params, tokens))
@@ -293,13 +295,13 @@ def _cost(
             seconds["refreshes"] = steps / every * refresh.refresh_seconds
     index_bytes = size * workspace.encoder.embedding_size * 4 * encodings
     trained_bytes = (encodings - 1) * _num_bytes(
-        lambda towers: retriever_parts(config.retriever, towers, seed=0).trainable,
+        lambda towers: split_towers(config.retriever, towers, seed=0).trainable,
         tower_params(workspace),
     )
     if config.trains_lm:
         lm = workspace.lm
         trained_bytes += _num_bytes(
-            lambda params: lm_parts(config.language_model, lm.family, params, seed=0).trainable,
+            lambda params: split_lm(config.language_model, lm.family, params, seed=0).trainable,
             lm.params,
         )
     checkpoint_bytes = trained_bytes * _CHECKPOINT_COPIES

@@ -102,8 +102,8 @@ def build_retriever(
     dev = workspace.questions["dev"]
     if dev:
         queries = _hybrid_queries(workspace, query_params, dev)
-        gold = [[row for row, g in rows.items() if g > 0] for rows in workspace.gold_rows("dev")]
-        weight = choose_dense_weight(dense, bm25, queries, gold).weight
+        relevant = workspace.relevant_rows("dev")
+        weight = choose_dense_weight(dense, bm25, queries, relevant).weight
     chosen = f"chosen on {len(dev)} dev questions" if dev else "no dev questions to choose it on"
     workspace.report(
         f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})"

@@ -20,14 +20,7 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.trainable import (
-    END_TO_END,
-    Trained,
-    lm_parts,
-    retriever_parts,
-    split_models,
-    whole_towers,
-)
+from ragjax.runs.trainable import END_TO_END, Trained, split_lm, split_models, split_towers
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.lsr import towers
 
@@ -83,9 +76,9 @@ class Models:
             return base
         if isinstance(config, RagConfig):
             return dataclasses.replace(base, params=self._end_to_end.lm_params)
-        parts = lm_parts(config.language_model, base.family, base.params, seed=config.seed)
-        trained = self._restore("lm", parts.trainable)
-        return dataclasses.replace(base, params=parts.merge(trained, parts.frozen))
+        split = split_lm(config.language_model, base.family, base.params, seed=config.seed)
+        trained = self._restore("lm", split.trainable)
+        return dataclasses.replace(base, params=split.merged(trained))
 
     @cached_property
     def _towers(self) -> tuple[Any, Any]:
@@ -97,9 +90,8 @@ class Models:
         elif isinstance(config, AdaptConfig) and config.trains_retriever:
             # Adapters, and layers trained on top of frozen ones, are relative to the round before.
             for number in range(config.retriever.rounds):
-                parts = retriever_parts(config.retriever, params, seed=config.seed + number)
-                trained = self._restore(f"retriever-{number}", parts.trainable)
-                params = whole_towers(parts, trained)
+                split = split_towers(config.retriever, params, seed=config.seed + number)
+                params = split.merged(self._restore(f"retriever-{number}", split.trainable))
         return towers(params, None)
 
     @cached_property
@@ -107,9 +99,8 @@ class Models:
         config, lm = self._config, self.base_language_model
         assert isinstance(config, RagConfig), "both models were trained and saved together"
         params = dict.fromkeys(config.retriever.tower_names, self.base_encoder.params)
-        parts = split_models(config, lm.family, lm.params, params)
-        trained = self._restore(END_TO_END, parts.trainable)
-        return Trained(parts.whole_towers(trained), parts.whole_lm(trained))
+        split = split_models(config, lm.family, lm.params, params)
+        return split.merged(self._restore(END_TO_END, split.trainable))
 
     def _restore(self, stage: str, template: Any) -> Any:
         folder = self._folder / "checkpoints" / stage

@@ -4,17 +4,18 @@ Q questions, N documents, D embedding size.
 """
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from ragjax.data import (
     Dataset,
@@ -25,6 +26,7 @@ from ragjax.data import (
     batch_rows,
     buckets_up_to,
     encode_texts,
+    pad_right,
     passage_text,
     read_beir,
     truncation_note,
@@ -36,7 +38,7 @@ from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.refresh import EncodeOptions, encode_token_ids
 from ragjax.runs.folder import add_seconds
-from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.options.shared import PromptConfig, RunConfig
 from ragjax.training.loop import MetricsLog, StopFlag
 
 Report = Callable[[str], None]
@@ -105,18 +107,28 @@ class Workspace:
             for question in self.questions[split]
         ]
 
-    def query_ids(self, questions: Sequence[Question]) -> list[list[int]]:
-        """Returns the encoder's token ids of questions, with the encoder's query prefix."""
-        texts = [self.encoder.query_prefix + question.text for question in questions]
-        length = self.encoder.max_length
-        return encode_texts(self.encoder.tokenizer, texts, max_length=length).ids
+    def relevant_rows(self, split: str) -> list[frozenset[int]]:
+        """Returns the relevant corpus rows of the questions used of a split."""
+        return [
+            frozenset(row for row, grade in rows.items() if grade > 0)
+            for rows in self.gold_rows(split)
+        ]
+
+    @functools.cached_property
+    def train_query_ids(self) -> list[list[int]]:
+        """The encoder's token ids of the training questions."""
+        return query_ids(self.encoder, self.questions["train"])
 
     def encode_queries(self, params: Any, questions: Sequence[Question]) -> np.ndarray:
         """Returns query embeddings `[Q, D]` float32."""
+        return self.encode_query_ids(params, query_ids(self.encoder, questions))
+
+    def encode_query_ids(self, params: Any, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Returns embeddings `[Q, D]` float32 of queries that are token ids already."""
         return encode_token_ids(
             self.encoder.encode,
             params,
-            self.query_ids(questions),
+            ids,
             pad_id=self.encoder.pad_id,
             options=self.encode_options(),
             make_tokens=Tokens,
@@ -124,13 +136,17 @@ class Workspace:
 
     def encode_options(self) -> EncodeOptions:
         """Returns how texts are grouped for the encoder."""
-        return EncodeOptions(batch_tokens=self.config.encode_tokens, buckets=self.buckets())
+        return EncodeOptions(batch_tokens=self.config.encode_tokens, buckets=buckets(self.encoder))
 
     def in_compute_dtype(self, params: Any) -> Any:
         """Returns the language model's parameters in the dtype that it computes in."""
         if self.config.compute_dtype == "float32":
             return params
         return cast_floats(params, self.config.compute_dtype)
+
+    def cast_lm(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Returns `(params, batch)` of the language model, computed in the dtype of the run."""
+        return lambda params, batch: function(self.in_compute_dtype(params), batch)
 
     def base_lm(self) -> FrozenLM:
         """Returns the un-adapted language model as it scores and answers."""
@@ -151,10 +167,6 @@ class Workspace:
             return self.encoder.encode
         dtype = _cast_dtype(self.config)
         return with_options(self.encoder, remat=True, compute_dtype=dtype).encode
-
-    def buckets(self) -> tuple[int, ...]:
-        """Returns the lengths, in tokens, that encoder inputs are padded to."""
-        return buckets_up_to(self.encoder.max_length, EncodeOptions().buckets)
 
 
 def tree_fingerprint(tree: Any) -> str:
@@ -226,7 +238,7 @@ def make_workspace(
     )
     if note:
         report(f"note: {note} for the encoder")
-    prompts = make_prompts(config, lm)
+    prompts = make_prompts(config.prompt, lm)
     return Workspace(
         config=config,
         folder=folder,
@@ -317,14 +329,13 @@ def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Que
 
 
 def make_prompts(
-    config: RunConfig, lm: LanguageModel, *, end_id: int | None = None
+    config: PromptConfig, lm: LanguageModel, *, end_id: int | None = None
 ) -> PromptBuilder:
-    """Returns the prompt builder of a run; with `end_id`, targets end with that token."""
+    """Returns a language model's prompt builder; with `end_id`, targets end with that token."""
     return PromptBuilder(
         lm.tokenizer,
         template=PromptTemplate(
-            max_document_tokens=config.prompt.document_tokens,
-            max_answer_tokens=config.prompt.answer_tokens,
+            max_document_tokens=config.document_tokens, max_answer_tokens=config.answer_tokens
         ),
         max_length=lm.max_length,
         pad_id=lm.pad_id,
@@ -335,19 +346,21 @@ def make_prompts(
     )
 
 
+def training_prompts(config: PromptConfig, lm: LanguageModel) -> PromptBuilder:
+    """Returns the prompt builder of training, whose targets end where generation stops."""
+    return make_prompts(config, lm, end_id=answer_end_id(lm))
+
+
 def _size(params: Any) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return f"{count / 1e6:.0f} M parameters"
 
 
-Rows: TypeAlias = NDArray[np.int64]
-
-
-def answer_end_id(workspace: Workspace) -> int | None:
-    """Returns what the model is trained to end targets with, else a newline, if it is one token."""
-    if (end_id := workspace.lm.text_format.target_end_id) is not None:
+def answer_end_id(lm: LanguageModel) -> int | None:
+    """Returns the token that ends trained targets, else a newline, if that is one token."""
+    if (end_id := lm.text_format.target_end_id) is not None:
         return end_id
-    ids = workspace.lm.tokenizer.encode("\n", add_special_tokens=False).ids
+    ids = lm.tokenizer.encode("\n", add_special_tokens=False).ids
     return ids[0] if len(ids) == 1 else None
 
 
@@ -356,29 +369,28 @@ def tower_params(workspace: Workspace) -> dict[str, Any]:
     return dict.fromkeys(workspace.config.retriever.tower_names, workspace.encoder.params)
 
 
-def question_rows(
-    workspace: Workspace, round_number: int, num_questions: int, step: int, *, batch_size: int
-) -> Rows:
-    """Returns the questions `[B]` of a step, a pure function of the seed and the step."""
-    return batch_rows(
-        workspace.config.seed + round_number,
-        step,
-        num_examples=num_questions,
-        batch_size=batch_size,
-    )
+def query_ids(encoder: TextEncoder, questions: Sequence[Question]) -> list[list[int]]:
+    """Returns the encoder's token ids of questions, with its query prefix."""
+    texts = [encoder.query_prefix + question.text for question in questions]
+    return encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length).ids
 
 
-def cut_ids(ids: list[int], length: int) -> list[int]:
-    """Cuts token ids, keeping the last one: an encoder expects its closing [SEP]."""
+def truncated(ids: list[int], length: int) -> list[int]:
+    """Returns the first token ids and the last one: an encoder expects its closing [SEP]."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
-def bucket_of(workspace: Workspace, length: int) -> int:
-    """Returns the length that an encoder's batch is padded to."""
-    return next(bucket for bucket in workspace.buckets() if bucket >= length)
+def buckets(encoder: TextEncoder) -> tuple[int, ...]:
+    """Returns the lengths, in tokens, that inputs of the encoder are padded to."""
+    return buckets_up_to(encoder.max_length, EncodeOptions().buckets)
 
 
-def gold_sets(workspace: Workspace) -> list[frozenset[int]]:
-    """Returns the relevant corpus rows of each training question."""
-    judged = workspace.gold_rows("train")
-    return [frozenset(row for row, grade in rows.items() if grade > 0) for rows in judged]
+def bucket_of(encoder: TextEncoder, length: int) -> int:
+    """Returns the length that a batch of the encoder is padded to."""
+    return next(bucket for bucket in buckets(encoder) if bucket >= length)
+
+
+def pad_tokens(encoder: TextEncoder, ids: Sequence[Sequence[int]], length: int) -> Tokens:
+    """Returns token ids padded to one length, as the encoder takes them."""
+    padded = pad_right(ids, length=length, pad_id=encoder.pad_id)
+    return Tokens(jnp.asarray(padded.ids), jnp.asarray(padded.mask))

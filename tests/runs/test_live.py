@@ -20,9 +20,9 @@ from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.teacher import score_candidates, score_step
-from ragjax.runs.train import retriever as stages
-from ragjax.runs.train.live import open_labelled, open_refresher, refresh_options, workspace_task
-from ragjax.runs.train.retriever import labelled_lessons, train_retriever
+from ragjax.runs.train import retriever as retriever_stage
+from ragjax.runs.train.live import open_refresher, refresh_options, workspace_task
+from ragjax.runs.train.retriever import labelled_targets, open_labelled, train_retriever
 from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.training.loop import MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
@@ -72,16 +72,13 @@ def embeddings_of(workspace, doc_params):
 
 
 def train(workspace, params=None):
-    """Trains the retriever half; returns the towers and the metrics of each step."""
+    """Trains the retriever; returns the towers and the metrics of each step."""
     params = params or tower_params(workspace)
     before = embeddings_of(workspace, workspace.encoder.params)
-    half = open_labelled(workspace, workspace.config.retriever, params, before)
-    with closing(half.retrieval.refresher):
-        questions = workspace.questions["train"]
-        trained = train_retriever(
-            workspace, workspace.config.retriever, 0, params, questions, half.batch_of,
-            half.retrieval,
-        )  # fmt: skip
+    config = workspace.config.retriever
+    live = open_labelled(workspace, config, params, before)
+    with closing(live.retrieval.refresher):
+        trained = train_retriever(workspace, config, 0, params, live.at, live.retrieval)
     lines = (workspace.folder / "metrics.jsonl").read_text().splitlines()
     return trained, [json.loads(line) for line in lines]
 
@@ -171,14 +168,14 @@ def test_hard_negatives_are_what_the_index_returns_and_no_judged_document():
     gold = [frozenset({3}), frozenset({8, 4})]
     drawn = set()
     for step in range(40):
-        lessons = labelled_lessons(found, gold, 3, seed=(0, step))
-        first, second = lessons.doc_ids.tolist()
-        assert lessons.mask.all() and first[0] == 3 and second[:2] == [4, 8]
+        targets = labelled_targets(found, gold, 3, seed=(0, step))
+        first, second = targets.doc_ids.tolist()
+        assert targets.mask.all() and first[0] == 3 and second[:2] == [4, 8]
         assert len(set(first)) == 3 and set(first[1:]) <= {7, 5, 9} and second[2] in (1, 2)
         drawn |= set(first[1:])
     assert drawn == {7, 5, 9}  # not only the best
-    again = labelled_lessons(found, gold, 3, seed=(0, 39))
-    np.testing.assert_array_equal(again.doc_ids, lessons.doc_ids)
+    again = labelled_targets(found, gold, 3, seed=(0, 39))
+    np.testing.assert_array_equal(again.doc_ids, targets.doc_ids)
 
 
 def test_the_judged_document_of_one_question_is_no_negative_of_another(make):
@@ -188,8 +185,9 @@ def test_the_judged_document_of_one_question_is_no_negative_of_another(make):
         np.array([[5, 6], [5, 6], [1, 6], [2, 1]], np.int32), np.zeros((4, 2), np.float32),
         np.ones((4, 2), bool),
     )  # fmt: skip
-    lessons = labelled_lessons(found, gold, 3, seed=(0, 0))
-    batch_at = stages._lsr_batches(workspace, 0, workspace.questions["train"], lambda step: lessons)
+    targets = labelled_targets(found, gold, 3, seed=(0, 0))
+    config = workspace.config.retriever
+    batch_at = retriever_stage._lsr_batches(workspace, config, 0, lambda step, rows: targets)
     batch = batch_at(0)
     target = np.exp(np.asarray(batch.target_log_probs))
     np.testing.assert_allclose(target.sum(axis=1), 1, rtol=1e-6)

@@ -26,8 +26,16 @@ from ragjax.runs.options.end_to_end import (
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig
 from ragjax.runs.train import end_to_end as rag_stage
-from ragjax.runs.train.batches import RagBatches, total_steps
-from ragjax.runs.train.end_to_end import choose_devices, make_reader, make_terms, train_end_to_end
+from ragjax.runs.train.batches import RagBatches
+from ragjax.runs.train.end_to_end import (
+    Devices,
+    choose_devices,
+    make_reader,
+    make_terms,
+    train_end_to_end,
+)
+from ragjax.runs.train.live import open_retrieval
+from ragjax.runs.train.stages import stage_optimizer
 from ragjax.runs.trainable import split_models
 from ragjax.runs.workspace import FrozenLM, open_workspace, tower_params
 from ragjax.training import end_to_end as e2e
@@ -35,6 +43,7 @@ from ragjax.training.live import Retrieved
 from ragjax.training.loop import Interrupted, MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
+ONE_DEVICE = Devices(1, lambda batch: batch, lambda tree: tree)
 FROZEN = RefreshConfig(mode="frozen")
 
 
@@ -208,7 +217,10 @@ def test_epochs_and_batch_size_give_the_number_of_steps(opened):
     for epochs, size, steps in ((1, 4, 2), (3, 4, 6), (1, 8, 1)):
         training = TrainingConfig(epochs=epochs, batch_size=size)
         changed = dataclasses.replace(config, training=training)
-        assert total_steps(workspace, changed) == steps
+        split = split_models(
+            changed, workspace.lm.family, workspace.lm.params, tower_params(workspace)
+        )
+        assert rag_stage.end_to_end_stage(changed, split, 8, ONE_DEVICE).num_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -238,14 +250,19 @@ def test_more_devices_than_there_are_are_refused(opened):
         choose_devices(config)
 
 
+def optimizer_of(config, workspace):
+    """The split models and the optimizer of a run of 10 steps of 4 questions."""
+    split = split_models(config, workspace.lm.family, workspace.lm.params, tower_params(workspace))
+    return split, stage_optimizer(rag_stage.end_to_end_stage(config, split, 40, ONE_DEVICE))
+
+
 def update_size(opened, **training):
     """The size of the first update with a made-up gradient."""
     config, workspace = opened
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
-    parts = split_models(config, workspace.lm.family, workspace.lm.params, tower_params(workspace))
-    optimizer = rag_stage._optimizer(config, parts, 10)
-    grads = jax.tree.map(jnp.ones_like, parts.trainable)
-    updates, state = optimizer.update(grads, optimizer.init(parts.trainable), parts.trainable)
+    split, optimizer = optimizer_of(config, workspace)
+    grads = jax.tree.map(jnp.ones_like, split.trainable)
+    updates, state = optimizer.update(grads, optimizer.init(split.trainable), split.trainable)
     del state
     return {
         name: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(part))
@@ -268,12 +285,9 @@ def test_clip_norm_reaches_the_optimizer(opened):
     for norm in (1.0, 0.01):
         training = dataclasses.replace(config.training, clip_norm=norm)
         changed = dataclasses.replace(config, training=training)
-        parts = split_models(
-            changed, workspace.lm.family, workspace.lm.params, tower_params(workspace)
-        )
-        optimizer = rag_stage._optimizer(changed, parts, 10)
-        grads = jax.tree.map(jnp.ones_like, parts.trainable)
-        _, state = optimizer.update(grads, optimizer.init(parts.trainable), parts.trainable)
+        split, optimizer = optimizer_of(changed, workspace)
+        grads = jax.tree.map(jnp.ones_like, split.trainable)
+        _, state = optimizer.update(grads, optimizer.init(split.trainable), split.trainable)
         sizes = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(state)]
         moments.append(sorted(size for size in sizes if 0 < size < 0.5)[0])
     assert moments[1] < 0.1 * moments[0]
@@ -492,15 +506,18 @@ def test_same_source_drop_leaves_out_the_source_and_raises_when_nothing_is_left(
         workspace, folder=tmp_path, questions=workspace.questions | {"train": tuple(sourced)}
     )
     bm25, towers, before = start
-    parts = split_models(config, workspace.lm.family, workspace.lm.params, towers)
+    split = split_models(config, workspace.lm.family, workspace.lm.params, towers)
     heard = []
     monkeypatch.setattr(rag_stage, "RagBatches", lambda *_, sources: heard.append(sources) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rag_stage.train_end_to_end(changed, config, bm25, before, towers)
     (sources,) = heard
     assert sources == [frozenset({workspace.dataset.corpus.row_of(id)}) for id in ids]
-    retrieval = rag_stage._open_retrieval(changed, config, bm25, before, parts, 3, sources=sources)
-    state = type("State", (), {"params": parts.trainable})()
+    retrieval = open_retrieval(
+        changed, split.towers, before.embeddings, k=3, batch_size=4, bm25=bm25,
+        dense_weight=before.hybrid.dense_weight, sources=sources,
+    )  # fmt: skip
+    state = type("State", (), {"params": split.trainable})()
     with retrieval.refresher:
         retrieval.resume(0, state, None)
         found = retrieval.look_up(0, retrieval.advance(0, state))()

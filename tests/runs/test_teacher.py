@@ -11,7 +11,7 @@ from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.teacher import TeacherScores, score_candidates, target_log_probs
-from ragjax.runs.train.retriever import Lessons, _batch_docs
+from ragjax.runs.train.retriever import _batch_docs, scored_targets
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
@@ -139,14 +139,13 @@ def test_the_target_is_the_softmax_of_score_plus_weighted_z():
 def test_a_batch_holds_its_candidates_once_and_random_documents_beside(rng):
     found = some_candidates(rng, 6, documents=8)
     rows = np.array([0, 3, 5])
-    empty = [frozenset()] * len(rows)
-    lessons = Lessons(found.doc_ids[rows], found.mask[rows], found.scores[rows], empty)
-    docs = _batch_docs(lessons, 12, 50, (0, 1))
+    targets = scored_targets(found, found.scores).take(rows)
+    docs = _batch_docs(targets, 12, 50, (0, 1))
     wanted = {int(d) for d in found.doc_ids[rows][found.mask[rows]]}
     assert wanted == set(docs[: len(wanted)])
     assert len(set(docs)) == len(docs) == 12
-    assert docs == _batch_docs(lessons, 12, 50, (0, 1))
-    assert docs != _batch_docs(lessons, 12, 50, (0, 2))
+    assert docs == _batch_docs(targets, 12, 50, (0, 1))
+    assert docs != _batch_docs(targets, 12, 50, (0, 2))
 
 
 def request(workspace, row, docs):

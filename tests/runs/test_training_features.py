@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ragjax.index import HybridIndex
 from ragjax.models import Tokens, lora
 from ragjax.models.testing import tiny_encoder, tiny_language_model
-from ragjax.runs.adapt import adapt
+from ragjax.runs.adapt import Candidates, adapt
 from ragjax.runs.forecast import estimate_cost
-from ragjax.runs.indexes import build_bm25, build_retriever, search
+from ragjax.runs.indexes import build_bm25, build_retriever, build_towers, search
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.train.language_model import train_lm
-from ragjax.runs.trainable import lm_parts, retriever_parts, whole_towers
-from ragjax.runs.workspace import open_workspace
+from ragjax.runs.trainable import split_lm, split_towers
+from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.training.loop import Interrupted, StopFlag
 from ragjax.training.lsr import towers
 
@@ -57,10 +58,10 @@ def count(tree):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("train_layers", [0, 1])
-def test_the_parts_of_a_language_model_make_the_whole(train_layers, lora_rank):
+def test_the_parts_of_a_language_model_are_merged_to_the_whole(train_layers, lora_rank):
     model = tiny_language_model()
     config = LMConfig(train_layers=train_layers, lora_rank=lora_rank)
-    parts = lm_parts(config, model.family, model.params, seed=0)
+    split = split_lm(config, model.family, model.params, seed=0)
     layers = train_layers or 3
     if lora_rank:
         width, keys, inner = 32, 16, 48
@@ -71,30 +72,28 @@ def test_the_parts_of_a_language_model_make_the_whole(train_layers, lora_rank):
         rows = jax.tree.map(lambda leaf: leaf[:layers], model.params["layers"])
         expected = count(rows) + count(model.params["final_norm"])
         expected += 0 if train_layers else count(model.params["embed"])
-    assert count(parts.trainable) == expected
-    whole = model.family.save_params(
-        model.config, lora.merge(parts.merge(parts.trainable, parts.frozen))
-    )
+    assert count(split.trainable) == expected
+    whole = model.family.save_params(model.config, lora.merge(split.merged(split.trainable)))
     for name, tensor in model.family.save_params(model.config, model.params).items():
         np.testing.assert_array_equal(whole[name], tensor)
 
 
 @pytest.mark.parametrize("options", [{}, {"train_layers": 1}, {"lora_rank": 2}])
 @pytest.mark.parametrize("train", ["query", "both", "shared"])
-def test_the_parts_of_the_towers_make_the_towers(train, options):
+def test_the_parts_of_the_towers_are_merged_to_the_towers(train, options):
     encoder = tiny_encoder()
     whole = {"shared": encoder.params}
     if train != "shared":
         whole = {"query": encoder.params, "doc": tiny_encoder(1).params}
-    parts = retriever_parts(RetrieverConfig(train=train, **options), whole, seed=0)
-    assert list(parts.trainable) == {"query": ["query"], "both": ["query", "doc"]}.get(
+    split = split_towers(RetrieverConfig(train=train, **options), whole, seed=0)
+    assert list(split.trainable) == {"query": ["query"], "both": ["query", "doc"]}.get(
         train, ["shared"]
     )
-    jax.tree.map(np.testing.assert_array_equal, whole_towers(parts, parts.trainable), whole)
+    jax.tree.map(np.testing.assert_array_equal, split.merged(split.trainable), whole)
     # What learns reaches the tower of its own name.
-    moved = jax.tree.map(lambda leaf: leaf + 0.1, parts.trainable)
-    query, doc = towers(moved, parts.frozen, parts.merge)
-    served = towers(whole_towers(parts, moved), None)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, split.trainable)
+    query, doc = towers(moved, split.frozen, split.merge)
+    served = towers(split.merged(moved), None)
     tokens = Tokens(jnp.full((1, 4), 7, jnp.int32), jnp.ones((1, 4), bool))
     encode = jax.jit(encoder.encode)
     for one, other in ((query, served[0]), (doc, served[1])):
@@ -161,9 +160,8 @@ def test_adapters_resume_bit_for_bit_and_leave_the_frozen_weights_alone(tiny_inp
     retriever = build_retriever(
         workspace, build_bm25(workspace), version=0, query_params=params, doc_params=params
     )
-    questions = workspace.questions["train"]
-    found = search(workspace, retriever, questions, 1).hybrid
-    adapted = train_lm(workspace, config.language_model, questions, found)
+    found = search(workspace, retriever, workspace.questions["train"], 1).hybrid
+    adapted = train_lm(workspace, config.language_model, found)
     assert adapted["embed"]["embedding"] is lm.params["embed"]["embedding"]
     merged = lm.family.save_params(lm.config, lora.merge(adapted))
     names = {name for name, tensor in before.items() if not np.array_equal(tensor, merged[name])}
@@ -172,10 +170,31 @@ def test_adapters_resume_bit_for_bit_and_leave_the_frozen_weights_alone(tiny_inp
     assert not any("norm" in name for name in names)
     cut = dataclasses.replace(workspace, folder=tmp_path / "cut", stop=StopAfter(1))
     with pytest.raises(Interrupted):
-        train_lm(cut, config.language_model, questions, found)
+        train_lm(cut, config.language_model, found)
     cut = dataclasses.replace(cut, stop=StopFlag())
-    resumed = train_lm(cut, config.language_model, questions, found)
+    resumed = train_lm(cut, config.language_model, found)
     jax.tree.map(np.testing.assert_array_equal, adapted, resumed)
+
+
+def test_one_search_gives_the_candidates_of_both_stages(tiny_inputs, tmp_path, monkeypatch):
+    config = tiny_config(tiny_inputs, tmp_path)
+    workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda line: None)
+    retriever = build_towers(workspace, build_bm25(workspace), tower_params(workspace), 0)
+    questions = workspace.questions["train"]
+    # The corpus has 80 passages: from there on, scores depend on the number of candidates.
+    expected = {k: search(workspace, retriever, questions, k) for k in (1, 3, 6, 81)}
+    searched = []
+    whole = HybridIndex.search
+    monkeypatch.setattr(
+        HybridIndex,
+        "search",
+        lambda self, queries, k: searched.append(k) or whole(self, queries, k),
+    )
+    candidates = Candidates(workspace, retriever, 6)
+    for k in (1, 3, 6, 81):
+        jax.tree.map(np.testing.assert_array_equal, candidates.hybrid(k), expected[k].hybrid)
+    assert searched == [6, 81]
+    jax.tree.map(np.testing.assert_array_equal, candidates.dense(4), candidates.dense(9).top(4))
 
 
 @pytest.mark.slow

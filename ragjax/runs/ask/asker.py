@@ -23,6 +23,7 @@ from ragjax.runs.ask.decoding import Decode, Generated, Listener, decode_ensembl
 from ragjax.runs.ask.prompts import Prompt, ReaderOptions
 from ragjax.runs.ask.reader import Reader
 from ragjax.runs.system import Retrieved, Search, System, by_hybrid, encode_query_of, retrieve
+from ragjax.runs.workspace import buckets
 
 # Longer questions are compiled for when the first one comes.
 _WARM_QUERY_TOKENS = 256
@@ -142,7 +143,7 @@ class Asker:
         Without it, the first question of a new length takes seconds.
         """
         if self.asked_documents:
-            for length in self.system.workspace.buckets():
+            for length in buckets(self.system.workspace.encoder):
                 if length <= _WARM_QUERY_TOKENS:
                     encode_query_of(self.system, length)
                     yield f"questions of {length} tokens"

@@ -9,17 +9,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ragjax.data import encode_texts, num_steps, pad_right
+from ragjax.data import encode_texts, pad_right
 from ragjax.index import SearchResult
 from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.workspace import (
     Workspace,
-    answer_end_id,
     bucket_of,
-    cut_ids,
-    gold_sets,
-    make_prompts,
+    pad_tokens,
+    training_prompts,
+    truncated,
 )
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, RagBatch
 from ragjax.training.live import Retrieved
@@ -48,25 +47,22 @@ class RagBatches:
                 None: they are treated as any other.
         """
         self._workspace, self._config, self._place = workspace, config, place
-        questions = workspace.questions["train"]
-        self._questions = questions
-        self._prompts = make_prompts(
-            workspace.config, workspace.lm, end_id=answer_end_id(workspace)
-        )
-        self._targets = [self._prompts.target(question.answers[0]) for question in questions]
-        self._query_ids = workspace.query_ids(questions)
-        self._gold = gold_sets(workspace)
+        encoder, doc_ids = workspace.encoder, workspace.doc_ids
+        self._questions = workspace.questions["train"]
+        self._prompts = training_prompts(workspace.config.prompt, workspace.lm)
+        self._targets = [self._prompts.target(question.answers[0]) for question in self._questions]
+        self._query_ids = workspace.train_query_ids
+        self._relevant = workspace.relevant_rows("train")
         self._sources = sources
-        length = max(map(len, workspace.doc_ids))
-        self._query_length = bucket_of(workspace, max(map(len, self._query_ids)))
-        self._doc_length = bucket_of(workspace, min(config.retriever.doc_tokens, length))
+        self._query_length = bucket_of(encoder, max(map(len, self._query_ids)))
+        self._doc_length = bucket_of(
+            encoder, min(config.retriever.doc_tokens, max(map(len, doc_ids)))
+        )
         self._context_length = self._longest_context()
         self._null_ids = encode_texts(
-            workspace.encoder.tokenizer,
-            [workspace.encoder.doc_prefix],
-            max_length=workspace.encoder.max_length,
+            encoder.tokenizer, [encoder.doc_prefix], max_length=encoder.max_length
         ).ids[0]
-        self.num_retrieved = min(config.training.documents, len(workspace.doc_ids))
+        self.num_retrieved = min(config.training.documents, len(doc_ids))
 
     @property
     def context_tokens(self) -> int:
@@ -79,7 +75,7 @@ class RagBatches:
         return self._doc_length
 
     def prepare(self, retrieved: Retrieved) -> tuple[RagBatch, Mapping[str, float]]:
-        """Returns the batch of a step and how much of the judged documents it found."""
+        """Returns the batch of a step and the recall of its candidates."""
         rows, found = retrieved.rows, retrieved.found
         doc_ids, mask = self._candidates(found)
         contexts = [
@@ -98,7 +94,11 @@ class RagBatches:
         shape = (*mask.shape, self._context_length)
         positive, relevant, slots = self._judged(rows, doc_ids, mask)
         batch = RagBatch(
-            queries=self._tokens([self._query_ids[row] for row in rows], self._query_length),
+            queries=pad_tokens(
+                self._workspace.encoder,
+                [self._query_ids[row] for row in rows],
+                self._query_length,
+            ),
             docs=self._docs(slots),
             doc_ids=jnp.asarray(slots),
             doc_mask=jnp.asarray(mask),
@@ -109,7 +109,7 @@ class RagBatches:
             positive=positive,
             relevant=relevant,
         )
-        return self._place(batch), self._found_metrics(rows, found)
+        return self._place(batch), self._recall(rows, found)
 
     def _candidates(self, found: SearchResult) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids `[B, K]` and which of them are there, the null document last."""
@@ -143,7 +143,7 @@ class RagBatches:
             return None, relevant, doc_ids
         extra = np.full((len(rows), 1), NO_SLOT, np.int32)
         positive = np.full(len(rows), -1, np.int32)
-        gold = [self._gold[row] for row in rows]
+        gold = [self._relevant[row] for row in rows]
         for number, relevant in enumerate(gold):
             there = [k for k in np.flatnonzero(mask[number]) if int(doc_ids[number, k]) in relevant]
             if there:
@@ -156,21 +156,15 @@ class RagBatches:
         return jnp.asarray(positive), _members(slots, no_negatives), slots
 
     def _docs(self, slots: np.ndarray) -> Tokens:
-        empty: list[int] = []
+        special: dict[int, list[int]] = {NULL_DOC: self._null_ids, NO_SLOT: []}
         ids = [
-            self._null_ids
-            if doc == NULL_DOC
-            else empty
-            if doc == NO_SLOT
-            else cut_ids(self._workspace.doc_ids[doc], self._doc_length)
+            special[doc]
+            if doc in special
+            else truncated(self._workspace.doc_ids[doc], self._doc_length)
             for doc in slots.reshape(-1).tolist()
         ]
-        tokens = self._tokens(ids, self._doc_length)
+        tokens = pad_tokens(self._workspace.encoder, ids, self._doc_length)
         return Tokens(*(leaf.reshape(*slots.shape, -1) for leaf in tokens))
-
-    def _tokens(self, ids: Sequence[Sequence[int]], length: int) -> Tokens:
-        padded = pad_right(ids, length=length, pad_id=self._workspace.encoder.pad_id)
-        return Tokens(jnp.asarray(padded.ids), jnp.asarray(padded.mask))
 
     def _longest_context(self) -> int:
         """Returns one length for the contexts of all steps, so that the step is compiled once."""
@@ -182,11 +176,11 @@ class RagBatches:
         whole = -(-longest // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
         return min(whole, self._prompts.max_context_length)
 
-    def _found_metrics(self, rows: np.ndarray, found: SearchResult) -> dict[str, float]:
+    def _recall(self, rows: np.ndarray, found: SearchResult) -> dict[str, float]:
         hits = [
-            bool(self._gold[row] & set(docs[mask].tolist()))
+            bool(relevant & set(docs[mask].tolist()))
             for row, docs, mask in zip(rows, found.doc_ids, found.mask, strict=True)
-            if self._gold[row]
+            if (relevant := self._relevant[row])
         ]
         return {"retrieval/recall": float(np.mean(hits))} if hits else {}
 
@@ -194,13 +188,3 @@ class RagBatches:
 def _members(slots: np.ndarray, sets: Sequence[frozenset[int]]) -> Any:
     """Returns which documents of the batch are in each question's set, `[B, M]` bool."""
     return jnp.asarray(np.stack([np.isin(slots.reshape(-1), list(members)) for members in sets]))
-
-
-def total_steps(workspace: Workspace, config: RagConfig) -> int:
-    """Returns the steps of the stage."""
-    training = config.training
-    return num_steps(
-        num_examples=len(workspace.questions["train"]),
-        batch_size=training.batch_size,
-        epochs=training.epochs,
-    )

@@ -1,7 +1,7 @@
-"""The end-to-end stage of a run: retrieval, loss, devices and the loop, put together."""
+"""The end-to-end stage of a run: both models trained through the likelihood of the answers."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -9,28 +9,19 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ragjax.data import batch_rows
 from ragjax.index import Bm25Index
 from ragjax.models.seq2seq.fusion import fusion_attention_mass, fusion_token_log_probs
-from ragjax.runs.indexes import Retriever, live_search, search_without_sources, source_rows
+from ragjax.runs.indexes import Retriever, source_rows
 from ragjax.runs.options.end_to_end import ObjectiveConfig, RagConfig
 from ragjax.runs.teacher import SCORES
-from ragjax.runs.train.batches import RagBatches, total_steps
-from ragjax.runs.train.live import open_refresher, workspace_task
-from ragjax.runs.trainable import (
-    END_TO_END,
-    SplitModels,
-    Trained,
-    split_models,
-)
-from ragjax.runs.workspace import Workspace, question_rows
+from ragjax.runs.train.batches import RagBatches
+from ragjax.runs.train.live import open_retrieval
+from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates
+from ragjax.runs.trainable import END_TO_END, SplitModels, Trained, split_models
+from ragjax.runs.workspace import Workspace
 from ragjax.training import end_to_end
 from ragjax.training.ahead import AheadRetrieval
-from ragjax.training.checkpoint import Checkpointer
-from ragjax.training.live import LiveRetrieval, Search
-from ragjax.training.loop import LoopConfig, run_steps
-from ragjax.training.lsr import towers
-from ragjax.training.optimizer import OptimizerConfig, make_optimizer
-from ragjax.training.steps import TrainState, init_state, make_train_step
 
 
 class Devices(NamedTuple):
@@ -88,67 +79,78 @@ def train_end_to_end(
     Args:
         workspace: Data and un-adapted models.
         config: Options of the run.
-        bm25: Lexical side of what is retrieved.
+        bm25: Joins the dense index for hybrid candidates.
         before: The un-adapted retriever, whose embeddings are the first generation of the index.
         tower_params: Towers before training.
 
     Returns:
         Both models after training.
     """
-    devices = choose_devices(config)
+    devices, training = choose_devices(config), config.training
     if devices.count > 1:
         workspace.report(f"{devices.count} devices share each step")
-    parts = split_models(config, workspace.lm.family, workspace.lm.params, tower_params)
+    split = split_models(config, workspace.lm.family, workspace.lm.params, tower_params)
     questions = workspace.questions["train"]
     sources = None
-    if config.training.same_source == "drop":
+    if training.same_source == "drop":
         sources = source_rows(workspace.dataset.corpus, questions)
     batches = RagBatches(workspace, config, devices.place_batch, sources=sources)
-    steps = total_steps(workspace, config)
-    optimizer = _optimizer(config, parts, steps)
-    step = make_train_step(
-        make_loss(workspace, config, parts, sharded=devices.count > 1),
-        optimizer,
-        accumulate=config.training.accumulate,
-        weight=lambda batch: np.float32(1.0) * batch.target_ids.shape[0],
+    retrieval = open_retrieval(
+        workspace,
+        split.towers,
+        before.embeddings,
+        k=training.documents,
+        batch_size=training.batch_size,
+        bm25=bm25 if training.candidates == "hybrid" else None,
+        dense_weight=before.hybrid.dense_weight,
+        sources=sources,
     )
-    retrieval = _open_retrieval(
-        workspace, config, bm25, before, parts, batches.num_retrieved, sources=sources
-    )
+    stage = end_to_end_stage(config, split, len(questions), devices)
     host = AheadRetrieval(
         retrieval,
         batches.prepare,
-        num_steps=steps,
-        # What ranks again by the live document encoder cannot wait until its step has run.
-        overlap=config.training.overlap and config.refresh.mode != "rerank",
+        num_steps=stage.num_steps,
+        # Re-ranking reads the live document encoder, whose buffers the step donates, so it cannot
+        # overlap the step.
+        overlap=training.overlap and config.refresh.mode != "rerank",
     )
-    frozen = devices.replicate(parts.frozen)
 
-    def replicated(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict]:
-        return step(devices.replicate(state), batch, frozen)
+    def describe_batch(step: int) -> str:
+        rows = batch_rows(
+            config.seed, step, num_examples=len(questions), batch_size=training.batch_size
+        )
+        return "questions " + ", ".join(questions[row].id for row in rows)
 
+    loss = make_loss(workspace, config, split, sharded=devices.count > 1)
     with closing(host):
-        state = run_steps(
-            LoopConfig(stage=END_TO_END, num_steps=steps, checkpoint_every=config.checkpoint_every),
-            replicated,
-            init_state(parts.trainable, optimizer, config.seed),
-            host.batch_at,
-            frozen=frozen,
-            checkpointer=Checkpointer(workspace.folder / "checkpoints" / END_TO_END),
-            log=workspace.metrics,
-            stop=workspace.stop,
-            info={"num_steps": steps},
-            host=host,
-            describe_batch=lambda step: "questions " + ", ".join(
-                questions[row].id for row in _rows(workspace, config, step)
-            ),
-        )  # fmt: skip
-    params = on_one_device(state.params)
-    return Trained(parts.whole_towers(params), parts.whole_lm(params))
+        trained = run_stage(
+            workspace, stage, split, loss, host.batch_at, host=host, describe_batch=describe_batch
+        )
+    # Indexes and evaluation run on one device.
+    return split.merged(jax.device_put(trained, jax.local_devices()[0]))
+
+
+def end_to_end_stage(
+    config: RagConfig, split: SplitModels, num_questions: int, devices: Devices
+) -> Stage:
+    """Returns the length and the updates of the stage."""
+    rates = tower_rates(config.retriever, split.towers.trainable)
+    if config.trains_lm:
+        rates["lm"] = config.language_model.learning_rate
+    return Stage(
+        name=END_TO_END,
+        num_steps=stage_steps(config.training, num_questions),
+        seed=config.seed,
+        config=config.training,
+        learning_rate=rates,
+        accumulate=config.training.accumulate,
+        weight=lambda batch: np.float32(1.0) * batch.target_ids.shape[0],
+        replicate=devices.replicate,
+    )
 
 
 def make_loss(
-    workspace: Workspace, config: RagConfig, parts: SplitModels, *, sharded: bool
+    workspace: Workspace, config: RagConfig, split: SplitModels, *, sharded: bool
 ) -> Callable[..., Any]:
     """Returns the loss of a run for `make_train_step`."""
     return end_to_end.make_rag_loss(
@@ -157,8 +159,8 @@ def make_loss(
         make_terms(config.objective, fusion=config.language_model.reader == "fusion"),
         scale=config.retriever.scale,
         chunk_tokens=None if sharded else 2048,
-        merge_tower=parts.towers.merge,
-        merge_lm=parts.merge_lm,
+        merge_tower=split.towers.merge,
+        merge_lm=split.lm.merge,
     )
 
 
@@ -205,11 +207,8 @@ def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
         ValueError: A causal decoder was asked to read all documents at once.
     """
     lm, options, objective = workspace.lm, config.language_model, config.objective
-    separate = end_to_end.separate_reader(
-        _cast(
-            workspace, functools.partial(lm.family.token_log_probs, lm.config, remat=options.remat)
-        )
-    )
+    token_log_probs = functools.partial(lm.family.token_log_probs, lm.config, remat=options.remat)
+    separate = end_to_end.separate_reader(workspace.cast_lm(token_log_probs))
     if options.reader == "separate":
         return end_to_end.Reader(separate)
     if not lm.family.has_encoder:
@@ -222,75 +221,6 @@ def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
     alone = objective.marginal_weight or (objective.lsr_weight and objective.score != "attention")
     return end_to_end.Reader(
         separate if alone else None,
-        end_to_end.fusion_reader(_cast(workspace, fused)),
-        end_to_end.fusion_reader(_cast(workspace, attention)),
+        end_to_end.fusion_reader(workspace.cast_lm(fused)),
+        end_to_end.fusion_reader(workspace.cast_lm(attention)),
     )
-
-
-def on_one_device(tree: Any) -> Any:
-    """Returns a tree whose arrays lie on the first device only."""
-    return jax.device_put(tree, jax.local_devices()[0])
-
-
-def _cast(workspace: Workspace, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda params, batch: function(workspace.in_compute_dtype(params), batch)
-
-
-def _rows(workspace: Workspace, config: RagConfig, step: int) -> Any:
-    count, batch_size = len(workspace.questions["train"]), config.training.batch_size
-    return question_rows(workspace, 0, count, step, batch_size=batch_size)
-
-
-def _optimizer(config: RagConfig, parts: SplitModels, steps: int) -> Any:
-    training, retriever = config.training, config.retriever
-    rates = {name: retriever.learning_rate for name in parts.trainable}
-    if "doc" in rates and retriever.doc_learning_rate >= 0:
-        rates["doc"] = retriever.doc_learning_rate
-    if "lm" in rates:
-        rates["lm"] = config.language_model.learning_rate
-    options = OptimizerConfig(
-        learning_rate=retriever.learning_rate,
-        warmup_steps=int(training.warmup_fraction * steps),
-        weight_decay=training.weight_decay,
-        clip_norm=training.clip_norm,
-    )
-    return make_optimizer(options, total_steps=steps, learning_rates=rates)
-
-
-def _open_retrieval(
-    workspace: Workspace,
-    config: RagConfig,
-    bm25: Bm25Index,
-    before: Retriever,
-    parts: SplitModels,
-    k: int,
-    *,
-    sources: Sequence[frozenset[int]] | None,
-) -> LiveRetrieval:
-    questions = workspace.questions["train"]
-    task = workspace_task(workspace)
-    live: list[LiveRetrieval] = []  # filled below: its parts look at its parameters
-    hybrid = config.training.candidates == "hybrid"
-    search: Search = live_search(
-        workspace,
-        task,
-        questions,
-        bm25 if hybrid else None,
-        dense_weight=before.hybrid.dense_weight,
-        doc_params=lambda: live[0].doc_params,
-    )
-    if sources is not None:
-        search = search_without_sources(search, sources, questions)
-    retrieval = LiveRetrieval(
-        open_refresher(workspace, task, lambda: live[0].query_params),
-        towers=lambda trainable: towers(parts.whole_towers(trainable), None),
-        encode_queries=lambda params, rows: workspace.encode_queries(
-            params, [questions[row] for row in rows]
-        ),
-        rows_at=lambda step: _rows(workspace, config, step),
-        k=k,
-        search=search,
-        embeddings=before.embeddings,
-    )
-    live.append(retrieval)
-    return retrieval

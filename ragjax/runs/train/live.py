@@ -1,17 +1,17 @@
-"""The retriever half with live retrieval: candidates of each step from an index kept fresh.
+"""Live retrieval of a training stage, from an index that is kept fresh in the folder `refresh`.
 
 Q questions, B of them a step, K candidates, N documents, D embedding size.
 """
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from ragjax.data import batch_rows
 from ragjax.index import Bm25Index
 from ragjax.refresh import (
     BuildOptions,
@@ -25,16 +25,12 @@ from ragjax.refresh import (
     ThreadExecutor,
     parse_trigger,
 )
-from ragjax.runs.indexes import Retriever, corpus_task, live_search
-from ragjax.runs.options.dual import RetrieverConfig
+from ragjax.runs.indexes import corpus_task, live_search, search_without_sources
 from ragjax.runs.options.refresh import RefreshConfig
-from ragjax.runs.teacher import score_step, target_log_probs
-from ragjax.runs.train.retriever import BatchOf, Lessons, labelled_lessons, train_retriever
-from ragjax.runs.trainable import retriever_parts, whole_towers
-from ragjax.runs.workspace import FrozenLM, Workspace, gold_sets, question_rows
+from ragjax.runs.trainable import SplitTowers
+from ragjax.runs.workspace import Workspace
 from ragjax.training.live import LiveRetrieval, refresh_trigger
 from ragjax.training.lsr import towers
-from ragjax.training.score_cache import ResultCache, Score
 
 # Questions whose results measure the recall of an index and how much a refresh changed them.
 _PROBES = 64
@@ -42,141 +38,56 @@ _DRIFT_PROBES = 64
 _ROWS_PER_SHARD = 512
 
 
-class LiveHalf(NamedTuple):
-    """What the retriever half needs to train with live retrieval."""
-
-    retrieval: LiveRetrieval  # the host's side of a step
-    batch_of: BatchOf
-
-
-def train_live(
+def open_retrieval(
     workspace: Workspace,
-    config: RetrieverConfig,
-    bm25: Bm25Index,
-    before: Retriever,
-    params: dict[str, Any],
-    lm: FrozenLM,
-    cache: ResultCache[Score],
-) -> dict[str, Any]:
-    """Teaches the retriever from documents retrieved at each step with the towers of that moment.
+    split: SplitTowers,
+    embeddings: NDArray[np.float32],
+    *,
+    k: int,
+    batch_size: int,
+    bm25: Bm25Index | None = None,
+    dense_weight: float = 1.0,
+    sources: Sequence[frozenset[int]] | None = None,
+) -> LiveRetrieval:
+    """Opens retrieval for the training questions of each step with the current towers.
 
     Args:
         workspace: Data, models, options; `refresh.mode` says how fresh the index is.
-        config: Options of the stage.
-        bm25: Lexical side of the candidates.
-        before: The un-adapted retriever, whose embeddings are the first generation.
-        params: Towers before training.
-        lm: Scores the candidates of the LSR objectives.
-        cache: Its scores, added to step by step.
-
-    Returns:
-        The towers after training.
-    """
-    questions = workspace.questions["train"]
-    if config.objective == "dpr":
-        # Labels need the dense index's own mistakes; a teacher the best candidates there are.
-        half = open_labelled(workspace, config, params, before.embeddings)
-    else:
-        half = open_taught(workspace, config, bm25, before, params, lm, cache)
-    with closing(half.retrieval.refresher):
-        return train_retriever(
-            workspace, config, 0, params, questions, half.batch_of, host=half.retrieval
-        )
-
-
-def open_labelled(
-    workspace: Workspace,
-    config: RetrieverConfig,
-    params: dict[str, Any],
-    embeddings: NDArray[np.float32],
-) -> LiveHalf:
-    """Opens live retrieval of hard negatives for the relevance judgements (`dpr`).
-
-    Args:
-        workspace: Data, models, options.
-        config: Options of the stage.
-        params: Towers before training.
+        split: The towers before training.
         embeddings: `[N, D]` of the documents with them.
+        k: K, fewer where the corpus is smaller.
+        batch_size: B.
+        bm25: Joins the dense index; None: dense alone.
+        dense_weight: Weight of the dense index.
+        sources: Corpus rows that each question was made from, which are left out; None: none are.
 
     Returns:
-        The host's side, whose refresher the caller closes, and the lessons.
+        The retrieval, whose refresher the caller closes.
     """
-    retrieval = _open(workspace, config, params, embeddings, None, 1.0, k=config.negative_depth)
-    gold = gold_sets(workspace)
-
-    def batch_of(step: int) -> Lessons:
-        _, rows, found = retrieval.retrieved(step)
-        chosen = [gold[row] for row in rows]
-        seed = (workspace.config.seed, step)
-        return labelled_lessons(found, chosen, config.candidates, seed=seed)
-
-    return LiveHalf(retrieval, batch_of)
-
-
-def open_taught(
-    workspace: Workspace,
-    config: RetrieverConfig,
-    bm25: Bm25Index,
-    before: Retriever,
-    params: dict[str, Any],
-    lm: FrozenLM,
-    cache: ResultCache[Score],
-) -> LiveHalf:
-    """Opens live retrieval of candidates that the language model scores; see `train_live`."""
-    questions = workspace.questions["train"]
-    retrieval = _open(
-        workspace,
-        config,
-        params,
-        before.embeddings,
-        bm25,
-        before.hybrid.dense_weight,
-        k=config.candidates,
-    )
-
-    def batch_of(step: int) -> Lessons:
-        _, rows, found = retrieval.retrieved(step)
-        chosen = [questions[row] for row in rows]
-        scores = score_step(workspace, lm, chosen, found, cache)
-        targets = target_log_probs(config.target, scores, found)
-        return Lessons(found.doc_ids, found.mask, targets, [frozenset()] * len(rows))
-
-    return LiveHalf(retrieval, batch_of)
-
-
-def _open(
-    workspace: Workspace,
-    config: RetrieverConfig,
-    params: dict[str, Any],
-    embeddings: NDArray[np.float32],
-    bm25: Bm25Index | None,
-    dense_weight: float,
-    *,
-    k: int,
-) -> LiveRetrieval:
-    questions = workspace.questions["train"]
+    questions, query_ids = workspace.questions["train"], workspace.train_query_ids
     task = workspace_task(workspace)
-    parts = retriever_parts(config, params, seed=workspace.config.seed)
-    live: list[LiveRetrieval] = []  # filled below: its parts look at its parameters
-    refresher = open_refresher(workspace, task, lambda: live[0].query_params)
+    live: list[LiveRetrieval] = []  # filled below: its parts read its current parameters
+    search = live_search(
+        workspace,
+        task,
+        questions,
+        bm25,
+        dense_weight=dense_weight,
+        doc_params=lambda: live[0].doc_params,
+    )
+    if sources is not None:
+        search = search_without_sources(search, sources, questions)
     retrieval = LiveRetrieval(
-        refresher,
-        towers=lambda trainable: towers(whole_towers(parts, trainable), None),
-        encode_queries=lambda params, rows: workspace.encode_queries(
-            params, [questions[row] for row in rows]
+        open_refresher(workspace, task, lambda: live[0].query_params),
+        towers=lambda trainable: towers(split.merged(trainable), None),
+        encode_queries=lambda params, rows: workspace.encode_query_ids(
+            params, [query_ids[row] for row in rows]
         ),
-        rows_at=lambda step: question_rows(
-            workspace, 0, len(questions), step, batch_size=config.batch_size
+        rows_at=lambda step: batch_rows(
+            workspace.config.seed, step, num_examples=len(questions), batch_size=batch_size
         ),
         k=min(k, len(workspace.doc_ids)),
-        search=live_search(
-            workspace,
-            task,
-            questions,
-            bm25,
-            dense_weight=dense_weight,
-            doc_params=lambda: live[0].doc_params,
-        ),
+        search=search,
         embeddings=embeddings,
     )
     live.append(retrieval)

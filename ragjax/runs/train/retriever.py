@@ -1,31 +1,60 @@
-"""The two halves of dual training as resumable stages.
+"""The retriever stage of dual training: rounds over fixed or live candidates.
 
-Q questions, K candidates, B questions a step, M documents a step.
+Q questions, K candidates, B questions a step, M documents a step, N documents, D embedding size.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from ragjax.data import Question, num_steps, pad_right
-from ragjax.index import SearchResult
+from ragjax.data import batch_rows
+from ragjax.index import Bm25Index, SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
-from ragjax.models.inputs import Tokens
+from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
-from ragjax.runs.train.stages import optimizer_config, run_stage
-from ragjax.runs.trainable import retriever_parts, whole_towers
-from ragjax.runs.workspace import Workspace, bucket_of, cut_ids, question_rows
+from ragjax.runs.teacher import score_step, target_log_probs
+from ragjax.runs.train.live import open_retrieval
+from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates
+from ragjax.runs.trainable import split_towers
+from ragjax.runs.workspace import FrozenLM, Workspace, bucket_of, pad_tokens, truncated
+from ragjax.training.live import LiveRetrieval
 from ragjax.training.loop import HostWork
 from ragjax.training.lsr import LsrBatch, make_lsr_loss
-from ragjax.training.optimizer import make_optimizer
-from ragjax.training.steps import init_state, make_train_step
+from ragjax.training.score_cache import ResultCache, Score
 
-BatchOf: TypeAlias = Callable[[int], "Lessons"]
 # With a target that is 1 on the relevant document, KL(target‖p_R) is DPR's loss.
 _OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss, "dpr": pdist_loss}
+
+
+class Targets(NamedTuple):
+    """Documents of several questions and the distribution that p_R is trained towards."""
+
+    doc_ids: NDArray[np.int32]  # [B, K] corpus rows
+    mask: NDArray[np.bool_]  # [B, K]
+    log_probs: NDArray[np.float32]  # [B, K] log q of those documents
+    # Relevant documents of each question: they share the target wherever they stand in the batch,
+    # also where another question brought them. Empty where the language model set the target.
+    relevant: Sequence[frozenset[int]]
+
+    def take(self, rows: NDArray[np.int64]) -> "Targets":
+        """Returns those of some questions."""
+        relevant = [self.relevant[row] for row in rows]
+        return Targets(self.doc_ids[rows], self.mask[rows], self.log_probs[rows], relevant)
+
+
+# (step, its questions [B]) -> their targets
+TargetsAt: TypeAlias = Callable[[int, NDArray[np.int64]], Targets]
+
+
+class LiveTargets(NamedTuple):
+    """Targets of candidates that are retrieved before each step."""
+
+    retrieval: LiveRetrieval  # the host's side of a step
+    at: TargetsAt
 
 
 def train_retriever(
@@ -33,100 +62,141 @@ def train_retriever(
     config: RetrieverConfig,
     round_number: int,
     params: dict[str, Any],
-    questions: Sequence[Question],
-    batch_of: BatchOf,
+    targets_at: TargetsAt,
     host: HostWork | None = None,
 ) -> dict[str, Any]:
-    """Teaches the retriever one round.
+    """Trains the retriever for one round.
 
     Args:
         workspace: Data and models.
         config: Options of the stage.
         round_number: From 0; each round has its own checkpoints and batches.
         params: Towers before the round.
-        questions: Q training questions.
-        batch_of: Step to the lessons of its questions.
-        host: Called before each step, where the lessons depend on the towers of that moment.
+        targets_at: Targets of the training questions of a step.
+        host: Called before each step, where the targets depend on the towers of that moment.
 
     Returns:
         The towers after the round.
     """
-    steps = retriever_steps(config, len(questions))
-    parts = retriever_parts(config, params, seed=workspace.config.seed + round_number)
-    rates = {k: config.learning_rate for k in parts.trainable}
-    if "doc" in rates and config.doc_learning_rate >= 0:
-        rates["doc"] = config.doc_learning_rate
-    optimizer = make_optimizer(
-        optimizer_config(config, steps), total_steps=steps, learning_rates=rates
+    seed = workspace.config.seed + round_number
+    split = split_towers(config, params, seed=seed)
+    stage = Stage(
+        name=f"retriever-{round_number}",
+        num_steps=stage_steps(config, len(workspace.questions["train"])),
+        seed=seed,
+        config=config,
+        learning_rate=tower_rates(config, split.trainable),
+        index_version=round_number,
     )
     loss = make_lsr_loss(
         workspace.training_encode(),
         _OBJECTIVES[config.objective],
         scale=config.scale,
         in_batch=config.negatives == "batch",
-        merge=parts.merge,
+        merge=split.merge,
     )
-    state = run_stage(
-        workspace,
-        f"retriever-{round_number}",
-        steps,
-        make_train_step(loss, optimizer),
-        init_state(parts.trainable, optimizer, workspace.config.seed + round_number),
-        _lsr_batches(workspace, config, round_number, questions, batch_of),
-        frozen=parts.frozen,
-        index_version=round_number,
-        host=host,
-    )
-    return whole_towers(parts, state.params)
+    batches = _lsr_batches(workspace, config, seed, targets_at)
+    return split.merged(run_stage(workspace, stage, split, loss, batches, host=host))
 
 
-def retriever_steps(config: RetrieverConfig, num_questions: int) -> int:
-    """Returns the training steps of a round."""
-    return num_steps(num_examples=num_questions, batch_size=config.batch_size, epochs=config.epochs)
-
-
-class Lessons(NamedTuple):
-    """What a step teaches about B questions, K documents each."""
-
-    doc_ids: NDArray[np.int32]  # [B, K] corpus rows
-    mask: NDArray[np.bool_]  # [B, K]
-    target_log_probs: NDArray[np.float32]  # [B, K] of those documents, log q
-    # Judged documents of each question: they share the target wherever they stand in the batch,
-    # also where another question brought them. Empty where a teacher set the target.
-    positives: Sequence[frozenset[int]]
-
-
-def fixed_lessons(
+def train_live(
     workspace: Workspace,
-    round_number: int,
-    candidates: SearchResult,
-    targets: NDArray[np.float32],
-    *,
-    batch_size: int,
-) -> BatchOf:
-    """Returns lessons from candidates `[Q, K]` and targets `[Q, K]` known before the round."""
+    config: RetrieverConfig,
+    bm25: Bm25Index,
+    before: Retriever,
+    params: dict[str, Any],
+    lm: FrozenLM,
+    cache: ResultCache[Score],
+) -> dict[str, Any]:
+    """Trains the retriever on documents retrieved before each step with the current towers.
 
-    def batch_of(step: int) -> Lessons:
-        rows = question_rows(workspace, round_number, len(targets), step, batch_size=batch_size)
-        empty = [frozenset[int]()] * len(rows)
-        return Lessons(candidates.doc_ids[rows], candidates.mask[rows], targets[rows], empty)
+    Args:
+        workspace: Data, models, options; `refresh.mode` says how fresh the index is.
+        config: Options of the stage.
+        bm25: Joins the dense index for candidates that the language model scores.
+        before: The un-adapted retriever, whose embeddings are the first generation.
+        params: Towers before training.
+        lm: Scores the candidates of the LSR objectives.
+        cache: Its scores, added to step by step.
 
-    return batch_of
+    Returns:
+        The towers after training.
+    """
+    if config.objective == "dpr":
+        # Hard negatives are the dense index's own mistakes; scored are the best candidates.
+        live = open_labelled(workspace, config, params, before.embeddings)
+    else:
+        questions = workspace.questions["train"]
+        retrieval = open_retrieval(
+            workspace,
+            split_towers(config, params, seed=workspace.config.seed),
+            before.embeddings,
+            k=config.candidates,
+            batch_size=config.batch_size,
+            bm25=bm25,
+            dense_weight=before.hybrid.dense_weight,
+        )
+
+        def scored_at(step: int, rows: NDArray[np.int64]) -> Targets:
+            results, asked = retrieval.retrieved(step).found, [questions[row] for row in rows]
+            scores = score_step(workspace, lm, asked, results, cache)
+            return scored_targets(results, target_log_probs(config.target, scores, results))
+
+        live = LiveTargets(retrieval, scored_at)
+    with closing(live.retrieval.refresher):
+        return train_retriever(workspace, config, 0, params, live.at, host=live.retrieval)
 
 
-def labelled_lessons(
-    found: SearchResult,
-    gold: Sequence[frozenset[int]],
+def open_labelled(
+    workspace: Workspace,
+    config: RetrieverConfig,
+    params: dict[str, Any],
+    embeddings: NDArray[np.float32],
+) -> LiveTargets:
+    """Opens live retrieval of hard negatives for the relevance judgements (`dpr`).
+
+    Args:
+        workspace: Data, models, options.
+        config: Options of the stage.
+        params: Towers before training.
+        embeddings: `[N, D]` of the documents with them.
+
+    Returns:
+        The retrieval, whose refresher the caller closes, and the targets.
+    """
+    seed = workspace.config.seed
+    towers = split_towers(config, params, seed=seed)
+    retrieval = open_retrieval(
+        workspace, towers, embeddings, k=config.negative_depth, batch_size=config.batch_size
+    )
+    relevant = workspace.relevant_rows("train")
+
+    def targets_at(step: int, rows: NDArray[np.int64]) -> Targets:
+        results, chosen = retrieval.retrieved(step).found, [relevant[row] for row in rows]
+        return labelled_targets(results, chosen, config.candidates, seed=(seed, step))
+
+    return LiveTargets(retrieval, targets_at)
+
+
+def scored_targets(candidates: SearchResult, log_probs: NDArray[np.float32]) -> Targets:
+    """Returns targets `[B, K]` that the language model set over these candidates."""
+    empty = [frozenset[int]()] * len(log_probs)
+    return Targets(candidates.doc_ids, candidates.mask, log_probs, empty)
+
+
+def labelled_targets(
+    results: SearchResult,
+    relevant: Sequence[frozenset[int]],
     num_documents: int,
     *,
     seed: tuple[int, int],
-) -> Lessons:
-    """Returns the lessons of relevance judgements: DPR with hard negatives that were retrieved.
+) -> Targets:
+    """Returns the targets of relevance judgements: DPR with hard negatives that were retrieved.
 
     Args:
-        found: `[B, D]` documents that the index returned, from which negatives are drawn.
-        gold: Relevant documents of each question, at least one.
-        num_documents: K, judged documents and negatives together.
+        results: `[B, D]` documents that the index returned, from which negatives are drawn.
+        relevant: Relevant documents of each question, at least one.
+        num_documents: K, relevant documents and negatives together.
         seed: Of the draw: the run's and the step.
 
     References:
@@ -134,51 +204,44 @@ def labelled_lessons(
         Nearest Neighbor Negative Contrastive Learning, 2021, section 4 (negatives from the top 200
         of a refreshed index).
     """
-    shape = (len(gold), num_documents)
+    shape = (len(relevant), num_documents)
     doc_ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     draw = np.random.default_rng(seed)
-    for row, relevant in enumerate(gold):
-        positives = sorted(relevant)[: max(1, num_documents - 1)]
-        negatives = [int(d) for d in found.doc_ids[row][found.mask[row]] if int(d) not in relevant]
-        chosen = (positives + draw.permutation(negatives).tolist())[:num_documents]
+    for row, positives in enumerate(relevant):
+        returned = results.doc_ids[row][results.mask[row]].tolist()
+        negatives = draw.permutation([doc for doc in returned if doc not in positives]).tolist()
+        chosen = (sorted(positives)[: max(1, num_documents - 1)] + negatives)[:num_documents]
         doc_ids[row, : len(chosen)], mask[row, : len(chosen)] = chosen, True
-    return Lessons(doc_ids, mask, np.full(shape, -np.inf, np.float32), gold)
+    return Targets(doc_ids, mask, np.full(shape, -np.inf, np.float32), relevant)
 
 
 def _lsr_batches(
-    workspace: Workspace,
-    config: RetrieverConfig,
-    round_number: int,
-    questions: Sequence[Question],
-    batch_of: BatchOf,
+    workspace: Workspace, config: RetrieverConfig, seed: int, targets_at: TargetsAt
 ) -> Callable[[int], LsrBatch]:
-    query_ids = workspace.query_ids(questions)
-    query_length = bucket_of(workspace, max(map(len, query_ids)))
-    seed = workspace.config.seed + round_number
+    encoder, query_ids = workspace.encoder, workspace.train_query_ids
+    query_length = bucket_of(encoder, max(map(len, query_ids)))
 
     def batch_at(step: int) -> LsrBatch:
-        rows = question_rows(
-            workspace, round_number, len(questions), step, batch_size=config.batch_size
-        )
-        lessons = batch_of(step)
-        num_docs = lessons.mask.size
-        docs = _batch_docs(lessons, num_docs, len(workspace.doc_ids), (seed, step))
-        found = {doc: column for column, doc in enumerate(docs)}
-        target = np.full((len(rows), num_docs), -np.inf, np.float32)
-        mask = np.zeros((len(rows), num_docs), bool)
-        for b, positives in enumerate(lessons.positives):
-            for k in np.flatnonzero(lessons.mask[b]):
-                column = found[int(lessons.doc_ids[b, k])]
-                target[b, column], mask[b, column] = lessons.target_log_probs[b, k], True
-            judged = [found[doc] for doc in positives if doc in found]
-            if judged:
-                target[b, judged], mask[b, judged] = -np.log(len(judged)), True
-        doc_ids = [cut_ids(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
-        filler: list[list[int]] = [[]] * (num_docs - len(docs))
+        rows = batch_rows(seed, step, num_examples=len(query_ids), batch_size=config.batch_size)
+        targets = targets_at(step, rows)
+        num_docs = targets.mask.size
+        docs = _batch_docs(targets, num_docs, len(workspace.doc_ids), (seed, step))
+        columns = {doc: column for column, doc in enumerate(docs)}
+        log_probs = np.full((len(rows), num_docs), -np.inf, np.float32)
+        mask = np.zeros(log_probs.shape, bool)
+        b, k = np.nonzero(targets.mask)
+        places = b, [columns[doc] for doc in targets.doc_ids[b, k].tolist()]
+        log_probs[places], mask[places] = targets.log_probs[b, k], True
+        for row, relevant in enumerate(targets.relevant):
+            if there := [columns[doc] for doc in relevant if doc in columns]:
+                log_probs[row, there], mask[row, there] = -np.log(len(there)), True
+        doc_ids = [truncated(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
+        padding: list[list[int]] = [[]] * (num_docs - len(docs))
+        doc_length = bucket_of(encoder, max(map(len, doc_ids)))
         return LsrBatch(
-            queries=_tokens(workspace, [query_ids[row] for row in rows], query_length),
-            docs=_tokens(workspace, doc_ids + filler, bucket_of(workspace, max(map(len, doc_ids)))),
-            target_log_probs=jnp.asarray(target),
+            queries=pad_tokens(encoder, [query_ids[row] for row in rows], query_length),
+            docs=pad_tokens(encoder, doc_ids + padding, doc_length),
+            target_log_probs=jnp.asarray(log_probs),
             candidate_mask=jnp.asarray(mask),
             doc_mask=jnp.arange(num_docs) < len(docs),
         )
@@ -187,19 +250,14 @@ def _lsr_batches(
 
 
 def _batch_docs(
-    lessons: Lessons, num_docs: int, corpus_size: int, seed: tuple[int, int]
+    targets: Targets, num_docs: int, corpus_size: int, seed: tuple[int, int]
 ) -> list[int]:
     """Returns the batch's distinct candidates, then random documents in the slots left over.
 
     Questions share candidates, so slots are left over; a random document there costs nothing and
     is one more negative.
     """
-    chosen = np.unique(lessons.doc_ids[lessons.mask]).tolist()
+    chosen = np.unique(targets.doc_ids[targets.mask]).tolist()
     extra = np.random.default_rng(seed).permutation(corpus_size)[: 2 * num_docs]
     known = set(chosen)
     return (chosen + [int(doc) for doc in extra if int(doc) not in known])[:num_docs]
-
-
-def _tokens(workspace: Workspace, ids: Sequence[Sequence[int]], length: int) -> Tokens:
-    padded = pad_right(ids, length=length, pad_id=workspace.encoder.pad_id)
-    return Tokens(jnp.asarray(padded.ids), jnp.asarray(padded.mask))
