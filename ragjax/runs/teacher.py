@@ -1,6 +1,7 @@
 """The language model as teacher: scores of (question, document) pairs, and the LSR target."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from ragjax.losses import (
 )
 from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_row
 from ragjax.models.inputs import LMBatch
+from ragjax.models.language_model import LanguageModel
 from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, Score, result_key
@@ -38,7 +40,7 @@ SCORES = {
 
 
 class TeacherScores(NamedTuple):
-    """What the teacher thinks of each question's candidates."""
+    """Scores of each question's candidates."""
 
     log_probs: np.ndarray  # [Q, K] float32, log p_LM(y | c∘x), 0 where masked
     lengths: np.ndarray  # [Q] int32, answer tokens
@@ -46,7 +48,7 @@ class TeacherScores(NamedTuple):
 
 def score_candidates(
     workspace: Workspace,
-    teacher: FrozenLM,
+    lm: FrozenLM,
     questions: Sequence[Question],
     candidates: SearchResult,
     cache: ResultCache[Score],
@@ -54,39 +56,35 @@ def score_candidates(
     """Scores every candidate by the log-probability of the question's first answer after it.
 
     Questions that share a document are packed behind it, so it is read once, where the language
-    model's family can do that (a causal decoder); elsewhere each pair is a row. What is packed
-    with what depends on what earlier rounds knew, never on how far a killed run came: continuing
-    it gives the same numbers.
+    model's family can do that (a causal decoder); elsewhere each pair is a row. Packing depends
+    only on scores cached before this round, so a resumed run builds identical batches.
 
     Args:
         workspace: Data, prompts, and the size of a batch (`score_tokens`).
-        teacher: The frozen language model.
+        lm: The language model.
         questions: Q questions.
         candidates: `[Q, K]` documents.
-        cache: Scores known already; new ones are added batch by batch.
+        cache: Known scores; new ones are added batch by batch.
 
     Returns:
         Log-probabilities and lengths.
     """
-    work = _Work(workspace, teacher, questions, candidates)
-    new = [row for row, key in enumerate(work.keys) if not cache.was_known(key)]
-    known = len(work.keys) - sum(cache.get(work.keys[row]) is None for row in new)
-    workspace.report(
-        f"teacher: {len(work.keys):,} (question, document) pairs, {known:,} in the cache"
-    )
+    pairs, lengths = _pairs(workspace, lm, questions, candidates)
+    new = [pair for pair in pairs if not cache.was_known(pair.key)]
+    known = len(pairs) - sum(cache.get(pair.key) is None for pair in new)
+    workspace.report(f"teacher: {len(pairs):,} (question, document) pairs, {known:,} in the cache")
     with tqdm(total=len(new), desc="teacher", unit=" pairs", file=sys.stderr) as progress:
-        for batch in work.packer.batches(new):
-            keys = work.keys_of(batch)
-            if any(cache.get(key) is None for key in keys):
-                cache.put(keys, work.compute(batch))
-            progress.update(len(keys))
+        for batch in _batches(workspace, new):
+            if any(cache.get(key) is None for key in batch.keys):
+                cache.put(batch.keys, _scores(workspace.lm, lm.params, batch))
+            progress.update(len(batch.keys))
             workspace.stop.check()
-    return work.collect(cache)
+    return _collected(cache, pairs, lengths, candidates.mask.shape)
 
 
 def score_step(
     workspace: Workspace,
-    teacher: FrozenLM,
+    lm: FrozenLM,
     questions: Sequence[Question],
     candidates: SearchResult,
     cache: ResultCache[Score],
@@ -94,18 +92,17 @@ def score_step(
     """Scores the candidates of one training step; see `score_candidates`.
 
     Known scores are never computed again and the new ones are written at once, so a run that is
-    continued within the step packs the same pairs into the same batches.
+    resumed within the step packs the same pairs into the same batches.
     """
-    work = _Work(workspace, teacher, questions, candidates)
-    unknown = [row for row, key in enumerate(work.keys) if cache.get(key) is None]
+    pairs, lengths = _pairs(workspace, lm, questions, candidates)
     keys: list[str] = []
     scores: list[Score] = []
-    for batch in work.packer.batches(unknown):
-        keys += work.keys_of(batch)
-        scores += work.compute(batch)
+    for batch in _batches(workspace, [pair for pair in pairs if cache.get(pair.key) is None]):
+        keys += batch.keys
+        scores += _scores(workspace.lm, lm.params, batch)
     if keys:
         cache.put(keys, scores)
-    return work.collect(cache)
+    return _collected(cache, pairs, lengths, candidates.mask.shape)
 
 
 def target_log_probs(
@@ -138,7 +135,7 @@ def pack_batch(
     contexts: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
 ) -> LMBatch:
-    """Returns the rows of a batch in its static shape; rows to spare are masked.
+    """Returns the rows of a batch in its static shape; padding rows are masked.
 
     Args:
         workspace: Prompts.
@@ -163,6 +160,112 @@ def _z_scores(candidates: SearchResult) -> np.ndarray:
     return np.nan_to_num(z).astype(np.float32)
 
 
+class _Pair(NamedTuple):
+    """A question and one of its candidates."""
+
+    place: tuple[int, int]  # row and column of the candidates
+    key: str  # of the cache
+    doc: int  # corpus row
+    context: list[int]
+    target: list[int]
+
+
+class _Batch(NamedTuple):
+    """Pairs that are scored together."""
+
+    groups: list[list[_Pair]]  # those behind one document, by row of the batch
+    tokens: PackedBatch | LMBatch
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the pairs, in the order of their scores."""
+        return [pair.key for group in self.groups for pair in group]
+
+
+def _pairs(
+    workspace: Workspace, lm: FrozenLM, questions: Sequence[Question], candidates: SearchResult
+) -> tuple[list[_Pair], np.ndarray]:
+    """Returns all pairs, and the tokens of each question's answer `[Q]`."""
+    prompts, corpus = workspace.prompts, workspace.dataset.corpus
+    template = repr(prompts.template)
+    text_of = functools.cache(lambda doc: passage_text(corpus[doc]))
+    targets = [prompts.target(question.answers[0]) for question in questions]
+    pairs = []
+    for q, k in np.argwhere(candidates.mask).tolist():
+        question, doc = questions[q], int(candidates.doc_ids[q, k])
+        key = result_key(lm.fingerprint, template, question.text, question.answers[0], text_of(doc))
+        context = prompts.context(question.text, workspace.documents.get([doc]))
+        pairs.append(_Pair((q, k), key, doc, context, targets[q]))
+    return pairs, np.array([len(target) for target in targets], np.int32)
+
+
+def _batches(workspace: Workspace, pairs: Sequence[_Pair]) -> Iterator[_Batch]:
+    """Yields batches of few static shapes that hold every pair once."""
+    if workspace.lm.family.packed_token_log_probs:
+        yield from _packed_batches(workspace, pairs)
+        return
+    contexts = [pair.context for pair in pairs]
+    for batch in context_batches(workspace, [len(context) for context in contexts]):
+        chosen = [pairs[row] for row in batch.rows]
+        tokens = pack_batch(workspace, batch, contexts, [pair.target for pair in chosen])
+        yield _Batch([[pair] for pair in chosen], tokens)
+
+
+def _packed_batches(workspace: Workspace, pairs: Sequence[_Pair]) -> Iterator[_Batch]:
+    """Yields batches whose rows are one document and the questions that share it."""
+    groups = _groups(pairs)
+    planned = context_batches(workspace, [_packed_length(group) for group in groups])
+    most: dict[int, int] = {}  # target tokens of a row, by length of the batch
+    for batch in planned:
+        tokens = max(sum(len(pair.target) for pair in groups[row]) for row in batch.rows)
+        most[batch.length] = max(most.get(batch.length, 1), tokens)
+    for batch in planned:
+        num_targets = -(-most[batch.length] // 8) * 8
+        chosen = [groups[row] for row in batch.rows]
+        rows = [
+            _packed_row(group, batch.length, num_targets, workspace.lm.pad_id) for group in chosen
+        ]
+        rows += [rows[0]] * (batch.batch_size - len(rows))  # their scores are not read
+        yield _Batch(chosen, jax.tree.map(lambda *parts: np.stack(parts), *rows))
+
+
+def _groups(pairs: Sequence[_Pair]) -> list[list[_Pair]]:
+    """Splits the pairs of each document into rows of at most `_PACKED_SLOTS` tokens."""
+    by_doc: dict[int, list[_Pair]] = {}
+    for pair in pairs:
+        by_doc.setdefault(pair.doc, []).append(pair)
+    groups: list[list[_Pair]] = []
+    for same_doc in by_doc.values():
+        groups.append([])
+        for pair in same_doc:
+            if groups[-1] and _packed_length([*groups[-1], pair]) > _PACKED_SLOTS:
+                groups.append([])
+            groups[-1].append(pair)
+    return groups
+
+
+def _packed_row(group: Sequence[_Pair], length: int, num_targets: int, pad_id: int) -> PackedBatch:
+    shared = _shared(group)
+    return pack_row(
+        group[0].context[:shared],
+        [Suffix(pair.context[shared:], pair.target) for pair in group],
+        length=length,
+        num_targets=num_targets,
+        pad_id=pad_id,
+    )
+
+
+def _packed_length(group: Sequence[_Pair]) -> int:
+    shared = _shared(group)
+    return shared + sum(len(pair.context) - shared + len(pair.target) for pair in group)
+
+
+def _shared(group: Sequence[_Pair]) -> int:
+    """Returns how many first tokens all contexts of a group share."""
+    columns = zip(*(pair.context for pair in group), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(
     token_log_probs: Callable[..., jax.Array], config: Any, params: Any, batch: Any
@@ -170,172 +273,27 @@ def _score(
     return token_log_probs(config, params, batch)
 
 
-class _Work:
-    """The (question, document) pairs of some candidates and how they are scored."""
-
-    def __init__(
-        self,
-        workspace: Workspace,
-        teacher: FrozenLM,
-        questions: Sequence[Question],
-        candidates: SearchResult,
+def _scores(lm: LanguageModel, params: Any, batch: _Batch) -> list[Score]:
+    """Returns the score of each pair of a batch, row by row."""
+    function = lm.family.packed_token_log_probs or lm.family.token_log_probs
+    scores = []
+    for group, row in zip(
+        batch.groups, np.asarray(_score(function, lm.config, params, batch.tokens)), strict=False
     ):
-        self._workspace, self._teacher, self._mask = workspace, teacher, candidates.mask
-        self._pairs = [(int(q), int(k)) for q, k in np.argwhere(candidates.mask)]
-        docs = [int(candidates.doc_ids[pair]) for pair in self._pairs]
-        self.keys = _keys(workspace, teacher, questions, self._pairs, docs)
-        self._targets = [workspace.prompts.target(question.answers[0]) for question in questions]
-        contexts = [
-            workspace.prompts.context(questions[q].text, workspace.documents.get([doc]))
-            for (q, _), doc in zip(self._pairs, docs, strict=True)
-        ]
-        targets = [self._targets[q] for q, _ in self._pairs]
-        family = workspace.lm.family
-        packed = family.packed_token_log_probs
-        self._token_log_probs = packed or family.token_log_probs
-        make_packer = _Packer if packed else _Rows
-        self.packer = make_packer(workspace, docs, contexts, targets)
-
-    def keys_of(self, batch: "_PackedGroups") -> list[str]:
-        """Returns the keys of the pairs of a batch, in the order of their scores."""
-        return [self.keys[row] for group in batch.groups for row in group]
-
-    def compute(self, batch: "_PackedGroups") -> list[Score]:
-        """Runs the language model over a batch."""
-        config = self._workspace.lm.config
-        log_probs = _score(self._token_log_probs, config, self._teacher.params, batch.packed)
-        return list(self.packer.scores(batch, np.asarray(log_probs)))
-
-    def collect(self, cache: ResultCache[Score]) -> TeacherScores:
-        """Reads the scores of all pairs, which are known by now."""
-        log_probs = np.zeros(self._mask.shape, np.float32)
-        for pair, key in zip(self._pairs, self.keys, strict=True):
-            log_probs[pair] = _found(cache, key).log_prob
-        lengths = np.array([len(target) for target in self._targets], np.int32)
-        return TeacherScores(log_probs, lengths)
+        start = 0
+        for length in (len(pair.target) for pair in group):
+            scores.append(Score(float(row[start : start + length].sum()), length))
+            start += length
+    return scores
 
 
-class _PackedGroups(NamedTuple):
-    groups: list[list[int]]  # pairs behind one document, by row of the batch
-    packed: PackedBatch | LMBatch
-
-
-class _Packer:
-    """Lays pairs out in rows of one document and the questions that share it."""
-
-    def __init__(
-        self,
-        workspace: Workspace,
-        docs: Sequence[int],
-        contexts: Sequence[Sequence[int]],
-        targets: Sequence[Sequence[int]],
-    ):
-        self._workspace, self._docs = workspace, docs
-        self._contexts, self._targets = contexts, targets
-
-    def batches(self, pairs: Sequence[int]) -> Iterator[_PackedGroups]:
-        """Yields batches of few static shapes that hold every pair once."""
-        groups = self._groups(pairs)
-        lengths = [self._used(group) for group in groups]
-        planned = context_batches(self._workspace, lengths)
-        scored = [sum(len(self._targets[pair]) for pair in group) for group in groups]
-        most: dict[int, int] = {}
-        for batch in planned:
-            here = max(scored[row] for row in batch.rows)
-            most[batch.length] = max(most.get(batch.length, 1), here)
-        for batch in planned:
-            num_targets = -(-most[batch.length] // 8) * 8
-            chosen = [groups[row] for row in batch.rows]
-            rows = [self._row(group, batch.length, num_targets) for group in chosen]
-            rows += [rows[0]] * (batch.batch_size - len(rows))  # their scores are not read
-            yield _PackedGroups(chosen, jax.tree.map(lambda *parts: np.stack(parts), *rows))
-
-    def scores(self, batch: _PackedGroups, log_probs: np.ndarray) -> Iterator[Score]:
-        """Yields the score of each pair of a batch, row by row."""
-        for group, row in zip(batch.groups, log_probs, strict=False):
-            start = 0
-            for pair in group:
-                length = len(self._targets[pair])
-                yield Score(float(row[start : start + length].sum()), length)
-                start += length
-
-    def _groups(self, pairs: Sequence[int]) -> list[list[int]]:
-        """Splits the pairs of each document into rows of at most `_PACKED_SLOTS` tokens."""
-        by_doc: dict[int, list[int]] = {}
-        for pair in pairs:
-            by_doc.setdefault(self._docs[pair], []).append(pair)
-        groups: list[list[int]] = []
-        for same_doc in by_doc.values():
-            group: list[int] = []
-            for pair in same_doc:
-                if group and self._used([*group, pair]) > _PACKED_SLOTS:
-                    groups.append(group)
-                    group = []
-                group.append(pair)
-            groups.append(group)
-        return groups
-
-    def _shared(self, group: Sequence[int]) -> int:
-        """Returns how many first tokens all contexts of a group share."""
-        columns = zip(*(self._contexts[pair] for pair in group), strict=False)
-        shared = 0
-        for column in columns:
-            if any(token != column[0] for token in column):
-                break
-            shared += 1
-        return shared
-
-    def _used(self, group: Sequence[int]) -> int:
-        shared = self._shared(group)
-        return shared + sum(
-            len(self._contexts[pair]) - shared + len(self._targets[pair]) for pair in group
-        )
-
-    def _row(self, group: Sequence[int], length: int, num_targets: int) -> PackedBatch:
-        shared = self._shared(group)
-        suffixes = [Suffix(self._contexts[pair][shared:], self._targets[pair]) for pair in group]
-        return pack_row(
-            self._contexts[group[0]][:shared],
-            suffixes,
-            length=length,
-            num_targets=num_targets,
-            pad_id=self._workspace.lm.pad_id,
-        )
-
-
-class _Rows(_Packer):
-    """Lays each pair out in a row of its own."""
-
-    def batches(self, pairs: Sequence[int]) -> Iterator[_PackedGroups]:
-        """Yields batches of few static shapes that hold every pair once."""
-        contexts = [self._contexts[pair] for pair in pairs]
-        for batch in context_batches(self._workspace, [len(context) for context in contexts]):
-            chosen = [pairs[row] for row in batch.rows]
-            targets = [self._targets[pair] for pair in chosen]
-            packed = pack_batch(self._workspace, batch, contexts, targets)
-            yield _PackedGroups([[pair] for pair in chosen], packed)
-
-
-def _found(cache: ResultCache[Score], key: str) -> Score:
-    score = cache.get(key)
-    assert score is not None, "every pair was scored above"
-    return score
-
-
-def _keys(
-    workspace: Workspace,
-    teacher: FrozenLM,
-    questions: Sequence[Question],
-    pairs: Sequence[tuple[int, int]],
-    rows: Sequence[int],
-) -> list[str]:
-    prompt = repr(workspace.prompts.template)
-    texts: dict[int, str] = {}
-    keys = []
-    for (q, _), row in zip(pairs, rows, strict=True):
-        if row not in texts:
-            texts[row] = passage_text(workspace.dataset.corpus[row])
-        question = questions[q]
-        answer = question.answers[0]
-        keys.append(result_key(teacher.fingerprint, prompt, question.text, answer, texts[row]))
-    return keys
+def _collected(
+    cache: ResultCache[Score], pairs: Sequence[_Pair], lengths: np.ndarray, shape: tuple[int, ...]
+) -> TeacherScores:
+    """Returns the scores of all pairs, which are known by now."""
+    log_probs = np.zeros(shape, np.float32)
+    for pair in pairs:
+        score = cache.get(pair.key)
+        assert score is not None, "every pair was scored above"
+        log_probs[pair.place] = score.log_prob
+    return TeacherScores(log_probs, lengths)
