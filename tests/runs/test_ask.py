@@ -12,10 +12,11 @@ from ragjax.data import passage_text
 from ragjax.generation import Limits, Prompts, generate_ensemble, generate_greedy
 from ragjax.models.inputs import LMBatch
 from ragjax.models.testing import write_tiny_language_model
-from ragjax.runs.ask.asker import Answer, Asker, Span
+from ragjax.runs.ask.asker import Asker
 from ragjax.runs.ask.attribution import attribute
 from ragjax.runs.ask.decoding import DECODES, decode_concat, decode_ensemble
 from ragjax.runs.ask.prompts import ReaderOptions, fitting
+from ragjax.runs.ask.spans import Span
 from ragjax.runs.ask.view import format_source, plain, reply_as_json
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.system import SEARCHES, by_bm25, by_dense, by_hybrid, open_base_system
@@ -71,25 +72,13 @@ def answer_log_probs(system, context, target):
 
 def given(asker, prompt, text):
     """A given answer to a prompt, as if its first document explained it best."""
-    generated = asker._given(prompt, text, [])
-    return Answer(
-        question=prompt.question,
-        text=text,
-        relied_on=0,
-        docs=prompt.docs,
-        posterior=np.eye(len(prompt.docs))[0],
-        notes=(),
-        prompt=prompt,
-        generated=generated,
-        token_log_probs=asker._token_log_probs(generated),
-        started=0.0,
-        seconds=0.0,
-    )
+    answer = asker._answer(prompt, text)
+    return answer._replace(relied_on=0, posterior=np.eye(len(prompt.docs))[0], notes=())
 
 
 def prompt_of(asker, question=QUESTION, count=3):
     docs = list(range(count))
-    return asker.reader.prompt(question, docs, [1.0, 0.5, 0.2][:count])
+    return asker.reader.prompts.make(question, docs, [1.0, 0.5, 0.2][:count])
 
 
 # The arrays.
@@ -172,8 +161,8 @@ def test_the_ensemble_writes_what_generate_ensemble_writes(asker):
 
 def test_concatenation_writes_what_greedy_decoding_of_one_prompt_writes(asker):
     prompt = prompt_of(asker)
-    documents = asker.reader.documents.get([0, 1, 2])
-    context = asker.reader.prompts.context(QUESTION, documents)
+    documents = asker.reader.prompts.documents.get([0, 1, 2])
+    context = asker.reader.prompts.builder.context(QUESTION, documents)
     assert prompt.joined == context
     generated = decode_concat(asker.reader, prompt, lambda ids: None)
     reference = generate_greedy(
@@ -187,7 +176,7 @@ def test_concatenation_writes_what_greedy_decoding_of_one_prompt_writes(asker):
 
 def test_scores_are_those_of_a_whole_forward_pass(asker):
     prompt = prompt_of(asker, count=2)
-    target = asker.reader.prompts.target("7 x")
+    target = asker.reader.prompts.builder.target("7 x")
     scores = asker.reader.score(asker.reader.read(prompt), target)
     for row, context in enumerate(prompt.contexts):
         expected = answer_log_probs(asker.system, context, target)
@@ -200,10 +189,13 @@ def test_scores_are_those_of_a_whole_forward_pass(asker):
 
 def test_leaving_a_whole_document_out_leaves_what_stands_around_it(asker):
     prompt = prompt_of(asker)
-    target = asker.reader.prompts.target("30")
+    target = asker.reader.prompts.builder.target("30")
     reading = asker.reader.read(prompt)
     start, size = prompt.places[1]
-    assert prompt.contexts[1][start : start + size] == asker.reader.documents.get([1])[0].tolist()
+    assert (
+        prompt.contexts[1][start : start + size]
+        == asker.reader.prompts.documents.get([1])[0].tolist()
+    )
     found = asker.reader.leave_out(prompt, reading, 1, [range(size), []], target)
     around = prompt.contexts[1][:start] + prompt.contexts[1][start + size :]
     whole = answer_log_probs(asker.system, prompt.contexts[1], target).sum()
@@ -225,7 +217,7 @@ def test_an_encoder_decoder_reads_the_prompt_again_without_the_part(tmp_path, ti
     system = open_tiny(tiny_inputs, tmp_path / "cache", lm=str(tmp_path / "t5"))
     asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_dense)
     prompt = prompt_of(asker)
-    target = asker.reader.prompts.target("30")
+    target = asker.reader.prompts.builder.target("30")
     start, _ = prompt.places[0]
     found = asker.reader.leave_out(prompt, asker.reader.read(prompt), 0, [[0, 1, 2]], target)
     context = prompt.contexts[0]
@@ -270,8 +262,8 @@ def test_a_reply_says_what_its_figures_mean(asker):
     prompt_scores = [source.prior for source in reply.sources]
     assert sum(prompt_scores) == pytest.approx(1, abs=1e-5)
     docs = [asker.system.workspace.dataset.corpus.row_of(source.id) for source in reply.sources]
-    prompt = asker.reader.prompt(QUESTION, docs, [0.0] * 3)
-    target = asker.reader.prompts.target("0")
+    prompt = asker.reader.prompts.make(QUESTION, docs, [0.0] * 3)
+    target = asker.reader.prompts.builder.target("0")
     log_probs = [answer_log_probs(asker.system, c, target).sum() for c in prompt.contexts]
     marginal = log_sum(np.log(prompt_scores) + log_probs)
     assert reply.log_prob == pytest.approx(marginal, abs=5e-3)
@@ -323,7 +315,7 @@ def titled(tmp_path_factory, tiny_inputs):
 def given_about(asker, id, text):
     """A given answer and its explanation, of one passage."""
     row = asker.system.workspace.dataset.corpus.row_of(id)
-    return asker.explain(given(asker, asker.reader.prompt("what?", [row], [0.0]), text))
+    return asker.explain(given(asker, asker.reader.prompts.make("what?", [row], [0.0]), text))
 
 
 def test_a_title_may_carry_the_answer(titled):
@@ -348,8 +340,8 @@ def test_a_passage_read_to_its_end_is_read_whole_whatever_the_places_of_its_toke
 ):
     """A tokenizer that normalises text leaves out the accent of "e\u0301" from its places."""
     row = titled.system.workspace.dataset.corpus.row_of("gem")
-    prompt = titled.reader.prompt("what?", [row], [0.0])
-    encode = titled.reader.tokenizer.encode
+    prompt = titled.reader.prompts.make("what?", [row], [0.0])
+    encode = titled.reader.prompts.tokenizer.encode
 
     class Tokenizer:
         def encode(self, text, **options):
@@ -382,10 +374,10 @@ def test_a_title_longer_than_what_is_read_leaves_no_text(titled):
 def test_an_answer_in_other_words_is_traced_to_the_part_it_needs_most(asker):
     prompt = prompt_of(asker)
     answer = given(asker, prompt, "9 zz")
-    windows = asker._windows(prompt, 0)
+    windows = asker.spans.windows(prompt, 0)
     assert [window.start for window in windows] == [0]
-    span = asker._span(answer, 0)
-    places = asker._read(prompt, 0).places
+    span = asker._span(answer)
+    places = asker.spans.read(prompt, 0).places
     text = asker.system.workspace.dataset.corpus[0].text
     whole = passage_text(asker.system.workspace.dataset.corpus[0])
     before = len(whole) - len(text)
@@ -403,19 +395,19 @@ def test_of_several_matches_the_one_in_the_needed_window_counts(asker, monkeypat
     text = asker.system.workspace.dataset.corpus[0].text  # "the red cat likes 0"
     changes = np.array([0.1, 0.7], np.float32)
     windows = [(0, 8), (8, len(text))]
-    monkeypatch.setattr(asker, "_windows", lambda *_: [_Window(*window) for window in windows])
-    monkeypatch.setattr(asker, "_changes", lambda *_: changes)
-    monkeypatch.setattr("ragjax.runs.ask.asker.find_answer",
+    monkeypatch.setattr(asker.spans, "windows", lambda *_: [_Window(*window) for window in windows])
+    monkeypatch.setattr(asker.spans, "changes", lambda *_: changes)
+    monkeypatch.setattr("ragjax.runs.ask.spans.find_answer",
                         lambda text, answer: [_Match(2, 3, 1.0), _Match(15, 16, 1.0)])  # fmt: skip
-    span = asker._span(given(asker, prompt, "e"), 0)
+    span = asker._span(given(asker, prompt, "e"))
     assert (span.start, span.method) == (15, "match")
     assert span.change == pytest.approx(0.7)
 
 
 def test_a_match_outside_every_window_needs_nothing(asker, monkeypatch):
-    monkeypatch.setattr(asker, "_windows", lambda *_: [_Window(0, 1)])
-    monkeypatch.setattr(asker, "_changes", lambda *_: np.array([-0.5], np.float32))
-    monkeypatch.setattr("ragjax.runs.ask.asker.find_answer",
+    monkeypatch.setattr(asker.spans, "windows", lambda *_: [_Window(0, 1)])
+    monkeypatch.setattr(asker.spans, "changes", lambda *_: np.array([-0.5], np.float32))
+    monkeypatch.setattr("ragjax.runs.ask.spans.find_answer",
                         lambda text, answer: [_Match(0, 1, 1.0), _Match(3, 4, 1.0)])  # fmt: skip
     reply = asker.explain(given(asker, prompt_of(asker), "e"))
     assert (reply.span.start, reply.span.change) == (3, 0.0)
@@ -445,10 +437,10 @@ def test_a_passage_in_any_script_and_of_any_length_is_read(hard, tiny_inputs, tm
         ("long", "grass"),
     ):
         row = corpus.row_of(id)
-        prompt = asker.reader.prompt(HARD["hebrew"] + " \U0001f41f?", [row], [0.0])
-        span = asker._span(given(asker, prompt, answer), 0)
+        prompt = asker.reader.prompts.make(HARD["hebrew"] + " \U0001f41f?", [row], [0.0])
+        span = asker._span(given(asker, prompt, answer))
         assert corpus[row].text[span.start : span.end] == answer
-        for place, (start, end) in enumerate(asker._read(prompt, 0).places):
+        for place, (start, end) in enumerate(asker.spans.read(prompt, 0).places):
             assert 0 <= start <= end <= len(corpus[row].text), place
     reply = asker.ask(HARD["japanese"])
     assert len(reply.sources) == 3
@@ -464,25 +456,25 @@ def test_a_very_long_question_is_cut_and_said_so(asker):
 @pytest.mark.parametrize("limit", [1, 7, 30])
 def test_a_question_that_takes_more_tokens_once_it_is_cut_still_fits(system, limit, monkeypatch):
     options = dataclasses.replace(OPTIONS, question_tokens=limit)
-    reader = Asker(system, options, decode=decode_ensemble, by=by_bm25).reader
-    whole = reader.prompts.context
+    prompts = Asker(system, options, decode=decode_ensemble, by=by_bm25).reader.prompts
+    whole = prompts.builder.context
 
     def context(question, documents=()):
         # As a tokenizer does that joins characters only where enough of them stand together.
         extra = [0] * 3 if 0 < len(question) < 60 else []
         return whole(question, documents) + extra
 
-    monkeypatch.setattr(reader.prompts, "context", context)
+    monkeypatch.setattr(prompts.builder, "context", context)
     for question in ("\U0001f41f" * 40, HARD["hebrew"] * 9, "what does it like? " * 80):
-        prompt = reader.prompt(question, [0, 1], [0.0, 0.0])
-        assert reader.fitting_length(prompt.contexts) <= reader.lengths[-1]
-        assert fitting(reader.closed_lengths, len(prompt.closed_book))
+        prompt = prompts.make(question, [0, 1], [0.0, 0.0])
+        assert prompts.fitting_length(prompt.contexts) <= prompts.lengths[-1]
+        assert fitting(prompts.closed_lengths, len(prompt.closed_book))
         assert question.startswith(prompt.question)
         assert "the language model reads the first" in prompt.notes[0]
 
 
 def test_the_white_space_in_front_of_a_question_is_not_what_is_read_of_it(asker):
-    prompt = asker.reader.prompt("\n" * 500 + "what?", [0], [0.0])
+    prompt = asker.reader.prompts.make("\n" * 500 + "what?", [0], [0.0])
     assert (prompt.question, prompt.notes) == ("what?", ())
 
 
@@ -499,7 +491,7 @@ def test_without_a_matching_word_bm25_answers_closed_book(system):
     assert reply.sources == ()
     assert (reply.relied_on, reply.span, reply.utility, reply.grounded) == (None, None, 0, False)
     assert any("no document shares a word" in note for note in reply.notes)
-    ids = asker.reader.prompt("zzz qqq", [], [])
+    ids = asker.reader.prompts.make("zzz qqq", [], [])
     assert reply.log_prob == pytest.approx(reply.no_doc_log_prob)
     written = decode_ensemble(asker.reader, ids, lambda _: None)
     expected = answer_log_probs(system, ids.closed_book, written.ids)

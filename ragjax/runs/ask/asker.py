@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ragjax.data import passage_text
-from ragjax.evaluation.spans import Match, Window, find_answer, find_similar, split_windows
 from ragjax.losses import document_posterior
 from ragjax.runs.ask.attribution import Attribution, attribute
 from ragjax.runs.ask.decoding import Decode, Generated, Listener, decode_ensemble
 from ragjax.runs.ask.prompts import Prompt, ReaderOptions
 from ragjax.runs.ask.reader import Reader
-from ragjax.runs.system import Retrieved, Search, System, by_hybrid, encode_query_of, retrieve
+from ragjax.runs.ask.spans import Span, SpanFinder
+from ragjax.runs.system import Search, System, by_hybrid, encode_query_of, retrieve
 from ragjax.runs.workspace import buckets
 
 # Longer questions are compiled for when the first one comes.
@@ -32,21 +31,8 @@ _WARM_QUERY_TOKENS = 256
 ShowText = Callable[[str], None]
 
 
-class Span(NamedTuple):
-    """The part of a passage that carries the answer."""
-
-    field: str  # "text" or "title": what the offsets are of
-    start: int  # first character
-    end: int  # behind the last character
-    method: str  # "match", "similar" or "left_out"
-    score: float | None  # F1 of the words, for "match" and "similar"
-    change: (
-        float | None
-    )  # nats that the answer's log-prob loses without its window; None: not tried
-
-
 class Source(NamedTuple):
-    """A document, and what it has to do with the answer."""
+    """A document and its part in an answer."""
 
     id: str
     title: str
@@ -76,7 +62,7 @@ class Reply(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer and the passage behind it; `Asker.explain` tells more about them."""
+    """An answer and the passage behind it, before `Asker.explain`."""
 
     question: str
     text: str
@@ -91,22 +77,13 @@ class Answer(NamedTuple):
     seconds: float  # how long the answer took
 
 
-class _Read(NamedTuple):
-    """What the language model reads of a passage."""
-
-    title: str
-    text: str
-    # Which characters of the passage's text each token stands for; those of the title, which stands
-    # in front, are negative.
-    places: list[tuple[int, int]]
-
-
 class Asker:
     """Answers questions one at a time, with a system that stays loaded.
 
     Attributes:
-        system: What answers.
+        system: Documents, retriever and language model.
         reader: Its language model at fixed shapes.
+        spans: Finds the words that carry an answer.
         asked_documents: K as asked for; a smaller corpus gives fewer.
     """
 
@@ -119,13 +96,13 @@ class Asker:
         by: Search = by_hybrid,
         closed_book: bool = False,
     ) -> None:
-        """Takes what the answers need.
+        """Prepares the reader.
 
         Args:
-            system: What answers.
+            system: Documents, retriever and language model.
             options: How much is read and written; None: the defaults.
-            decode: How the answer comes out of the documents.
-            by: What finds the documents.
+            decode: Decoding strategy.
+            by: Search for the documents.
             closed_book: Retrieve nothing.
 
         Raises:
@@ -133,9 +110,9 @@ class Asker:
         """
         self.system = system
         self.reader = Reader(system, options or ReaderOptions())
-        self.asked_documents = 0 if closed_book else self.reader.options.documents
+        self.spans = SpanFinder(self.reader, system.workspace.dataset.corpus)
+        self.asked_documents = 0 if closed_book else self.reader.prompts.options.documents
         self._decode, self._by = decode, by
-        self._known: tuple[tuple[int, int], _Read] | None = None  # of (corpus row, tokens read)
 
     def warm_up(self) -> Iterator[str]:
         """Compiles every shape that a question can need; yields what was compiled, one at a time.
@@ -148,14 +125,14 @@ class Asker:
                     encode_query_of(self.system, length)
                     yield f"questions of {length} tokens"
             retrieve(self.system, ["warm up"], self.asked_documents, by=self._by)
-        for prompt in self.reader.warm_up_prompts():
-            generated = self._decode(self.reader, prompt, lambda ids: None)
-            log_probs = self._token_log_probs(generated)
-            self._attribution(prompt, generated.ids, log_probs)
+        prompts = self.reader.prompts
+        for prompt in prompts.warm_up():
+            answer = self._answer(prompt, None)
+            self._attribution(answer)
             if prompt.docs:
-                variants = [[0]] * self.reader.options.windows
-                self.reader.leave_out(prompt, generated.reading, 0, variants, generated.ids)
-            yield f"prompts of {self.reader.fitting_length(prompt.contexts)} tokens"
+                reading, ids = answer.generated.reading, answer.generated.ids
+                self.reader.leave_out(prompt, reading, 0, [[0]] * prompts.options.windows, ids)
+            yield f"prompts of {prompts.fitting_length(prompt.contexts)} tokens"
 
     def ask(
         self,
@@ -176,7 +153,7 @@ class Asker:
         Args:
             question: Its text.
             answer: Take this answer; None: write one.
-            show: Hears the answer as it is written, again and again from its beginning.
+            show: Called with the text so far, each time there is more of it.
 
         Raises:
             ValueError: The question or the given answer is blank.
@@ -188,45 +165,19 @@ class Asker:
         retrieved = retrieve(self.system, [question], self.asked_documents, by=self._by)
         docs = retrieved.found.doc_ids[0][retrieved.found.mask[0]]
         scores = retrieved.doc_scores[0][retrieved.found.mask[0]]
-        prompt = self.reader.prompt(question, docs.tolist(), scores.tolist())
-        notes = [*prompt.notes, *self._retrieval_notes(retrieved)]
-        if answer is None:
-            generated = self._decode(self.reader, prompt, self._listener(show))
-            answer = self._text(generated.ids)
-            if not generated.ended:
-                notes.append("the answer was cut at the limit of tokens")
-        else:
-            generated = self._given(prompt, answer, notes)
-        token_log_probs = self._token_log_probs(generated)
-        posterior = document_posterior(
-            _finite_scores(prompt),
-            token_log_probs[None],
-            doc_mask=np.isfinite(prompt.log_weights)[None],
-            token_mask=self._answer_tokens(generated.ids),
-        )
-        posterior = np.exp(np.asarray(posterior))[0, : len(prompt.docs)]
-        return Answer(
-            question=question,
-            text=answer,
-            relied_on=int(np.argmax(posterior)) if prompt.docs else None,
-            docs=prompt.docs,
-            posterior=posterior,
-            notes=tuple(notes),
-            prompt=prompt,
-            generated=generated,
-            token_log_probs=token_log_probs,
-            started=started,
-            seconds=time.perf_counter() - started,
-        )
+        prompt = self.reader.prompts.make(question, docs.tolist(), scores.tolist())
+        notes = self._retrieval_notes(int(retrieved.found.mask.sum()))
+        written = self._answer(prompt, answer, notes=notes, show=show, started=started)
+        return written._replace(question=question)
 
     def explain(self, answer: Answer, *, span: bool = True) -> Reply:
-        """Tells how an answer comes about.
+        """Explains an answer by its documents.
 
         Args:
             answer: From `answer`.
             span: Find the words of the passage that carry it.
         """
-        attribution = self._attribution(answer.prompt, answer.generated.ids, answer.token_log_probs)
+        attribution = self._attribution(answer)
         corpus = self.system.workspace.dataset.corpus
         sources = tuple(
             Source(
@@ -250,7 +201,7 @@ class Asker:
             grounded=bool(sources) and float(attribution.utility[0]) > 0,
             sources=sources,
             relied_on=answer.relied_on,
-            span=self._span(answer, answer.relied_on) if span and sources else None,
+            span=self._span(answer) if span else None,
             notes=(*answer.notes, *self._reading_notes(answer)),
             answer_seconds=answer.seconds,
             seconds=time.perf_counter() - answer.started,
@@ -270,99 +221,80 @@ class Asker:
         Returns:
             The answer, and its attribution over K documents.
         """
-        prompt = self.reader.prompt(question, docs, doc_scores)
+        written = self._answer(self.reader.prompts.make(question, docs, doc_scores), answer)
+        return written.text, self._attribution(written)
+
+    def _answer(
+        self,
+        prompt: Prompt,
+        answer: str | None,
+        *,
+        notes: Sequence[str] = (),
+        show: ShowText | None = None,
+        started: float = 0.0,
+    ) -> Answer:
+        """Writes an answer to a prompt, or takes the given one, and weighs the documents by it."""
+        notes = [*prompt.notes, *notes]
         if answer is None:
-            generated = self._decode(self.reader, prompt, lambda ids: None)
+            generated = self._decode(self.reader, prompt, self._listener(show))
             answer = self._text(generated.ids)
+            if not generated.ended:
+                notes.append("the answer was cut at the limit of tokens")
         else:
-            generated = self._given(prompt, answer, [])
-        token_log_probs = self._token_log_probs(generated)
-        return answer, self._attribution(prompt, generated.ids, token_log_probs)
-
-    def _given(self, prompt: Prompt, answer: str, notes: list[str]) -> Generated:
-        ids = self.reader.prompts.target(answer)
-        if self._text(ids) != answer.strip():
-            notes.append(f"only the first {len(ids)} tokens of the given answer are explained")
-        return Generated(ids, True, self.reader.read(prompt), None)
-
-    def _token_log_probs(self, generated: Generated) -> np.ndarray:
-        if generated.token_log_probs is not None:
-            return generated.token_log_probs
-        return self.reader.score(generated.reading, generated.ids)
-
-    def _answer_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Returns `[1, T]` bool: without what a target begins with (<s> of BART)."""
-        tokens = np.zeros((1, self.reader.max_target), bool)
-        tokens[0, len(self.system.workspace.lm.text_format.target_start_ids) : len(ids)] = True
-        return tokens
-
-    def _attribution(
-        self, prompt: Prompt, ids: Sequence[int], token_log_probs: np.ndarray
-    ) -> Attribution:
-        return attribute(
-            _finite_scores(prompt),
-            token_log_probs[None],
-            self.reader.score_closed_book(prompt, ids),
-            doc_mask=np.isfinite(prompt.log_weights)[None],
-            token_mask=self._answer_tokens(ids),
+            ids = self.reader.prompts.builder.target(answer)
+            if self._text(ids) != answer.strip():
+                notes.append(f"only the first {len(ids)} tokens of the given answer are explained")
+            generated = Generated(ids, True, self.reader.read(prompt), None)
+        log_probs = generated.token_log_probs
+        if log_probs is None:
+            log_probs = self.reader.score(generated.reading, generated.ids)
+        posterior = document_posterior(
+            _finite_scores(prompt), log_probs[None], **self._masks(prompt, generated.ids)
+        )
+        posterior = np.exp(np.asarray(posterior))[0, : len(prompt.docs)]
+        return Answer(
+            question=prompt.question,
+            text=answer,
+            relied_on=int(np.argmax(posterior)) if prompt.docs else None,
+            docs=prompt.docs,
+            posterior=posterior,
+            notes=tuple(notes),
+            prompt=prompt,
+            generated=generated,
+            token_log_probs=log_probs,
+            started=started,
+            seconds=time.perf_counter() - started,
         )
 
-    def _span(self, answer: Answer, row: int | None) -> Span | None:
-        """Returns the words of the answer in the passage, or else the window that carries it."""
-        assert row is not None, "there are documents"
-        # What the language model did not read carries nothing.
-        title, text, _ = self._read(answer.prompt, row)
-        matches = find_answer(text, answer.text)
-        if len(matches) == 1:
-            return _matched("text", matches[0], "match")
-        if not matches:
-            if found := find_answer(title, answer.text):
-                return _matched("title", found[0], "match")
-            if similar := find_similar(text, answer.text):
-                return _matched("text", similar, "similar")
-        windows = self._windows(answer.prompt, row)
-        if not windows:
+    def _attribution(self, answer: Answer) -> Attribution:
+        ids = answer.generated.ids
+        return attribute(
+            _finite_scores(answer.prompt),
+            answer.token_log_probs[None],
+            self.reader.score_closed_book(answer.prompt, ids),
+            **self._masks(answer.prompt, ids),
+        )
+
+    def _masks(self, prompt: Prompt, ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """Returns the documents `[1, K]` and the tokens `[1, T]` that count.
+
+        What a target begins with (<s> of BART) is no token of the answer.
+        """
+        tokens = np.zeros((1, self.reader.prompts.max_target), bool)
+        tokens[0, len(self.reader.lm.text_format.target_start_ids) : len(ids)] = True
+        return {"doc_mask": np.isfinite(prompt.log_weights)[None], "token_mask": tokens}
+
+    def _span(self, answer: Answer) -> Span | None:
+        if answer.relied_on is None:
             return None
-        changes = self._changes(answer, row, windows)
-        if matches:  # several: the one whose window the answer needs most
-            best = max(matches, key=lambda match: _change_at(match, windows, changes))
-            span = _matched("text", best, "match")
-            return span._replace(change=_change_at(best, windows, changes))
-        place = int(np.argmax(changes))
-        window = windows[place]
-        return Span("text", window.start, window.end, "left_out", None, float(changes[place]))
-
-    def _windows(self, prompt: Prompt, row: int) -> list[Window]:
-        """Returns the windows of a passage's text, as far as the language model reads it."""
-        return split_windows(self._read(prompt, row).text, most=self.reader.options.windows)
-
-    def _read(self, prompt: Prompt, row: int) -> _Read:
-        """Returns what the language model reads of a passage."""
-        doc, (_, size) = prompt.docs[row], prompt.places[row]
-        if self._known is None or self._known[0] != (doc, size):  # long passages take a while
-            self._known = (doc, size), self._read_passage(doc, size)
-        return self._known[1]
-
-    def _read_passage(self, doc: int, size: int) -> _Read:
-        passage = self.system.workspace.dataset.corpus[doc]
-        whole = passage_text(passage, self.reader.prompts.template.passage)
-        before = len(whole) - len(passage.text)
-        encoding = self.reader.tokenizer.encode(whole, add_special_tokens=False)
-        places = [(start - before, end - before) for start, end in encoding.offsets[:size]]
-        title, text = passage.title or "", passage.text
-        if size < len(encoding):
-            # Up to the next token: an accent may belong to a token without being among its places.
-            end = max(places[-1][1], encoding.offsets[size][0] - before)
-            # Cut within the title, before which the template has nothing.
-            title, text = (title, text[:end]) if end > 0 else (whole[: before + end], "")
-        return _Read(title, text, places)
+        return self.spans.find(answer.prompt, answer.generated, answer.text, answer.relied_on)
 
     def _reading_notes(self, answer: Answer) -> list[str]:
-        """Says how much was read of the passage that the answer relies on, if not all."""
+        """Returns how much was read of the passage that the answer relies on, if not all."""
         if answer.relied_on is None:
             return []
         passage = self.system.workspace.dataset.corpus[answer.docs[answer.relied_on]]
-        read = len(self._read(answer.prompt, answer.relied_on).text)
+        read = len(self.spans.read(answer.prompt, answer.relied_on).text)
         if read >= len(passage.text.rstrip()):
             return []
         return [
@@ -370,25 +302,8 @@ class Asker:
             f" {passage.id!r} (--document_tokens reads more)"
         ]
 
-    def _changes(self, answer: Answer, row: int, windows: Sequence[Window]) -> np.ndarray:
-        """Returns what the answer's log-prob loses without each window, in nats."""
-        places = self._read(answer.prompt, row).places
-        left_out = [
-            [
-                token
-                for token, (start, end) in enumerate(places)
-                if start < window.end and end > window.start
-            ]
-            for window in windows
-        ]
-        generated = answer.generated
-        log_probs = self.reader.leave_out(
-            answer.prompt, generated.reading, row, left_out, generated.ids
-        )
-        return log_probs[0] - log_probs[1:]
-
-    def _retrieval_notes(self, retrieved: Retrieved) -> list[str]:
-        asked, found = self.asked_documents, int(retrieved.found.mask.sum())
+    def _retrieval_notes(self, found: int) -> list[str]:
+        asked = self.asked_documents
         if asked == 0:
             return ["answered without documents (--documents 0)"]
         if found == 0:
@@ -408,7 +323,7 @@ class Asker:
         return listen
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.system.workspace.lm.tokenizer.decode(list(ids)).strip()
+        return self.reader.lm.tokenizer.decode(list(ids)).strip()
 
 
 def _finite_scores(prompt: Prompt) -> np.ndarray:
@@ -423,17 +338,3 @@ def _check_text(what: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"the {what} is not UTF-8 text ({error.reason}): {text!r}") from error
-
-
-def _matched(field: str, match: Match, method: str) -> Span:
-    return Span(field, match.start, match.end, method, match.score, None)
-
-
-def _change_at(match: Match, windows: Sequence[Window], changes: np.ndarray) -> float:
-    """Returns what the answer loses without the match's window, 0 where no window holds it."""
-    inside = [
-        float(change)
-        for window, change in zip(windows, changes, strict=True)
-        if window.start < match.end and match.start < window.end
-    ]
-    return max(inside, default=0.0)

@@ -1,4 +1,4 @@
-"""How an answer comes out of the documents: one function per way, all of one signature.
+"""Decoding strategies over retrieved documents, all with one signature.
 
 K documents, T answer tokens.
 """
@@ -22,7 +22,7 @@ from ragjax.generation.streaming import decode_steps
 from ragjax.runs.ask.prompts import Prompt
 from ragjax.runs.ask.reader import Reader, Reading
 
-# Hypotheses of the ways that search.
+# Hypotheses of the strategies that search.
 _BEAMS = 4
 
 # Called with the tokens so far, each time there is one more.
@@ -30,24 +30,24 @@ Listener = Callable[[Sequence[int]], None]
 
 
 class Generated(NamedTuple):
-    """An answer, and what was learnt on the way."""
+    """An answer, and what decoding computed for it."""
 
     ids: list[int]  # without the token that ends it
-    ended: bool  # False: cut at the limit of tokens
+    ended: bool  # False: truncated at the limit of tokens
     reading: Reading  # every document beside the question
-    token_log_probs: np.ndarray | None  # [K, T] of each document, nats; None: not known yet
+    token_log_probs: np.ndarray | None  # [K, T] of each document, nats; None: not computed
 
 
 class Decode(Protocol):
     """Writes an answer to a prompt."""
 
     def __call__(self, reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-        """Returns the answer; `listen` hears each token, or nothing where a search decides last."""
+        """Returns the answer; `listen` is called at each token, but not by a search."""
         ...
 
 
 def decode_ensemble(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-    """Takes the most likely token of Σ_c p_R(c) p_LM(y_t | c∘x, y_<t) again and again.
+    """Decodes greedily from the mixture Σ_c p_R(c) p_LM(y_t | c∘x, y_<t).
 
     Each document is read once: the log-probabilities behind the attribution come with the tokens.
 
@@ -58,7 +58,7 @@ def decode_ensemble(reader: Reader, prompt: Prompt, listen: Listener) -> Generat
 
 
 def decode_concat(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-    """Reads all documents one after the other in one prompt, and takes the most likely tokens."""
+    """Decodes greedily from one prompt with all documents."""
     if not prompt.docs:
         return decode_ensemble(reader, prompt, listen)
     if not prompt.joined:
@@ -66,15 +66,12 @@ def decode_concat(reader: Reader, prompt: Prompt, listen: Listener) -> Generated
             f"--decode concat: {len(prompt.docs)} documents and the question do not fit into one"
             " prompt of the language model; use --decode ensemble, or fewer --documents"
         )
-    length = reader.concat_length(len(prompt.joined))
-    slots = reader.concat_lengths[-1] + reader.max_target
-    joined = reader.read_contexts([prompt.joined], rows=1, length=length, slots=slots)
-    written = _greedy(reader, joined, np.zeros(1, np.float32), listen)
+    written = _greedy(reader, reader.read_joined(prompt), np.zeros(1, np.float32), listen)
     return written._replace(reading=reader.read(prompt), token_log_probs=None)
 
 
 def decode_rag_sequence_thorough(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-    """Searches beside each document and scores every hypothesis under every document.
+    """Searches with beams for each document and scores every hypothesis under every document.
 
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
@@ -84,7 +81,7 @@ def decode_rag_sequence_thorough(reader: Reader, prompt: Prompt, listen: Listene
 
 
 def decode_rag_sequence_fast(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-    """As `decode_rag_sequence_thorough`, but scores a hypothesis where the search came upon it."""
+    """As `decode_rag_sequence_thorough`, but scores a hypothesis only where the search found it."""
     return _searched(generate_rag_sequence_fast, reader, prompt)
 
 
@@ -105,11 +102,11 @@ DECODES: dict[str, Decode] = {
 def _greedy(
     reader: Reader, reading: Reading, log_weights: np.ndarray, listen: Listener
 ) -> Generated:
-    log_probs = np.zeros((len(log_weights), reader.max_target), np.float32)
+    log_probs = np.zeros((len(log_weights), reader.prompts.max_target), np.float32)
     ids: list[int] = []
     steps = decode_steps(
-        reader.system.workspace.lm.decoder,
-        reader.system.lm_params,
+        reader.lm.decoder,
+        reader.params,
         reading.prefilled,
         jnp.asarray(log_weights),
         Partial(choose_best),
@@ -130,24 +127,24 @@ def _weights(reader: Reader, prompt: Prompt) -> np.ndarray:
     """Returns log p_R; without documents the closed-book prompt, which stands first, decides."""
     if prompt.docs:
         return prompt.log_weights
-    return np.where(np.arange(reader.rows) == 0, 0, -np.inf).astype(np.float32)
+    return np.where(np.arange(reader.prompts.rows) == 0, 0, -np.inf).astype(np.float32)
 
 
 def _searched(search: Callable[..., Any], reader: Reader, prompt: Prompt) -> Generated:
     contexts = prompt.contexts or [prompt.closed_book]
-    length = reader.fitting_length(contexts)
-    filler: list[list[int]] = [[]] * (reader.rows - len(contexts))
-    padded = pad_left([*contexts, *filler], length=length, pad_id=reader.prompts.pad_id)
+    padding: list[list[int]] = [[]] * (reader.prompts.rows - len(contexts))
+    length = reader.prompts.fitting_length(contexts)
+    padded = pad_left([*contexts, *padding], length=length, pad_id=reader.lm.pad_id)
     weights = _weights(reader, prompt)
     mask = np.isfinite(weights)
     arrays = padded.ids, padded.mask, np.where(mask, weights, 0), mask
     found = search(
-        reader.system.workspace.lm.decoder,
-        reader.system.lm_params,
+        reader.lm.decoder,
+        reader.params,
         Prompts(*(jnp.asarray(array)[None] for array in arrays)),
         reader.limits,
         beams=_BEAMS,
     )
     size = int(found.lengths[0, 0])
     ids = np.asarray(found.ids)[0, 0, :size].tolist()
-    return Generated(ids, size < reader.max_target, reader.read(prompt), None)
+    return Generated(ids, size < reader.prompts.max_target, reader.read(prompt), None)

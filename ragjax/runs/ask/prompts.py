@@ -10,14 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from ragjax.data import DataError, DocumentTokens, PromptBuilder, PromptTemplate
-from ragjax.runs.system import System
+from ragjax.data import Corpus, DataError, DocumentTokens, PromptBuilder
+from ragjax.models.language_model import LanguageModel
+from ragjax.runs.options.shared import PromptConfig
+from ragjax.runs.workspace import make_prompts
 
-# Question lengths, in tokens, that have a shape of their own; then `question_tokens`.
+# Question lengths, in tokens, that have a shape of their own, beside `question_tokens`.
 _QUESTION_TOKENS = (24, 40)
 # Prompts of short documents need not be padded to the longest one's length.
 _SHORT_PROMPTS = (64, 96, 128)
-# Only so many documents are looked at for the longest.
+# The longest document is looked for among at most so many.
 _MEASURED_DOCUMENTS = 20_000
 
 
@@ -30,7 +32,7 @@ class ReaderOptions:
         document_tokens: Tokens read of each document.
         question_tokens: Tokens read of a question, at most half of what the model can read.
         max_new_tokens: T, tokens of an answer.
-        windows: Parts of a passage that are left out in turn to find what carries the answer.
+        windows: Parts of a passage that are masked in turn to find the words behind the answer.
     """
 
     documents: int = 4
@@ -49,25 +51,24 @@ class ReaderOptions:
 class Prompt(NamedTuple):
     """A question beside each of its documents, as token ids."""
 
-    question: str  # as it is read, that is, perhaps cut
+    question: str  # as it is read, perhaps truncated
     docs: tuple[int, ...]  # corpus rows, at most K
     contexts: list[list[int]]  # one per document
     places: list[tuple[int, int]]  # in each context: first token of the document, and its tokens
     joined: list[int]  # the context with all documents; empty: they do not fit
     closed_book: list[int]  # the context without a document
     log_weights: np.ndarray  # [K] float32, log p_R, -inf where there is no document
-    notes: tuple[str, ...]  # what was cut
+    notes: tuple[str, ...]  # what was truncated
 
 
-class Prompts:
-    """Makes prompts, and knows how long they can be.
+class ShapedPrompts:
+    """Makes prompts in few fixed shapes, those that questions of a corpus need.
 
     Attributes:
-        system: What answers.
         options: How much is read and written.
-        prompts: Joins token ids.
+        builder: Joins token ids.
         documents: Token ids of the corpus.
-        tokenizer: The language model's; spells special tokens out, as `prompts` does.
+        tokenizer: The language model's; spells special tokens out, as `builder` does.
         rows: K, fewer than asked for where the corpus is small.
         question_limit: Tokens read of a question.
         lengths: L of prompts with one document, rising.
@@ -77,48 +78,44 @@ class Prompts:
         cache_length: Slots for any prompt with one document, and the answer.
     """
 
-    def __init__(self, system: System, options: ReaderOptions) -> None:
-        """Finds the shapes that questions of this corpus need.
+    def __init__(self, lm: LanguageModel, corpus: Corpus, options: ReaderOptions) -> None:
+        """Computes the shapes.
 
         Raises:
             ValueError: The model's context has no room for a question, documents and an answer.
         """
-        workspace = system.workspace
-        lm = workspace.lm
-        self.system, self.options = system, options
-        self.prompts = _prompt_builder(system, options)
-        self.documents = DocumentTokens(self.prompts, workspace.dataset.corpus)
+        self.options, self.builder = options, _prompt_builder(lm, options)
+        self.documents = DocumentTokens(self.builder, corpus)
         self.tokenizer = Tokenizer.from_str(lm.tokenizer.to_str())
         self.tokenizer.encode_special_tokens = True
-        self.rows = min(options.documents, system.size)
-        self._fixed = len(self.prompts.context("", [[]]))
-        self._fixed_closed = len(self.prompts.context(""))
-        limit = self.prompts.max_context_length
+        self.rows = min(options.documents, len(corpus))
+        self._fixed = len(self.builder.context("", [[]]))
+        self._fixed_closed = len(self.builder.context(""))
+        limit = self.builder.max_context_length
         self.question_limit = min(options.question_tokens, max(1, (limit - self._fixed) // 2))
-        longest = self._longest_document() + self._fixed
+        document = self._longest_document(len(corpus))
+        separator = self.tokenizer.encode(self.builder.template.separator, add_special_tokens=False)
+        documents = self.rows * document + (self.rows - 1) * len(separator)
         questions = [n for n in _QUESTION_TOKENS if n < self.question_limit]
         questions.append(self.question_limit)
-        self.lengths = _ladder(_SHORT_PROMPTS, [longest + n for n in questions], limit)
-        self.closed_lengths = _ladder((), [self._fixed_closed + n for n in questions], limit)
-        separators = (self.rows - 1) * len(
-            self.tokenizer.encode(self.prompts.template.separator, add_special_tokens=False)
+        self.lengths = _ladder(
+            _SHORT_PROMPTS, [document + self._fixed + n for n in questions], limit
         )
-        all_documents = self._fixed + separators + self.rows * (longest - self._fixed)
-        self.concat_lengths = _ladder((), [all_documents + n for n in questions], limit)
-        # What follows a document: the rest of the context, and the answer.
+        self.closed_lengths = _ladder((), [self._fixed_closed + n for n in questions], limit)
+        self.concat_lengths = _ladder((), [documents + self._fixed + n for n in questions], limit)
         self.suffix_lengths = tuple(self._fixed + n + self.max_target for n in questions)
         self.cache_length = self.lengths[-1] + self.max_target
 
     @property
     def max_target(self) -> int:
         """T, tokens of an answer with those that begin it."""
-        return self.prompts.max_target_length
+        return self.builder.max_target_length
 
-    def prompt(self, question: str, docs: Sequence[int], doc_scores: Sequence[float]) -> Prompt:
+    def make(self, question: str, docs: Sequence[int], doc_scores: Sequence[float]) -> Prompt:
         """Puts a question beside each of its documents.
 
         Args:
-            question: Its text; what is too long is cut, and noted.
+            question: Its text; a long one is truncated, and that noted.
             docs: Corpus rows, best first; the first K are read.
             doc_scores: Logits of p_R.
 
@@ -127,16 +124,16 @@ class Prompts:
         """
         if not question.strip():
             raise ValueError("the question is empty; write at least one word")
-        question, notes = self._cut_question(question)
+        question, notes = self._truncated(question)
         docs = tuple(int(doc) for doc in docs[: self.rows])
         tokens = self.documents.get(docs)
-        contexts = [self.prompts.context(question, [ids]) for ids in tokens]
-        around = self.prompts.context(question, [[]])
+        contexts = [self.builder.context(question, [ids]) for ids in tokens]
+        around = self.builder.context(question, [[]])
         weights = np.full(self.rows, -np.inf, np.float32)
         if docs:
             scores = np.asarray(doc_scores[: len(docs)], np.float32)
             weights[: len(docs)] = scores - np.logaddexp.reduce(scores)
-        closed = self.prompts.context(question)
+        closed = self.builder.context(question)
         return Prompt(
             question=question,
             docs=docs,
@@ -151,33 +148,33 @@ class Prompts:
             notes=notes,
         )
 
-    def _cut_question(self, question: str) -> tuple[str, tuple[str, ...]]:
+    def _truncated(self, question: str) -> tuple[str, tuple[str, ...]]:
         """Returns as much of a question as is read, and a note if that is not all."""
         question = question.strip()  # else what is left of a long one may be blank
         encoding = self.tokenizer.encode(question, add_special_tokens=False)
-        cut = question
+        kept = question
         if len(encoding) > self.question_limit:
-            cut = question[: encoding.offsets[self.question_limit - 1][1]]
-        # Cut short, or beside the template, a text may take more tokens than it did.
-        while (excess := self._excess(cut)) > 0:
-            cut = cut[: -max(1, excess // 4)]  # no character takes more than 4 tokens
-        if cut == question:
+            kept = question[: encoding.offsets[self.question_limit - 1][1]]
+        # Truncated, or beside the template, a text may take more tokens than it did.
+        while (excess := self._excess(kept)) > 0:
+            kept = kept[: -max(1, excess // 4)]  # no character takes more than 4 tokens
+        if kept == question:
             return question, ()
-        read = len(self.tokenizer.encode(cut, add_special_tokens=False))
+        read = len(self.tokenizer.encode(kept, add_special_tokens=False))
         note = f"the question has {len(encoding)} tokens; the language model reads the first {read}"
-        return cut, (note,)
+        return kept, (note,)
 
     def _excess(self, question: str) -> int:
         """Returns how many tokens a question has beyond those that the shapes hold."""
         try:
-            beside = len(self.prompts.context(question, [[]])) - self._fixed
-            alone = len(self.prompts.context(question)) - self._fixed_closed
+            beside = len(self.builder.context(question, [[]])) - self._fixed
+            alone = len(self.builder.context(question)) - self._fixed_closed
         except DataError:  # beyond what the model can read
             return self.question_limit
         return max(beside, alone) - self.question_limit
 
-    def warm_up_prompts(self) -> Iterator[Prompt]:
-        """Yields prompts that together need every shape; what stands in them means nothing."""
+    def warm_up(self) -> Iterator[Prompt]:
+        """Yields dummy prompts that cover every compiled shape."""
         ladders = (
             self.lengths, self.closed_lengths, self.suffix_lengths, self.concat_lengths
         )  # fmt: skip
@@ -200,21 +197,16 @@ class Prompts:
         """Returns L, the length that the contexts of single documents are padded to."""
         return fitting(self.lengths, max(map(len, contexts)))
 
-    def concat_length(self, needed: int) -> int:
-        """Returns the length that a context of all documents together is padded to."""
-        return fitting(self.concat_lengths, needed)
-
     def _joined(self, question: str, tokens: Sequence[np.ndarray]) -> list[int]:
         try:
-            return self.prompts.context(question, tokens)
+            return self.builder.context(question, tokens)
         except DataError:  # there is no room for a token of each
             return []
 
-    def _longest_document(self) -> int:
-        corpus = self.system.workspace.dataset.corpus
-        if len(corpus) > _MEASURED_DOCUMENTS:
-            return self.prompts.template.max_document_tokens
-        return max(map(len, self.documents.get(range(len(corpus)))))
+    def _longest_document(self, count: int) -> int:
+        if count > _MEASURED_DOCUMENTS:
+            return self.builder.template.max_document_tokens
+        return max(map(len, self.documents.get(range(count))))
 
 
 def fitting(lengths: Sequence[int], needed: int) -> int:
@@ -222,21 +214,12 @@ def fitting(lengths: Sequence[int], needed: int) -> int:
     return min(length for length in lengths if length >= needed)
 
 
-def _prompt_builder(system: System, options: ReaderOptions) -> PromptBuilder:
-    lm = system.workspace.lm
-    template = PromptTemplate(
-        max_document_tokens=options.document_tokens, max_answer_tokens=options.max_new_tokens
+def _prompt_builder(lm: LanguageModel, options: ReaderOptions) -> PromptBuilder:
+    config = PromptConfig(
+        document_tokens=options.document_tokens, answer_tokens=options.max_new_tokens
     )
     try:
-        builder = PromptBuilder(
-            lm.tokenizer,
-            template=template,
-            max_length=lm.max_length,
-            pad_id=lm.pad_id,
-            bos_id=lm.bos_id,
-            context_end_ids=lm.text_format.context_end_ids,
-            target_start_ids=lm.text_format.target_start_ids,
-        )
+        builder = make_prompts(config, lm)
         # Room for a token of each document and of the question.
         builder.context("?", [[0]])
     except DataError as error:

@@ -4,7 +4,7 @@ Shapes: K documents, L prompt slots, C cache slots, T answer tokens, W windows, 
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from ragjax.generation.decoder import Prefilled
 from ragjax.generation.streaming import prefill
 from ragjax.models.decoder.cache import KVCache
 from ragjax.models.inputs import LMBatch
-from ragjax.runs.ask.prompts import Prompt, Prompts, ReaderOptions, fitting
+from ragjax.runs.ask.prompts import Prompt, ReaderOptions, ShapedPrompts, fitting
 from ragjax.runs.compare.answers import stop_ids
 from ragjax.runs.system import System
 
@@ -31,68 +31,55 @@ class Reading(NamedTuple):
     width: int  # L: the prompts end at this slot
 
 
-class Reader(Prompts):
-    """Reads, scores and leaves out, each document once.
+class Reader:
+    """Reads prompts, scores answers and masks parts of documents, each document read once.
 
     Attributes:
+        prompts: Makes the prompts.
+        lm: The language model.
+        params: Its parameters, adapted or not.
         limits: Where an answer ends.
     """
 
     def __init__(self, system: System, options: ReaderOptions) -> None:
-        """Finds the shapes that questions of this corpus need; see `Prompts`."""
-        super().__init__(system, options)
+        """Computes the shapes that questions of this corpus need; see `ShapedPrompts`."""
+        self.lm, self.params = system.workspace.lm, system.lm_params
+        self.prompts = ShapedPrompts(self.lm, system.workspace.dataset.corpus, options)
         self.limits = Limits(
-            max_new_tokens=self.max_target,
-            stop_ids=stop_ids(system.workspace.lm),
+            max_new_tokens=self.prompts.max_target,
+            stop_ids=stop_ids(self.lm),
             # An un-adapted model often begins its answer on a new line; that is no empty answer.
             min_new_tokens=1,
         )
 
     def read(self, prompt: Prompt) -> Reading:
         """Reads a question beside each of its documents, or closed book if it has none."""
-        contexts = prompt.contexts or [prompt.closed_book]
-        length = self.fitting_length(contexts)
-        return self.read_contexts(contexts, rows=self.rows, length=length, slots=self.cache_length)
+        prompts, contexts = self.prompts, prompt.contexts or [prompt.closed_book]
+        length = prompts.fitting_length(contexts)
+        padding: list[Sequence[int]] = [[]] * (prompts.rows - len(contexts))
+        return self._read([*contexts, *padding], length, prompts.cache_length)
 
-    def read_contexts(
-        self, contexts: Sequence[Sequence[int]], *, rows: int, length: int, slots: int
-    ) -> Reading:
-        """Reads contexts in rows of one length; rows to spare are masked."""
-        filler: list[Sequence[int]] = [[]] * (rows - len(contexts))
-        padded = pad_left([*contexts, *filler], length=length, pad_id=self.prompts.pad_id)
-        lm = self.system.workspace.lm
-        ids, mask = jnp.asarray(padded.ids), jnp.asarray(padded.mask)
-        params = self.system.lm_params
-        return Reading(prefill(lm.decoder, params, ids, mask, cache_length=slots), length)
+    def read_joined(self, prompt: Prompt) -> Reading:
+        """Reads the context with all documents, in one row."""
+        lengths = self.prompts.concat_lengths
+        length = fitting(lengths, len(prompt.joined))
+        return self._read([prompt.joined], length, lengths[-1] + self.prompts.max_target)
 
     def score(self, reading: Reading, target_ids: Sequence[int]) -> np.ndarray:
         """Scores one answer after every prompt that was read: `[K, T]` nats, 0 where padded."""
-        rows = reading.prefilled.logits.shape[0]
-        padded = pad_right([target_ids] * rows, length=self.max_target, pad_id=self.prompts.pad_id)
-        lm = self.system.workspace.lm
-        scores = _score(
-            lm.decoder,
-            self.system.lm_params,
-            reading.prefilled,
-            jnp.asarray(padded.ids),
-            jnp.asarray(padded.mask),
-        )
-        return np.asarray(scores)
+        targets = [target_ids] * reading.prefilled.logits.shape[0]
+        padded = self._pad_right(targets, self.prompts.max_target)
+        return np.asarray(_score(self.lm.decoder, self.params, reading.prefilled, *padded))
 
     def score_closed_book(self, prompt: Prompt, target_ids: Sequence[int]) -> np.ndarray:
         """Scores an answer without documents: `[1, T]` nats, 0 where padded."""
-        length = fitting(self.closed_lengths, len(prompt.closed_book))
+        length = fitting(self.prompts.closed_lengths, len(prompt.closed_book))
         # In one pass: so few tokens take as long as the weights take to come from memory.
-        packed = self.prompts.pack(
-            [prompt.closed_book],
-            [target_ids],
-            context_length=length,
-            target_length=self.max_target,
+        packed = self.prompts.builder.pack(
+            [prompt.closed_book], [target_ids], context_length=length
         )
-        lm = self.system.workspace.lm
-        batch = LMBatch(*map(jnp.asarray, packed))
-        scores = _score_alone(lm.family.token_log_probs, lm.config, self.system.lm_params, batch)
-        return np.asarray(scores)
+        function, batch = self.lm.family.token_log_probs, LMBatch(*map(jnp.asarray, packed))
+        return np.asarray(_score_alone(function, self.lm.config, self.params, batch))
 
     def leave_out(
         self,
@@ -123,7 +110,7 @@ class Reader(Prompts):
         context = prompt.contexts[row]
         start, size = prompt.places[row]
         shift = reading.width - len(context)  # prompts are padded on the left
-        keep = np.zeros((self.options.windows + 1, reading.width), bool)
+        keep = np.zeros((self.prompts.options.windows + 1, reading.width), bool)
         keep[:, shift:] = True
         for variant, places in enumerate(left_out, start=1):
             taken = [shift + start + place for place in places if place < size]
@@ -147,20 +134,17 @@ class Reader(Prompts):
         target_ids: Sequence[int],
     ) -> np.ndarray:
         tokens = [*suffix, *target_ids]
-        length = fitting(self.suffix_lengths, len(tokens))
-        padded = pad_right([tokens], length=length, pad_id=self.prompts.pad_id)
-        visible = np.zeros((len(keep), self.cache_length), bool)
+        visible = np.zeros((len(keep), self.prompts.cache_length), bool)
         visible[:, :end] = keep[:, :end]
         scores = _score_without_keys(
-            self.system.workspace.lm.decoder,
-            self.system.lm_params,
+            self.lm.decoder,
+            self.params,
             reading.prefilled,
             jnp.asarray(row),
             jnp.asarray(visible),
             # Positions stay, so that what is left stands where it stood.
             jnp.asarray(keep[0, :end].sum(), jnp.int32),
-            jnp.asarray(padded.ids),
-            jnp.asarray(padded.mask),
+            *self._pad_right([tokens], fitting(self.prompts.suffix_lengths, len(tokens))),
         )
         return np.asarray(scores)[:, len(suffix) : len(tokens)].sum(axis=1)
 
@@ -168,12 +152,24 @@ class Reader(Prompts):
         self, context: Sequence[int], keep: np.ndarray, target_ids: Sequence[int]
     ) -> np.ndarray:
         width = keep.shape[1]
-        padded = pad_left([context], length=width, pad_id=self.prompts.pad_id)
-        decoder, params = self.system.workspace.lm.decoder, self.system.lm_params
-        ids, mask = jnp.asarray(np.repeat(padded.ids, len(keep), axis=0)), jnp.asarray(keep)
-        slots = width + self.max_target
-        prefilled = prefill(decoder, params, ids, mask, cache_length=slots)
-        return self.score(Reading(prefilled, width), target_ids).sum(axis=1)
+        slots = width + self.prompts.max_target
+        reading = self._read([context] * len(keep), width, slots, mask=keep)
+        return self.score(reading, target_ids).sum(axis=1)
+
+    def _read(
+        self,
+        contexts: Sequence[Sequence[int]],
+        length: int,
+        slots: int,
+        mask: np.ndarray | None = None,
+    ) -> Reading:
+        """Reads contexts in rows of one length; `mask` in place of their own."""
+        padded = pad_left(contexts, length=length, pad_id=self.lm.pad_id)
+        arrays = jnp.asarray(padded.ids), jnp.asarray(padded.mask if mask is None else mask)
+        return Reading(prefill(self.lm.decoder, self.params, *arrays, cache_length=slots), length)
+
+    def _pad_right(self, ids: Sequence[Sequence[int]], length: int) -> Iterator[Array]:
+        return map(jnp.asarray, pad_right(ids, length=length, pad_id=self.lm.pad_id))
 
 
 @functools.partial(jit_decoding, static_argnames="decoder")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ragjax.data import Corpus
-from ragjax.runs.ask.asker import Answer, Reply, Source, Span
+from ragjax.runs.ask.asker import Answer, Reply, Source
+from ragjax.runs.ask.spans import Span
 
 # Turns text and the name of its part into what the terminal shows.
 Style = Callable[[str, str], str]
