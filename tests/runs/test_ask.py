@@ -349,11 +349,11 @@ def test_a_passage_read_to_its_end_is_read_whole_whatever_the_places_of_its_toke
             offsets = [*encoding.offsets[:-1], (len(text) - 2, len(text) - 1)]
             return _Encoding(offsets)
 
-    monkeypatch.setattr(titled.reader, "tokenizer", Tokenizer())
-    monkeypatch.setattr(titled, "_known", None)
-    assert titled._read(prompt, 0).text == "it likes 0"
+    monkeypatch.setattr(titled.reader.prompts, "tokenizer", Tokenizer())
+    monkeypatch.setattr(titled.spans, "_last", None)
+    assert titled.spans.read(prompt, 0).text == "it likes 0"
     assert titled.explain(given(titled, prompt, "0")).notes == ()
-    titled._known = None
+    titled.spans._last = None
 
 
 class _Encoding:
