@@ -232,7 +232,7 @@ class _Texts:
         """Tokens scored a second, from one batch of typical prompts."""
         workspace, lm, prompts = self.workspace, self.workspace.lm, self.workspace.prompts
         typical = min(self.config.prompt.document_tokens + 30, prompts.max_context_length)
-        batch = context_batches(workspace, [typical] * _CALIBRATION_ROWS)[0]
+        batch = context_batches(prompts, [typical] * _CALIBRATION_ROWS, self.config.score_tokens)[0]
         rows, length, targets = batch.batch_size, batch.length, prompts.max_target_length
         filler = LMBatch(*_filled(rows, length, lm.pad_id), *_filled(rows, targets, lm.pad_id))
         score, params = jax.jit(lm.token_log_probs), workspace.in_compute_dtype(lm.params)

@@ -10,7 +10,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ragjax.data import LengthBatch, Question, buckets_up_to, length_buckets, passage_text
+from ragjax.data import (
+    LengthBatch,
+    PromptBuilder,
+    Question,
+    buckets_up_to,
+    length_buckets,
+    passage_text,
+)
 from ragjax.index import SearchResult
 from ragjax.losses import (
     log_prob,
@@ -121,16 +128,18 @@ def target_log_probs(
     )
 
 
-def context_batches(workspace: Workspace, lengths: Sequence[int]) -> list[LengthBatch]:
-    """Groups prompts of similar length into batches of about `score_tokens`, few static shapes."""
+def context_batches(
+    prompts: PromptBuilder, lengths: Sequence[int], batch_tokens: int
+) -> list[LengthBatch]:
+    """Groups prompts of similar length into batches of about `batch_tokens`, few static shapes."""
     # A packed row holds targets too, and so may be longer than any context.
-    longest = max([workspace.prompts.max_context_length, *lengths])
+    longest = max([prompts.max_context_length, *lengths])
     buckets = buckets_up_to(longest, _CONTEXT_BUCKETS)
-    return length_buckets(lengths, batch_tokens=workspace.config.score_tokens, buckets=buckets)
+    return length_buckets(lengths, batch_tokens=batch_tokens, buckets=buckets)
 
 
 def pack_batch(
-    workspace: Workspace,
+    prompts: PromptBuilder,
     batch: LengthBatch,
     contexts: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
@@ -138,13 +147,13 @@ def pack_batch(
     """Returns the rows of a batch in its static shape; padding rows are masked.
 
     Args:
-        workspace: Prompts.
+        prompts: Pads the rows.
         batch: Which rows of `contexts`, and the shape.
         contexts: All contexts.
         targets: Targets of the batch's rows only.
     """
     filler: list[list[int]] = [[]] * (batch.batch_size - len(batch.rows))
-    packed = workspace.prompts.pack(
+    packed = prompts.pack(
         [contexts[row] for row in batch.rows] + filler,
         [*targets, *filler],
         context_length=batch.length,
@@ -204,17 +213,19 @@ def _batches(workspace: Workspace, pairs: Sequence[_Pair]) -> Iterator[_Batch]:
     if workspace.lm.family.packed_token_log_probs:
         yield from _packed_batches(workspace, pairs)
         return
-    contexts = [pair.context for pair in pairs]
-    for batch in context_batches(workspace, [len(context) for context in contexts]):
+    contexts, tokens = [pair.context for pair in pairs], workspace.config.score_tokens
+    for batch in context_batches(workspace.prompts, list(map(len, contexts)), tokens):
         chosen = [pairs[row] for row in batch.rows]
-        tokens = pack_batch(workspace, batch, contexts, [pair.target for pair in chosen])
-        yield _Batch([[pair] for pair in chosen], tokens)
+        packed = pack_batch(workspace.prompts, batch, contexts, [pair.target for pair in chosen])
+        yield _Batch([[pair] for pair in chosen], packed)
 
 
 def _packed_batches(workspace: Workspace, pairs: Sequence[_Pair]) -> Iterator[_Batch]:
     """Yields batches whose rows are one document and the questions that share it."""
     groups = _groups(pairs)
-    planned = context_batches(workspace, [_packed_length(group) for group in groups])
+    planned = context_batches(
+        workspace.prompts, list(map(_packed_length, groups)), workspace.config.score_tokens
+    )
     most: dict[int, int] = {}  # target tokens of a row, by length of the batch
     for batch in planned:
         tokens = max(sum(len(pair.target) for pair in groups[row]) for row in batch.rows)

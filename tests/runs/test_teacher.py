@@ -199,5 +199,7 @@ def test_the_ensemble_nll_is_the_marginal_over_documents(workspace, teacher, tmp
 def test_a_packed_row_may_be_longer_than_any_context(workspace):
     # It holds the targets too: a prompt that fills the model still finds a bucket.
     longest = workspace.prompts.max_context_length + workspace.config.prompt.answer_tokens
-    batches = teacher_module.context_batches(workspace, [longest, 40])
+    batches = teacher_module.context_batches(
+        workspace.prompts, [longest, 40], workspace.config.score_tokens
+    )
     assert [(batch.rows.tolist(), batch.length) for batch in batches] == [([0], longest), ([1], 64)]

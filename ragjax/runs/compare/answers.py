@@ -146,11 +146,14 @@ def _answer_concatenated(
     ]
     targets = _targets(workspace, requests)
     limits = _limits(workspace)
+    tokens = workspace.config.score_tokens
     with tqdm(total=len(requests), desc="answers", unit=" prompts", file=sys.stderr) as progress:
-        for batch in context_batches(workspace, [len(context) for context in contexts]):
+        for batch in context_batches(workspace.prompts, list(map(len, contexts)), tokens):
             if not all(_is_known(cache, keys[row]) for row in batch.rows):
                 rows = batch.rows.tolist()
-                packed = pack_batch(workspace, batch, contexts, [targets[row] for row in rows])
+                packed = pack_batch(
+                    workspace.prompts, batch, contexts, [targets[row] for row in rows]
+                )
                 result = score_and_generate(workspace.lm.decoder, model.params, packed, limits)
                 nlls = -np.asarray(result.token_log_probs).sum(axis=1)
                 _store(workspace, cache, [keys[r] for r in rows], result.generated, nlls,
@@ -219,7 +222,7 @@ def _question_batches(
 ) -> list[LengthBatch]:
     return [
         LengthBatch(batch.rows[start : start + size], batch.length, size)
-        for batch in context_batches(workspace, longest)
+        for batch in context_batches(workspace.prompts, longest, workspace.config.score_tokens)
         for size in [max(1, batch.batch_size // count)]
         for start in range(0, len(batch.rows), size)
     ]
