@@ -6,9 +6,9 @@ On the host that trains, and on any host that sees the same folder under any pat
         --refresh.workers
     python experiments/refresh_worker.py --root /mnt/shared/runs/mine/refresh --data FOLDER
 
-Any number of workers share the documents; start and stop them at any time. A worker that is killed
-costs the shard it was at, which another one repeats. Data and encoder must be the trainer's: their
-fingerprints are compared, and a worker with others leaves with code 2.
+Any number of workers share the documents; start and stop them at any time. The shard of a worker
+that is killed is encoded by another one. Data and encoder must be the trainer's: their fingerprints
+are compared, and a worker with others exits with code 2.
 """
 
 import os
@@ -18,21 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# The Rust tokenizers use their own threads; transformers talks about a missing PyTorch.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import jax
 import tyro
+from _program import BAD_INPUT, show_error
 
 from ragjax.data import Corpus
+from ragjax.data.fields import parse_fields
 from ragjax.models.encoder import load_encoder
 from ragjax.refresh import run_worker
 from ragjax.runs.indexes import corpus_task
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.training.loop import graceful_stop
-
-BAD_INPUT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +44,9 @@ class Flags:
         fields: As the trainer's `--data_options.fields`.
         on_bad_row: As the trainer's `--data_options.on_bad_row`.
         encode_tokens: Tokens in a batch on this host's devices; 0: as the trainer.
-        poll_seconds: Seconds between two looks for work.
-        heartbeat_seconds: Seconds between two signs of life.
-        once: Leave when there is no work.
+        poll_seconds: Seconds between two checks for work.
+        heartbeat_seconds: Seconds between two heartbeats.
+        once: Exit when there is no work.
         debug: Show tracebacks.
     """
 
@@ -70,13 +66,12 @@ class Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the script and returns its exit code: 0, 2 for bad input, 128 + signal if stopped."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags = tyro.cli(Flags, args=arguments, description=__doc__)
     try:
         return _run(flags)
     except (ValueError, OSError) as error:
-        if flags.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error, arguments)
         return BAD_INPUT
 
 
@@ -85,14 +80,11 @@ def _run(flags: Flags) -> int:
         raise ValueError(
             "--poll_seconds and --heartbeat_seconds must be positive, --encode_tokens not negative"
         )
-    pairs = [pair.split("=", 1) for pair in flags.fields.split(",") if pair.strip()]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"--fields {flags.fields!r}: expected id=docid,text=contents")
     with graceful_stop() as stop:
         corpus = Corpus.open(
             flags.data,
             cache=flags.cache or Path(flags.data) / "cache",
-            fields={name.strip(): value.strip() for name, value in pairs},
+            fields=parse_fields(flags.fields, flag="--fields"),
             on_bad_row=flags.on_bad_row,
         )
         encoder = load_encoder(flags.encoder, max_length=flags.encoder_max_length or None)

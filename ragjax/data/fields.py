@@ -21,6 +21,23 @@ _COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def parse_fields(text: str, *, flag: str) -> dict[str, str]:
+    """Returns the names in text such as `id=docid,text=contents`.
+
+    Args:
+        text: Pairs of a name in `DEFAULT_FIELDS` and one in the user's files.
+        flag: Flag that the text was given to, for the message.
+
+    Raises:
+        ValueError: The text is of another form.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value.strip()):
+            raise ValueError(f"{flag} {text!r}: expected id=docid,text=contents")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def resolve_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
     """Returns all field names: those given over the BEIR ones.
 

@@ -32,6 +32,7 @@ from ragjax.data import (
     truncation_note,
     write_python_docs,
 )
+from ragjax.data.fields import parse_fields
 from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_options
 from ragjax.models.inputs import Tokens
 from ragjax.models.language_model import LanguageModel, load_language_model
@@ -284,21 +285,13 @@ def read_data(config: RunConfig, folder: Path, report: Report) -> Dataset:
     dataset = read_beir(
         source,
         cache=folder / "data" / "cache",
-        fields=_fields(options.fields),
+        fields=parse_fields(options.fields, flag="--data_options.fields"),
         on_bad_row=options.on_bad_row,
         dev_fraction=config.dev_fraction,
     )
     for note in dataset.notes:
         report(f"note: {note}")
     return dataset
-
-
-def _fields(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    for name, equals, value in pairs:
-        if not (name.strip() and equals and value.strip()):
-            raise ValueError(f"--data_options.fields {text!r}: expected id=docid,text=contents")
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
