@@ -336,11 +336,7 @@ class Bench:
         return {name: np.asarray(metrics[name], float) for name in METRICS}
 
     def _encode(self, doc_params: Any) -> np.ndarray:
-        task = workspace_task(self._workspace)
-        return encode_corpus(
-            task.encode, doc_params, task.documents, task.tokenize, pad_id=task.pad_id,
-            options=task.options, make_tokens=task.make_tokens,
-        )  # fmt: skip
+        return encode_corpus(workspace_task(self._workspace), doc_params)
 
 
 class _Observed:

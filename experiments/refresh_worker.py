@@ -27,7 +27,7 @@ import tyro
 
 from ragjax.data import Corpus
 from ragjax.models.encoder import load_encoder
-from ragjax.refresh import run_worker
+from ragjax.refresh import WorkerOptions, run_worker
 from ragjax.runs.indexes import corpus_task
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.training.loop import graceful_stop
@@ -107,11 +107,13 @@ def _run(flags: Flags) -> int:
             task,
             encoder.params,
             stop=lambda: stop.signum is not None,
-            poll_seconds=flags.poll_seconds,
-            heartbeat_seconds=flags.heartbeat_seconds,
-            batch_tokens=flags.encode_tokens or None,
-            devices=devices if len(devices) > 1 else None,
-            once=flags.once,
+            options=WorkerOptions(
+                poll_seconds=flags.poll_seconds,
+                heartbeat_seconds=flags.heartbeat_seconds,
+                batch_tokens=flags.encode_tokens or None,
+                devices=devices if len(devices) > 1 else None,
+                once=flags.once,
+            ),
             report=lambda line: print(line, flush=True),
         )
         return 0 if stop.signum is None else 128 + stop.signum

@@ -99,18 +99,6 @@ def pad_left(ids: Sequence[Sequence[int]], *, length: int, pad_id: int) -> Padde
     return PaddedIds(padded, mask)
 
 
-def bucket_length(length: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> int:
-    """Returns the smallest bucket that holds `length` tokens.
-
-    Raises:
-        ValueError: No bucket does.
-    """
-    fitting = [bucket for bucket in buckets if bucket >= length]
-    if not fitting:
-        raise ValueError(f"{length} tokens exceed the largest bucket, {max(buckets, default=0)}")
-    return min(fitting)
-
-
 def truncation_note(num_truncated: int, num_texts: int, *, max_length: int, what: str) -> str:
     """Returns a sentence when more than 5 % of the texts were cut, else ""."""
     if num_truncated <= 0.05 * num_texts:

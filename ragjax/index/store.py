@@ -250,7 +250,7 @@ class ShardWriter:
                 f"Shard {shard} must be {(len(rows), self.spec.dim)} [rows, size], got "
                 f"{array.shape}."
             )
-        base.check_embeddings(array, name=f"embeddings in shard {shard}", first_row=rows.start)
+        base.check_embeddings(array, name=f"embeddings in shard {shard}", rows=rows)
         return array
 
     def _adopt(self, shard: int, digest: str) -> str | None:

@@ -33,7 +33,6 @@ from numpy.typing import ArrayLike, NDArray
 from ragjax.index import IndexSnapshot
 from ragjax.refresh.background import Background
 from ragjax.refresh.clock import StepClock
-from ragjax.refresh.encode import EncodeProgress
 from ragjax.refresh.export import read_export
 from ragjax.refresh.generations import GenerationStore
 from ragjax.refresh.options import (
@@ -44,8 +43,8 @@ from ragjax.refresh.options import (
     RefreshStatus,
     ResumeError,
 )
-from ragjax.refresh.pipeline import Export, Pipeline
-from ragjax.refresh.task import EncodeTask, Executor
+from ragjax.refresh.pipeline import Pipeline, Submission
+from ragjax.refresh.task import EncodeProgress, EncodeTask, Executor
 from ragjax.refresh.threads import ThreadExecutor
 from ragjax.refresh.triggers import Never, Trigger, TriggerContext
 from ragjax.storage import RunLock, check_writable
@@ -103,8 +102,7 @@ class Refresher:
         self.generations = GenerationStore(self.folder, keep=self._options.keep, report=report)
         cancelled = threading.Event()
         self._pipeline = Pipeline(
-            self.folder, task, self._executor, self.generations,
-            index=self._options.index, build=self._options.build, partial=self._options.partial,
+            self.folder, task, self._executor, self.generations, self._options,
             cancelled=cancelled, on_progress=self._note_progress, report=report,
         )  # fmt: skip
         self._pipeline.clean()
@@ -241,7 +239,7 @@ class Refresher:
         """
         probes = None if self._probe_queries is None else np.asarray(self._probe_queries())
         counts = self._pipeline.counts.state()
-        export = Export(self._executor.copy_params(params), step, counts, probes, embeddings)
+        export = Submission(self._executor.copy_params(params), step, counts, probes, embeddings)
         self._last_export_step = max(self._last_export_step, step)
         return self._background.hand_over(export)
 

@@ -106,10 +106,6 @@ def _candidates(workspace: Workspace, retriever: Retriever, count: int) -> Searc
     return search(workspace, retriever, workspace.questions["train"], count).hybrid
 
 
-def _first(found: SearchResult, k: int) -> SearchResult:
-    return SearchResult(found.doc_ids[:, :k], found.scores[:, :k], found.mask[:, :k])
-
-
 def _adapt_retriever(
     workspace: Workspace,
     config: AdaptConfig,
@@ -164,7 +160,7 @@ def _taught_round(
         known.append(str(path))
         if candidates is None:
             candidates = _candidates(workspace, retriever, config.candidates)
-        candidates = _first(candidates, config.candidates)
+        candidates = candidates.top(config.candidates)
         questions = workspace.questions["train"]
         scores = score_candidates(workspace, lm, questions, candidates, cache)
         targets = target_log_probs(config.target, scores, candidates)
@@ -182,7 +178,7 @@ def _labelled_round(
 
     def batch_of(step: int) -> Lessons:
         rows = question_rows(workspace, number, len(questions), step, batch_size=config.batch_size)
-        part = SearchResult(found.doc_ids[rows], found.scores[rows], found.mask[rows])
+        part = found.take(rows)
         chosen = [gold[row] for row in rows]
         seed = (workspace.config.seed + number, step)
         return labelled_lessons(part, chosen, config.candidates, seed=seed)

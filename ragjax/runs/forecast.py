@@ -16,6 +16,7 @@ from ragjax.index import choose_index
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.refresh import (
     RefreshForecast,
+    RefreshWork,
     estimate_build_seconds,
     forecast_refresh,
     parse_trigger,
@@ -289,7 +290,7 @@ def _cost(
         step_seconds = sum(seconds.get(stage, 0.0) for stage in _STEP_STAGES) / steps
         refresh = _refreshes(texts, steps, step_seconds, free_bytes)
         if refresh.shared_device:
-            every = max(refresh.steps_between or 1, refresh.fastest_steps)
+            every = max(refresh.work.steps_between or 1, refresh.fastest_steps)
             seconds["refreshes"] = steps / every * refresh.refresh_seconds
     index_bytes = size * workspace.encoder.embedding_size * 4 * encodings
     trained_bytes = (encodings - 1) * _num_bytes(
@@ -321,7 +322,7 @@ def _refreshes(texts: _Texts, steps: int, step_seconds: float, free_bytes: int) 
     # The drift trigger is never asked here, only for how often it fires: nobody can tell.
     trigger = parse_trigger(config.every, measure=lambda params, snapshot: 0.0)
     encoded = config.partial + (1 - config.partial) / config.full_every
-    return forecast_refresh(
+    work = RefreshWork(
         documents=size,
         dim=dim,
         encode_documents_per_second=texts.encoder_rate * size / texts.corpus / encoded,
@@ -334,6 +335,7 @@ def _refreshes(texts: _Texts, steps: int, step_seconds: float, free_bytes: int) 
         shared_device=not (config.devices or config.workers),
         free_bytes=free_bytes,
     )
+    return forecast_refresh(work)
 
 
 def _backward(config: LearningConfig, sizes: Any, whole: float) -> float:

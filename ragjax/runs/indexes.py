@@ -34,7 +34,7 @@ from ragjax.runs.workspace import (
     Workspace,
     tree_fingerprint,
 )
-from ragjax.training.live import Search, search_dense, search_reranked
+from ragjax.training.live import StepSearch, search_dense, search_reranked
 from ragjax.training.lsr import towers
 
 # A killed run encodes at most this many documents again.
@@ -154,7 +154,7 @@ def live_search(
     *,
     dense_weight: float,
     doc_params: Callable[[], Any],
-) -> Search:
+) -> StepSearch:
     """Returns how the documents of a training step are found in the index that serves.
 
     Args:
@@ -190,7 +190,7 @@ def live_search(
 class _Found:
     """One step's dense search as an index, for the hybrid."""
 
-    def __init__(self, search: Search, snapshot: IndexSnapshot, rows: np.ndarray) -> None:
+    def __init__(self, search: StepSearch, snapshot: IndexSnapshot, rows: np.ndarray) -> None:
         self._search, self._snapshot, self._rows = search, snapshot, rows
 
     @property
@@ -248,17 +248,15 @@ def _encode_corpus(
         workspace.stop.check()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    store = encode_to_store(
-        workspace.encoder.encode,
-        params,
+    task = corpus_task(
+        workspace.encoder,
         workspace.doc_ids,
-        list,
-        EmbeddingWriter.open(folder, spec),
-        pad_id=workspace.encoder.pad_id,
-        options=workspace.encode_options(),
-        make_tokens=Tokens,
-        progress=progress,
+        encode_tokens=workspace.config.encode_tokens,
+        rows_per_shard=_ROWS_PER_SHARD,
+        corpus_fingerprint=spec.corpus_fingerprint,
     )
+    writer = EmbeddingWriter.open(folder, spec)
+    store = encode_to_store(task, params, writer, progress=progress)
     return store.read()
 
 
@@ -341,8 +339,8 @@ def source_rows(corpus: Corpus, questions: Sequence[Question]) -> list[frozenset
 
 
 def search_without_sources(
-    search: Search, sources: Sequence[frozenset[int]], questions: Sequence[Question]
-) -> Search:
+    search: StepSearch, sources: Sequence[frozenset[int]], questions: Sequence[Question]
+) -> StepSearch:
     """Returns a search that looks deeper by as many documents as it leaves out.
 
     Args:

@@ -25,6 +25,7 @@ from ragjax.data import (
     batch_rows,
     buckets_up_to,
     encode_texts,
+    leaked_questions,
     passage_text,
     read_beir,
     truncation_note,
@@ -40,6 +41,7 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.training.loop import MetricsLog, StopFlag
 
 Report = Callable[[str], None]
+_SHOWN = 3  # ids in a note
 
 
 class FrozenLM(NamedTuple):
@@ -98,12 +100,7 @@ class Workspace:
 
     def gold_rows(self, split: str) -> list[dict[int, int]]:
         """Returns corpus row to grade for the questions used of a split."""
-        judged = self.dataset.qrels[split]
-        corpus = self.dataset.corpus
-        return [
-            {corpus.row_of(doc_id): grade for doc_id, grade in judged[question.id].items()}
-            for question in self.questions[split]
-        ]
+        return self.dataset.graded_rows(split, self.questions[split])
 
     def query_ids(self, questions: Sequence[Question]) -> list[list[int]]:
         """Returns the encoder's token ids of questions, with the encoder's query prefix."""
@@ -278,6 +275,13 @@ def read_data(config: RunConfig, folder: Path, report: Report) -> Dataset:
     )
     for note in dataset.notes:
         report(f"note: {note}")
+    for split in ("dev", "test"):
+        if leaked := leaked_questions(dataset, split=split):
+            report(
+                f"note: {len(leaked)} of the {len(dataset.questions[split])} {split} questions are"
+                f" also asked in train: {', '.join(leaked[:_SHOWN])}"
+                f"{', ...' if len(leaked) > _SHOWN else ''}"
+            )
     return dataset
 
 

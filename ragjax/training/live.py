@@ -26,10 +26,10 @@ from ragjax.refresh.task import EncodeTask
 from ragjax.training.steps import TrainState
 
 Freshness = Literal["frozen", "query_only", "rerank", "sync", "async"]
-Search = Callable[[IndexSnapshot, NDArray[np.int64], NDArray[np.float32], int], SearchResult]
+StepSearch = Callable[[IndexSnapshot, NDArray[np.int64], NDArray[np.float32], int], SearchResult]
 
 
-class Retrieved(NamedTuple):
+class StepDocuments(NamedTuple):
     """What a step learns from."""
 
     step: int
@@ -50,7 +50,7 @@ def search_dense(
     return snapshot.index.search(embeddings, k)
 
 
-def search_reranked(task: EncodeTask, doc_params: Callable[[], Any], *, factor: int) -> Search:
+def search_reranked(task: EncodeTask, doc_params: Callable[[], Any], *, factor: int) -> StepSearch:
     """Returns a search that takes `factor` x k documents and ranks them by live embeddings.
 
     Args:
@@ -85,7 +85,7 @@ class LiveRetrieval:
         encode_queries: Callable[[Any, NDArray[np.int64]], NDArray[np.float32]],
         rows_at: Callable[[int], NDArray[np.int64]],
         k: int,
-        search: Search = search_dense,
+        search: StepSearch = search_dense,
         embeddings: NDArray[np.float32] | None = None,
     ) -> None:
         """Takes its parts.
@@ -105,7 +105,7 @@ class LiveRetrieval:
         self._rows_at, self._k, self._search = rows_at, k, search
         self._embeddings = embeddings
         self._params: tuple[Any, Any] = (None, None)
-        self._retrieved: Retrieved | None = None
+        self._retrieved: StepDocuments | None = None
 
     @property
     def doc_params(self) -> Any:
@@ -117,7 +117,7 @@ class LiveRetrieval:
         """Live parameters of the query encoder, valid until the step that follows."""
         return self._params[0]
 
-    def retrieved(self, step: int) -> Retrieved:
+    def retrieved(self, step: int) -> StepDocuments:
         """Returns what `before_step(step)` found, for `batch_at(step)`.
 
         Raises:
@@ -154,7 +154,7 @@ class LiveRetrieval:
         self._params = self._towers(state.params)
         return self.refresher.update(step, self.doc_params)
 
-    def look_up(self, step: int, snapshot: IndexSnapshot) -> Callable[[], Retrieved]:
+    def look_up(self, step: int, snapshot: IndexSnapshot) -> Callable[[], StepDocuments]:
         """Embeds the questions of a step with the parameters of now; the search itself can wait.
 
         Returns:
@@ -163,9 +163,9 @@ class LiveRetrieval:
         """
         rows = self._rows_at(step)
         embeddings = self._encode_queries(self.query_params, rows)
-        return lambda: Retrieved(step, rows, self._search(snapshot, rows, embeddings, self._k))
+        return lambda: StepDocuments(step, rows, self._search(snapshot, rows, embeddings, self._k))
 
-    def note(self, retrieved: Retrieved) -> dict[str, float]:
+    def note(self, retrieved: StepDocuments) -> dict[str, float]:
         """Counts what a step retrieved; returns the metrics of the index and of that."""
         found = retrieved.found
         self.refresher.note_retrieved(found.doc_ids, found.mask)

@@ -3,8 +3,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ragjax.data import (
-    DEFAULT_BUCKETS,
-    bucket_length,
     encode_texts,
     pad_left,
     pad_right,
@@ -76,13 +74,6 @@ def test_padding_to_both_sides():
     for pad in (pad_left, pad_right):
         with pytest.raises(ValueError, match="3 tokens do not fit into a length of 2"):
             pad(ids, length=2, pad_id=9)
-
-
-def test_bucket_is_the_smallest_that_fits():
-    assert [bucket_length(n) for n in (0, 16, 17, 512)] == [16, 16, 32, 512]
-    assert bucket_length(5, [8, 4, 6]) == 6
-    with pytest.raises(ValueError, match="513 tokens exceed the largest bucket, 512"):
-        bucket_length(513, DEFAULT_BUCKETS)
 
 
 def test_truncation_note_above_five_percent():

@@ -209,7 +209,7 @@ def test_scores_of_a_step_are_those_of_the_whole_and_computed_once(make, base, t
         workspace, lm, questions, candidates, ResultCache(tmp_path / "a.jsonl", Score)
     )
     cache = ResultCache(tmp_path / "b.jsonl", Score)
-    part = SearchResult(*(field[:2] for field in candidates))
+    part = candidates.take(slice(2))
     score_step(workspace, lm, questions[:2], part, cache)
     known = dict(cache._results)
     stepwise = score_step(workspace, lm, questions, candidates, cache)

@@ -31,7 +31,7 @@ from ragjax.runs.train.end_to_end import choose_devices, make_reader, make_terms
 from ragjax.runs.trainable import split_models
 from ragjax.runs.workspace import FrozenLM, open_workspace, tower_params
 from ragjax.training import end_to_end as e2e
-from ragjax.training.live import Retrieved
+from ragjax.training.live import StepDocuments
 from ragjax.training.loop import Interrupted, MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -65,7 +65,7 @@ def opened(tiny_inputs, tmp_path_factory):
 def retrieved(workspace, width=3, rows=4):
     doc_ids = np.arange(rows * width, dtype=np.int32).reshape(rows, width)
     found = SearchResult(doc_ids, np.ones(doc_ids.shape, np.float32), np.ones(doc_ids.shape, bool))
-    return Retrieved(0, np.arange(rows), found)
+    return StepDocuments(0, np.arange(rows), found)
 
 
 def batch_of(opened, **training):

@@ -22,7 +22,7 @@ from ragjax.runs.workspace import (
     make_prompts,
 )
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, RagBatch
-from ragjax.training.live import Retrieved
+from ragjax.training.live import StepDocuments
 
 _CONTEXT_MULTIPLE = 32
 
@@ -78,7 +78,7 @@ class RagBatches:
         """Tokens of a document for the encoder, padding included."""
         return self._doc_length
 
-    def prepare(self, retrieved: Retrieved) -> tuple[RagBatch, Mapping[str, float]]:
+    def prepare(self, retrieved: StepDocuments) -> tuple[RagBatch, Mapping[str, float]]:
         """Returns the batch of a step and how much of the judged documents it found."""
         rows, found = retrieved.rows, retrieved.found
         doc_ids, mask = self._candidates(found)

@@ -26,7 +26,7 @@ from ragjax.runs.workspace import Workspace, question_rows
 from ragjax.training import end_to_end
 from ragjax.training.ahead import AheadRetrieval
 from ragjax.training.checkpoint import Checkpointer
-from ragjax.training.live import LiveRetrieval, Search
+from ragjax.training.live import LiveRetrieval, StepSearch
 from ragjax.training.loop import LoopConfig, run_steps
 from ragjax.training.lsr import towers
 from ragjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -198,7 +198,7 @@ def make_terms(
     return {name: (weight, term) for name, (weight, term) in terms.items() if weight}
 
 
-def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
+def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.LMReader:
     """Returns what the language model tells of a batch, computed in the dtype of the run.
 
     Raises:
@@ -211,7 +211,7 @@ def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
         )
     )
     if options.reader == "separate":
-        return end_to_end.Reader(separate)
+        return end_to_end.LMReader(separate)
     if not lm.family.has_encoder:
         raise ValueError(
             f"--language_model.reader fusion: {config.lm} is a causal decoder, which reads one"
@@ -220,7 +220,7 @@ def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
     fused = functools.partial(fusion_token_log_probs, lm.config, remat=options.remat)
     attention = functools.partial(fusion_attention_mass, lm.config)
     alone = objective.marginal_weight or (objective.lsr_weight and objective.score != "attention")
-    return end_to_end.Reader(
+    return end_to_end.LMReader(
         separate if alone else None,
         end_to_end.fusion_reader(_cast(workspace, fused)),
         end_to_end.fusion_reader(_cast(workspace, attention)),
@@ -271,7 +271,7 @@ def _open_retrieval(
     task = workspace_task(workspace)
     live: list[LiveRetrieval] = []  # filled below: its parts look at its parameters
     hybrid = config.training.candidates == "hybrid"
-    search: Search = live_search(
+    search: StepSearch = live_search(
         workspace,
         task,
         questions,
