@@ -38,14 +38,15 @@ import numpy as np
 from _beside import run_program
 
 from ragjax.evaluation import bootstrap_interval, paired_difference, retrieval_metrics
-from ragjax.index import ExactIndex
+from ragjax.index import EmbeddingWriter, ExactIndex
 from ragjax.models import DEFAULT_ENCODER
 from ragjax.models.testing import write_tiny_language_model
-from ragjax.refresh import encode_corpus
+from ragjax.refresh import encode_corpus, encode_to_store
+from ragjax.refresh.task import params_digest
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig
-from ragjax.runs.train.live import open_labelled, workspace_task
+from ragjax.runs.train.live import open_labelled
 from ragjax.runs.train.retriever import train_retriever
 from ragjax.runs.workspace import Workspace, open_workspace, tower_params
 from ragjax.training.live import LiveRetrieval
@@ -185,10 +186,13 @@ class Bench:
         write_tiny_language_model(Path(lm))
         config = dataclasses.replace(arm_config(flags, flags.arms[0], 0), lm=lm)
         workspace = open_workspace(config, output, stop=StopFlag(), report=print)
-        cut = [_cut(ids, flags.max_tokens) for ids in workspace.doc_ids]
-        self._workspace = dataclasses.replace(workspace, doc_ids=cut)
+        cut = [_cut(ids, flags.max_tokens) for ids in workspace.doc_tokens]
+        self._workspace = dataclasses.replace(workspace, doc_tokens=cut)
         self._lm = lm
-        self._before = self._encode(workspace.encoder.params)
+        task, params = self._workspace.task, workspace.encoder.params
+        spec = task.spec(params, params_digest=params_digest(params))
+        folder = Path(tempfile.mkdtemp(prefix="before-", dir=output)) / "embeddings"
+        self._before = encode_to_store(task, params, EmbeddingWriter.open(folder, spec))
 
     def key(self, arm: str, seed: int) -> str:
         """Returns what identifies a run among the results."""
@@ -336,7 +340,7 @@ class Bench:
         return {name: np.asarray(metrics[name], float) for name in METRICS}
 
     def _encode(self, doc_params: Any) -> np.ndarray:
-        return encode_corpus(workspace_task(self._workspace), doc_params)
+        return encode_corpus(self._workspace.task, doc_params)
 
 
 class _Observed:

@@ -28,8 +28,8 @@ import tyro
 from ragjax.data import Corpus
 from ragjax.models.encoder import load_encoder
 from ragjax.refresh import WorkerOptions, run_worker
-from ragjax.runs.indexes import corpus_task
 from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.workspace import corpus_task
 from ragjax.training.loop import graceful_stop
 
 BAD_INPUT = 2
@@ -97,7 +97,7 @@ def _run(flags: Flags) -> int:
         )
         encoder = load_encoder(flags.encoder, max_length=flags.encoder_max_length or None)
         # Sizes of batches and shards come with each job.
-        task = corpus_task(encoder, corpus, encode_tokens=1024, rows_per_shard=512)
+        task = corpus_task(encoder, corpus, encode_tokens=1024)
         devices = jax.local_devices()
         print(
             f"worker {os.getpid()}: {len(corpus):,} documents, {len(devices)} devices", flush=True

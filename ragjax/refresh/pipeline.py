@@ -54,7 +54,7 @@ class Submission(NamedTuple):
     step: int
     counts: NDArray[np.int64]  # [N] retrievals since a document was encoded, when it was exported
     probe_queries: NDArray[np.floating] | None  # [P, D]
-    embeddings: NDArray[np.float32] | None = None  # [N, D], where they need no encoding
+    store: EmbeddingStore | None = None  # of the embeddings, where they need no encoding
 
 
 class _Plan(NamedTuple):
@@ -182,8 +182,8 @@ class Pipeline:
             # The same parameters, so the index is as fresh as if it were built again.
             step = max(existing.encoder_step, export.step)
             return dataclasses.replace(existing, encoder_step=step)
-        spec = self._task.spec(export.params, params_digest=digest, step=export.step)
-        plan = _Plan(None, self._latest) if export.embeddings is not None else self._plan(export)
+        spec = self._task.spec(export.params, params_digest=digest)
+        plan = _Plan(None, self._latest) if export.store is not None else self._plan(export)
         folder = self._building_folder(spec, plan)
         started = time.monotonic()
         store = self._encode(export, spec, plan, folder)
@@ -253,8 +253,8 @@ class Pipeline:
         target = folder / EMBEDDINGS
         if finished := self._open_finished(target, spec):
             return finished
-        if export.embeddings is not None:
-            return _write_store(target, spec, export.embeddings)
+        if export.store is not None:
+            return _checked(export.store, spec).linked(target)
         if plan.rows is None:
             return self._request(export, target, spec, None)
         part = _part_spec(spec, plan.rows)
@@ -422,6 +422,18 @@ def _write_store(folder: Path, spec: StoreSpec, embeddings: NDArray[np.float32])
         rows = writer.rows(shard)
         writer.write(shard, embeddings[rows.start : rows.stop])
     return writer.publish()
+
+
+def _checked(store: EmbeddingStore, spec: StoreSpec) -> EmbeddingStore:
+    """Refuses embeddings of other documents or parameters than those that were handed over."""
+    for name in ("size", "dim", "corpus_fingerprint", "model_fingerprint", "dtype"):
+        found, wanted = getattr(store.spec, name), getattr(spec, name)
+        if found != wanted:
+            raise ValueError(
+                f"the embeddings in {store.folder} have {name} {found!r}, expected {wanted!r}; "
+                "encode the corpus again, or start without them"
+            )
+    return store
 
 
 def _part_spec(spec: StoreSpec, rows: NDArray[np.int64]) -> StoreSpec:

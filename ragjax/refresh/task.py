@@ -109,7 +109,7 @@ class EncodeTask:
 
         return int(jax.eval_shape(run, shapes, ids, mask).shape[1])
 
-    def spec(self, params: Any, *, params_digest: str, step: int) -> store.StoreSpec:
+    def spec(self, params: Any, *, params_digest: str) -> store.StoreSpec:
         """Returns what a store of all documents, encoded with these parameters, holds."""
         return store.StoreSpec(
             size=len(self.documents),
@@ -118,7 +118,6 @@ class EncodeTask:
             corpus_fingerprint=self.corpus_digest,
             settings={
                 "model": self.model_fingerprint,
-                "encoder_step": step,
                 "compute_dtype": self.options.compute_dtype,
             },
             dtype=self.dtype,
@@ -162,10 +161,10 @@ class Executor(Protocol):
 
 
 def params_digest(params: Any) -> str:
-    """Returns the sha256 of a tree of arrays: names, dtypes, shapes and bytes."""
+    """Returns a digest of a tree of arrays: names, shapes, dtypes and bytes; 32 hex digits."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
+        digest.update(f"{jax.tree_util.keystr(path)}{np.shape(leaf)}{array.dtype}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]

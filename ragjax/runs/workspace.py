@@ -4,21 +4,25 @@ Q questions, N documents, D embedding size.
 """
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from ragjax.data import (
+    Corpus,
+    CorpusTokens,
     Dataset,
     DocumentTokens,
+    Passage,
     PromptBuilder,
     PromptTemplate,
     Question,
@@ -28,14 +32,15 @@ from ragjax.data import (
     leaked_questions,
     passage_text,
     read_beir,
-    truncation_note,
     write_python_docs,
 )
 from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_options
 from ragjax.models.inputs import Tokens
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.layers.stacks import cast_floats
-from ragjax.refresh import EncodeOptions, encode_token_ids
+from ragjax.refresh import EncodeTask, encode_corpus
+from ragjax.refresh.batches import DEFAULT_BUCKETS, EncodeOptions
+from ragjax.refresh.task import params_digest
 from ragjax.runs.folder import add_seconds
 from ragjax.runs.options.shared import RunConfig
 from ragjax.training.loop import MetricsLog, StopFlag
@@ -64,7 +69,7 @@ class Workspace:
         lm: The un-adapted language model.
         prompts: Turns (documents, question, answer) into token ids, for scoring and answering.
         documents: Token ids of the documents for the language model.
-        doc_ids: Encoder token ids of the documents, N lists.
+        doc_tokens: Encoder token ids of the documents, N lists.
         metrics: Per-step metrics.
         stop: Set by a signal.
         report: Shows one line to the user.
@@ -79,7 +84,7 @@ class Workspace:
     lm: LanguageModel
     prompts: PromptBuilder
     documents: DocumentTokens
-    doc_ids: list[list[int]]
+    doc_tokens: CorpusTokens
     metrics: MetricsLog
     stop: StopFlag
     report: Report
@@ -110,18 +115,17 @@ class Workspace:
 
     def encode_queries(self, params: Any, questions: Sequence[Question]) -> np.ndarray:
         """Returns query embeddings `[Q, D]` float32."""
-        return encode_token_ids(
-            self.encoder.encode,
-            params,
-            self.query_ids(questions),
-            pad_id=self.encoder.pad_id,
-            options=self.encode_options(),
-            make_tokens=Tokens,
-        )
+        return encode_corpus(self.task.of_token_ids(self.query_ids(questions)), params)
 
-    def encode_options(self) -> EncodeOptions:
-        """Returns how texts are grouped for the encoder."""
-        return EncodeOptions(batch_tokens=self.config.encode_tokens, buckets=self.buckets())
+    @functools.cached_property
+    def task(self) -> EncodeTask:
+        """The corpus as the encoder encodes it, whatever its parameters become."""
+        return corpus_task(
+            self.encoder,
+            self.doc_tokens,
+            encode_tokens=self.config.encode_tokens,
+            corpus_fingerprint=self.dataset.corpus.fingerprint,
+        )
 
     def in_compute_dtype(self, params: Any) -> Any:
         """Returns the language model's parameters in the dtype that it computes in."""
@@ -135,7 +139,7 @@ class Workspace:
 
     def adapted_lm(self, params: Any) -> FrozenLM:
         """Returns the language model with adapted parameters as it scores and answers."""
-        return self._frozen(params, tree_fingerprint(params))
+        return self._frozen(params, params_digest(params))
 
     def _frozen(self, params: Any, fingerprint: str) -> FrozenLM:
         dtype = self.config.compute_dtype
@@ -151,17 +155,47 @@ class Workspace:
 
     def buckets(self) -> tuple[int, ...]:
         """Returns the lengths, in tokens, that encoder inputs are padded to."""
-        return buckets_up_to(self.encoder.max_length, EncodeOptions().buckets)
+        return self.task.options.buckets
 
 
-def tree_fingerprint(tree: Any) -> str:
-    """Returns a digest of a tree of arrays: names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:32]
+def corpus_task(
+    encoder: TextEncoder,
+    corpus: Corpus | CorpusTokens,
+    *,
+    encode_tokens: int,
+    corpus_fingerprint: str = "",
+) -> EncodeTask:
+    """Returns the task of encoding a corpus with an encoder, whatever its weights become.
+
+    A trainer and its worker processes must agree on it.
+
+    Args:
+        encoder: The un-adapted encoder; its fingerprint says where the weights started.
+        corpus: Passages, tokenised when they are encoded, or the encoder's token ids of each.
+        encode_tokens: Tokens in a batch, padding included.
+        corpus_fingerprint: Of the corpus that token ids come from; "" takes that of `corpus`.
+    """
+    longest = encoder.max_length
+    task = EncodeTask(
+        encode=encoder.encode,
+        documents=cast(Sequence[Any], corpus),  # read by index only
+        pad_id=encoder.pad_id,
+        make_tokens=Tokens,
+        options=EncodeOptions(
+            batch_tokens=encode_tokens, buckets=buckets_up_to(longest, DEFAULT_BUCKETS)
+        ),
+        corpus_fingerprint=corpus_fingerprint,
+        model_fingerprint=encoder.fingerprint,
+    )
+    if not isinstance(corpus, Corpus):
+        return task
+
+    def tokenize(passages: Sequence[Passage]) -> list[list[int]]:
+        texts = [encoder.doc_prefix + passage_text(passage) for passage in passages]
+        return encode_texts(encoder.tokenizer, texts, max_length=longest).ids
+
+    fingerprint = corpus_fingerprint or corpus.fingerprint
+    return dataclasses.replace(task, tokenize=tokenize, corpus_fingerprint=fingerprint)
 
 
 def open_workspace(
@@ -199,7 +233,7 @@ def make_workspace(
     stop: StopFlag,
     report: Report = print,
 ) -> Workspace:
-    """Puts data and models that are read already together; tokenises the corpus for the encoder.
+    """Puts data and models that are read already together.
 
     Args:
         config: Options of the run.
@@ -216,13 +250,13 @@ def make_workspace(
         f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions"
     )
     report(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
-    texts = [encoder.doc_prefix + passage_text(passage) for passage in dataset.corpus]
-    encoded = encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length)
-    note = truncation_note(
-        encoded.num_truncated, len(texts), max_length=encoder.max_length, what="documents"
+    doc_tokens = CorpusTokens(
+        len(dataset.corpus),
+        lambda: (encoder.doc_prefix + passage_text(passage) for passage in dataset.corpus),
+        encoder.tokenizer,
+        max_length=encoder.max_length,
+        report=lambda note: report(f"note: {note} for the encoder"),
     )
-    if note:
-        report(f"note: {note} for the encoder")
     prompts = make_prompts(config, lm)
     return Workspace(
         config=config,
@@ -233,7 +267,7 @@ def make_workspace(
         lm=lm,
         prompts=prompts,
         documents=DocumentTokens(prompts, dataset.corpus),
-        doc_ids=encoded.ids,
+        doc_tokens=doc_tokens,
         metrics=MetricsLog(folder / "metrics.jsonl"),
         stop=stop,
         report=report,

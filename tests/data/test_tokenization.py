@@ -3,6 +3,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ragjax.data import (
+    CorpusTokens,
     encode_texts,
     pad_left,
     pad_right,
@@ -82,3 +83,32 @@ def test_truncation_note_above_five_percent():
     assert truncation_note(6, 100, max_length=8, what="passages") == (
         "6 of 100 passages (6%) are longer than 8 tokens and were cut"
     )
+
+
+def test_corpus_tokens_are_made_once_when_first_asked_for(tokenizer):
+    texts = ["a b c", "", "d " * 2000, *(f"{'abcdefgh'[n % 8]} e" for n in range(2000))]
+    read, told = [], []
+
+    def stream():
+        for text in texts:
+            read.append(text)
+            yield text
+
+    tokens = CorpusTokens(len(texts), stream, tokenizer, max_length=9, report=told.append)
+    assert len(tokens) == len(texts) and not read
+    expected = encode_texts(tokenizer, texts, max_length=9)
+    assert [tokens[row] for row in range(len(texts))] == list(tokens) == expected.ids
+    assert tokens[-1] == expected.ids[-1] and tokens[np.int64(1)] == expected.ids[1]
+    assert tokens[1:6:2] == expected.ids[1:6:2]
+    assert tokens.lengths.tolist() == [len(ids) for ids in expected.ids]
+    assert read == texts and told == []
+    with pytest.raises(IndexError):
+        tokens[len(texts)]
+
+
+def test_corpus_tokens_tell_when_many_texts_are_cut(tokenizer):
+    told = []
+    texts = ["a b c d e f"] * 3
+    tokens = CorpusTokens(3, lambda: texts, tokenizer, max_length=4, report=told.append)
+    assert tokens[0] == encode_texts(tokenizer, texts[:1], max_length=4).ids[0]
+    assert told == ["3 of 3 documents (100%) are longer than 4 tokens and were cut"]

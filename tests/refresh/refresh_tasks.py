@@ -50,7 +50,7 @@ def make_task(*, seconds_per_shard=0.0, **changes):
 
 
 def make_request(folder, task, params, *, rows=None, step=0, cancelled=None, progress=None):
-    spec = task.spec(params, params_digest=params_digest(params), step=step)
+    spec = task.spec(params, params_digest=params_digest(params))
     if rows is not None:
         spec = type(spec)(**(vars(spec) | {"size": len(rows), "corpus_fingerprint": "part"}))
     return EncodeRequest(

@@ -15,13 +15,13 @@ import pytest
 from programs import ROOT, environment
 
 from ragjax.index import SearchResult
-from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor, live_embeddings
+from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor
 from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.teacher import score_candidates, score_step
 from ragjax.runs.train import retriever as stages
-from ragjax.runs.train.live import open_labelled, open_refresher, refresh_options, workspace_task
+from ragjax.runs.train.live import open_labelled, open_refresher, refresh_options
 from ragjax.runs.train.retriever import labelled_lessons, train_retriever
 from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.training.loop import MetricsLog, StopFlag
@@ -66,16 +66,10 @@ def make(base, tmp_path):
     return make_one
 
 
-def embeddings_of(workspace, doc_params):
-    task = workspace_task(workspace)
-    return live_embeddings(task, doc_params)(np.arange(len(task.documents)))
-
-
 def train(workspace, params=None):
     """Trains the retriever half; returns the towers and the metrics of each step."""
     params = params or tower_params(workspace)
-    before = embeddings_of(workspace, workspace.encoder.params)
-    half = open_labelled(workspace, workspace.config.retriever, params, before)
+    half = open_labelled(workspace, workspace.config.retriever, params)
     with closing(half.retrieval.refresher):
         questions = workspace.questions["train"]
         trained = train_retriever(
@@ -189,7 +183,8 @@ def test_the_judged_document_of_one_question_is_no_negative_of_another(make):
         np.ones((4, 2), bool),
     )  # fmt: skip
     lessons = labelled_lessons(found, gold, 3, seed=(0, 0))
-    batch_at = stages._lsr_batches(workspace, 0, workspace.questions["train"], lambda step: lessons)
+    config, questions = workspace.config.retriever, workspace.questions["train"]
+    batch_at = stages._lsr_batches(workspace, config, 0, questions, lambda step: lessons)
     batch = batch_at(0)
     target = np.exp(np.asarray(batch.target_log_probs))
     np.testing.assert_allclose(target.sum(axis=1), 1, rtol=1e-6)
@@ -254,7 +249,7 @@ def test_the_options_reach_the_refresher():
 )
 def test_the_executor_is_the_one_asked_for(make, refresh, kind, devices):
     workspace, _ = make(mode="async", **refresh)
-    with closing(open_refresher(workspace, workspace_task(workspace), lambda: None)) as refresher:
+    with closing(open_refresher(workspace, lambda: None)) as refresher:
         assert type(refresher._executor) is kind
         assert getattr(refresher._executor, "devices", None) == devices
 
@@ -262,7 +257,7 @@ def test_the_executor_is_the_one_asked_for(make, refresh, kind, devices):
 def test_more_devices_than_there_are_is_refused(make):
     workspace, _ = make(mode="async", devices=8)
     with pytest.raises(ValueError, match="there are 8 local devices and training needs one"):
-        open_refresher(workspace, workspace_task(workspace), lambda: None)
+        open_refresher(workspace, lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_batch_holds_what_was_retrieved(opened):
     assert workspace.questions["train"][1].text in text
     answer = tokenizer.decode(np.asarray(batch.target_ids[1])[np.asarray(batch.target_mask[1])])
     assert answer.strip().startswith(workspace.questions["train"][1].answers[0])
-    ids = workspace.doc_ids[5]
+    ids = workspace.doc_tokens[5]
     np.testing.assert_array_equal(batch.docs.ids[1, 2, : len(ids)], ids)
     gold = [next(iter(rows)) for rows in workspace.gold_rows("train")]
     hits = [gold[row] in range(3 * row, 3 * row + 3) for row in range(4)]
@@ -155,7 +155,7 @@ def test_a_short_result_is_masked(opened):
 def test_documents_and_doc_tokens_set_the_shapes(opened):
     config, workspace = opened
     more = dataclasses.replace(config, training=TrainingConfig(documents=500, batch_size=4))
-    assert RagBatches(workspace, more, lambda b: b).num_retrieved == len(workspace.doc_ids)
+    assert RagBatches(workspace, more, lambda b: b).num_retrieved == len(workspace.doc_tokens)
     shorter = dataclasses.replace(config, retriever=TowersConfig(doc_tokens=9))
     lengths = [RagBatches(workspace, c, lambda b: b).doc_tokens for c in (config, shorter)]
     assert lengths[0] > lengths[1]

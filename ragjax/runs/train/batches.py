@@ -57,7 +57,7 @@ class RagBatches:
         self._query_ids = workspace.query_ids(questions)
         self._gold = gold_sets(workspace)
         self._sources = sources
-        length = max(map(len, workspace.doc_ids))
+        length = int(workspace.doc_tokens.lengths.max())
         self._query_length = bucket_of(workspace, max(map(len, self._query_ids)))
         self._doc_length = bucket_of(workspace, min(config.retriever.doc_tokens, length))
         self._context_length = self._longest_context()
@@ -66,7 +66,7 @@ class RagBatches:
             [workspace.encoder.doc_prefix],
             max_length=workspace.encoder.max_length,
         ).ids[0]
-        self.num_retrieved = min(config.training.documents, len(workspace.doc_ids))
+        self.num_retrieved = min(config.training.documents, len(workspace.doc_tokens))
 
     @property
     def context_tokens(self) -> int:
@@ -162,7 +162,7 @@ class RagBatches:
             if doc == NULL_DOC
             else empty
             if doc == NO_SLOT
-            else cut_ids(self._workspace.doc_ids[doc], self._doc_length)
+            else cut_ids(self._workspace.doc_tokens[doc], self._doc_length)
             for doc in slots.reshape(-1).tolist()
         ]
         tokens = self._tokens(ids, self._doc_length)

@@ -1,7 +1,7 @@
 """The end-to-end stage of a run: retrieval, loss, devices and the loop, put together."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ragjax.runs.indexes import Retriever, live_search, search_without_sources, 
 from ragjax.runs.options.end_to_end import ObjectiveConfig, RagConfig
 from ragjax.runs.teacher import SCORES
 from ragjax.runs.train.batches import RagBatches, total_steps
-from ragjax.runs.train.live import open_refresher, workspace_task
+from ragjax.runs.train.live import open_retrieval
 from ragjax.runs.trainable import (
     END_TO_END,
     SplitModels,
@@ -26,7 +26,6 @@ from ragjax.runs.workspace import Workspace, question_rows
 from ragjax.training import end_to_end
 from ragjax.training.ahead import AheadRetrieval
 from ragjax.training.checkpoint import Checkpointer
-from ragjax.training.live import LiveRetrieval, StepSearch
 from ragjax.training.loop import LoopConfig, run_steps
 from ragjax.training.lsr import towers
 from ragjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -112,8 +111,17 @@ def train_end_to_end(
         accumulate=config.training.accumulate,
         weight=lambda batch: np.float32(1.0) * batch.target_ids.shape[0],
     )
-    retrieval = _open_retrieval(
-        workspace, config, bm25, before, parts, batches.num_retrieved, sources=sources
+    hybrid = bm25 if config.training.candidates == "hybrid" else None
+    search = live_search(workspace, hybrid, dense_weight=before.hybrid.dense_weight)
+    if sources is not None:
+        search = search_without_sources(search, sources, questions)
+    retrieval = open_retrieval(
+        workspace,
+        search,
+        split=lambda trainable: towers(parts.whole_towers(trainable), None),
+        batch_size=config.training.batch_size,
+        k=batches.num_retrieved,
+        store=before.store,
     )
     host = AheadRetrieval(
         retrieval,
@@ -255,42 +263,3 @@ def _optimizer(config: RagConfig, parts: SplitModels, steps: int) -> Any:
         clip_norm=training.clip_norm,
     )
     return make_optimizer(options, total_steps=steps, learning_rates=rates)
-
-
-def _open_retrieval(
-    workspace: Workspace,
-    config: RagConfig,
-    bm25: Bm25Index,
-    before: Retriever,
-    parts: SplitModels,
-    k: int,
-    *,
-    sources: Sequence[frozenset[int]] | None,
-) -> LiveRetrieval:
-    questions = workspace.questions["train"]
-    task = workspace_task(workspace)
-    live: list[LiveRetrieval] = []  # filled below: its parts look at its parameters
-    hybrid = config.training.candidates == "hybrid"
-    search: StepSearch = live_search(
-        workspace,
-        task,
-        questions,
-        bm25 if hybrid else None,
-        dense_weight=before.hybrid.dense_weight,
-        doc_params=lambda: live[0].doc_params,
-    )
-    if sources is not None:
-        search = search_without_sources(search, sources, questions)
-    retrieval = LiveRetrieval(
-        open_refresher(workspace, task, lambda: live[0].query_params),
-        towers=lambda trainable: towers(parts.whole_towers(trainable), None),
-        encode_queries=lambda params, rows: workspace.encode_queries(
-            params, [questions[row] for row in rows]
-        ),
-        rows_at=lambda step: _rows(workspace, config, step),
-        k=k,
-        search=search,
-        embeddings=before.embeddings,
-    )
-    live.append(retrieval)
-    return retrieval

@@ -3,43 +3,41 @@
 Q questions, B of them a step, K candidates, N documents, D embedding size.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
-from ragjax.index import Bm25Index
+from ragjax.index import Bm25Index, EmbeddingStore
 from ragjax.refresh import (
     BuildOptions,
     EmbeddingDrift,
-    EncodeTask,
     Executor,
+    OnDrift,
     PartialPolicy,
     ProcessExecutor,
     Refresher,
     RefreshOptions,
     ThreadExecutor,
-    parse_trigger,
 )
-from ragjax.runs.indexes import Retriever, corpus_task, live_search
+from ragjax.runs.indexes import Retriever, live_search
 from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.teacher import score_step, target_log_probs
 from ragjax.runs.train.retriever import BatchOf, Lessons, labelled_lessons, train_retriever
 from ragjax.runs.trainable import retriever_parts, whole_towers
 from ragjax.runs.workspace import FrozenLM, Workspace, gold_sets, question_rows
-from ragjax.training.live import LiveRetrieval, refresh_trigger
+from ragjax.training.live import LiveRetrieval, StepSearch, refresh_trigger
 from ragjax.training.lsr import towers
 from ragjax.training.score_cache import ResultCache, Score
 
 # Questions whose results measure the recall of an index and how much a refresh changed them.
 _PROBES = 64
 _DRIFT_PROBES = 64
-_ROWS_PER_SHARD = 512
 
 
 class LiveHalf(NamedTuple):
@@ -75,7 +73,7 @@ def train_live(
     questions = workspace.questions["train"]
     if config.objective == "dpr":
         # Labels need the dense index's own mistakes; a teacher the best candidates there are.
-        half = open_labelled(workspace, config, params, before.embeddings)
+        half = open_labelled(workspace, config, params, before.store)
     else:
         half = open_taught(workspace, config, bm25, before, params, lm, cache)
     with closing(half.retrieval.refresher):
@@ -88,7 +86,7 @@ def open_labelled(
     workspace: Workspace,
     config: RetrieverConfig,
     params: dict[str, Any],
-    embeddings: NDArray[np.float32],
+    store: EmbeddingStore | None = None,
 ) -> LiveHalf:
     """Opens live retrieval of hard negatives for the relevance judgements (`dpr`).
 
@@ -96,12 +94,13 @@ def open_labelled(
         workspace: Data, models, options.
         config: Options of the stage.
         params: Towers before training.
-        embeddings: `[N, D]` of the documents with them.
+        store: Embeddings of the documents with them; None encodes the documents.
 
     Returns:
         The host's side, whose refresher the caller closes, and the lessons.
     """
-    retrieval = _open(workspace, config, params, embeddings, None, 1.0, k=config.negative_depth)
+    search = live_search(workspace, None, dense_weight=1.0)
+    retrieval = _open(workspace, config, params, search, config.negative_depth, store)
     gold = gold_sets(workspace)
 
     def batch_of(step: int) -> Lessons:
@@ -124,15 +123,8 @@ def open_taught(
 ) -> LiveHalf:
     """Opens live retrieval of candidates that the language model scores; see `train_live`."""
     questions = workspace.questions["train"]
-    retrieval = _open(
-        workspace,
-        config,
-        params,
-        before.embeddings,
-        bm25,
-        before.hybrid.dense_weight,
-        k=config.candidates,
-    )
+    search = live_search(workspace, bm25, dense_weight=before.hybrid.dense_weight)
+    retrieval = _open(workspace, config, params, search, config.candidates, before.store)
 
     def batch_of(step: int) -> Lessons:
         _, rows, found = retrieval.retrieved(step)
@@ -144,82 +136,84 @@ def open_taught(
     return LiveHalf(retrieval, batch_of)
 
 
-def _open(
+def open_retrieval(
     workspace: Workspace,
-    config: RetrieverConfig,
-    params: dict[str, Any],
-    embeddings: NDArray[np.float32],
-    bm25: Bm25Index | None,
-    dense_weight: float,
+    search: StepSearch,
     *,
+    split: Callable[[Any], tuple[Any, Any]],
+    batch_size: int,
     k: int,
+    store: EmbeddingStore | None,
 ) -> LiveRetrieval:
+    """Opens live retrieval for the training questions of a run.
+
+    Args:
+        workspace: Data, models, options.
+        search: Finds the documents of a step.
+        split: Trainable parameters to those of the query and of the document encoder.
+        batch_size: Questions a step.
+        k: Documents of each.
+        store: Embeddings of the documents by the un-adapted encoder; None encodes them.
+    """
     questions = workspace.questions["train"]
-    task = workspace_task(workspace)
-    parts = retriever_parts(config, params, seed=workspace.config.seed)
-    live: list[LiveRetrieval] = []  # filled below: its parts look at its parameters
-    refresher = open_refresher(workspace, task, lambda: live[0].query_params)
-    retrieval = LiveRetrieval(
-        refresher,
-        towers=lambda trainable: towers(whole_towers(parts, trainable), None),
+    return LiveRetrieval(
+        functools.partial(open_refresher, workspace),
+        towers=split,
         encode_queries=lambda params, rows: workspace.encode_queries(
             params, [questions[row] for row in rows]
         ),
         rows_at=lambda step: question_rows(
-            workspace, 0, len(questions), step, batch_size=config.batch_size
+            workspace, 0, len(questions), step, batch_size=batch_size
         ),
-        k=min(k, len(workspace.doc_ids)),
-        search=live_search(
-            workspace,
-            task,
-            questions,
-            bm25,
-            dense_weight=dense_weight,
-            doc_params=lambda: live[0].doc_params,
-        ),
-        embeddings=embeddings,
-    )
-    live.append(retrieval)
-    return retrieval
-
-
-def workspace_task(workspace: Workspace) -> EncodeTask:
-    """Returns the corpus of a run as the refresher encodes it."""
-    return corpus_task(
-        workspace.encoder,
-        workspace.doc_ids,
-        encode_tokens=workspace.config.encode_tokens,
-        rows_per_shard=_ROWS_PER_SHARD,
-        corpus_fingerprint=workspace.dataset.corpus.fingerprint,
+        k=min(k, len(workspace.doc_tokens)),
+        search=search,
+        store=store,
     )
 
 
-def open_refresher(
-    workspace: Workspace, task: EncodeTask, query_params: Callable[[], Any]
-) -> Refresher:
+def _open(
+    workspace: Workspace,
+    config: RetrieverConfig,
+    params: dict[str, Any],
+    search: StepSearch,
+    k: int,
+    store: EmbeddingStore | None,
+) -> LiveRetrieval:
+    parts = retriever_parts(config, params, seed=workspace.config.seed)
+    return open_retrieval(
+        workspace,
+        search,
+        split=lambda trainable: towers(whole_towers(parts, trainable), None),
+        batch_size=config.batch_size,
+        k=k,
+        store=store,
+    )
+
+
+def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> Refresher:
     """Opens the refresher of a run in its folder `refresh`, as the options say.
 
     Args:
-        workspace: Options, questions, folder.
-        task: The corpus.
+        workspace: Corpus, options, questions, folder.
         query_params: Returns the live parameters of the query encoder.
 
     Raises:
-        ValueError: For a trigger that cannot be read, or more devices than there are.
+        ValueError: For more devices than there are.
     """
     config = workspace.config.refresh
-    mode = config.mode
-    if mode == "off":
+    if config.mode == "off":
         raise ValueError("refresh.mode is off: there is nothing to refresh")
-    drift = EmbeddingDrift(task, num_probes=_DRIFT_PROBES, seed=workspace.config.seed)
-    train = workspace.questions["train"]
-    probes = (workspace.questions["dev"] or train)[:_PROBES]
+    trigger = config.trigger
+    if isinstance(trigger, OnDrift):
+        drift = EmbeddingDrift(workspace.task, num_probes=_DRIFT_PROBES, seed=workspace.config.seed)
+        trigger = dataclasses.replace(trigger, measure=drift)
+    probes = (workspace.questions["dev"] or workspace.questions["train"])[:_PROBES]
     folder = workspace.folder / "refresh"
     return Refresher(
         folder,
-        task,
+        workspace.task,
         executor=_executor(config, folder),
-        trigger=refresh_trigger(mode, parse_trigger(config.every, measure=drift)),
+        trigger=refresh_trigger(config.mode, trigger),
         options=refresh_options(config),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
         report=workspace.report,

@@ -162,7 +162,7 @@ def _lsr_batches(
         )
         lessons = batch_of(step)
         num_docs = lessons.mask.size
-        docs = _batch_docs(lessons, num_docs, len(workspace.doc_ids), (seed, step))
+        docs = _batch_docs(lessons, num_docs, len(workspace.doc_tokens), (seed, step))
         found = {doc: column for column, doc in enumerate(docs)}
         target = np.full((len(rows), num_docs), -np.inf, np.float32)
         mask = np.zeros((len(rows), num_docs), bool)
@@ -173,7 +173,7 @@ def _lsr_batches(
             judged = [found[doc] for doc in positives if doc in found]
             if judged:
                 target[b, judged], mask[b, judged] = -np.log(len(judged)), True
-        doc_ids = [cut_ids(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
+        doc_ids = [cut_ids(workspace.doc_tokens[doc], config.doc_tokens) for doc in docs]
         filler: list[list[int]] = [[]] * (num_docs - len(docs))
         return LsrBatch(
             queries=_tokens(workspace, [query_ids[row] for row in rows], query_length),
