@@ -290,7 +290,7 @@ def _cost(
     if config.refresh.mode in ("sync", "async"):
         step_seconds = sum(seconds.get(stage, 0.0) for stage in _STEP_STAGES) / steps
         refresh = _refreshes(texts, steps, step_seconds, free_bytes)
-        if refresh.shared_device:
+        if refresh.work.shared_device:
             every = max(refresh.work.steps_between or 1, refresh.fastest_steps)
             seconds["refreshes"] = steps / every * refresh.refresh_seconds
     index_bytes = size * workspace.encoder.embedding_size * 4 * encodings
