@@ -35,7 +35,7 @@ from ragjax.data import encode_texts, passage_text, read_beir
 from ragjax.index import EmbeddingWriter, StoreSpec
 from ragjax.models import DEFAULT_ENCODER, TextEncoder, load_encoder
 from ragjax.models.files.sources import resolve_source
-from ragjax.refresh import EncodeOptions, encode_corpus, encode_to_store
+from ragjax.refresh import EncodeOptions, EncodeTask, encode_corpus, encode_to_store
 
 Run = Callable[[list[str]], NDArray[np.float32]]
 _REFERENCE = "sentence-transformers"
@@ -204,13 +204,9 @@ def _encode_to(
     writer = EmbeddingWriter.open(folder, spec)
     missing = len(writer.missing())
     encode_to_store(
-        encoder.encode,
+        _task(encoder, texts, flags.batch_tokens[0]),
         encoder.params,
-        texts,
-        _tokenize(encoder),
         writer,
-        pad_id=encoder.pad_id,
-        options=_options(encoder, flags.batch_tokens[0]),
         progress=None if sender is None else lambda report: sender.send(report.done),
     )
     return missing
@@ -226,20 +222,19 @@ def _read_texts(flags: Flags) -> list[str]:
 
 def _ragjax(encoder: TextEncoder, batch_tokens: int) -> Run:
     """Returns a run of ragjax, tokenisation included."""
-    return lambda texts: encode_corpus(
-        encoder.encode,
-        encoder.params,
-        texts,
-        _tokenize(encoder),
-        pad_id=encoder.pad_id,
-        options=_options(encoder, batch_tokens),
-    )
+    return lambda texts: encode_corpus(_task(encoder, texts, batch_tokens), encoder.params)
 
 
-def _options(encoder: TextEncoder, batch_tokens: int) -> EncodeOptions:
-    """Returns sizes of batches up to the longest text of the encoder."""
+def _task(encoder: TextEncoder, texts: Sequence[str], batch_tokens: int) -> EncodeTask:
+    """Returns the task of encoding texts of up to the encoder's length."""
     buckets = [bucket for bucket in EncodeOptions().buckets if bucket < encoder.max_length]
-    return EncodeOptions(batch_tokens=batch_tokens, buckets=(*buckets, encoder.max_length))
+    return EncodeTask(
+        encode=encoder.encode,
+        documents=texts,
+        pad_id=encoder.pad_id,
+        tokenize=_tokenize(encoder),
+        options=EncodeOptions(batch_tokens=batch_tokens, buckets=(*buckets, encoder.max_length)),
+    )
 
 
 def _tokenize(encoder: TextEncoder) -> Callable[[Sequence[str]], Sequence[Sequence[int]]]:

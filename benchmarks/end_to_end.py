@@ -28,7 +28,7 @@ from ragjax.models.layers.stacks import cast_floats
 from ragjax.models.rag import load_rag
 from ragjax.models.testing.seq2seq import tiny_seq2seq_tokenizer
 from ragjax.training import end_to_end
-from ragjax.training.end_to_end import RagBatch, Reader, make_rag_loss, separate_reader
+from ragjax.training.end_to_end import LMReader, RagBatch, make_rag_loss, separate_reader
 from ragjax.training.optimizer import OptimizerConfig, make_optimizer
 from ragjax.training.steps import init_state, make_train_step
 
@@ -157,7 +157,7 @@ def ragjax_step(folder: Path, example: Example, flags: Flags) -> Step:
     )
     loss = make_rag_loss(
         in_dtype(rag.query_encoder.encode),
-        Reader(separate_reader(in_dtype(rag.language_model.token_log_probs))),
+        LMReader(separate_reader(in_dtype(rag.language_model.token_log_probs))),
         {"marginal": (1.0, _TERMS[flags.form])},
         scale=1.0,
         chunk_tokens=None,

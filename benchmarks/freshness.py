@@ -38,14 +38,14 @@ import numpy as np
 from _beside import run_program
 
 from ragjax.evaluation import bootstrap_interval, paired_difference, retrieval_metrics
-from ragjax.index import ExactIndex
+from ragjax.index import EmbeddingWriter, ExactIndex
 from ragjax.models import DEFAULT_ENCODER
 from ragjax.models.testing import write_tiny_language_model
-from ragjax.refresh import encode_corpus
+from ragjax.refresh import encode_corpus, encode_to_store
+from ragjax.refresh.task import params_digest
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig
-from ragjax.runs.train.live import workspace_task
 from ragjax.runs.train.retriever import open_labelled, train_retriever
 from ragjax.runs.workspace import Workspace, open_workspace, tower_params
 from ragjax.training.live import LiveRetrieval
@@ -73,7 +73,7 @@ class Flags:
         candidates: Documents for each question: relevant ones and hard negatives.
         negative_depth: Best documents of the index that negatives are drawn from.
         learning_rate: Peak learning rate of both towers.
-        max_tokens: Tokens kept of each document, indexed and trained on.
+        max_tokens: Tokens kept of each text, indexed and trained on.
         points: Times that the quality is measured in a run, at equal distances.
         plot: File of a picture, such as freshness.png, with the quality of all arms against time
             and against refreshes; needs matplotlib (the [notebooks] extra).
@@ -148,6 +148,7 @@ def arm_config(flags: Flags, arm: str, seed: int) -> AdaptConfig:
     return AdaptConfig(
         data=flags.data,
         encoder=flags.encoder,
+        encoder_max_length=flags.max_tokens,
         output=flags.output,
         stages=("retriever",),
         language_model=LMConfig(train_layers=0),
@@ -184,11 +185,12 @@ class Bench:
         lm = str(output / "no-language-model")
         write_tiny_language_model(Path(lm))
         config = dataclasses.replace(arm_config(flags, flags.arms[0], 0), lm=lm)
-        workspace = open_workspace(config, output, stop=StopFlag(), report=print)
-        cut = [_cut(ids, flags.max_tokens) for ids in workspace.doc_ids]
-        self._workspace = dataclasses.replace(workspace, doc_ids=cut)
+        self._workspace = open_workspace(config, output, stop=StopFlag(), report=print)
         self._lm = lm
-        self._before = self._encode(workspace.encoder.params)
+        task, params = self._workspace.task, self._workspace.encoder.params
+        spec = task.spec(params, params_digest=params_digest(params))
+        folder = Path(tempfile.mkdtemp(prefix="before-", dir=output)) / "embeddings"
+        self._before = encode_to_store(task, params, EmbeddingWriter.open(folder, spec))
 
     def key(self, arm: str, seed: int) -> str:
         """Returns what identifies a run among the results."""
@@ -333,11 +335,7 @@ class Bench:
         return {name: np.asarray(metrics[name], float) for name in METRICS}
 
     def _encode(self, doc_params: Any) -> np.ndarray:
-        task = workspace_task(self._workspace)
-        return encode_corpus(
-            task.encode, doc_params, task.documents, task.tokenize, pad_id=task.pad_id,
-            options=task.options, make_tokens=task.make_tokens,
-        )  # fmt: skip
+        return encode_corpus(self._workspace.task, doc_params)
 
 
 class _Observed:
@@ -411,11 +409,6 @@ def plot_quality(
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def _cut(ids: list[int], length: int) -> list[int]:
-    """Cuts token ids, keeping the last one: an encoder expects its closing [SEP]."""
-    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def _mean_questions(results: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:

@@ -25,9 +25,9 @@ from _program import BAD_INPUT, show_error
 from ragjax.data import Corpus
 from ragjax.data.fields import parse_fields
 from ragjax.models.encoder import load_encoder
-from ragjax.refresh import run_worker
-from ragjax.runs.indexes import corpus_task
+from ragjax.refresh import WorkerOptions, run_worker
 from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.workspace import corpus_task
 from ragjax.training.loop import graceful_stop
 
 
@@ -89,7 +89,7 @@ def _run(flags: Flags) -> int:
         )
         encoder = load_encoder(flags.encoder, max_length=flags.encoder_max_length or None)
         # Sizes of batches and shards come with each job.
-        task = corpus_task(encoder, corpus, encode_tokens=1024, rows_per_shard=512)
+        task = corpus_task(encoder, corpus, encode_tokens=1024)
         devices = jax.local_devices()
         print(
             f"worker {os.getpid()}: {len(corpus):,} documents, {len(devices)} devices", flush=True
@@ -99,11 +99,13 @@ def _run(flags: Flags) -> int:
             task,
             encoder.params,
             stop=lambda: stop.signum is not None,
-            poll_seconds=flags.poll_seconds,
-            heartbeat_seconds=flags.heartbeat_seconds,
-            batch_tokens=flags.encode_tokens or None,
-            devices=devices if len(devices) > 1 else None,
-            once=flags.once,
+            options=WorkerOptions(
+                poll_seconds=flags.poll_seconds,
+                heartbeat_seconds=flags.heartbeat_seconds,
+                batch_tokens=flags.encode_tokens or None,
+                devices=devices if len(devices) > 1 else None,
+                once=flags.once,
+            ),
             report=lambda line: print(line, flush=True),
         )
         return 0 if stop.signum is None else 128 + stop.signum

@@ -48,6 +48,8 @@ OWNERS = {
 OWNERSHIP_EXCEPTIONS = {
     # `pip:NAME==VERSION` sources are fetched by pip, which has no Python interface.
     ("models/files/pip_packages.py", "subprocess"),
+    # The next step's documents are retrieved in one thread while the device computes this one.
+    ("training/ahead.py", "concurrent"),
 }
 # torch is a reference in tests; what runs the library is not part of it.
 FORBIDDEN = {"torch", "experiments", "notebooks", "tests"}

@@ -13,7 +13,7 @@ from ragjax.data.fields import missing_field, resolve_fields
 from ragjax.data.jsonl import (
     BadRowPolicy,
     DataError,
-    Progress,
+    ReadProgress,
     RejectedRows,
     SourceFile,
     check_encodable,
@@ -36,7 +36,7 @@ def read_beir(
     on_bad_row: BadRowPolicy = "stop",
     dev_fraction: float = 0.2,
     max_chars: int = DEFAULT_MAX_CHARS,
-    progress: Progress | None = None,
+    progress: ReadProgress | None = None,
 ) -> Dataset:
     """Reads passages, questions and relevance judgements.
 

@@ -29,7 +29,7 @@ from ragjax.data.corpus_cache import (
     source_file,
 )
 from ragjax.data.fields import resolve_fields
-from ragjax.data.jsonl import BadRowPolicy, Progress
+from ragjax.data.jsonl import BadRowPolicy, ReadProgress
 
 DEFAULT_MAX_CHARS = 1_000_000
 
@@ -65,7 +65,7 @@ class Corpus:
         fields: Mapping[str, str] | None = None,
         on_bad_row: BadRowPolicy = "stop",
         max_chars: int = DEFAULT_MAX_CHARS,
-        progress: Progress | None = None,
+        progress: ReadProgress | None = None,
     ) -> "Corpus":
         """Opens a JSON-lines file of passages, plain or gzip.
 

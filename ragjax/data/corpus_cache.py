@@ -20,7 +20,7 @@ from ragjax.data.fields import missing_field
 from ragjax.data.jsonl import (
     BadRowPolicy,
     DataError,
-    Progress,
+    ReadProgress,
     RejectedRows,
     SourceFile,
     id_field,
@@ -105,7 +105,7 @@ def source_file(path: Path) -> Path:
 
 
 def prepared_folder(
-    source: Path, cache: Path, options: CorpusOptions, progress: Progress | None
+    source: Path, cache: Path, options: CorpusOptions, progress: ReadProgress | None
 ) -> Path:
     """Returns the folder of the source's present content, reading the source if need be.
 
@@ -135,7 +135,9 @@ def prepared_folder(
     return cache / name
 
 
-def _build(source: Path, folder: Path, options: CorpusOptions, progress: Progress | None) -> str:
+def _build(
+    source: Path, folder: Path, options: CorpusOptions, progress: ReadProgress | None
+) -> str:
     """Reads the source into `folder`; returns the folder's final name."""
     # An escaped character takes up to 12 bytes of JSON.
     reader = SourceFile(

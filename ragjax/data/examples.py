@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ragjax.data.corpus import Corpus
@@ -47,8 +47,14 @@ class Dataset:
     qrels: Mapping[str, Mapping[str, Mapping[str, int]]]
     notes: tuple[str, ...] = ()
 
-    def graded_rows(self, split: str) -> list[dict[int, int]]:
+    def graded_rows(
+        self, split: str, questions: Sequence[Question] | None = None
+    ) -> list[dict[int, int]]:
         """Returns corpus row to grade for each question of a split, in the same order.
+
+        Args:
+            split: Its name.
+            questions: Of the split; None: all of them.
 
         Raises:
             DataError: The data has no such split.
@@ -58,7 +64,7 @@ class Dataset:
         judged = self.qrels[split]
         return [
             {self.corpus.row_of(doc_id): grade for doc_id, grade in judged[question.id].items()}
-            for question in self.questions[split]
+            for question in (self.questions[split] if questions is None else questions)
         ]
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Self
 from ragjax.storage import nearest_path, unique_name
 
 BadRowPolicy = Literal["stop", "skip"]
-Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
+ReadProgress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
 DEFAULT_MAX_LINE_BYTES = 16 << 20
 _REJECTED_EXCERPT_BYTES = 1000
@@ -118,7 +118,7 @@ class SourceFile:
         path: Path,
         *,
         max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
-        progress: Progress | None = None,
+        progress: ReadProgress | None = None,
     ):
         """Keeps the options; the file is opened by `lines`."""
         self.path = path
@@ -278,7 +278,7 @@ def require_path(path: Path) -> Path:
 class _CountingReader(io.RawIOBase):
     """Hashes what is read and reports the position."""
 
-    def __init__(self, file: io.FileIO, digest: Any, progress: Progress | None):
+    def __init__(self, file: io.FileIO, digest: Any, progress: ReadProgress | None):
         self._file = file
         self._total = os.fstat(self._file.fileno()).st_size
         self._digest = digest

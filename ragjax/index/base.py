@@ -6,7 +6,7 @@ B = queries, K = results per query, N = documents, D = embedding size.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -32,12 +32,12 @@ class SearchResult(NamedTuple):
     scores: NDArray[np.float32]  # [B, K] higher is better; -inf in masked slots
     mask: NDArray[np.bool_]  # [B, K] True = a real result
 
-    def take(self, rows: NDArray[np.integer]) -> "SearchResult":
-        """Returns the results of some queries."""
-        return SearchResult(self.doc_ids[rows], self.scores[rows], self.mask[rows])
+    def take(self, queries: NDArray[np.integer]) -> "SearchResult":
+        """Returns the results of some queries, given by position."""
+        return SearchResult(self.doc_ids[queries], self.scores[queries], self.mask[queries])
 
     def top(self, k: int) -> "SearchResult":
-        """Returns the k best results of each query."""
+        """Returns the first k columns."""
         return SearchResult(self.doc_ids[:, :k], self.scores[:, :k], self.mask[:, :k])
 
 
@@ -90,14 +90,14 @@ class IndexSnapshot:
 
 
 def check_embeddings(
-    embeddings: ArrayLike, *, name: str, first_row: int = 0
+    embeddings: ArrayLike, *, name: str, rows: Sequence[int] | NDArray[np.int64] | None = None
 ) -> NDArray[np.float32]:
     """Returns `embeddings` as a contiguous float32 matrix, or says what is wrong with them.
 
     Args:
         embeddings: `[N, D]` real numbers; 16- and 64-bit floats are converted.
         name: what to call them in a message, for example "document embeddings".
-        first_row: number of the first row, where they are a part of something longer.
+        rows: what the rows are called in a message, where they are a part of something longer.
 
     Returns:
         `[N, D]` float32, C-contiguous; the input itself where it is that already.
@@ -115,7 +115,7 @@ def check_embeddings(
         array = np.ascontiguousarray(array, dtype=np.float32)
     bad = bad_rows(array)
     if bad.size:
-        shown = ", ".join(str(first_row + row) for row in bad[:_SHOWN_ROWS])
+        shown = ", ".join(str(row if rows is None else rows[row]) for row in bad[:_SHOWN_ROWS])
         more = f" and {bad.size - _SHOWN_ROWS} more" if bad.size > _SHOWN_ROWS else ""
         raise ValueError(
             f"{name} hold NaN or infinite values in {bad.size} of {len(array)} rows (row {shown}"

@@ -13,9 +13,7 @@ import logging
 import math
 import os
 import platform
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -198,10 +196,7 @@ class ScannIndex:
         Raises:
             FileExistsError: something is there already.
         """
-        target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
+        with storage.new_folder(Path(folder)) as building:
             self._searcher.serialize(str(building), relative_path=True)
             manifest = {
                 "format": _FORMAT,
@@ -209,9 +204,6 @@ class ScannIndex:
                 "sha256": {path.name: storage.sha256(path) for path in building.iterdir()},
             }
             storage.write_json(building / _MANIFEST, manifest)
-            storage.publish(building, target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
 
     @classmethod
     def load(

@@ -157,6 +157,21 @@ class EmbeddingStore:
             embeddings[rows.start : rows.stop] = self.read_shard(shard)
         return embeddings
 
+    def linked(self, folder: str | os.PathLike[str]) -> "EmbeddingStore":
+        """Publishes the same files in a second folder, without room of their own if possible.
+
+        They are hard links, or copies where the file system has none. Nothing writes to a finished
+        store, so either folder may be moved or removed without the other.
+
+        Raises:
+            FileExistsError: Something is there already.
+            DiskFullError: There is no room for copies.
+        """
+        with storage.new_folder(Path(folder)) as building:
+            for path in self.folder.iterdir():
+                storage.link_or_copy(path, building / path.name)
+        return EmbeddingStore(Path(folder), self.spec)
+
     def read_shard(self, shard: int) -> NDArray[np.floating]:
         """Returns the embeddings of one shard `[rows, D]`, memory-mapped, in the stored dtype."""
         return _load_shard(self.folder / _shard_name(shard), self.spec, shard)
@@ -250,7 +265,7 @@ class ShardWriter:
                 f"Shard {shard} must be {(len(rows), self.spec.dim)} [rows, size], got "
                 f"{array.shape}."
             )
-        base.check_embeddings(array, name=f"embeddings in shard {shard}", first_row=rows.start)
+        base.check_embeddings(array, name=f"embeddings in shard {shard}", rows=rows)
         return array
 
     def _adopt(self, shard: int, digest: str) -> str | None:

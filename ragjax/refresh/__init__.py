@@ -10,8 +10,6 @@ from ragjax.refresh.drift import indexed_embeddings as indexed_embeddings
 from ragjax.refresh.drift import live_embeddings as live_embeddings
 from ragjax.refresh.drift import rerank as rerank
 from ragjax.refresh.drift import top_k_overlap as top_k_overlap
-from ragjax.refresh.encode import EncodeProgress as EncodeProgress
-from ragjax.refresh.encode import Tokens as Tokens
 from ragjax.refresh.encode import encode_corpus as encode_corpus
 from ragjax.refresh.encode import encode_to_store as encode_to_store
 from ragjax.refresh.encode import encode_token_ids as encode_token_ids
@@ -21,6 +19,7 @@ from ragjax.refresh.export import list_exports as list_exports
 from ragjax.refresh.export import read_export as read_export
 from ragjax.refresh.export import write_export as write_export
 from ragjax.refresh.forecast import RefreshForecast as RefreshForecast
+from ragjax.refresh.forecast import RefreshWork as RefreshWork
 from ragjax.refresh.forecast import estimate_build_seconds as estimate_build_seconds
 from ragjax.refresh.forecast import forecast_refresh as forecast_refresh
 from ragjax.refresh.generations import Expected as Expected
@@ -38,9 +37,11 @@ from ragjax.refresh.partial import select_rows as select_rows
 from ragjax.refresh.processes import ProcessExecutor as ProcessExecutor
 from ragjax.refresh.refresher import Refresher as Refresher
 from ragjax.refresh.snapshot import load_snapshot as load_snapshot
+from ragjax.refresh.task import EncodeProgress as EncodeProgress
 from ragjax.refresh.task import EncodeRequest as EncodeRequest
 from ragjax.refresh.task import EncodeTask as EncodeTask
 from ragjax.refresh.task import Executor as Executor
+from ragjax.refresh.task import Tokens as Tokens
 from ragjax.refresh.threads import ThreadExecutor as ThreadExecutor
 from ragjax.refresh.triggers import AsSoonAsPossible as AsSoonAsPossible
 from ragjax.refresh.triggers import EveryNSteps as EveryNSteps
@@ -51,4 +52,5 @@ from ragjax.refresh.triggers import StepRanges as StepRanges
 from ragjax.refresh.triggers import Trigger as Trigger
 from ragjax.refresh.triggers import TriggerContext as TriggerContext
 from ragjax.refresh.triggers import parse_trigger as parse_trigger
+from ragjax.refresh.worker import WorkerOptions as WorkerOptions
 from ragjax.refresh.worker import run_worker as run_worker

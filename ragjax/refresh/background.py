@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from ragjax.index import IndexSnapshot
-from ragjax.refresh.encode import Cancelled
-from ragjax.refresh.pipeline import Export
+from ragjax.refresh.pipeline import Submission
+from ragjax.refresh.task import Cancelled
 
 # Indexes that no longer serve are held a little longer, until the trainer has let them go too.
 _RETIRED_SECONDS = 1.0
@@ -19,7 +19,7 @@ class Background:
 
     def __init__(
         self,
-        run: Callable[[Export], IndexSnapshot],
+        run: Callable[[Submission], IndexSnapshot],
         cancelled: threading.Event,
         *,
         max_retries: int,
@@ -42,8 +42,8 @@ class Background:
         self._closed = False
         # Freeing a large index takes a while, which this thread has and a training step has not.
         self._retired: list[IndexSnapshot] = []
-        self.active: Export | None = None
-        self.waiting: Export | None = None
+        self.active: Submission | None = None
+        self.waiting: Submission | None = None
         self.ready: IndexSnapshot | None = None
         self.failure: BaseException | None = None
         self.failures = 0
@@ -54,7 +54,7 @@ class Background:
         """True while an export is worked on or waits."""
         return self.active is not None or self.waiting is not None
 
-    def hand_over(self, export: Export) -> bool:
+    def hand_over(self, export: Submission) -> bool:
         """Takes an export in the place of one that waits; True where none is worked on.
 
         Raises:

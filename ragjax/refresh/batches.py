@@ -61,10 +61,10 @@ class Batch(NamedTuple):
     length: int  # tokens
 
 
-class Window(NamedTuple):
+class PaddedWindow(NamedTuple):
     """Documents ready for the device: planned and padded."""
 
-    rows: range  # their numbers in the corpus
+    rows: Sequence[int] | NDArray[np.int64]  # of the corpus
     ids: NDArray[np.int32]  # [len(rows), longest bucket in use], padded
     lengths: NDArray[np.int64]  # [len(rows)]
     batches: list[Batch]
@@ -74,7 +74,7 @@ def plan_batches(
     lengths: Sequence[int] | NDArray[np.integer],
     options: EncodeOptions,
     *,
-    first_row: int = 0,
+    rows: Sequence[int] | NDArray[np.int64] | None = None,
     num_devices: int = 1,
 ) -> list[Batch]:
     """Groups documents by length, longest first, so that little of a batch is padding.
@@ -82,7 +82,7 @@ def plan_batches(
     Args:
         lengths: of each document in tokens.
         options: sizes of batches.
-        first_row: number of the first document in the corpus, for messages.
+        rows: of the corpus that they are, for messages; None: the first ones.
         num_devices: what the rows of each batch are a multiple of.
 
     Returns:
@@ -97,35 +97,36 @@ def plan_batches(
     while start < len(order):
         longest = int(lengths[order[start]])
         if longest > options.buckets[-1]:
+            row = order[start] if rows is None else rows[order[start]]
             raise ValueError(
-                f"Document {first_row + order[start]} has {longest} tokens, more than the longest "
-                f"length {options.buckets[-1]}; cut it when tokenising."
+                f"document {row} has {longest} tokens, more than the longest length "
+                f"{options.buckets[-1]}; cut it when tokenising"
             )
         length = next(bucket for bucket in options.buckets if bucket >= longest)
-        rows = max(1, min(options.batch_tokens // length, options.max_rows))
+        count = max(1, min(options.batch_tokens // length, options.max_rows))
         left = len(order) - start
         # Few documents, such as the questions of one step, do not pay for a full batch.
-        while rows >= 4 and rows * num_devices >= 4 * left:
-            rows //= 4
-        rows *= num_devices
-        batches.append(Batch(order[start : start + rows], rows, length))
-        start += rows
+        while count >= 4 and count * num_devices >= 4 * left:
+            count //= 4
+        count *= num_devices
+        batches.append(Batch(order[start : start + count], count, length))
+        start += count
     return batches
 
 
 def prepare_window(
     token_ids: Sequence[Sequence[int]],
-    rows: range,
+    rows: Sequence[int] | NDArray[np.int64],
     options: EncodeOptions,
     *,
     pad_id: int,
     num_devices: int = 1,
-) -> Window:
+) -> PaddedWindow:
     """Plans the batches of one window and makes one padded array of its token ids.
 
     Args:
         token_ids: of each document of the window, at least one.
-        rows: their numbers in the corpus.
+        rows: of the corpus that they are.
         options: sizes of batches.
         pad_id: id that fills up a row.
         num_devices: what the rows of each batch are a multiple of.
@@ -136,11 +137,11 @@ def prepare_window(
     if len(token_ids) != len(rows):
         raise ValueError(f"tokenize returned {len(token_ids)} rows for {len(rows)} texts.")
     lengths = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
-    batches = plan_batches(lengths, options, first_row=rows.start, num_devices=num_devices)
+    batches = plan_batches(lengths, options, rows=rows, num_devices=num_devices)
     longest = batches[0].length
     ids = np.full((len(rows), longest), pad_id, np.int32)
     # One assignment for all rows: a Python loop over rows would hold up a fast accelerator.
     ids[np.arange(longest) < lengths[:, None]] = np.fromiter(
         itertools.chain.from_iterable(token_ids), np.int32, lengths.sum()
     )
-    return Window(rows, ids, lengths, batches)
+    return PaddedWindow(rows, ids, lengths, batches)

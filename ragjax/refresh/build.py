@@ -26,7 +26,7 @@ import numpy as np
 
 from ragjax import storage
 from ragjax.index import EmbeddingStore, ScannIndex, ScannOptions, scann_options
-from ragjax.refresh.encode import Cancelled
+from ragjax.refresh.task import Cancelled
 
 _POLL_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ragjax.index import base
-from ragjax.refresh import encode as encoding
-from ragjax.refresh.task import EncodeTask, task_rows
+from ragjax.refresh.encode import encode_corpus
+from ragjax.refresh.task import EncodeTask
 
 DocEmbeddings = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Returns the embeddings `[R, D]` of documents `[R]`, given by row."""
@@ -95,19 +95,7 @@ def rerank(
 
 def live_embeddings(task: EncodeTask, params: Any) -> DocEmbeddings:
     """Returns what encodes some documents of a task now, in this thread, for `rerank`."""
-
-    def encode(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return encoding.encode_corpus(
-            task.encode,
-            params,
-            task_rows(task, rows),
-            task.tokenize,
-            pad_id=task.pad_id,
-            options=task.options,
-            make_tokens=task.make_tokens,
-        )
-
-    return encode
+    return lambda rows: encode_corpus(task, params, rows=rows)
 
 
 def indexed_embeddings(
@@ -234,9 +222,8 @@ class TopKDrift:
         size = snapshot.index.size
         k = min(self._k, size)
         found = snapshot.index.search(queries, min(self._candidates, size))
-        before = base.SearchResult(*(field[:, :k] for field in found))
         after = rerank(found, queries, live_embeddings(self._task, params), k)
-        return 1.0 - top_k_overlap(before, after)
+        return 1.0 - top_k_overlap(found.top(k), after)
 
 
 def _cosine_distances(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:

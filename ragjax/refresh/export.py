@@ -5,7 +5,6 @@ export = read_export(folder, template)    # every byte, name, shape and dtype is
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,11 +52,8 @@ def write_export(folder: Path, params: Any, *, step: int, info: Mapping[str, Any
         FileExistsError: the folder exists.
         DiskFullError: there is no room; nothing is left.
     """
-    folder = Path(folder)
     digest = params_digest(params)
-    building = folder.with_name(storage.unique_name(f"{folder.name}.building"))
-    building.mkdir(parents=True)
-    try:
+    with storage.new_folder(Path(folder)) as building:
         path = building / _PARAMS
         _save(_named_leaves(params), path)
         manifest = {
@@ -68,10 +64,6 @@ def write_export(folder: Path, params: Any, *, step: int, info: Mapping[str, Any
             "sha256": {_PARAMS: storage.sha256(path)},
         }
         storage.write_json(building / _MANIFEST, manifest)
-        storage.publish(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return digest
 
 

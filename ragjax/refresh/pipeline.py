@@ -27,9 +27,8 @@ from ragjax.index import (
     StoreSpec,
     choose_index,
 )
-from ragjax.refresh.build import BuildOptions, ScannBuild
+from ragjax.refresh.build import ScannBuild
 from ragjax.refresh.drift import top_k_overlap
-from ragjax.refresh.encode import EncodeProgress
 from ragjax.refresh.export import list_exports, read_export, write_export
 from ragjax.refresh.generations import (
     EMBEDDINGS,
@@ -38,23 +37,24 @@ from ragjax.refresh.generations import (
     Expected,
     GenerationStore,
 )
-from ragjax.refresh.partial import PartialPolicy, RetrievalCounts, select_rows
+from ragjax.refresh.options import RefreshOptions
+from ragjax.refresh.partial import RetrievalCounts, select_rows
 from ragjax.refresh.snapshot import load_snapshot
-from ragjax.refresh.task import EncodeRequest, EncodeTask, Executor, params_digest
+from ragjax.refresh.task import EncodeProgress, EncodeRequest, EncodeTask, Executor, params_digest
 
 _OVERLAP_K = 10
 _CHANGED = "changed"
 _LIBRARIES = ("jax", "numpy", "scann")
 
 
-class Export(NamedTuple):
+class Submission(NamedTuple):
     """Parameters handed over by the trainer."""
 
     params: Any  # a copy
     step: int
     counts: NDArray[np.int64]  # [N] retrievals since a document was encoded, when it was exported
     probe_queries: NDArray[np.floating] | None  # [P, D]
-    embeddings: NDArray[np.float32] | None = None  # [N, D], where they need no encoding
+    store: EmbeddingStore | None = None  # of the embeddings, where they need no encoding
 
 
 class _Plan(NamedTuple):
@@ -73,10 +73,8 @@ class Pipeline:
         task: EncodeTask,
         executor: Executor,
         generations: GenerationStore,
+        options: RefreshOptions,
         *,
-        index: str,
-        build: BuildOptions,
-        partial: PartialPolicy | None,
         cancelled: threading.Event,
         on_progress: Callable[[EncodeProgress], None],
         report: Callable[[str], None],
@@ -86,7 +84,8 @@ class Pipeline:
         self._generations = generations
         # The numbers' formats decide what is stored as much as the weights do.
         self._model = f"{task.model_fingerprint} {task.options.compute_dtype} {task.dtype}".strip()
-        self._index, self._build, self._partial = index, build, partial
+        self._index, self._build = str(options.index), options.build
+        self._partial = options.partial
         self._cancelled, self._on_progress, self._report = cancelled, on_progress, report
         self.counts = RetrievalCounts(len(task.documents))
         # Known change of each document's embedding at its newest encoding, and the step of it.
@@ -166,7 +165,7 @@ class Pipeline:
         problem = self._expected("").problem(described[number])
         return f"generation {number} is not used: {problem}" if problem else ""
 
-    def run(self, export: Export) -> IndexSnapshot:
+    def run(self, export: Submission) -> IndexSnapshot:
         """Makes a generation of the parameters, or opens the one there is, and loads it.
 
         Raises:
@@ -183,8 +182,8 @@ class Pipeline:
             # The same parameters, so the index is as fresh as if it were built again.
             step = max(existing.encoder_step, export.step)
             return dataclasses.replace(existing, encoder_step=step)
-        spec = self._task.spec(export.params, params_digest=digest, step=export.step)
-        plan = _Plan(None, self._latest) if export.embeddings is not None else self._plan(export)
+        spec = self._task.spec(export.params, params_digest=digest)
+        plan = _Plan(None, self._latest) if export.store is not None else self._plan(export)
         folder = self._building_folder(spec, plan)
         started = time.monotonic()
         store = self._encode(export, spec, plan, folder)
@@ -202,7 +201,7 @@ class Pipeline:
 
     # ------------------------------------------------------------------ the parts of a run
 
-    def _write_export(self, export: Export, digest: str) -> None:
+    def _write_export(self, export: Submission, digest: str) -> None:
         """Keeps the parameters, so that a lost generation can be made again."""
         folder = self.export_folder(export.step)
         if self.exported.get(export.step) != digest or not folder.is_dir():
@@ -213,7 +212,7 @@ class Pipeline:
                 write_export(folder, export.params, step=export.step, info={})
         self.exported[export.step] = digest
 
-    def _plan(self, export: Export) -> _Plan:
+    def _plan(self, export: Submission) -> _Plan:
         """Decides whether all documents are encoded or those that matter most."""
         base = self._latest
         policy = self._partial
@@ -247,13 +246,15 @@ class Pipeline:
                 _remove(path)
         return folder
 
-    def _encode(self, export: Export, spec: StoreSpec, plan: _Plan, folder: Path) -> EmbeddingStore:
+    def _encode(
+        self, export: Submission, spec: StoreSpec, plan: _Plan, folder: Path
+    ) -> EmbeddingStore:
         """Encodes the documents of the plan and returns the store of all of them."""
         target = folder / EMBEDDINGS
         if finished := self._open_finished(target, spec):
             return finished
-        if export.embeddings is not None:
-            return _write_store(target, spec, export.embeddings)
+        if export.store is not None:
+            return _checked(export.store, spec).linked(target)
         if plan.rows is None:
             return self._request(export, target, spec, None)
         part = _part_spec(spec, plan.rows)
@@ -285,7 +286,7 @@ class Pipeline:
         return None
 
     def _request(
-        self, export: Export, folder: Path, spec: StoreSpec, rows: NDArray[np.int64] | None
+        self, export: Submission, folder: Path, spec: StoreSpec, rows: NDArray[np.int64] | None
     ) -> EmbeddingStore:
         request = EncodeRequest(
             export.params, export.step, folder, spec, rows, self._on_progress, self._cancelled
@@ -299,7 +300,7 @@ class Pipeline:
 
     def _build_and_publish(
         self,
-        export: Export,
+        export: Submission,
         digest: str,
         store: EmbeddingStore,
         plan: _Plan,
@@ -336,7 +337,7 @@ class Pipeline:
             self._overlaps = {number: self._measure_overlap(snapshot, export.probe_queries)}
         return snapshot
 
-    def _build_scann(self, export: Export, plan: _Plan, folder: Path) -> float:
+    def _build_scann(self, export: Submission, plan: _Plan, folder: Path) -> float:
         """Builds the ScaNN index in its own process and returns its recall."""
         base = None
         if plan.rows is not None and plan.base is not None:
@@ -358,7 +359,7 @@ class Pipeline:
         k = min(_OVERLAP_K, len(self._task.documents))
         return top_k_overlap(self._latest.index.search(probes, k), snapshot.index.search(probes, k))
 
-    def _note_encoded(self, export: Export, plan: _Plan, snapshot: IndexSnapshot) -> None:
+    def _note_encoded(self, export: Submission, plan: _Plan, snapshot: IndexSnapshot) -> None:
         """Remembers what was encoded and how much it had changed, for the next partial refresh."""
         if self._partial is None or snapshot.doc_embeddings is None:
             return
@@ -421,6 +422,18 @@ def _write_store(folder: Path, spec: StoreSpec, embeddings: NDArray[np.float32])
         rows = writer.rows(shard)
         writer.write(shard, embeddings[rows.start : rows.stop])
     return writer.publish()
+
+
+def _checked(store: EmbeddingStore, spec: StoreSpec) -> EmbeddingStore:
+    """Refuses embeddings of other documents or parameters than those that were handed over."""
+    for name in ("size", "dim", "corpus_fingerprint", "model_fingerprint", "dtype"):
+        found, wanted = getattr(store.spec, name), getattr(spec, name)
+        if found != wanted:
+            raise ValueError(
+                f"the embeddings in {store.folder} have {name} {found!r}, expected {wanted!r}; "
+                "encode the corpus again, or start without them"
+            )
+    return store
 
 
 def _part_spec(spec: StoreSpec, rows: NDArray[np.int64]) -> StoreSpec:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.index import DiskFullError, EmbeddingStore, EmbeddingWriter
-from ragjax.refresh.encode import EncodeProgress
 from ragjax.refresh.jobs import (
     WORKERS,
     Job,
@@ -29,7 +28,7 @@ from ragjax.refresh.jobs import (
     write_job,
 )
 from ragjax.refresh.leases import Watch, read_holder
-from ragjax.refresh.task import Cancelled, EncodeRequest, EncodeTask
+from ragjax.refresh.task import Cancelled, EncodeProgress, EncodeRequest, EncodeTask
 
 _LOG = logging.getLogger(__name__)
 

@@ -30,10 +30,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ragjax.index import IndexSnapshot
+from ragjax.index import EmbeddingStore, IndexSnapshot
 from ragjax.refresh.background import Background
 from ragjax.refresh.clock import StepClock
-from ragjax.refresh.encode import EncodeProgress
 from ragjax.refresh.export import read_export
 from ragjax.refresh.generations import GenerationStore
 from ragjax.refresh.options import (
@@ -44,8 +43,8 @@ from ragjax.refresh.options import (
     RefreshStatus,
     ResumeError,
 )
-from ragjax.refresh.pipeline import Export, Pipeline
-from ragjax.refresh.task import EncodeTask, Executor
+from ragjax.refresh.pipeline import Pipeline, Submission
+from ragjax.refresh.task import EncodeProgress, EncodeTask, Executor
 from ragjax.refresh.threads import ThreadExecutor
 from ragjax.refresh.triggers import Never, Trigger, TriggerContext
 from ragjax.storage import RunLock, check_writable
@@ -103,8 +102,7 @@ class Refresher:
         self.generations = GenerationStore(self.folder, keep=self._options.keep, report=report)
         cancelled = threading.Event()
         self._pipeline = Pipeline(
-            self.folder, task, self._executor, self.generations,
-            index=self._options.index, build=self._options.build, partial=self._options.partial,
+            self.folder, task, self._executor, self.generations, self._options,
             cancelled=cancelled, on_progress=self._note_progress, report=report,
         )  # fmt: skip
         self._pipeline.clean()
@@ -143,7 +141,7 @@ class Refresher:
         *,
         step: int = 0,
         state: Mapping[str, Any] | None = None,
-        embeddings: NDArray[np.float32] | None = None,
+        store: EmbeddingStore | None = None,
     ) -> IndexSnapshot:
         """Opens or builds the index to begin with, in the foreground.
 
@@ -156,8 +154,8 @@ class Refresher:
             state: what `state_dict()` returned for the checkpoint of that step: the generation that
                 served then is opened, or built again from its exported parameters, and the
                 refresh that was under way is taken up.
-            embeddings: `[N, D]` of the documents with these parameters, where they are at hand:
-                they are indexed and nothing is encoded.
+            store: Embeddings of the documents with these parameters, where there are any: they are
+                indexed and nothing is encoded.
 
         Returns:
             The snapshot that serves.
@@ -171,7 +169,7 @@ class Refresher:
         if state is None:
             if mismatch:
                 self._report(f"the index is built anew: {mismatch}.")
-            return self._build_now(params, step, embeddings)
+            return self._build_now(params, step, store)
         wanted, digest = int(state["encoder_step"]), str(state["params_digest"])
         # Kept from here on: another checkpoint may be long in coming.
         self._pin(int(state["generation"]), wanted, state.get("pending"))
@@ -222,15 +220,13 @@ class Refresher:
         self._clock.begin_step(self.busy)
         return self.snapshot
 
-    def submit(
-        self, params: Any, step: int, *, embeddings: NDArray[np.float32] | None = None
-    ) -> bool:
+    def submit(self, params: Any, step: int, *, store: EmbeddingStore | None = None) -> bool:
         """Hands over parameters to build the next index from; never waits for it.
 
         Args:
             params: document-encoder parameters; copied before this returns.
             step: their training step.
-            embeddings: `[N, D]` that they give, where they are known; then nothing is encoded.
+            store: Embeddings that they give, where there are any; then nothing is encoded.
 
         Returns:
             True if a refresh starts now. False if one is under way: these parameters wait, in the
@@ -241,7 +237,7 @@ class Refresher:
         """
         probes = None if self._probe_queries is None else np.asarray(self._probe_queries())
         counts = self._pipeline.counts.state()
-        export = Export(self._executor.copy_params(params), step, counts, probes, embeddings)
+        export = Submission(self._executor.copy_params(params), step, counts, probes, store)
         self._last_export_step = max(self._last_export_step, step)
         return self._background.hand_over(export)
 
@@ -458,10 +454,10 @@ class Refresher:
             self._scheduled = (export_step, adopt_step)
 
     def _build_now(
-        self, params: Any, step: int, embeddings: NDArray[np.float32] | None = None
+        self, params: Any, step: int, store: EmbeddingStore | None = None
     ) -> IndexSnapshot:
         """Builds (or opens) the index of these parameters and adopts it."""
-        self.submit(params, step, embeddings=embeddings)
+        self.submit(params, step, store=store)
         self.wait()
         ready, failure = self._background.fetch()
         if failure is not None:

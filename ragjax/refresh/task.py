@@ -17,8 +17,35 @@ from jax import Array
 from numpy.typing import NDArray
 
 from ragjax.index import store
-from ragjax.refresh import encode as encoding
-from ragjax.refresh.encode import Cancelled as Cancelled
+from ragjax.refresh.batches import EncodeOptions
+
+
+class Cancelled(Exception):
+    """An encoding or a build was given up because its result is no longer wanted."""
+
+
+class Tokens(NamedTuple):
+    """Token ids and their mask, as every encoder takes them."""
+
+    ids: Array  # [B, L] int32
+    mask: Array  # [B, L] bool, True = real token
+
+
+class EncodeProgress(NamedTuple):
+    """How far an encoding is, reported after each batch."""
+
+    done: int  # documents encoded
+    total: int  # documents in all
+    fraction: float  # of the work, long documents counting for more
+    seconds: float  # since the start of this call
+    texts_per_second: float  # on average over the documents of this call
+    remaining_seconds: float  # estimate
+    num_shapes: int  # different [rows, length] run by this call
+
+
+OnProgress = Callable[[EncodeProgress], None]
+DocRows = range | NDArray[np.int64]
+"""Documents of a corpus, given by row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +67,12 @@ class EncodeTask:
         rows_per_shard: documents in a shard; what a killed encoding repeats at most.
     """
 
-    encode: encoding.Encode
+    encode: Callable[[Any, Any], Array]
     documents: Sequence[Any]
     pad_id: int
-    tokenize: encoding.Tokenize = list
-    make_tokens: Callable[[Array, Array], Any] = encoding.Tokens
-    options: encoding.EncodeOptions = dataclasses.field(default_factory=encoding.EncodeOptions)
+    tokenize: Callable[[Sequence[Any]], Sequence[Sequence[int]]] = list
+    make_tokens: Callable[[Array, Array], Any] = Tokens
+    options: EncodeOptions = dataclasses.field(default_factory=EncodeOptions)
     corpus_fingerprint: str = ""
     model_fingerprint: str = ""
     dtype: str = "float32"
@@ -66,6 +93,10 @@ class EncodeTask:
             digest.update(repr(self.documents[row]).encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
 
+    def of_token_ids(self, token_ids: Sequence[Sequence[int]]) -> "EncodeTask":
+        """Returns the task of encoding other texts, token ids already, with the same encoder."""
+        return dataclasses.replace(self, documents=token_ids, tokenize=list, corpus_fingerprint="")
+
     def dim(self, params: Any) -> int:
         """Returns D, by tracing the encoder without computing anything."""
         length = self.options.buckets[0]
@@ -78,7 +109,7 @@ class EncodeTask:
 
         return int(jax.eval_shape(run, shapes, ids, mask).shape[1])
 
-    def spec(self, params: Any, *, params_digest: str, step: int) -> store.StoreSpec:
+    def spec(self, params: Any, *, params_digest: str) -> store.StoreSpec:
         """Returns what a store of all documents, encoded with these parameters, holds."""
         return store.StoreSpec(
             size=len(self.documents),
@@ -87,7 +118,6 @@ class EncodeTask:
             corpus_fingerprint=self.corpus_digest,
             settings={
                 "model": self.model_fingerprint,
-                "encoder_step": step,
                 "compute_dtype": self.options.compute_dtype,
             },
             dtype=self.dtype,
@@ -103,7 +133,7 @@ class EncodeRequest(NamedTuple):
     folder: Path  # where the store is published; `<folder>.building` may hold finished shards
     spec: store.StoreSpec
     rows: NDArray[np.int64] | None  # documents to encode, in the order of the store; None: all
-    progress: encoding.Progress
+    progress: OnProgress
     cancelled: threading.Event  # set when the result is no longer wanted
 
 
@@ -131,30 +161,10 @@ class Executor(Protocol):
 
 
 def params_digest(params: Any) -> str:
-    """Returns the sha256 of a tree of arrays: names, dtypes, shapes and bytes."""
+    """Returns a digest of a tree of arrays: names, shapes, dtypes and bytes; 32 hex digits."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
+        digest.update(f"{jax.tree_util.keystr(path)}{np.shape(leaf)}{array.dtype}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def task_rows(task: EncodeTask, rows: NDArray[np.int64] | None) -> Sequence[Any]:
-    """Returns the documents of a request: all of them, or those in `rows`, still read by index."""
-    return task.documents if rows is None else _Selected(task.documents, rows)
-
-
-class _Selected(Sequence[Any]):
-    """Some documents of a corpus, read when asked for."""
-
-    def __init__(self, documents: Sequence[Any], rows: NDArray[np.int64]) -> None:
-        self._documents, self._rows = documents, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        return self._documents[int(self._rows[index])]
+    return digest.hexdigest()[:32]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ragjax.index import store
 from ragjax.refresh.encode import encode_to_store
-from ragjax.refresh.task import EncodeRequest, EncodeTask, task_rows
+from ragjax.refresh.task import EncodeRequest, EncodeTask
 
 
 class ThreadExecutor:
@@ -43,16 +43,12 @@ class ThreadExecutor:
     def encode(self, task: EncodeTask, request: EncodeRequest) -> store.EmbeddingStore:
         """Encodes the documents of the request and publishes the store; see `Executor`."""
         return encode_to_store(
-            task.encode,
+            task,
             request.params,
-            task_rows(task, request.rows),
-            task.tokenize,
             store.EmbeddingWriter.open(request.folder, request.spec),
-            pad_id=task.pad_id,
-            options=task.options,
-            make_tokens=task.make_tokens,
-            progress=request.progress,
+            rows=request.rows,
             devices=self.devices,
+            progress=request.progress,
             cancelled=request.cancelled,
         )
 

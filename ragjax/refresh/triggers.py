@@ -29,7 +29,7 @@ _WHOLE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)(e\d{1,2}|k|m)?")
 _RANGE = re.compile(r"([^-:]+)-([^-:]*):([^-:]+)")
 _UNITS = {"k": 3, "m": 6}
 
-Measure = Callable[[Any, IndexSnapshot], float]
+DriftMeasure = Callable[[Any, IndexSnapshot], float]
 
 
 class TriggerContext(NamedTuple):
@@ -220,7 +220,7 @@ class OnDrift:
         last_value: what was measured last, for the metrics; NaN before that.
     """
 
-    measure: Measure
+    measure: DriftMeasure
     threshold: float
     check_every: int = DEFAULT_CHECK_EVERY
     last_value: float = dataclasses.field(default=math.nan, init=False, compare=False)
@@ -262,7 +262,7 @@ class OnDrift:
         return None if num_steps > self.check_every else math.inf
 
 
-def parse_trigger(text: str, *, measure: Measure | None = None) -> Trigger:
+def parse_trigger(text: str, *, measure: DriftMeasure | None = None) -> Trigger:
     """Reads a trigger as users write it.
 
     Whole numbers may also be written as 1e3, 16k or 2m.
@@ -283,7 +283,7 @@ def parse_trigger(text: str, *, measure: Measure | None = None) -> Trigger:
         ) from error
 
 
-def _parse(text: str, measure: Measure | None) -> Trigger:
+def _parse(text: str, measure: DriftMeasure | None) -> Trigger:
     """Reads a trigger; a ValueError says what is wrong without the forms."""
     if text == "asap":
         return AsSoonAsPossible()
@@ -299,7 +299,7 @@ def _parse(text: str, measure: Measure | None) -> Trigger:
     return StepRanges([_parse_range(part.strip()) for part in text.split(",")])
 
 
-def _parse_drift(text: str, measure: Measure | None) -> OnDrift:
+def _parse_drift(text: str, measure: DriftMeasure | None) -> OnDrift:
     """Reads "0.05" or "0.05/100"."""
     threshold, slash, check_every = text.partition("/")
     try:

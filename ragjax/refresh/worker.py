@@ -21,16 +21,36 @@ from typing import Any, NamedTuple, Self
 import jax
 
 from ragjax.index import DiskFullError, ShardWriter
-from ragjax.refresh.encode import Cancelled, encode_corpus
+from ragjax.refresh.encode import encode_corpus
 from ragjax.refresh.export import read_export
 from ragjax.refresh.jobs import WORKERS, Job, job_numbers, read_job, write_error
 from ragjax.refresh.leases import Beacon, Leases, read_holder, this_process
-from ragjax.refresh.task import EncodeTask, task_rows
+from ragjax.refresh.task import Cancelled, DocRows, EncodeTask
 
 # Between two looks at whether to stop, in seconds.
 _STOP_SECONDS = 0.1
 # A lease is renewed at least so many times in the seconds after which it counts as dead.
 _RENEWALS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How a worker works.
+
+    Attributes:
+        poll_seconds: Between two looks for a job.
+        heartbeat_seconds: Between two signs of life.
+        batch_tokens: Tokens in a batch on this process's devices; None: as the trainer says.
+            Another number changes embeddings by rounding.
+        devices: That share a batch; None: the default device.
+        once: True = leave when there is no job.
+    """
+
+    poll_seconds: float = 1.0
+    heartbeat_seconds: float = 2.0
+    batch_tokens: int | None = None
+    devices: Sequence[jax.Device] | None = None
+    once: bool = False
 
 
 def run_worker(
@@ -39,27 +59,18 @@ def run_worker(
     template_params: Any,
     *,
     stop: Callable[[], bool],
-    poll_seconds: float = 1.0,
-    heartbeat_seconds: float = 2.0,
-    batch_tokens: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-    once: bool = False,
+    options: WorkerOptions | None = None,
     report: Callable[[str], None] = print,
 ) -> int:
     """Works for the trainer that writes jobs to `root`, until it is told to stop.
 
     Args:
-        root: the folder given to `ProcessExecutor`; waited for if it is not there yet.
-        task: the trainer's corpus and encoder; its `options` are replaced by the job's.
-        template_params: tree of arrays or `jax.ShapeDtypeStruct`, as the trainer's parameters.
-        stop: asked about ten times a second, in another thread; the batch under way is finished.
-        poll_seconds: between two looks for a job.
-        heartbeat_seconds: between two signs of life.
-        batch_tokens: tokens in a batch on this process's devices; None: as the trainer says.
-            Another number changes embeddings by rounding.
-        devices: that share a batch; None: the default device.
-        once: True = leave when there is no job.
-        report: shows one line to the user.
+        root: The folder given to `ProcessExecutor`; waited for if it is not there yet.
+        task: The trainer's corpus and encoder; its `options` are replaced by the job's.
+        template_params: Tree of arrays or `jax.ShapeDtypeStruct`, as the trainer's parameters.
+        stop: Asked about ten times a second, in another thread; the batch under way is finished.
+        options: How it works.
+        report: Shows one line to the user.
 
     Returns:
         The number of shards written.
@@ -69,16 +80,17 @@ def run_worker(
             differ. The job fails with the same message.
         OSError: the folder cannot be written.
     """
-    worker = _Worker(Path(root), task, template_params, batch_tokens, devices, report)
-    if not _await_root(worker.root, stop, poll_seconds, report):
+    options = options or WorkerOptions()
+    worker = _Worker(Path(root), task, template_params, options, report)
+    if not _await_root(worker.root, stop, options.poll_seconds, report):
         return 0
-    with _SignsOfLife(worker.root, stop, poll_seconds, heartbeat_seconds) as signs:
+    with _SignsOfLife(worker.root, stop, options) as signs:
         while not stop():
             job = worker.newest_job()
-            if job is None and once:
+            if job is None and options.once:
                 break
             if job is None or not worker.encode_shard(job, signs):
-                _pause(stop, poll_seconds)
+                _pause(stop, options.poll_seconds)
     return worker.num_shards
 
 
@@ -86,8 +98,9 @@ class _Prepared(NamedTuple):
     """A job with what is read once for all its shards."""
 
     job: Job
+    task: EncodeTask
     params: Any
-    documents: Sequence[Any]
+    rows: DocRows  # of the documents to encode
     writer: ShardWriter
     leases: Leases
     failures: collections.Counter[int]  # by shard, in this process
@@ -101,17 +114,13 @@ class _Worker:
         root: Path,
         task: EncodeTask,
         template_params: Any,
-        batch_tokens: int | None,
-        devices: Sequence[jax.Device] | None,
+        options: WorkerOptions,
         report: Callable[[str], None],
     ) -> None:
         self.root = root
         self.num_shards = 0
-        self._task = task
-        self._template = template_params
-        self._batch_tokens = batch_tokens
-        self._devices = devices
-        self._report = report
+        self._task, self._template = task, template_params
+        self._options, self._report = options, report
         self._prepared: _Prepared | None = None
         self._failed: set[str] = set()
 
@@ -167,10 +176,17 @@ class _Worker:
             write_error(job, error, shard=-1, fatal=True)
             raise
         self._report(f"job {job.number}: parameters of step {job.step}")
-        documents = task_rows(self._task, job.rows())
-        leases = Leases(job.leases, lease_seconds=job.lease_seconds)
+        options, rows = job.options, job.rows()
+        if (batch_tokens := self._options.batch_tokens) is not None:
+            options = dataclasses.replace(options, batch_tokens=batch_tokens)
         self._prepared = _Prepared(
-            job, params, documents, writer, leases, failures=collections.Counter()
+            job=job,
+            task=dataclasses.replace(self._task, options=options),
+            params=params,
+            rows=range(len(self._task.documents)) if rows is None else rows,
+            writer=writer,
+            leases=Leases(job.leases, lease_seconds=job.lease_seconds),
+            failures=collections.Counter(),
         )
         return self._prepared
 
@@ -184,28 +200,20 @@ class _Worker:
     def _write(self, prepared: _Prepared, shard: int, cancelled: threading.Event) -> None:
         """Encodes and writes a shard."""
         started = time.monotonic()
-        options = prepared.job.options
-        if self._batch_tokens is not None:
-            options = dataclasses.replace(options, batch_tokens=self._batch_tokens)
-        rows = prepared.writer.rows(shard)
+        places = prepared.writer.rows(shard)
         embeddings = encode_corpus(
-            self._task.encode,
+            prepared.task,
             prepared.params,
-            prepared.documents,
-            self._task.tokenize,
-            pad_id=self._task.pad_id,
-            options=options,
-            make_tokens=self._task.make_tokens,
-            devices=self._devices,
+            rows=prepared.rows[places.start : places.stop],
+            devices=self._options.devices,
             cancelled=cancelled,
-            rows=rows,
         )
         prepared.writer.write(shard, embeddings)
         self.num_shards += 1
         seconds = time.monotonic() - started
         self._report(
             f"job {prepared.job.number}: shard {shard + 1} of {prepared.writer.spec.num_shards}, "
-            f"{len(rows) / seconds:,.0f} texts/s"
+            f"{len(places) / seconds:,.0f} texts/s"
         )
 
     def _tell(self, job: Job, shard: int, error: Exception) -> None:
@@ -225,17 +233,10 @@ class _Worker:
 class _SignsOfLife:
     """A thread that renews the beacons of this process and notices when work is for nothing."""
 
-    def __init__(
-        self,
-        root: Path,
-        stop: Callable[[], bool],
-        poll_seconds: float,
-        heartbeat_seconds: float,
-    ) -> None:
-        self._root = root
-        self._stop = stop
-        self._poll_seconds = poll_seconds
-        self._heartbeat_seconds = heartbeat_seconds
+    def __init__(self, root: Path, stop: Callable[[], bool], options: WorkerOptions) -> None:
+        self._root, self._stop = root, stop
+        self._poll_seconds = options.poll_seconds
+        self._heartbeat_seconds = options.heartbeat_seconds
         self._beacon = _join(root)
         self._work: tuple[Job, Beacon, threading.Event] | None = None
         self._ended = threading.Event()

@@ -16,9 +16,9 @@ from ragjax.index import choose_index
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.refresh import (
     RefreshForecast,
+    RefreshWork,
     estimate_build_seconds,
     forecast_refresh,
-    parse_trigger,
 )
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
@@ -103,12 +103,12 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     scored = pairs * texts.prompt
     if workspace.lm.family.packed_token_log_probs is not None:
         # Pairs are packed behind their documents: as many as so many random draws would touch.
-        size = len(workspace.doc_ids)
+        size = len(workspace.doc_tokens)
         touched = size * (1 - math.exp(-pairs / size))
         scored = touched * texts.document + pairs * texts.question
     rows = min(lm.questions, train) * lm.documents * lm.epochs if config.trains_lm else 0
     length = bucket_of(
-        workspace.encoder, min(retriever.doc_tokens, max(map(len, workspace.doc_ids)))
+        workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
     )
     taught = train * (retriever.candidates * length + 32) * retriever.epochs * rounds
     return _cost(
@@ -203,7 +203,7 @@ class _Texts:
 
     def __init__(self, workspace: Workspace, config: RunConfig) -> None:
         self.workspace, self.config = workspace, config
-        self._lengths = np.asarray([len(ids) for ids in workspace.doc_ids])
+        self._lengths = workspace.doc_tokens.lengths
         self.document = min(config.prompt.document_tokens, float(self._lengths.mean()) * _LM_TOKENS)
         self.question = _QUESTION_TOKENS + config.prompt.answer_tokens
 
@@ -275,7 +275,7 @@ def _cost(
 ) -> Cost:
     """Adds to the work of training what every run has: the index, its refreshes, the evaluation."""
     workspace, config = texts.workspace, texts.config
-    size, read = len(workspace.doc_ids), config.evaluation.documents
+    size, read = len(workspace.doc_tokens), config.evaluation.documents
     answered = texts.answered("test") * (1 + config.trains_lm)
     answer = _PROMPTS * texts.answer(read) + texts.answer(0)
     work = [
@@ -290,8 +290,8 @@ def _cost(
     if config.refresh.mode in ("sync", "async"):
         step_seconds = sum(seconds.get(stage, 0.0) for stage in _STEP_STAGES) / steps
         refresh = _refreshes(texts, steps, step_seconds, free_bytes)
-        if refresh.shared_device:
-            every = max(refresh.steps_between or 1, refresh.fastest_steps)
+        if refresh.work.shared_device:
+            every = max(refresh.work.steps_between or 1, refresh.fastest_steps)
             seconds["refreshes"] = steps / every * refresh.refresh_seconds
     index_bytes = size * workspace.encoder.embedding_size * 4 * encodings
     trained_bytes = (encodings - 1) * _num_bytes(
@@ -317,25 +317,24 @@ def _cost(
 
 def _refreshes(texts: _Texts, steps: int, step_seconds: float, free_bytes: int) -> RefreshForecast:
     """Returns what keeping the index fresh costs."""
-    workspace, config, size = texts.workspace, texts.config.refresh, len(texts.workspace.doc_ids)
+    workspace, config, size = texts.workspace, texts.config.refresh, len(texts.workspace.doc_tokens)
     dim = workspace.encoder.embedding_size
     kind = choose_index(size, dim).name if config.index == "auto" else config.index
-    # The drift trigger is never asked here, only for how often it fires: nobody can tell.
-    trigger = parse_trigger(config.every, measure=lambda params, snapshot: 0.0)
     encoded = config.partial + (1 - config.partial) / config.full_every
-    return forecast_refresh(
+    work = RefreshWork(
         documents=size,
         dim=dim,
         encode_documents_per_second=texts.encoder_rate * size / texts.corpus / encoded,
         build_seconds=estimate_build_seconds(size, dim, kind),
         step_seconds=step_seconds,
-        steps_between=trigger.steps_between(steps),
+        steps_between=config.trigger.steps_between(steps),
         kept_generations=config.keep,
         bytes_per_value=4.0 if kind == "exact" else 8.5,
         parameter_bytes=_tree_bytes(workspace.encoder.params),
         shared_device=not (config.devices or config.workers),
         free_bytes=free_bytes,
     )
+    return forecast_refresh(work)
 
 
 def _backward(config: LearningConfig, sizes: Any, whole: float) -> float:

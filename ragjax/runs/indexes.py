@@ -3,15 +3,13 @@
 Q questions, N documents, D embedding size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ragjax.data import Corpus, Question, buckets_up_to, encode_texts, passage_text
-from ragjax.data.corpus_cache import Passage
+from ragjax.data import Corpus, Question, passage_text
 from ragjax.index import (
     Bm25Index,
     EmbeddingStore,
@@ -19,26 +17,19 @@ from ragjax.index import (
     HybridIndex,
     HybridQueries,
     Index,
-    IndexSnapshot,
     SearchResult,
-    StoreSpec,
     choose_dense_weight,
     choose_index,
 )
 from ragjax.index.base import NO_DOC
-from ragjax.models.encoder import TextEncoder
-from ragjax.models.inputs import Tokens
-from ragjax.refresh import EncodeTask, encode_to_store, tqdm_progress
-from ragjax.refresh.batches import DEFAULT_BUCKETS, EncodeOptions
+from ragjax.refresh import encode_to_store, tqdm_progress
+from ragjax.refresh.task import params_digest
 from ragjax.runs.workspace import (
     Workspace,
-    tree_fingerprint,
 )
-from ragjax.training.live import Search, search_dense, search_reranked
+from ragjax.training.live import StepQueries, StepSearch, search_dense, search_reranked
 from ragjax.training.lsr import towers
 
-# A killed run encodes at most this many documents again.
-_ROWS_PER_SHARD = 512
 # Half each is what un-adapted models want where there is nothing to choose the weight on.
 _DEFAULT_WEIGHT = 0.5
 
@@ -51,6 +42,7 @@ class Retriever(NamedTuple):
     dense: Index
     hybrid: HybridIndex
     embeddings: np.ndarray  # [N, D] of the documents, float32
+    store: EmbeddingStore  # of the same, on disk
 
 
 class Rankings(NamedTuple):
@@ -93,7 +85,8 @@ def build_retriever(
         were found.
     """
     folder = workspace.folder / "index" / str(version)
-    embeddings = _encode_corpus(workspace, doc_params, folder, earlier)
+    store = _encode_corpus(workspace, doc_params, folder, earlier)
+    embeddings = store.read()
     choice = choose_index(*embeddings.shape)
     if version == 0:
         workspace.report(choice.reason)
@@ -109,7 +102,7 @@ def build_retriever(
         f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})"
     )
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
-    return Retriever(version, query_params, dense, hybrid, embeddings)
+    return Retriever(version, query_params, dense, hybrid, embeddings, store)
 
 
 def search(
@@ -146,43 +139,30 @@ def doc_logits(
     return np.where(found.mask, scale * cosines, 0).astype(np.float32)
 
 
-def live_search(
-    workspace: Workspace,
-    task: EncodeTask,
-    questions: Sequence[Question],
-    bm25: Bm25Index | None,
-    *,
-    dense_weight: float,
-    doc_params: Callable[[], Any],
-) -> Search:
-    """Returns how the documents of a training step are found in the index that serves.
+def live_search(workspace: Workspace, bm25: Bm25Index | None, *, dense_weight: float) -> StepSearch:
+    """Returns how the documents of a training step are found in the active index.
 
     Args:
-        workspace: Options: `refresh.mode` and `overfetch`.
-        task: The documents, for `rerank`.
-        questions: Q training questions.
+        workspace: Documents, training questions and options: `refresh.mode` and `overfetch`.
         bm25: Joins the dense side; None: dense alone.
         dense_weight: Weight of the dense side.
-        doc_params: Returns the live parameters of the document encoder.
     """
+    questions = workspace.questions["train"]
     config = workspace.config.refresh
     # With BM25 the hybrid looks that deep already.
     factor = config.overfetch if bm25 is None else 1
     dense = (
-        search_reranked(task, doc_params, factor=factor)
-        if config.mode == "rerank"
-        else search_dense
+        search_reranked(workspace.task, factor=factor) if config.mode == "rerank" else search_dense
     )
     if bm25 is None:
         return dense
 
-    def search_both(
-        snapshot: IndexSnapshot, rows: np.ndarray, embeddings: np.ndarray, k: int
-    ) -> SearchResult:
-        found = _Found(dense, snapshot, rows)
+    def search_both(queries: StepQueries, k: int) -> SearchResult:
+        found = _Found(dense, queries)
         # Equally deep in every mode, so that they differ in freshness only.
         hybrid = HybridIndex(found, bm25, dense_weight=dense_weight, depth=config.overfetch * k)
-        return hybrid.search(HybridQueries(embeddings, [questions[row].text for row in rows]), k)
+        texts = [questions[row].text for row in queries.rows]
+        return hybrid.search(HybridQueries(queries.embeddings, texts), k)
 
     return search_both
 
@@ -190,17 +170,17 @@ def live_search(
 class _Found:
     """One step's dense search as an index, for the hybrid."""
 
-    def __init__(self, search: Search, snapshot: IndexSnapshot, rows: np.ndarray) -> None:
-        self._search, self._snapshot, self._rows = search, snapshot, rows
+    def __init__(self, search: StepSearch, queries: StepQueries) -> None:
+        self._search, self._queries = search, queries
 
     @property
     def size(self) -> int:
         """Number of documents."""
-        return self._snapshot.index.size
+        return self._queries.snapshot.index.size
 
     def search(self, queries: Any, k: int) -> SearchResult:
-        """Returns the k best documents of each query."""
-        return self._search(self._snapshot, self._rows, queries, k)
+        """Returns the k best documents of each query; `queries` are the step's."""
+        return self._search(self._queries._replace(embeddings=queries), k)
 
 
 def _hybrid_queries(
@@ -213,22 +193,15 @@ def _hybrid_queries(
 
 def _encode_corpus(
     workspace: Workspace, params: Any, folder: Path, earlier: Sequence[Path]
-) -> np.ndarray:
-    spec = StoreSpec(
-        size=len(workspace.doc_ids),
-        dim=workspace.encoder.embedding_size,
-        model_fingerprint=tree_fingerprint(params),
-        corpus_fingerprint=workspace.dataset.corpus.fingerprint,
-        settings={"max_length": workspace.encoder.max_length, "source": workspace.encoder.source},
-        rows_per_shard=_ROWS_PER_SHARD,
-    )
+) -> EmbeddingStore:
+    """Opens the embeddings of the documents with these parameters, or makes them."""
+    spec = workspace.task.spec(params, params_digest=params_digest(params))
     if folder.exists():
-        store = EmbeddingStore.open(
+        return EmbeddingStore.open(
             folder,
             model_fingerprint=spec.model_fingerprint,
             corpus_fingerprint=spec.corpus_fingerprint,
         )
-        return store.read()
     for other in earlier:
         try:
             store = EmbeddingStore.open(
@@ -240,7 +213,7 @@ def _encode_corpus(
         except (FileNotFoundError, ValueError):
             continue  # of another encoder or corpus, or damaged: it is encoded again
         workspace.report(f"embeddings of the documents: {other}")
-        return store.read()
+        return store
     draw = tqdm_progress(f"encoding for index {folder.name}")
 
     def progress(state: Any) -> None:
@@ -248,58 +221,8 @@ def _encode_corpus(
         workspace.stop.check()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    store = encode_to_store(
-        workspace.encoder.encode,
-        params,
-        workspace.doc_ids,
-        list,
-        EmbeddingWriter.open(folder, spec),
-        pad_id=workspace.encoder.pad_id,
-        options=workspace.encode_options(),
-        make_tokens=Tokens,
-        progress=progress,
-    )
-    return store.read()
-
-
-def corpus_task(
-    encoder: TextEncoder,
-    corpus: Corpus | Sequence[list[int]],
-    *,
-    encode_tokens: int,
-    rows_per_shard: int,
-    corpus_fingerprint: str = "",
-) -> EncodeTask:
-    """Returns the task of encoding a corpus with an encoder, whatever its weights become.
-
-    Args:
-        encoder: the un-adapted encoder; its fingerprint says where the weights started.
-        corpus: passages, tokenised when they are encoded, or the encoder's token ids of each.
-        encode_tokens: tokens in a batch, padding included.
-        rows_per_shard: documents in a shard.
-        corpus_fingerprint: of the corpus that token ids come from; "" takes that of `corpus`.
-    """
-    longest = encoder.max_length
-    buckets = buckets_up_to(longest, DEFAULT_BUCKETS)
-    settings: dict[str, Any] = {
-        "encode": encoder.encode,
-        "documents": cast(Sequence[Any], corpus),  # read by index only
-        "pad_id": encoder.pad_id,
-        "make_tokens": Tokens,
-        "options": EncodeOptions(batch_tokens=encode_tokens, buckets=buckets),
-        "corpus_fingerprint": corpus_fingerprint,
-        "model_fingerprint": encoder.fingerprint,
-        "rows_per_shard": rows_per_shard,
-    }
-    if not isinstance(corpus, Corpus):
-        return EncodeTask(**settings)
-
-    def tokenize(passages: Sequence[Passage]) -> list[list[int]]:
-        texts = [encoder.doc_prefix + passage_text(passage) for passage in passages]
-        return encode_texts(encoder.tokenizer, texts, max_length=longest).ids
-
-    settings["corpus_fingerprint"] = corpus_fingerprint or corpus.fingerprint
-    return EncodeTask(**settings, tokenize=tokenize)
+    writer = EmbeddingWriter.open(folder, spec)
+    return encode_to_store(workspace.task, params, writer, progress=progress)
 
 
 _SHOWN = 3
@@ -341,8 +264,8 @@ def source_rows(corpus: Corpus, questions: Sequence[Question]) -> list[frozenset
 
 
 def search_without_sources(
-    search: Search, sources: Sequence[frozenset[int]], questions: Sequence[Question]
-) -> Search:
+    search: StepSearch, sources: Sequence[frozenset[int]], questions: Sequence[Question]
+) -> StepSearch:
     """Returns a search that looks deeper by as many documents as it leaves out.
 
     Args:
@@ -355,13 +278,12 @@ def search_without_sources(
         the document that it was made from.
     """
 
-    def without(
-        snapshot: IndexSnapshot, rows: NDArray[np.int64], embeddings: NDArray[np.float32], k: int
-    ) -> SearchResult:
-        deepest = k + max(len(sources[row]) for row in rows)
-        found = search(snapshot, rows, embeddings, min(deepest, snapshot.index.size))
-        kept = drop_rows(found, [sources[row] for row in rows], k)
-        for row, mask in zip(rows, kept.mask, strict=True):
+    def without(queries: StepQueries, k: int) -> SearchResult:
+        dropped = [sources[row] for row in queries.rows]
+        deepest = k + max(map(len, dropped))
+        found = search(queries, min(deepest, queries.snapshot.index.size))
+        kept = drop_rows(found, dropped, k)
+        for row, mask in zip(queries.rows, kept.mask, strict=True):
             if not mask.any():
                 raise ValueError(
                     f"question {questions[row].id!r}: all {found.mask.shape[1]} documents that were"

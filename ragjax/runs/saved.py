@@ -109,7 +109,7 @@ class Models:
         if not folder.is_dir():
             raise ValueError(f"{where} has not begun; {again} finishes the run")
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
-        restored = Checkpointer(folder, report=notes.append).latest_good_params(abstract)
+        restored = Checkpointer(folder, report=notes.append).latest_good(abstract, field="params")
         listed = f" ({'; '.join(notes)})" if notes else ""
         if restored is None:
             raise ValueError(f"{where} has no whole checkpoint; {again} finishes the run{listed}")

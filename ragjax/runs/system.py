@@ -16,9 +16,8 @@ import numpy as np
 
 from ragjax.data import Corpus, Dataset, Question
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
-from ragjax.index.base import empty_result
-from ragjax.models.inputs import Tokens
-from ragjax.refresh import encode_token_ids
+from ragjax.index.base import empty_result, pad_result
+from ragjax.refresh import encode_corpus
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import Models, open_run
@@ -173,23 +172,15 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
     count = min(k, system.size)
     found = by(system, Queries(questions, embeddings), count)
     scores = doc_logits(system.retriever, embeddings, found, scale=system.scale)
-    spare = empty_result(len(questions), k)
-    for field, part in zip(spare, found, strict=True):
-        field[:, :count] = part
-    return Retrieved(spare, np.pad(scores, ((0, 0), (0, k - count))))
+    padded = pad_result(found.doc_ids, found.scores, k)
+    return Retrieved(padded, np.pad(scores, ((0, 0), (0, k - count))))
 
 
 def encode_query_of(system: System, num_tokens: int) -> None:
     """Encodes a dummy query of this many tokens, which compiles that shape."""
     workspace = system.workspace
-    encode_token_ids(
-        workspace.encoder.encode,
-        system.retriever.query_params,
-        [[workspace.encoder.pad_id] * num_tokens],
-        pad_id=workspace.encoder.pad_id,
-        options=workspace.encode_options(),
-        make_tokens=Tokens,
-    )
+    task = workspace.task.of_token_ids([[workspace.encoder.pad_id] * num_tokens])
+    encode_corpus(task, system.retriever.query_params)
 
 
 def by_dense(system: System, queries: Queries, k: int) -> SearchResult:

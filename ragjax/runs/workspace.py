@@ -11,25 +11,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ragjax.data import (
+    Corpus,
+    CorpusTokens,
     Dataset,
     DocumentTokens,
+    Passage,
     PromptBuilder,
     PromptTemplate,
     Question,
     batch_rows,
     buckets_up_to,
     encode_texts,
+    leaked_questions,
     pad_right,
     passage_text,
     read_beir,
-    truncation_note,
     write_python_docs,
 )
 from ragjax.data.fields import parse_fields
@@ -37,12 +40,15 @@ from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_option
 from ragjax.models.inputs import Tokens
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.layers.stacks import cast_floats
-from ragjax.refresh import EncodeOptions, encode_token_ids
+from ragjax.refresh import EncodeTask, encode_corpus
+from ragjax.refresh.batches import DEFAULT_BUCKETS, EncodeOptions
+from ragjax.refresh.task import params_digest
 from ragjax.runs.folder import add_seconds
 from ragjax.runs.options.shared import PromptConfig, RunConfig
 from ragjax.training.loop import MetricsLog, StopFlag
 
 Report = Callable[[str], None]
+_SHOWN = 3  # ids in a note
 
 
 class FrozenLM(NamedTuple):
@@ -65,7 +71,7 @@ class Workspace:
         lm: The un-adapted language model.
         prompts: Turns (documents, question, answer) into token ids, for scoring and answering.
         documents: Token ids of the documents for the language model.
-        doc_ids: Encoder token ids of the documents, N lists.
+        doc_tokens: Encoder token ids of the documents, N lists.
         metrics: Per-step metrics.
         stop: Set by a signal.
         report: Shows one line to the user.
@@ -80,7 +86,7 @@ class Workspace:
     lm: LanguageModel
     prompts: PromptBuilder
     documents: DocumentTokens
-    doc_ids: list[list[int]]
+    doc_tokens: CorpusTokens
     metrics: MetricsLog
     stop: StopFlag
     report: Report
@@ -101,12 +107,7 @@ class Workspace:
 
     def gold_rows(self, split: str) -> list[dict[int, int]]:
         """Returns corpus row to grade for the questions used of a split."""
-        judged = self.dataset.qrels[split]
-        corpus = self.dataset.corpus
-        return [
-            {corpus.row_of(doc_id): grade for doc_id, grade in judged[question.id].items()}
-            for question in self.questions[split]
-        ]
+        return self.dataset.graded_rows(split, self.questions[split])
 
     def relevant_rows(self, split: str) -> list[frozenset[int]]:
         """Returns the relevant corpus rows of the questions used of a split."""
@@ -126,18 +127,17 @@ class Workspace:
 
     def encode_query_ids(self, params: Any, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns embeddings `[Q, D]` float32 of queries that are token ids already."""
-        return encode_token_ids(
-            self.encoder.encode,
-            params,
-            ids,
-            pad_id=self.encoder.pad_id,
-            options=self.encode_options(),
-            make_tokens=Tokens,
-        )
+        return encode_corpus(self.task.of_token_ids(ids), params)
 
-    def encode_options(self) -> EncodeOptions:
-        """Returns how texts are grouped for the encoder."""
-        return EncodeOptions(batch_tokens=self.config.encode_tokens, buckets=buckets(self.encoder))
+    @functools.cached_property
+    def task(self) -> EncodeTask:
+        """The corpus as the encoder encodes it, whatever its parameters become."""
+        return corpus_task(
+            self.encoder,
+            self.doc_tokens,
+            encode_tokens=self.config.encode_tokens,
+            corpus_fingerprint=self.dataset.corpus.fingerprint,
+        )
 
     def in_compute_dtype(self, params: Any) -> Any:
         """Returns the language model's parameters in the dtype that it computes in."""
@@ -155,7 +155,7 @@ class Workspace:
 
     def adapted_lm(self, params: Any) -> FrozenLM:
         """Returns the language model with adapted parameters as it scores and answers."""
-        return self._frozen(params, tree_fingerprint(params))
+        return self._frozen(params, params_digest(params))
 
     def _frozen(self, params: Any, fingerprint: str) -> FrozenLM:
         dtype = self.config.compute_dtype
@@ -170,14 +170,44 @@ class Workspace:
         return with_options(self.encoder, remat=True, compute_dtype=dtype).encode
 
 
-def tree_fingerprint(tree: Any) -> str:
-    """Returns a digest of a tree of arrays: names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:32]
+def corpus_task(
+    encoder: TextEncoder,
+    corpus: Corpus | CorpusTokens,
+    *,
+    encode_tokens: int,
+    corpus_fingerprint: str = "",
+) -> EncodeTask:
+    """Returns the task of encoding a corpus with an encoder, whatever its weights become.
+
+    A trainer and its worker processes must agree on it.
+
+    Args:
+        encoder: The un-adapted encoder; its fingerprint says where the weights started.
+        corpus: Passages, tokenised when they are encoded, or the encoder's token ids of each.
+        encode_tokens: Tokens in a batch, padding included.
+        corpus_fingerprint: Of the corpus that token ids come from; "" takes that of `corpus`.
+    """
+    longest = encoder.max_length
+    task = EncodeTask(
+        encode=encoder.encode,
+        documents=cast(Sequence[Any], corpus),  # read by index only
+        pad_id=encoder.pad_id,
+        make_tokens=Tokens,
+        options=EncodeOptions(
+            batch_tokens=encode_tokens, buckets=buckets_up_to(longest, DEFAULT_BUCKETS)
+        ),
+        corpus_fingerprint=corpus_fingerprint,
+        model_fingerprint=encoder.fingerprint,
+    )
+    if not isinstance(corpus, Corpus):
+        return task
+
+    def tokenize(passages: Sequence[Passage]) -> list[list[int]]:
+        texts = [encoder.doc_prefix + passage_text(passage) for passage in passages]
+        return encode_texts(encoder.tokenizer, texts, max_length=longest).ids
+
+    fingerprint = corpus_fingerprint or corpus.fingerprint
+    return dataclasses.replace(task, tokenize=tokenize, corpus_fingerprint=fingerprint)
 
 
 def open_workspace(
@@ -215,7 +245,7 @@ def make_workspace(
     stop: StopFlag,
     report: Report = print,
 ) -> Workspace:
-    """Puts data and models that are read already together; tokenises the corpus for the encoder.
+    """Puts data and models that are read already together.
 
     Args:
         config: Options of the run.
@@ -232,13 +262,13 @@ def make_workspace(
         f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions"
     )
     report(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
-    texts = [encoder.doc_prefix + passage_text(passage) for passage in dataset.corpus]
-    encoded = encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length)
-    note = truncation_note(
-        encoded.num_truncated, len(texts), max_length=encoder.max_length, what="documents"
+    doc_tokens = CorpusTokens(
+        len(dataset.corpus),
+        lambda: (encoder.doc_prefix + passage_text(passage) for passage in dataset.corpus),
+        encoder.tokenizer,
+        max_length=encoder.max_length,
+        report=lambda note: report(f"note: {note} for the encoder"),
     )
-    if note:
-        report(f"note: {note} for the encoder")
     prompts = make_prompts(config.prompt, lm)
     return Workspace(
         config=config,
@@ -249,7 +279,7 @@ def make_workspace(
         lm=lm,
         prompts=prompts,
         documents=DocumentTokens(prompts, dataset.corpus),
-        doc_ids=encoded.ids,
+        doc_tokens=doc_tokens,
         metrics=MetricsLog(folder / "metrics.jsonl"),
         stop=stop,
         report=report,
@@ -291,6 +321,13 @@ def read_data(config: RunConfig, folder: Path, report: Report) -> Dataset:
     )
     for note in dataset.notes:
         report(f"note: {note}")
+    for split in ("dev", "test"):
+        if leaked := leaked_questions(dataset, split=split):
+            report(
+                f"note: {len(leaked)} of the {len(dataset.questions[split])} {split} questions are"
+                f" also asked in train: {', '.join(leaked[:_SHOWN])}"
+                f"{', ...' if len(leaked) > _SHOWN else ''}"
+            )
     return dataset
 
 

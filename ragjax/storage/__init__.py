@@ -2,6 +2,7 @@
 
 from ragjax.storage.files import DiskFullError as DiskFullError
 from ragjax.storage.files import link_first as link_first
+from ragjax.storage.files import link_or_copy as link_or_copy
 from ragjax.storage.files import replacing as replacing
 from ragjax.storage.files import sha256 as sha256
 from ragjax.storage.files import sync_file as sync_file
@@ -16,6 +17,7 @@ from ragjax.storage.lock import check_writable as check_writable
 from ragjax.storage.log import JsonLog as JsonLog
 from ragjax.storage.log import read_lines as read_lines
 from ragjax.storage.manifests import check_listing as check_listing
+from ragjax.storage.manifests import new_folder as new_folder
 from ragjax.storage.manifests import publish as publish
 from ragjax.storage.manifests import read_json as read_json
 from ragjax.storage.manifests import verify_folder as verify_folder

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -156,3 +157,14 @@ def link_first(source: Path, target: Path) -> bool:
             return False
         source.rename(target)
     return True
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives a finished file a second name, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (*_NO_LINKS, errno.EXDEV):
+            raise
+        with named_if_full(target, source.stat().st_size):
+            shutil.copyfile(source, target)

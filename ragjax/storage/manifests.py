@@ -1,11 +1,13 @@
 """Folders that are complete or absent: checksums, publishing by rename, and safe opening."""
 
+import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ragjax.storage.files import sha256, sync_file, sync_folder
+from ragjax.storage.files import sha256, sync_file, sync_folder, unique_name
 
 
 def read_json(path: Path, *, what: str, version: int | None = None) -> dict[str, Any]:
@@ -124,6 +126,22 @@ def publish(building: Path, target: Path) -> None:
         raise FileExistsError(f"{target} exists; it is never written over")
     building.rename(target)
     sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Makes a folder to fill; it is published as `target` after the block, or gone if that fails.
+
+    Raises:
+        FileExistsError: The final name is taken.
+    """
+    building = target.with_name(f".{unique_name(target.name)}.tmp")
+    building.mkdir(parents=True)
+    try:
+        yield building
+        publish(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _stays_inside(name: Any) -> bool:

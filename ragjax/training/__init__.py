@@ -2,8 +2,8 @@
 
 from ragjax.training.ahead import AheadRetrieval as AheadRetrieval
 from ragjax.training.checkpoint import Checkpointer as Checkpointer
+from ragjax.training.end_to_end import LMReader as LMReader
 from ragjax.training.end_to_end import RagBatch as RagBatch
-from ragjax.training.end_to_end import Reader as Reader
 from ragjax.training.end_to_end import fusion_reader as fusion_reader
 from ragjax.training.end_to_end import make_rag_loss as make_rag_loss
 from ragjax.training.end_to_end import separate_reader as separate_reader

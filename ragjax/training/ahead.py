@@ -5,14 +5,14 @@ B questions a step, K documents each.
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ragjax.index import SearchResult
 from ragjax.index.base import NO_DOC
-from ragjax.refresh.ahead import Ahead
-from ragjax.training.live import LiveRetrieval, Retrieved
+from ragjax.training.live import LiveRetrieval, StepDocuments
 from ragjax.training.steps import TrainState
 
 _AHEAD = "ahead"
@@ -21,7 +21,7 @@ _AHEAD = "ahead"
 class Prepared(NamedTuple):
     """What a step learns from, ready for the device."""
 
-    retrieved: Retrieved
+    retrieved: StepDocuments
     batch: Any
     metrics: Mapping[str, float]
     seconds: float  # that search and preparation took
@@ -39,7 +39,7 @@ class AheadRetrieval:
     def __init__(
         self,
         retrieval: LiveRetrieval,
-        prepare: Callable[[Retrieved], tuple[Any, Mapping[str, float]]],
+        prepare: Callable[[StepDocuments], tuple[Any, Mapping[str, float]]],
         *,
         num_steps: int,
         overlap: bool = True,
@@ -56,7 +56,8 @@ class AheadRetrieval:
         """
         self.retrieval, self._prepare = retrieval, prepare
         self._num_steps, self._overlap = num_steps, overlap
-        self._ahead: Ahead[Prepared] = Ahead()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+        self._ahead: Future[Prepared] | None = None  # of the next step
         self._prepared: Prepared | None = None
 
     def batch_at(self, step: int) -> Any:
@@ -76,22 +77,23 @@ class AheadRetrieval:
         self.retrieval.resume(step, state, kept)
         if ahead is not None and ahead["step"] == step and self._overlap:
             retrieved = _from_json(ahead)
-            self._ahead.submit(lambda: self._work(lambda: retrieved))
+            self._ahead = self._pool.submit(self._work, lambda: retrieved)
 
     def before_step(self, step: int, state: TrainState) -> dict[str, float]:
         """Fetches what was prepared for this step and begins to prepare the next one."""
         started = time.perf_counter()
         snapshot = self.retrieval.advance(step, state)
         updated = time.perf_counter()
-        if self._ahead.pending:
-            self._prepared = self._ahead.result()
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            self._prepared = ahead.result()
         else:
             self._prepared = self._work(self.retrieval.look_up(step, snapshot))
         waited = time.perf_counter() - updated
         metrics = self.retrieval.note(self._prepared.retrieved)
         if self._overlap and step + 1 < self._num_steps:
             search = self.retrieval.look_up(step + 1, snapshot)
-            self._ahead.submit(lambda: self._work(search))
+            self._ahead = self._pool.submit(self._work, search)
         return metrics | {
             "index/callback_seconds": updated - started,
             "index/search_seconds": self._prepared.seconds,
@@ -102,8 +104,10 @@ class AheadRetrieval:
     def state_dict(self) -> dict[str, Any]:
         """Returns which index serves and what was retrieved for the next step."""
         state = dict(self.retrieval.state_dict())
-        prepared = self._ahead.look()
-        return state | ({_AHEAD: _to_json(prepared.retrieved)} if prepared else {})
+        # What failed comes up at its step; until then a checkpoint can be written all the same.
+        if self._ahead is None or self._ahead.exception() is not None:
+            return state
+        return state | {_AHEAD: _to_json(self._ahead.result().retrieved)}
 
     def line(self, step: int) -> str:
         """Returns which index serves and what goes on."""
@@ -111,17 +115,17 @@ class AheadRetrieval:
 
     def close(self) -> None:
         """Ends the thread and the refresher."""
-        self._ahead.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self.retrieval.refresher.close()
 
-    def _work(self, search: Callable[[], Retrieved]) -> Prepared:
+    def _work(self, search: Callable[[], StepDocuments]) -> Prepared:
         started = time.perf_counter()
         retrieved = search()
         batch, metrics = self._prepare(retrieved)
         return Prepared(retrieved, batch, metrics, time.perf_counter() - started)
 
 
-def _to_json(retrieved: Retrieved) -> dict[str, Any]:
+def _to_json(retrieved: StepDocuments) -> dict[str, Any]:
     found = retrieved.found
     return {
         "step": retrieved.step,
@@ -132,9 +136,9 @@ def _to_json(retrieved: Retrieved) -> dict[str, Any]:
     }
 
 
-def _from_json(saved: Mapping[str, Any]) -> Retrieved:
+def _from_json(saved: Mapping[str, Any]) -> StepDocuments:
     doc_ids = np.asarray(saved["doc_ids"], np.int32)
     mask = doc_ids != NO_DOC
     scores = np.where(mask, np.asarray(saved["scores"], np.float32), -np.inf).astype(np.float32)
     rows = np.asarray(saved["rows"], np.int64)
-    return Retrieved(int(saved["step"]), rows, SearchResult(doc_ids, scores, mask))
+    return StepDocuments(int(saved["step"]), rows, SearchResult(doc_ids, scores, mask))

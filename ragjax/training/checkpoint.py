@@ -98,15 +98,16 @@ class Checkpointer:
             int(p.name) for p in self._folder.iterdir() if p.is_dir() and p.name.isdigit()
         )
 
-    def latest_good(self, template: Any) -> Restored | None:
+    def latest_good(self, template: Any, *, field: str = "") -> Restored | None:
         """Returns the newest step whose bytes match their digests, or None if there is none.
 
         Args:
-          template: Tree of arrays (or `jax.ShapeDtypeStruct`) with the expected structure.
+            template: Tree of arrays (or `jax.ShapeDtypeStruct`) with the expected structure.
+            field: The only field of the saved state to read, of which `template` is; "" reads all.
 
         Raises:
-          ValueError: If a whole checkpoint has other arrays than `template`: the run's options have
-            changed since.
+            ValueError: If a whole checkpoint has other arrays than `template`: the run's options
+                have changed since.
         """
         for step in reversed(self.steps()):
             folder = self._folder / str(step)
@@ -115,53 +116,39 @@ class Checkpointer:
                 self._report(f"checkpoint {folder} is passed over: {problem}")
                 continue
             manifest = json.loads((folder / _DIGESTS).read_text())
-            state = self._load(folder, manifest["arrays"], template)
+            state = _load(folder, manifest["arrays"], template, field)
             return Restored(step, state, manifest["info"])
         return None
 
-    def latest_good_params(self, template: Any) -> Restored | None:
-        """Returns as `latest_good` does, but reads the field `params` of the saved state alone.
 
-        Args:
-          template: Tree of arrays (or `jax.ShapeDtypeStruct`) as that field is expected to be.
-
-        Raises:
-          ValueError: If a whole checkpoint has other parameters than `template`.
-        """
-        for step in reversed(self.steps()):
-            folder = self._folder / str(step)
-            problem = _verify(folder)
-            if problem:
-                self._report(f"checkpoint {folder} is passed over: {problem}")
-                continue
-            manifest = json.loads((folder / _DIGESTS).read_text())
-            saved = {
-                "['params']" + name.removeprefix(".params"): entry
-                for name, entry in manifest["arrays"].items()
-                if name.startswith(".params")
-            }
-            context = _orbax().Context()
-            context.pytree.loading.partial_load = True
-            with context:
-                state = self._load(folder, saved, {"params": template})
-            return Restored(step, state["params"], manifest["info"])
-        return None
-
-    def _load(self, folder: Path, arrays: dict, template: Any) -> Any:
-        # orbax casts and pads to whatever is asked for without a word: compare first.
-        expected = _array_table(template)
-        for name in sorted(expected.keys() | arrays.keys()):
-            if arrays.get(name) != expected.get(name):
-                raise ValueError(
-                    f"checkpoint {folder} is of another run: {name} is {arrays.get(name)} there and"
-                    f" {expected.get(name)} here (other model, trained towers or optimiser?); use"
-                    " another --output folder"
-                )
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=device), template
-        )
-        return _orbax().load(folder, abstract)
+def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
+    """Reads a verified checkpoint, or one field of it, onto the first device."""
+    if field:
+        prefix = f".{field}"
+        arrays = {
+            f"[{field!r}]{name.removeprefix(prefix)}": entry
+            for name, entry in arrays.items()
+            if name.startswith(prefix)
+        }
+        template = {field: template}
+    # orbax casts and pads to whatever is asked for without a word: compare first.
+    expected = _array_table(template)
+    for name in sorted(expected.keys() | arrays.keys()):
+        if arrays.get(name) != expected.get(name):
+            raise ValueError(
+                f"checkpoint {folder} is of another run: {name} is {arrays.get(name)} there and"
+                f" {expected.get(name)} here (other model, trained towers or optimiser?); use"
+                " another --output folder"
+            )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=device), template
+    )
+    context = _orbax().Context()
+    context.pytree.loading.partial_load = bool(field)
+    with context:
+        state = _orbax().load(folder, abstract)
+    return state[field] if field else state
 
 
 def _array_table(tree: Any) -> dict[str, list]:

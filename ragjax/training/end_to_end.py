@@ -59,7 +59,7 @@ class RagBatch(NamedTuple):
     relevant: Array | None = None  # [B, M] bool
 
 
-class Reader(NamedTuple):
+class LMReader(NamedTuple):
     """What a language model tells of a batch; None where it cannot."""
 
     log_probs: Callable[[Any, RagBatch], Array] | None  # [B, K, T], each document alone
@@ -181,7 +181,7 @@ def negatives_term(outputs: Outputs) -> Array:
 
 def make_rag_loss(
     encode: Encode,
-    reader: Reader,
+    reader: LMReader,
     terms: Mapping[str, tuple[float, Term]],
     *,
     scale: float,
@@ -307,7 +307,7 @@ def _first_of_its_kind(doc_ids: Array) -> Array:
     return ~jnp.tril(same, k=-1).any(axis=1)
 
 
-def _diagnostics(outputs: Outputs, reader: Reader) -> Metrics:
+def _diagnostics(outputs: Outputs, reader: LMReader) -> Metrics:
     batch, mask = outputs.batch, outputs.batch.doc_mask
     metrics = {
         "retriever_entropy": retriever_entropy(outputs.doc_scores, doc_mask=mask).normalized.mean()
@@ -342,7 +342,7 @@ def _diagnostics(outputs: Outputs, reader: Reader) -> Metrics:
 def separate_reader(
     token_log_probs: Callable[[Any, LMBatch], Array],
 ) -> Callable[[Any, RagBatch], Array]:
-    """Builds `Reader.log_probs` of a language model that reads each document alone.
+    """Builds `LMReader.log_probs` of a language model that reads each document alone.
 
     Args:
         token_log_probs: `(params, LMBatch of R rows) -> [R, T]`.
@@ -375,7 +375,7 @@ def separate_reader(
 def fusion_reader(
     token_log_probs: Callable[[Any, FusionBatch], Array],
 ) -> Callable[[Any, RagBatch], Array]:
-    """Builds `Reader.fused_log_probs` (or `attention`) of a Fusion-in-Decoder.
+    """Builds `LMReader.fused_log_probs` (or `attention`) of a Fusion-in-Decoder.
 
     Args:
         token_log_probs: `(params, FusionBatch) -> [B, T]`, or `[B, K]` for the attention.

@@ -20,16 +20,27 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ragjax.index import IndexSnapshot, SearchResult
+from ragjax.index import EmbeddingStore, IndexSnapshot, SearchResult
 from ragjax.refresh import Never, Refresher, Trigger, live_embeddings, rerank
 from ragjax.refresh.task import EncodeTask
 from ragjax.training.steps import TrainState
 
 Freshness = Literal["frozen", "query_only", "rerank", "sync", "async"]
-Search = Callable[[IndexSnapshot, NDArray[np.int64], NDArray[np.float32], int], SearchResult]
 
 
-class Retrieved(NamedTuple):
+class StepQueries(NamedTuple):
+    """The questions of a step and what they are searched in."""
+
+    snapshot: IndexSnapshot
+    rows: NDArray[np.int64]  # [B] examples
+    embeddings: NDArray[np.float32]  # [B, D]
+    doc_params: Any  # live parameters of the document encoder
+
+
+StepSearch = Callable[[StepQueries, int], SearchResult]  # (queries, k) -> the k best
+
+
+class StepDocuments(NamedTuple):
     """What a step learns from."""
 
     step: int
@@ -42,34 +53,28 @@ def refresh_trigger(mode: Freshness, trigger: Trigger) -> Trigger:
     return trigger if mode in ("sync", "async") else Never()
 
 
-def search_dense(
-    snapshot: IndexSnapshot, rows: NDArray[np.int64], embeddings: NDArray[np.float32], k: int
-) -> SearchResult:
-    """Searches the index that serves."""
-    del rows
-    return snapshot.index.search(embeddings, k)
+def search_dense(queries: StepQueries, k: int) -> SearchResult:
+    """Searches the active index."""
+    return queries.snapshot.index.search(queries.embeddings, k)
 
 
-def search_reranked(task: EncodeTask, doc_params: Callable[[], Any], *, factor: int) -> Search:
+def search_reranked(task: EncodeTask, *, factor: int) -> StepSearch:
     """Returns a search that takes `factor` x k documents and ranks them by live embeddings.
 
     Args:
-        task: the documents and their encoder.
-        doc_params: returns the live parameters of the document encoder.
-        factor: documents considered for each one returned.
+        task: The documents and their encoder.
+        factor: Documents considered for each one returned.
 
     Raises:
         ValueError: `factor` is less than 1.
     """
     if factor < 1:
-        raise ValueError(f"factor must be at least 1, got {factor}.")
+        raise ValueError(f"factor must be at least 1, got {factor}")
 
-    def search(
-        snapshot: IndexSnapshot, rows: NDArray[np.int64], embeddings: NDArray[np.float32], k: int
-    ) -> SearchResult:
-        del rows
-        candidates = snapshot.index.search(embeddings, min(factor * k, max(k, snapshot.index.size)))
-        return rerank(candidates, embeddings, live_embeddings(task, doc_params()), k)
+    def search(queries: StepQueries, k: int) -> SearchResult:
+        depth = min(factor * k, max(k, queries.snapshot.index.size))
+        live = live_embeddings(task, queries.doc_params)
+        return rerank(search_dense(queries, depth), queries.embeddings, live, k)
 
     return search
 
@@ -79,33 +84,34 @@ class LiveRetrieval:
 
     def __init__(
         self,
-        refresher: Refresher,
+        open_refresher: Callable[[Callable[[], Any]], Refresher],
         *,
         towers: Callable[[Any], tuple[Any, Any]],
         encode_queries: Callable[[Any, NDArray[np.int64]], NDArray[np.float32]],
         rows_at: Callable[[int], NDArray[np.int64]],
         k: int,
-        search: Search = search_dense,
-        embeddings: NDArray[np.float32] | None = None,
+        search: StepSearch = search_dense,
+        store: EmbeddingStore | None = None,
     ) -> None:
         """Takes its parts.
 
         Args:
-            refresher: not started yet; whoever made it closes it.
+            open_refresher: makes the refresher, not started, of what returns the live parameters
+                of the query encoder; whoever opens this closes `refresher`.
             towers: trainable parameters to those of the query and of the document encoder.
             encode_queries: (query parameters, examples [B]) to `[B, D]`.
             rows_at: step to its examples `[B]`, a pure function.
             k: documents for each question.
             search: finds them.
-            embeddings: `[N, D]` of the documents with the parameters of the first step, where
-                they are at hand, so that the first index needs no encoding.
+            store: embeddings of the documents with the parameters of the first step, where there
+                are any, so that the first index needs no encoding.
         """
-        self.refresher = refresher
         self._towers, self._encode_queries = towers, encode_queries
         self._rows_at, self._k, self._search = rows_at, k, search
-        self._embeddings = embeddings
+        self._store = store
         self._params: tuple[Any, Any] = (None, None)
-        self._retrieved: Retrieved | None = None
+        self.refresher = open_refresher(lambda: self.query_params)
+        self._retrieved: StepDocuments | None = None
 
     @property
     def doc_params(self) -> Any:
@@ -117,7 +123,7 @@ class LiveRetrieval:
         """Live parameters of the query encoder, valid until the step that follows."""
         return self._params[0]
 
-    def retrieved(self, step: int) -> Retrieved:
+    def retrieved(self, step: int) -> StepDocuments:
         """Returns what `before_step(step)` found, for `batch_at(step)`.
 
         Raises:
@@ -130,13 +136,8 @@ class LiveRetrieval:
     def resume(self, step: int, state: TrainState, saved: Mapping[str, Any] | None) -> None:
         """Opens or builds the index that the step starts from."""
         self._params = self._towers(state.params)
-        fresh = saved is None and step == 0
-        self.refresher.start(
-            self.doc_params,
-            step=step,
-            state=saved,
-            embeddings=self._embeddings if fresh else None,
-        )
+        store = self._store if saved is None and step == 0 else None
+        self.refresher.start(self.doc_params, step=step, state=saved, store=store)
 
     def before_step(self, step: int, state: TrainState) -> dict[str, float]:
         """Refreshes what is due and retrieves for the step; returns the metrics of both."""
@@ -154,7 +155,7 @@ class LiveRetrieval:
         self._params = self._towers(state.params)
         return self.refresher.update(step, self.doc_params)
 
-    def look_up(self, step: int, snapshot: IndexSnapshot) -> Callable[[], Retrieved]:
+    def look_up(self, step: int, snapshot: IndexSnapshot) -> Callable[[], StepDocuments]:
         """Embeds the questions of a step with the parameters of now; the search itself can wait.
 
         Returns:
@@ -163,9 +164,10 @@ class LiveRetrieval:
         """
         rows = self._rows_at(step)
         embeddings = self._encode_queries(self.query_params, rows)
-        return lambda: Retrieved(step, rows, self._search(snapshot, rows, embeddings, self._k))
+        queries = StepQueries(snapshot, rows, embeddings, self.doc_params)
+        return lambda: StepDocuments(step, rows, self._search(queries, self._k))
 
-    def note(self, retrieved: Retrieved) -> dict[str, float]:
+    def note(self, retrieved: StepDocuments) -> dict[str, float]:
         """Counts what a step retrieved; returns the metrics of the index and of that."""
         found = retrieved.found
         self.refresher.note_retrieved(found.doc_ids, found.mask)

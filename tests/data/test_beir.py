@@ -69,6 +69,8 @@ def test_splits_answers_and_order(read):
     }
     assert dataset.qrels["test"] == {"4": {"d1": 1}, "q3": {"d3": 2, "d1": 0}, "q2": {"d2": 1}}
     assert dataset.graded_rows("test") == [{2: 2, 0: 0}, {1: 1}, {0: 1}]
+    last = dataset.questions["test"][-1:]
+    assert dataset.graded_rows("test", last) == [{0: 1}]
     with pytest.raises(DataError, match=r"no split 'train'; it has \['dev', 'liveqa', 'test'\]"):
         dataset.graded_rows("train")
 

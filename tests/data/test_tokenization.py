@@ -3,8 +3,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ragjax.data import (
-    DEFAULT_BUCKETS,
-    bucket_length,
+    CorpusTokens,
     encode_texts,
     pad_left,
     pad_right,
@@ -78,16 +77,38 @@ def test_padding_to_both_sides():
             pad(ids, length=2, pad_id=9)
 
 
-def test_bucket_is_the_smallest_that_fits():
-    assert [bucket_length(n) for n in (0, 16, 17, 512)] == [16, 16, 32, 512]
-    assert bucket_length(5, [8, 4, 6]) == 6
-    with pytest.raises(ValueError, match="513 tokens exceed the largest bucket, 512"):
-        bucket_length(513, DEFAULT_BUCKETS)
-
-
 def test_truncation_note_above_five_percent():
     assert truncation_note(5, 100, max_length=8, what="passages") == ""
     assert truncation_note(0, 0, max_length=8, what="passages") == ""
     assert truncation_note(6, 100, max_length=8, what="passages") == (
         "6 of 100 passages (6%) are longer than 8 tokens and were cut"
     )
+
+
+def test_corpus_tokens_are_made_once_when_first_asked_for(tokenizer):
+    texts = ["a b c", "", "d " * 2000, *(f"{'abcdefgh'[n % 8]} e" for n in range(2000))]
+    read, told = [], []
+
+    def stream():
+        for text in texts:
+            read.append(text)
+            yield text
+
+    tokens = CorpusTokens(len(texts), stream, tokenizer, max_length=9, report=told.append)
+    assert len(tokens) == len(texts) and not read
+    expected = encode_texts(tokenizer, texts, max_length=9)
+    assert [tokens[row] for row in range(len(texts))] == list(tokens) == expected.ids
+    assert tokens[-1] == expected.ids[-1] and tokens[np.int64(1)] == expected.ids[1]
+    assert tokens[1:6:2] == expected.ids[1:6:2]
+    assert tokens.lengths.tolist() == [len(ids) for ids in expected.ids]
+    assert read == texts and told == []
+    with pytest.raises(IndexError):
+        tokens[len(texts)]
+
+
+def test_corpus_tokens_tell_when_many_texts_are_cut(tokenizer):
+    told = []
+    texts = ["a b c d e f"] * 3
+    tokens = CorpusTokens(3, lambda: texts, tokenizer, max_length=4, report=told.append)
+    assert tokens[0] == encode_texts(tokenizer, texts[:1], max_length=4).ids[0]
+    assert told == ["3 of 3 documents (100%) are longer than 4 tokens and were cut"]

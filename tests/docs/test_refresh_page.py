@@ -57,7 +57,13 @@ def test_the_example_trains_while_its_index_is_rebuilt_with_nothing_but_refresh(
     assert staleness.max() <= 150 and (staleness[1:] < steps[1:]).any()
     assert donated.split()[1:] == ["True"] * 501
     modules = {name for name in imported.split() if name.startswith("ragjax.")}
-    assert {name.split(".")[1] for name in modules} <= {"refresh", "index", "data", "models"}
+    assert {name.split(".")[1] for name in modules} <= {
+        "refresh",
+        "index",
+        "data",
+        "models",
+        "storage",
+    }
     assert {name.split(".")[0] for name in imported.split()}.isdisjoint(
         {"flax", "optax", "orbax", "transformers", "torch", "scann"}
     )

@@ -25,7 +25,7 @@ def test_rows_that_are_not_finite_are_named(rng):
     with pytest.raises(ValueError, match=r"in 2 of 30 rows \(row 3, 7\)"):
         base.check_embeddings(values, name="x")
     with pytest.raises(ValueError, match=r"row 103, 107\)"):
-        base.check_embeddings(values, name="x", first_row=100)
+        base.check_embeddings(values, name="x", rows=range(100, 130))
     values[10:25, 0] = np.inf
     with pytest.raises(ValueError, match="17 of 30 rows .* and 7 more"):
         base.check_embeddings(values, name="x")
@@ -116,3 +116,17 @@ def test_a_snapshot_is_frozen_and_knows_its_age():
     assert (snapshot.recall, snapshot.doc_embeddings) == (1.0, None)
     with pytest.raises(AttributeError):
         snapshot.version = 3
+
+
+def test_parts_of_a_result_keep_its_three_fields_together():
+    doc_ids = np.array([[3, 1, -1], [4, -1, -1], [5, 9, 2]], np.int32)
+    found = base.pad_result(doc_ids, np.where(doc_ids < 0, -np.inf, doc_ids / 2), 3)
+    for part, expected in (
+        (found.take(np.array([2, 0])), doc_ids[[2, 0]]),
+        (found.take(slice(1)), doc_ids[:1]),
+        (found.top(2), doc_ids[:, :2]),
+        (found.top(5), doc_ids),
+    ):
+        np.testing.assert_array_equal(part.doc_ids, expected)
+        np.testing.assert_array_equal(part.mask, expected >= 0)
+        np.testing.assert_array_equal(part.scores[part.mask], expected[expected >= 0] / 2)

@@ -12,8 +12,8 @@ import numpy as np
 from programs import environment
 
 from ragjax.index import EmbeddingWriter
-from ragjax.refresh import EncodeOptions, encode_to_store, run_worker
-from ragjax.refresh.task import EncodeRequest, EncodeTask, params_digest, task_rows
+from ragjax.refresh import EncodeOptions, WorkerOptions, encode_to_store, run_worker
+from ragjax.refresh.task import EncodeRequest, EncodeTask, params_digest
 
 DOCUMENTS = [[1 + (7 * row + place) % 48 for place in range(1 + row % 9)] for row in range(120)]
 ROWS_PER_SHARD = 5
@@ -50,7 +50,7 @@ def make_task(*, seconds_per_shard=0.0, **changes):
 
 
 def make_request(folder, task, params, *, rows=None, step=0, cancelled=None, progress=None):
-    spec = task.spec(params, params_digest=params_digest(params), step=step)
+    spec = task.spec(params, params_digest=params_digest(params))
     if rows is not None:
         spec = type(spec)(**(vars(spec) | {"size": len(rows), "corpus_fingerprint": "part"}))
     return EncodeRequest(
@@ -66,16 +66,8 @@ def make_request(folder, task, params, *, rows=None, step=0, cancelled=None, pro
 
 def encode_here(folder, task, request):
     """The same encoding in one process, without workers."""
-    return encode_to_store(
-        task.encode,
-        request.params,
-        task_rows(task, request.rows),
-        task.tokenize,
-        EmbeddingWriter.open(folder, request.spec),
-        pad_id=task.pad_id,
-        options=task.options,
-        make_tokens=task.make_tokens,
-    )
+    writer = EmbeddingWriter.open(folder, request.spec)
+    return encode_to_store(task, request.params, writer, rows=request.rows)
 
 
 def file_bytes(folder):
@@ -90,13 +82,16 @@ class WorkerThread:
         self._stop = threading.Event()
         options = {"poll_seconds": 0.05, "heartbeat_seconds": 0.05} | options
         self._arguments = (root, task, template if template is not None else make_params())
-        self._options = options
+        self._options = WorkerOptions(**options)
         self.thread = threading.Thread(target=self._run)
 
     def _run(self):
         try:
             self.num_shards = run_worker(
-                *self._arguments, stop=self._stop.is_set, report=self.lines.append, **self._options
+                *self._arguments,
+                stop=self._stop.is_set,
+                options=self._options,
+                report=self.lines.append,
             )
         except Exception as error:
             self.error = error
@@ -114,11 +109,12 @@ class WorkerThread:
 _SCRIPT = """
 import sys
 from refresh_tasks import make_params, make_task
-from ragjax.refresh import run_worker
+from ragjax.refresh import WorkerOptions, run_worker
 from ragjax.training.loop import graceful_stop
 with graceful_stop() as stop:
     run_worker(sys.argv[1], make_task(seconds_per_shard=float(sys.argv[2])), make_params(),
-               stop=lambda: stop.signum is not None, poll_seconds=0.05, heartbeat_seconds=0.05)
+               stop=lambda: stop.signum is not None,
+               options=WorkerOptions(poll_seconds=0.05, heartbeat_seconds=0.05))
 sys.exit(0 if stop.signum is None else 128 + stop.signum)
 """
 

@@ -53,8 +53,8 @@ def test_a_window_holds_every_token_and_padding_only_elsewhere(rng):
 
 
 def test_a_document_too_long_for_memory_is_refused_before_it_is_padded():
-    with pytest.raises(ValueError, match="Document 21 has 1099511627776 tokens"):
-        plan_batches(np.asarray([3, 2**40]), OPTIONS, first_row=20)
+    with pytest.raises(ValueError, match="document 21 has 1099511627776 tokens"):
+        plan_batches(np.asarray([3, 2**40]), OPTIONS, rows=[20, 21])
 
 
 @pytest.mark.parametrize(

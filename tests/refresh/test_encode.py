@@ -11,13 +11,15 @@ import pytest
 from ragjax.index import EmbeddingStore, EmbeddingWriter, StoreSpec
 from ragjax.refresh import (
     EncodeOptions,
+    EncodeTask,
     Tokens,
     encode_corpus,
     encode_to_store,
     encode_token_ids,
     tqdm_progress,
 )
-from ragjax.refresh.encode import Cancelled, _compiled
+from ragjax.refresh.encode import _compiled
+from ragjax.refresh.task import Cancelled
 
 VOCABULARY, DIM, PAD = 50, 8, 49
 OPTIONS = EncodeOptions(buckets=(4, 8, 16), batch_tokens=64, max_rows=8, window=40)
@@ -32,6 +34,11 @@ def tiny_encode(params, tokens):
     weights = tokens.mask[..., None].astype(jnp.float32)
     pooled = (hidden * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
     return pooled / (jnp.linalg.norm(pooled, axis=1, keepdims=True) + 1e-6)
+
+
+def task_of(documents, **changes):
+    settings = {"encode": tiny_encode, "documents": documents, "pad_id": PAD, "options": OPTIONS}
+    return EncodeTask(**(settings | changes))
 
 
 @pytest.fixture
@@ -93,7 +100,7 @@ def test_texts_are_tokenised_window_by_window(params, token_ids):
         seen.append(len(window))
         return [[int(word) for word in text.split()] for text in window]
 
-    embeddings = encode_corpus(tiny_encode, params, texts, tokenize, pad_id=PAD, options=OPTIONS)
+    embeddings = encode_corpus(task_of(texts, tokenize=tokenize), params)
     np.testing.assert_allclose(embeddings, one_by_one(params, token_ids), atol=1e-5)
     assert seen == [40, 40, 20]
 
@@ -119,12 +126,9 @@ def test_new_parameters_and_new_lengths_compile_nothing_again(params, token_ids)
     shapes = []
     for scale in (1.0, 2.0, 3.0):
         scaled = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params)
-        encode_token_ids(
-            counting_encode,
+        encode_corpus(
+            task_of(token_ids, encode=counting_encode),
             scaled,
-            token_ids,
-            pad_id=PAD,
-            options=OPTIONS,
             progress=lambda progress: shapes.append(progress.num_shapes),
         )
     assert len(traced) == len(set(traced)) == shapes[-1] <= 6
@@ -134,14 +138,8 @@ def test_new_parameters_and_new_lengths_compile_nothing_again(params, token_ids)
 @pytest.mark.parametrize("num_devices", [1, 3, 8])
 def test_several_devices_encode_like_one(params, token_ids, num_devices):
     one = encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS)
-    several = encode_token_ids(
-        tiny_encode,
-        params,
-        token_ids,
-        pad_id=PAD,
-        options=OPTIONS,
-        devices=jax.devices()[:num_devices],
-    )
+    devices = jax.devices()[:num_devices]
+    several = encode_corpus(task_of(token_ids), params, devices=devices)
     np.testing.assert_allclose(several, one, atol=1e-6)
 
 
@@ -158,15 +156,8 @@ def test_nothing_lies_on_devices_that_were_not_given(params, token_ids, compute_
             if not any(array is other for other in before):
                 seen.append((array.shape, array.sharding))
 
-    encode_token_ids(
-        tiny_encode,
-        params,
-        token_ids,
-        pad_id=PAD,
-        options=options,
-        progress=look,
-        devices=jax.devices()[4:],
-    )
+    task = task_of(token_ids, options=options)
+    encode_corpus(task, params, progress=look, devices=jax.devices()[4:])
     assert all(sharding.device_set <= others for _, sharding in seen)
     # Fetching a result makes an array of each part; what is on all four is ours.
     whole = [(shape, sharding) for shape, sharding in seen if sharding.device_set == others]
@@ -182,9 +173,7 @@ def test_the_mesh_of_the_training_does_not_matter(params, token_ids, axis_type):
     expected = encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS)
     training = jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
     with jax.set_mesh(training):
-        found = encode_token_ids(
-            tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS, devices=jax.devices()[4:]
-        )
+        found = encode_corpus(task_of(token_ids), params, devices=jax.devices()[4:])
         assert jax.sharding.get_mesh() == training
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -200,7 +189,7 @@ def test_new_parameters_compile_nothing_on_several_devices(params, token_ids):
         jax.sharding.Mesh(devices, ("other",)), jax.sharding.PartitionSpec()
     )
     for given in (params, jax.device_put(params), jax.device_put(params, replicated)):
-        encode_token_ids(own_encode, given, token_ids, pad_id=PAD, options=OPTIONS, devices=devices)
+        encode_corpus(task_of(token_ids, encode=own_encode), given, devices=devices)
         compiled.append(_compiled(own_encode, Tokens)._cache_size())
     assert compiled[0] == compiled[1] == compiled[2] <= 6
 
@@ -208,7 +197,7 @@ def test_new_parameters_compile_nothing_on_several_devices(params, token_ids):
 @pytest.mark.parametrize("devices", [[], [jax.devices()[1]] * 2])
 def test_bad_devices_are_refused(params, token_ids, devices):
     with pytest.raises(ValueError, match="devices must be distinct and at least one, got"):
-        encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, devices=devices)
+        encode_corpus(task_of(token_ids), params, devices=devices)
 
 
 def test_the_compute_dtype_is_that_of_the_floating_parameters(params, token_ids):
@@ -250,9 +239,7 @@ def test_a_window_is_tokenised_while_the_one_before_is_encoded(params, token_ids
         # No more than one window ahead, or the memory would not be bounded.
         assert not any(event.is_set() for event in tokenising[number + 2 :])
 
-    encode_corpus(
-        tiny_encode, params, token_ids, tokenize, pad_id=PAD, options=OPTIONS, progress=progress
-    )
+    encode_corpus(task_of(token_ids, tokenize=tokenize), params, progress=progress)
     assert len(waited) > 2 and all(waited)
 
 
@@ -265,15 +252,7 @@ def test_a_cancelled_encoding_stops_before_the_next_batch(params, token_ids):
         cancelled.set()
 
     with pytest.raises(Cancelled, match="cancelled"):
-        encode_token_ids(
-            tiny_encode,
-            params,
-            token_ids,
-            pad_id=PAD,
-            options=OPTIONS,
-            progress=progress,
-            cancelled=cancelled,
-        )
+        encode_corpus(task_of(token_ids), params, progress=progress, cancelled=cancelled)
     assert len(reports) == 1
 
 
@@ -285,7 +264,7 @@ def test_progress_ends_at_one_with_a_rate(params, token_ids, capsys):
         reports.append(report)
         bar(report)
 
-    encode_token_ids(tiny_encode, params, token_ids, pad_id=PAD, options=OPTIONS, progress=progress)
+    encode_corpus(task_of(token_ids), params, progress=progress)
     fractions = [report.fraction for report in reports]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
     assert (reports[-1].done, reports[-1].total) == (100, 100)
@@ -298,17 +277,35 @@ def test_progress_ends_at_one_with_a_rate(params, token_ids, capsys):
 def test_what_cannot_be_encoded_is_refused(params, token_ids):
     with pytest.raises(ValueError, match="no documents to encode"):
         encode_token_ids(tiny_encode, params, [], pad_id=PAD)
-    with pytest.raises(ValueError, match="Document 47 has 17 tokens, more than .* 16"):
-        long = token_ids[:47] + [[1] * 17] + token_ids[48:]
-        encode_token_ids(tiny_encode, params, long, pad_id=PAD, options=OPTIONS)
+    with pytest.raises(ValueError, match="no documents to encode"):
+        encode_corpus(task_of(token_ids), params, rows=range(0))
+    long = task_of(token_ids[:47] + [[1] * 17] + token_ids[48:])
+    for rows in (None, range(40, 50), np.asarray([3, 47, 5])):
+        with pytest.raises(ValueError, match="document 47 has 17 tokens, more than .* 16"):
+            encode_corpus(long, params, rows=rows)
     with pytest.raises(ValueError, match="tokenize returned 1 rows for 40 texts"):
-        encode_corpus(
-            tiny_encode, params, token_ids, lambda rows: rows[:1], pad_id=PAD, options=OPTIONS
-        )
+        encode_corpus(task_of(token_ids, tokenize=lambda rows: rows[:1]), params)
     params["embed"][13] = np.nan
     ids = [[1], [2, 13]] * 25
     with pytest.raises(ValueError, match=r"embeddings hold NaN .*\(row 1, 3, 5"):
         encode_token_ids(tiny_encode, params, ids, pad_id=PAD, options=OPTIONS)
+    with pytest.raises(ValueError, match=r"embeddings hold NaN .*\(row 7, 9\)"):
+        encode_corpus(task_of(ids), params, rows=np.asarray([4, 7, 9]))
+
+
+def test_only_the_rows_that_are_asked_for_are_encoded_in_their_order(params, token_ids):
+    expected = one_by_one(params, token_ids)
+    for rows in (range(30, 80), np.asarray([7, 99, 0, 50])):
+        found = encode_corpus(task_of(token_ids), params, rows=rows)
+        np.testing.assert_allclose(found, expected[rows], atol=1e-5)
+
+
+def test_other_texts_are_encoded_as_the_documents_are(params, token_ids):
+    task = task_of([1, 2], tokenize=None, corpus_fingerprint="c").of_token_ids(token_ids)
+    np.testing.assert_allclose(
+        encode_corpus(task, params), one_by_one(params, token_ids), atol=1e-5
+    )
+    assert task.corpus_fingerprint == ""
 
 
 def test_an_error_in_tokenize_reaches_the_caller(params):
@@ -316,7 +313,7 @@ def test_an_error_in_tokenize_reaches_the_caller(params):
         raise KeyError("no such document")
 
     with pytest.raises(KeyError, match="no such document"):
-        encode_corpus(tiny_encode, params, [1, 2], broken, pad_id=PAD)
+        encode_corpus(task_of([1, 2], tokenize=broken), params)
 
 
 def spec():
@@ -332,15 +329,7 @@ class Killed(BaseException):
 def to_store(folder, params, token_ids, progress=None, cancelled=None):
     writer = EmbeddingWriter.open(folder, spec())
     return encode_to_store(
-        tiny_encode,
-        params,
-        token_ids,
-        list,
-        writer,
-        pad_id=PAD,
-        options=OPTIONS,
-        progress=progress,
-        cancelled=cancelled,
+        task_of(token_ids), params, writer, progress=progress, cancelled=cancelled
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ragjax.index import EmbeddingStore, EmbeddingWriter, StoreSpec
-from ragjax.refresh import EncodeOptions, encode_to_store
+from ragjax.refresh import EncodeOptions, EncodeTask, encode_to_store
 
 SPEC = StoreSpec(size=60, dim=8, model_fingerprint="m", corpus_fingerprint="c", rows_per_shard=10)
 # The shard that is under way when the process dies.
@@ -47,16 +47,10 @@ class Documents:
 
 
 def to_store(folder, documents, progress=None):
-    return encode_to_store(
-        mean_embedding,
-        np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32),
-        documents,
-        list,
-        EmbeddingWriter.open(folder, SPEC),
-        pad_id=0,
-        options=EncodeOptions(buckets=(4, 8), batch_tokens=16),
-        progress=progress,
-    )
+    options = EncodeOptions(buckets=(4, 8), batch_tokens=16)
+    task = EncodeTask(encode=mean_embedding, documents=documents, pad_id=0, options=options)
+    params = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
+    return encode_to_store(task, params, EmbeddingWriter.open(folder, SPEC), progress=progress)
 
 
 def die_at_byte(number):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ragjax.index import scann_options
-from ragjax.refresh import estimate_build_seconds, forecast_refresh
+from ragjax.refresh import RefreshWork, estimate_build_seconds, forecast_refresh
 
 MIB = 2**20
 GIVEN = {
@@ -24,7 +24,7 @@ GIVEN = {
 
 
 def test_sums_by_hand():
-    forecast = forecast_refresh(**GIVEN)
+    forecast = forecast_refresh(RefreshWork(**GIVEN))
     assert forecast.encode_seconds == 250.0
     assert forecast.refresh_seconds == 300.0
     assert forecast.fastest_steps == 150
@@ -55,7 +55,7 @@ def staleness_of_a_run(*, refresh_seconds, step_seconds, every, num_steps):
 )
 def test_staleness_is_that_of_a_run_played_through(step_seconds, every):
     values = GIVEN | {"step_seconds": step_seconds, "steps_between": every, "shared_device": False}
-    forecast = forecast_refresh(**values)
+    forecast = forecast_refresh(RefreshWork(**values))
     mean, longest = staleness_of_a_run(
         refresh_seconds=300.0, step_seconds=step_seconds, every=every or 1, num_steps=60_000
     )
@@ -64,15 +64,15 @@ def test_staleness_is_that_of_a_run_played_through(step_seconds, every):
 
 
 def test_spare_devices_cost_the_training_nothing():
-    forecast = forecast_refresh(**GIVEN | {"shared_device": False})
+    forecast = forecast_refresh(RefreshWork(**GIVEN | {"shared_device": False}))
     assert forecast.overhead == 0.0
     assert "costs the training no time" in forecast.describe()
-    assert "30.0%" in forecast_refresh(**GIVEN).describe()
+    assert "30.0%" in forecast_refresh(RefreshWork(**GIVEN)).describe()
 
 
 @pytest.mark.parametrize(("steps", "keeps_up"), [(150.0, True), (149.0, False), (10.0, False)])
 def test_what_cannot_be_kept_up_is_said_with_what_could_be(steps, keeps_up):
-    forecast = forecast_refresh(**GIVEN | {"steps_between": steps})
+    forecast = forecast_refresh(RefreshWork(**GIVEN | {"steps_between": steps}))
     assert forecast.keeps_up == keeps_up
     assert len(forecast.warnings()) == (not keeps_up)
     if not keeps_up:
@@ -83,37 +83,41 @@ def test_what_cannot_be_kept_up_is_said_with_what_could_be(steps, keeps_up):
         assert f"warning: {warning}" in forecast.describe()
         assert forecast.overhead == pytest.approx(300 / (steps * 2))
         assert f"would cost {forecast.overhead:,.1%}" in forecast.describe()
-        spare = forecast_refresh(**GIVEN | {"steps_between": steps, "shared_device": False})
+        spare = forecast_refresh(
+            RefreshWork(**GIVEN | {"steps_between": steps, "shared_device": False})
+        )
         assert "encode on more devices" in spare.warnings()[0]
 
 
 def test_a_disk_that_is_too_small_is_said_with_the_remedy():
     needed = 4 * (100_000 * 384 * 4 + 90 * MIB)
-    assert forecast_refresh(**GIVEN | {"free_bytes": needed}).fits_disk
-    forecast = forecast_refresh(**GIVEN | {"free_bytes": needed - 5 * MIB})
+    assert forecast_refresh(RefreshWork(**GIVEN | {"free_bytes": needed})).fits_disk
+    forecast = forecast_refresh(RefreshWork(**GIVEN | {"free_bytes": needed - 5 * MIB}))
     (warning,) = forecast.warnings()
     assert "too small by 5.0 MiB: store float16" in warning
-    more = forecast_refresh(**GIVEN | {"free_bytes": needed, "kept_generations": 4})
+    more = forecast_refresh(RefreshWork(**GIVEN | {"free_bytes": needed, "kept_generations": 4}))
     assert "keep fewer than 4 generations" in more.warnings()[0]
     assert warning in forecast.describe()
 
 
 def test_as_soon_as_possible_goes_as_fast_as_it_can():
-    forecast = forecast_refresh(**GIVEN | {"steps_between": None})
+    forecast = forecast_refresh(RefreshWork(**GIVEN | {"steps_between": None}))
     assert forecast.keeps_up and forecast.overhead == pytest.approx(1.0)
     assert (forecast.mean_staleness_steps, forecast.max_staleness_steps) == (150 + 149 / 2, 299)
     assert "as soon as possible" in forecast.describe()
 
 
 def test_never_costs_nothing_and_grows_stale_without_end():
-    forecast = forecast_refresh(**GIVEN | {"steps_between": math.inf})
+    forecast = forecast_refresh(RefreshWork(**GIVEN | {"steps_between": math.inf}))
     assert forecast.overhead == 0.0 and forecast.keeps_up
     assert forecast.max_staleness_steps == math.inf
     assert forecast.describe() == "refresh: never; the initial index serves to the end of the run"
 
 
 def test_the_description_has_the_figures():
-    assert forecast_refresh(**GIVEN | {"free_bytes": 2**40}).describe().splitlines() == [
+    assert forecast_refresh(
+        RefreshWork(**GIVEN | {"free_bytes": 2**40})
+    ).describe().splitlines() == [
         "refresh: every 500 steps, 100,000 documents in about 5.0 min (encoding 4.2 min, building"
         " the index 50 s)",
         "costs 30.0% on top of the training time, on the device that trains",
@@ -140,7 +144,7 @@ def test_the_description_has_the_figures():
 )
 def test_sizes_and_times_that_cannot_be_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
-        forecast_refresh(**GIVEN | {name: value})
+        forecast_refresh(RefreshWork(**GIVEN | {name: value}))
 
 
 def test_a_build_is_estimated_by_kind_and_size():

@@ -1,5 +1,6 @@
 """The refresher: nothing blocks, nothing is lost, and the deterministic mode repeats itself."""
 
+import errno
 import shutil
 import threading
 import time
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ragjax.index import EmbeddingStore, EmbeddingWriter
 from ragjax.refresh import (
     AsSoonAsPossible,
     EncodeOptions,
     EncodeTask,
     EveryNSteps,
+    GenerationStore,
     IndexTooStaleError,
     PartialPolicy,
     Refresher,
@@ -22,8 +25,11 @@ from ragjax.refresh import (
     RefreshState,
     ResumeError,
     ThreadExecutor,
+    encode_to_store,
     encode_token_ids,
+    load_snapshot,
 )
+from ragjax.refresh.task import params_digest
 
 DIM, VOCABULARY = 8, 30
 RNG = np.random.default_rng(0)
@@ -133,6 +139,8 @@ def test_a_refresh_goes_through_its_states_and_nothing_waits_for_it(make, gate):
         assert snapshot.encoder_step == 0 and refresher.poll() is None
     assert time.perf_counter() - started < 5
     assert refresher.state is RefreshState.ENCODING and refresher.busy
+    while refresher.status().step < 0:  # the thread takes it when the system lets it run
+        time.sleep(0.001)
     assert refresher.status().step == 1
     gate.open.set()
     assert refresher.wait(20)
@@ -403,10 +411,48 @@ def test_the_line_says_which_index_serves_and_what_goes_on(make, gate):
     gate.open.set()
 
 
-def test_embeddings_at_hand_are_indexed_and_not_computed(make, gate):
+def store_of(folder, step):
+    """Embeddings on disk, as a run has them before its refresher starts."""
+    task = EncodeTask(encode=toy_encode, documents=DOCS, pad_id=0, options=OPTIONS)
+    spec = task.spec(params_at(step), params_digest=params_digest(params_at(step)))
+    return encode_to_store(task, params_at(step), EmbeddingWriter.open(folder, spec))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_embeddings_on_disk_are_indexed_and_neither_computed_nor_stored_again(
+    make, gate, tmp_path, monkeypatch, links
+):
+    if not links:  # as a file system without hard links answers
+
+        def refuse(source, target):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr("os.link", refuse)
+    store = store_of(tmp_path / "index", 0)
     refresher = make()
-    refresher.start(params_at(0), embeddings=embeddings_at(0))
+    refresher.start(params_at(0), store=store)
     assert gate.documents == 0 and serves(refresher.snapshot, 0)
+    shards = [folder / "shard-000000.npy" for folder in (
+        store.folder, refresher.generations.path(0) / "embeddings")]  # fmt: skip
+    assert shards[0].samefile(shards[1]) == links
+    # Each may go without the other, and the run may move.
+    refresher.close()
+    shutil.copytree(tmp_path / "refresh", tmp_path / "moved")
+    shutil.rmtree(store.folder)
+    assert serves(make().start(params_at(0)), 0) and gate.documents == 0
+    store_of(tmp_path / "index", 0)
+    shutil.rmtree(tmp_path / "refresh")
+    (tmp_path / "moved").rename(tmp_path / "refresh")
+    EmbeddingStore.open(tmp_path / "index")
+    with GenerationStore(tmp_path / "refresh").open(0) as generation:
+        assert load_snapshot(generation).version == 0
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_embeddings_of_other_parameters_are_refused(make, tmp_path, step):
+    store = store_of(tmp_path / "index", step)
+    with pytest.raises(RefreshError, match=r"index have model_fingerprint '\w+', expected '\w+'"):
+        make().start(params_at(1 - step), store=store)
 
 
 def test_a_closed_refresher_says_so(make):

@@ -15,13 +15,13 @@ import pytest
 from programs import ROOT, environment
 
 from ragjax.index import SearchResult
-from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor, live_embeddings
+from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor
 from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.teacher import score_candidates, score_step
 from ragjax.runs.train import retriever as retriever_stage
-from ragjax.runs.train.live import open_refresher, refresh_options, workspace_task
+from ragjax.runs.train.live import open_refresher, refresh_options
 from ragjax.runs.train.retriever import labelled_targets, open_labelled, train_retriever
 from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.training.loop import MetricsLog, StopFlag
@@ -66,17 +66,11 @@ def make(base, tmp_path):
     return make_one
 
 
-def embeddings_of(workspace, doc_params):
-    task = workspace_task(workspace)
-    return live_embeddings(task, doc_params)(np.arange(len(task.documents)))
-
-
 def train(workspace, params=None):
     """Trains the retriever; returns the towers and the metrics of each step."""
     params = params or tower_params(workspace)
-    before = embeddings_of(workspace, workspace.encoder.params)
     config = workspace.config.retriever
-    live = open_labelled(workspace, config, params, before)
+    live = open_labelled(workspace, config, params)
     with closing(live.retrieval.refresher):
         trained = train_retriever(workspace, config, 0, params, live.at, live.retrieval)
     lines = (workspace.folder / "metrics.jsonl").read_text().splitlines()
@@ -207,7 +201,7 @@ def test_scores_of_a_step_are_those_of_the_whole_and_computed_once(make, base, t
         workspace, lm, questions, candidates, ResultCache(tmp_path / "a.jsonl", Score)
     )
     cache = ResultCache(tmp_path / "b.jsonl", Score)
-    part = SearchResult(*(field[:2] for field in candidates))
+    part = candidates.take(slice(2))
     score_step(workspace, lm, questions[:2], part, cache)
     known = dict(cache._results)
     stepwise = score_step(workspace, lm, questions, candidates, cache)
@@ -252,7 +246,7 @@ def test_the_options_reach_the_refresher():
 )
 def test_the_executor_is_the_one_asked_for(make, refresh, kind, devices):
     workspace, _ = make(mode="async", **refresh)
-    with closing(open_refresher(workspace, workspace_task(workspace), lambda: None)) as refresher:
+    with closing(open_refresher(workspace, lambda: None)) as refresher:
         assert type(refresher._executor) is kind
         assert getattr(refresher._executor, "devices", None) == devices
 
@@ -260,7 +254,7 @@ def test_the_executor_is_the_one_asked_for(make, refresh, kind, devices):
 def test_more_devices_than_there_are_is_refused(make):
     workspace, _ = make(mode="async", devices=8)
     with pytest.raises(ValueError, match="there are 8 local devices and training needs one"):
-        open_refresher(workspace, workspace_task(workspace), lambda: None)
+        open_refresher(workspace, lambda: None)
 
 
 @pytest.mark.parametrize(

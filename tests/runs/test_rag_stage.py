@@ -39,7 +39,7 @@ from ragjax.runs.train.stages import stage_optimizer
 from ragjax.runs.trainable import split_models
 from ragjax.runs.workspace import FrozenLM, open_workspace, tower_params
 from ragjax.training import end_to_end as e2e
-from ragjax.training.live import Retrieved
+from ragjax.training.live import StepDocuments
 from ragjax.training.loop import Interrupted, MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -74,7 +74,7 @@ def opened(tiny_inputs, tmp_path_factory):
 def retrieved(workspace, width=3, rows=4):
     doc_ids = np.arange(rows * width, dtype=np.int32).reshape(rows, width)
     found = SearchResult(doc_ids, np.ones(doc_ids.shape, np.float32), np.ones(doc_ids.shape, bool))
-    return Retrieved(0, np.arange(rows), found)
+    return StepDocuments(0, np.arange(rows), found)
 
 
 def batch_of(opened, **training):
@@ -97,7 +97,7 @@ def test_a_batch_holds_what_was_retrieved(opened):
     assert workspace.questions["train"][1].text in text
     answer = tokenizer.decode(np.asarray(batch.target_ids[1])[np.asarray(batch.target_mask[1])])
     assert answer.strip().startswith(workspace.questions["train"][1].answers[0])
-    ids = workspace.doc_ids[5]
+    ids = workspace.doc_tokens[5]
     np.testing.assert_array_equal(batch.docs.ids[1, 2, : len(ids)], ids)
     gold = [next(iter(rows)) for rows in workspace.gold_rows("train")]
     hits = [gold[row] in range(3 * row, 3 * row + 3) for row in range(4)]
@@ -164,7 +164,7 @@ def test_a_short_result_is_masked(opened):
 def test_documents_and_doc_tokens_set_the_shapes(opened):
     config, workspace = opened
     more = dataclasses.replace(config, training=TrainingConfig(documents=500, batch_size=4))
-    assert RagBatches(workspace, more, lambda b: b).num_retrieved == len(workspace.doc_ids)
+    assert RagBatches(workspace, more, lambda b: b).num_retrieved == len(workspace.doc_tokens)
     shorter = dataclasses.replace(config, retriever=TowersConfig(doc_tokens=9))
     lengths = [RagBatches(workspace, c, lambda b: b).doc_tokens for c in (config, shorter)]
     assert lengths[0] > lengths[1]
@@ -514,7 +514,7 @@ def test_same_source_drop_leaves_out_the_source_and_raises_when_nothing_is_left(
     (sources,) = heard
     assert sources == [frozenset({workspace.dataset.corpus.row_of(id)}) for id in ids]
     retrieval = open_retrieval(
-        changed, split.towers, before.embeddings, k=3, batch_size=4, bm25=bm25,
+        changed, split.towers, before.store, k=3, batch_size=4, bm25=bm25,
         dense_weight=before.hybrid.dense_weight, sources=sources,
     )  # fmt: skip
     state = type("State", (), {"params": split.trainable})()

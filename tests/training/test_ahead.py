@@ -6,7 +6,7 @@ import pytest
 
 from ragjax.index import SearchResult
 from ragjax.training.ahead import AheadRetrieval
-from ragjax.training.live import Retrieved
+from ragjax.training.live import StepDocuments
 
 
 class FakeRetrieval:
@@ -30,7 +30,9 @@ class FakeRetrieval:
             self.threads.append(threading.get_ident())
             doc_ids = np.array([[100 * step + params, -1]], np.int32)
             scores = np.array([[0.1, -np.inf]], np.float32)
-            return Retrieved(step, np.array([step]), SearchResult(doc_ids, scores, doc_ids >= 0))
+            return StepDocuments(
+                step, np.array([step]), SearchResult(doc_ids, scores, doc_ids >= 0)
+            )
 
         return search
 
@@ -73,6 +75,25 @@ def test_a_step_retrieves_with_the_parameters_of_the_step_before_in_another_thre
     assert retrieval.threads[0] == threading.get_ident()
     assert threading.get_ident() not in retrieval.threads[1:]
     assert len(retrieval.threads) == 3  # nothing is retrieved for a step that never comes
+    host.close()
+
+
+def test_preparing_goes_on_while_the_step_is_computed():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(retrieved):
+        if retrieved.step == 1:
+            begun.set()
+            assert go_on.wait(10)
+        return retrieved.step, {}
+
+    host = AheadRetrieval(FakeRetrieval(), wait, num_steps=2)
+    host.resume(0, state(0), None)
+    host.before_step(0, state(0))
+    assert begun.wait(10)  # before anybody asked for the result
+    go_on.set()
+    host.before_step(1, state(1))
+    assert host.batch_at(1) == 1
     host.close()
 
 

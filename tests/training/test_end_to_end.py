@@ -14,7 +14,7 @@ from ragjax.losses import log_prob_per_token
 from ragjax.models.inputs import Tokens
 from ragjax.models.seq2seq.fusion import FusionBatch
 from ragjax.training import end_to_end as e2e
-from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, Outputs, RagBatch, Reader, make_rag_loss
+from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, LMReader, Outputs, RagBatch, make_rag_loss
 from ragjax.training.steps import init_state, make_train_step
 
 SCALE = 3.0
@@ -38,7 +38,7 @@ def token_log_probs(params, batch):
     return jnp.where(batch.target_mask, chosen, 0.0)
 
 
-READER = Reader(e2e.separate_reader(token_log_probs))
+READER = LMReader(e2e.separate_reader(token_log_probs))
 
 
 def make_params(seed=0):
@@ -391,7 +391,7 @@ def test_a_fusion_reader_sees_only_the_documents_that_are_there():
 
     batch = make_batch()
     batch = batch._replace(doc_mask=batch.doc_mask.at[1, 2].set(False))
-    reader = Reader(None, e2e.fusion_reader(fused), lambda params, batch: jnp.zeros((3, 3)))
+    reader = LMReader(None, e2e.fusion_reader(fused), lambda params, batch: jnp.zeros((3, 3)))
     loss, metrics = value(e2e.fused_lm_term, batch, reader=reader)
     assert not seen[0].context_mask[1, 2].any() and seen[0].context_mask[1, 1].all()
     np.testing.assert_allclose(loss, (2 + 4 + 4) / 3)
@@ -400,7 +400,7 @@ def test_a_fusion_reader_sees_only_the_documents_that_are_there():
 
 def test_the_attention_term_distils_the_decoders_attention():
     mass = jnp.asarray([[3.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 2.0, 3.0]])
-    reader = Reader(None, None, lambda params, batch: mass)
+    reader = LMReader(None, None, lambda params, batch: mass)
     batch = make_batch()
     scores, _ = reference(make_params(), batch)
     target = log_softmax(np.asarray(mass) / 0.5, axis=1)

@@ -117,12 +117,12 @@ def _records(
         for name, column in retrieval_metrics(found.doc_ids, workspace.gold_rows("dev")).items()
     }
     read = workspace.config.evaluation.documents
-    top = SearchResult(found.doc_ids[:, :read], found.scores[:, :read], found.mask[:, :read])
+    top = found.top(read)
     answered = [row for row, question in enumerate(questions) if question.answers]
     nll = np.full(len(questions), np.nan)
     if answered:
         cache = ResultCache(workspace.folder / "scores" / "dev.jsonl", Score)
-        part = SearchResult(top.doc_ids[answered], top.scores[answered], top.mask[answered])
+        part = top.take(answered)
         chosen = [questions[row] for row in answered]
         nll[answered] = marginal_nll(workspace, side.lm, chosen, part, cache)
     columns[MARGINAL_NLL] = nll

@@ -1,10 +1,11 @@
 """Options of how the index is kept up to date while its encoders train."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from ragjax.refresh.triggers import parse_trigger
+from ragjax.refresh import Trigger, parse_trigger
 from ragjax.runs.options.checks import at_least, fraction, positive
 
 
@@ -62,7 +63,7 @@ class RefreshConfig:
         positive(self, "partial")
         fraction(self, "partial")
         try:
-            parse_trigger(self.every, measure=lambda params, snapshot: 0.0)
+            _ = self.trigger
         except ValueError as error:
             raise ValueError(f"every: {error}") from error
         if self.partial < 1 and self.adopt_after > 0:
@@ -72,6 +73,11 @@ class RefreshConfig:
             )
         if self.workers and self.devices:
             raise ValueError("workers encode on their own devices; give devices or workers")
+
+    @functools.cached_property
+    def trigger(self) -> Trigger:
+        """When the index is rebuilt; a drift is measured by whoever knows the encoder."""
+        return parse_trigger(self.every, measure=lambda params, snapshot: 0.0)
 
 
 # Modes in which a field has an effect; elsewhere it would be ignored silently.

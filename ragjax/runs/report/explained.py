@@ -129,7 +129,7 @@ def shown_passages(
 
 def _encoded(workspace: Workspace) -> dict[str, int]:
     """Returns how many documents there are and were encoded for the indexes that are compared."""
-    documents = len(workspace.doc_ids)
+    documents = len(workspace.doc_tokens)
     versions = sum(path.is_dir() for path in (workspace.folder / "index").glob("*"))
     return {
         "documents in the corpus": documents,

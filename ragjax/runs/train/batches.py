@@ -21,7 +21,7 @@ from ragjax.runs.workspace import (
     truncated,
 )
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, RagBatch
-from ragjax.training.live import Retrieved
+from ragjax.training.live import StepDocuments
 
 _CONTEXT_MULTIPLE = 32
 
@@ -47,22 +47,21 @@ class RagBatches:
                 None: they are treated as any other.
         """
         self._workspace, self._config, self._place = workspace, config, place
-        encoder, doc_ids = workspace.encoder, workspace.doc_ids
+        encoder = workspace.encoder
         self._questions = workspace.questions["train"]
         self._prompts = training_prompts(workspace.config.prompt, workspace.lm)
         self._targets = [self._prompts.target(question.answers[0]) for question in self._questions]
         self._query_ids = workspace.train_query_ids
         self._relevant = workspace.relevant_rows("train")
         self._sources = sources
+        length = int(workspace.doc_tokens.lengths.max())
         self._query_length = bucket_of(encoder, max(map(len, self._query_ids)))
-        self._doc_length = bucket_of(
-            encoder, min(config.retriever.doc_tokens, max(map(len, doc_ids)))
-        )
+        self._doc_length = bucket_of(encoder, min(config.retriever.doc_tokens, length))
         self._context_length = self._longest_context()
         self._null_ids = encode_texts(
             encoder.tokenizer, [encoder.doc_prefix], max_length=encoder.max_length
         ).ids[0]
-        self.num_retrieved = min(config.training.documents, len(doc_ids))
+        self.num_retrieved = min(config.training.documents, len(workspace.doc_tokens))
 
     @property
     def context_tokens(self) -> int:
@@ -74,7 +73,7 @@ class RagBatches:
         """Tokens of a document for the encoder, padding included."""
         return self._doc_length
 
-    def prepare(self, retrieved: Retrieved) -> tuple[RagBatch, Mapping[str, float]]:
+    def prepare(self, retrieved: StepDocuments) -> tuple[RagBatch, Mapping[str, float]]:
         """Returns the batch of a step and the recall of its candidates."""
         rows, found = retrieved.rows, retrieved.found
         doc_ids, mask = self._candidates(found)
@@ -160,7 +159,7 @@ class RagBatches:
         ids = [
             special[doc]
             if doc in special
-            else truncated(self._workspace.doc_ids[doc], self._doc_length)
+            else truncated(self._workspace.doc_tokens[doc], self._doc_length)
             for doc in slots.reshape(-1).tolist()
         ]
         tokens = pad_tokens(self._workspace.encoder, ids, self._doc_length)

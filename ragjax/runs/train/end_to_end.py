@@ -98,7 +98,7 @@ def train_end_to_end(
     retrieval = open_retrieval(
         workspace,
         split.towers,
-        before.embeddings,
+        before.store,
         k=training.documents,
         batch_size=training.batch_size,
         bm25=bm25 if training.candidates == "hybrid" else None,
@@ -200,7 +200,7 @@ def make_terms(
     return {name: (weight, term) for name, (weight, term) in terms.items() if weight}
 
 
-def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
+def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.LMReader:
     """Returns what the language model tells of a batch, computed in the dtype of the run.
 
     Raises:
@@ -210,7 +210,7 @@ def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
     token_log_probs = functools.partial(lm.family.token_log_probs, lm.config, remat=options.remat)
     separate = end_to_end.separate_reader(workspace.cast_lm(token_log_probs))
     if options.reader == "separate":
-        return end_to_end.Reader(separate)
+        return end_to_end.LMReader(separate)
     if not lm.family.has_encoder:
         raise ValueError(
             f"--language_model.reader fusion: {config.lm} is a causal decoder, which reads one"
@@ -219,7 +219,7 @@ def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.Reader:
     fused = functools.partial(fusion_token_log_probs, lm.config, remat=options.remat)
     attention = functools.partial(fusion_attention_mass, lm.config)
     alone = objective.marginal_weight or (objective.lsr_weight and objective.score != "attention")
-    return end_to_end.Reader(
+    return end_to_end.LMReader(
         separate if alone else None,
         end_to_end.fusion_reader(workspace.cast_lm(fused)),
         end_to_end.fusion_reader(workspace.cast_lm(attention)),

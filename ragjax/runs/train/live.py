@@ -3,29 +3,28 @@
 Q questions, B of them a step, K candidates, N documents, D embedding size.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
 from ragjax.data import batch_rows
-from ragjax.index import Bm25Index
+from ragjax.index import Bm25Index, EmbeddingStore
 from ragjax.refresh import (
     BuildOptions,
     EmbeddingDrift,
-    EncodeTask,
     Executor,
+    OnDrift,
     PartialPolicy,
     ProcessExecutor,
     Refresher,
     RefreshOptions,
     ThreadExecutor,
-    parse_trigger,
 )
-from ragjax.runs.indexes import corpus_task, live_search, search_without_sources
+from ragjax.runs.indexes import live_search, search_without_sources
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.trainable import SplitTowers
 from ragjax.runs.workspace import Workspace
@@ -35,13 +34,12 @@ from ragjax.training.lsr import towers
 # Questions whose results measure the recall of an index and how much a refresh changed them.
 _PROBES = 64
 _DRIFT_PROBES = 64
-_ROWS_PER_SHARD = 512
 
 
 def open_retrieval(
     workspace: Workspace,
     split: SplitTowers,
-    embeddings: NDArray[np.float32],
+    store: EmbeddingStore | None,
     *,
     k: int,
     batch_size: int,
@@ -54,7 +52,7 @@ def open_retrieval(
     Args:
         workspace: Data, models, options; `refresh.mode` says how fresh the index is.
         split: The towers before training.
-        embeddings: `[N, D]` of the documents with them.
+        store: Embeddings of the documents with them; None encodes the documents.
         k: K, fewer where the corpus is smaller.
         batch_size: B.
         bm25: Joins the dense index; None: dense alone.
@@ -65,20 +63,11 @@ def open_retrieval(
         The retrieval, whose refresher the caller closes.
     """
     questions, query_ids = workspace.questions["train"], workspace.train_query_ids
-    task = workspace_task(workspace)
-    live: list[LiveRetrieval] = []  # filled below: its parts read its current parameters
-    search = live_search(
-        workspace,
-        task,
-        questions,
-        bm25,
-        dense_weight=dense_weight,
-        doc_params=lambda: live[0].doc_params,
-    )
+    search = live_search(workspace, bm25, dense_weight=dense_weight)
     if sources is not None:
         search = search_without_sources(search, sources, questions)
-    retrieval = LiveRetrieval(
-        open_refresher(workspace, task, lambda: live[0].query_params),
+    return LiveRetrieval(
+        functools.partial(open_refresher, workspace),
         towers=lambda trainable: towers(split.merged(trainable), None),
         encode_queries=lambda params, rows: workspace.encode_query_ids(
             params, [query_ids[row] for row in rows]
@@ -86,51 +75,36 @@ def open_retrieval(
         rows_at=lambda step: batch_rows(
             workspace.config.seed, step, num_examples=len(questions), batch_size=batch_size
         ),
-        k=min(k, len(workspace.doc_ids)),
+        k=min(k, len(workspace.doc_tokens)),
         search=search,
-        embeddings=embeddings,
-    )
-    live.append(retrieval)
-    return retrieval
-
-
-def workspace_task(workspace: Workspace) -> EncodeTask:
-    """Returns the corpus of a run as the refresher encodes it."""
-    return corpus_task(
-        workspace.encoder,
-        workspace.doc_ids,
-        encode_tokens=workspace.config.encode_tokens,
-        rows_per_shard=_ROWS_PER_SHARD,
-        corpus_fingerprint=workspace.dataset.corpus.fingerprint,
+        store=store,
     )
 
 
-def open_refresher(
-    workspace: Workspace, task: EncodeTask, query_params: Callable[[], Any]
-) -> Refresher:
+def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> Refresher:
     """Opens the refresher of a run in its folder `refresh`, as the options say.
 
     Args:
-        workspace: Options, questions, folder.
-        task: The corpus.
+        workspace: Corpus, options, questions, folder.
         query_params: Returns the live parameters of the query encoder.
 
     Raises:
-        ValueError: For a trigger that cannot be read, or more devices than there are.
+        ValueError: For more devices than there are.
     """
     config = workspace.config.refresh
-    mode = config.mode
-    if mode == "off":
+    if config.mode == "off":
         raise ValueError("refresh.mode is off: there is nothing to refresh")
-    drift = EmbeddingDrift(task, num_probes=_DRIFT_PROBES, seed=workspace.config.seed)
-    train = workspace.questions["train"]
-    probes = (workspace.questions["dev"] or train)[:_PROBES]
+    trigger = config.trigger
+    if isinstance(trigger, OnDrift):
+        drift = EmbeddingDrift(workspace.task, num_probes=_DRIFT_PROBES, seed=workspace.config.seed)
+        trigger = dataclasses.replace(trigger, measure=drift)
+    probes = (workspace.questions["dev"] or workspace.questions["train"])[:_PROBES]
     folder = workspace.folder / "refresh"
     return Refresher(
         folder,
-        task,
+        workspace.task,
         executor=_executor(config, folder),
-        trigger=refresh_trigger(mode, parse_trigger(config.every, measure=drift)),
+        trigger=refresh_trigger(config.mode, trigger),
         options=refresh_options(config),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
         report=workspace.report,

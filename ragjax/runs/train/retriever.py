@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragjax.data import batch_rows
-from ragjax.index import Bm25Index, SearchResult
+from ragjax.index import Bm25Index, EmbeddingStore, SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
@@ -124,13 +124,13 @@ def train_live(
     """
     if config.objective == "dpr":
         # Hard negatives are the dense index's own mistakes; scored are the best candidates.
-        live = open_labelled(workspace, config, params, before.embeddings)
+        live = open_labelled(workspace, config, params, before.store)
     else:
         questions = workspace.questions["train"]
         retrieval = open_retrieval(
             workspace,
             split_towers(config, params, seed=workspace.config.seed),
-            before.embeddings,
+            before.store,
             k=config.candidates,
             batch_size=config.batch_size,
             bm25=bm25,
@@ -151,7 +151,7 @@ def open_labelled(
     workspace: Workspace,
     config: RetrieverConfig,
     params: dict[str, Any],
-    embeddings: NDArray[np.float32],
+    store: EmbeddingStore | None = None,
 ) -> LiveTargets:
     """Opens live retrieval of hard negatives for the relevance judgements (`dpr`).
 
@@ -159,7 +159,7 @@ def open_labelled(
         workspace: Data, models, options.
         config: Options of the stage.
         params: Towers before training.
-        embeddings: `[N, D]` of the documents with them.
+        store: Embeddings of the documents with them; None encodes the documents.
 
     Returns:
         The retrieval, whose refresher the caller closes, and the targets.
@@ -167,7 +167,7 @@ def open_labelled(
     seed = workspace.config.seed
     towers = split_towers(config, params, seed=seed)
     retrieval = open_retrieval(
-        workspace, towers, embeddings, k=config.negative_depth, batch_size=config.batch_size
+        workspace, towers, store, k=config.negative_depth, batch_size=config.batch_size
     )
     relevant = workspace.relevant_rows("train")
 
@@ -225,7 +225,7 @@ def _lsr_batches(
         rows = batch_rows(seed, step, num_examples=len(query_ids), batch_size=config.batch_size)
         targets = targets_at(step, rows)
         num_docs = targets.mask.size
-        docs = _batch_docs(targets, num_docs, len(workspace.doc_ids), (seed, step))
+        docs = _batch_docs(targets, num_docs, len(workspace.doc_tokens), (seed, step))
         columns = {doc: column for column, doc in enumerate(docs)}
         log_probs = np.full((len(rows), num_docs), -np.inf, np.float32)
         mask = np.zeros(log_probs.shape, bool)
@@ -235,7 +235,7 @@ def _lsr_batches(
         for row, relevant in enumerate(targets.relevant):
             if there := [columns[doc] for doc in relevant if doc in columns]:
                 log_probs[row, there], mask[row, there] = -np.log(len(there)), True
-        doc_ids = [truncated(workspace.doc_ids[doc], config.doc_tokens) for doc in docs]
+        doc_ids = [truncated(workspace.doc_tokens[doc], config.doc_tokens) for doc in docs]
         padding: list[list[int]] = [[]] * (num_docs - len(docs))
         doc_length = bucket_of(encoder, max(map(len, doc_ids)))
         return LsrBatch(
