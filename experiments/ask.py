@@ -38,6 +38,7 @@ from ragjax.runs.ask.view import (
     reply_as_json,
     safe_text,
 )
+from ragjax.runs.options.modes import ModeName
 from ragjax.runs.options.shared import PromptConfig, RunConfig
 from ragjax.runs.system import SEARCHES, System, open_base_system, open_system
 
@@ -85,9 +86,7 @@ class Flags:
     answer: str = ""
     documents: int = 4
     retriever: Literal["hybrid", "dense", "bm25"] = "hybrid"
-    decode: Literal[
-        "ensemble", "concat", "rag_sequence_thorough", "rag_sequence_fast", "rag_token"
-    ] = "ensemble"
+    decode: ModeName = "ensemble"
     max_new_tokens: int = 16
     document_tokens: int = 0
     explain: bool = True

@@ -104,7 +104,8 @@ class PrefilledPrompts:
         if self.log_weights is None:
             return jax.nn.log_softmax(logits).reshape(self.answers, *beams, -1)
         by_doc = logits.reshape(*self.log_weights.shape, *beams, -1)
-        return mix_log_probs(by_doc, self.log_weights)
+        mix = jax.vmap(mix_log_probs, (2, None), 1) if beams else mix_log_probs
+        return mix(by_doc, self.log_weights)
 
     def advance(self, cache: Any, token_ids: Array) -> Prefilled:
         """Appends a token to each answer `[B, *beams]`, under all its documents."""
@@ -197,12 +198,11 @@ def mix_log_probs(logits: Array, log_weights: Array) -> Array:
     """Averages next-token distributions over documents: log sum_k p_R(k) p_LM(v | k).
 
     Args:
-        logits: `[B, K, ..., V]` float32.
+        logits: `[B, K, V]` float32.
         log_weights: `[B, K]` float32, log p_R.
 
     Returns:
-        `[B, ..., V]` float32 log-probabilities.
+        `[B, V]` float32 log-probabilities.
     """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
-    log_weights = jnp.expand_dims(log_weights, tuple(range(2, logits.ndim)))
-    return jax.nn.logsumexp(log_probs + log_weights, axis=1)
+    return jax.nn.logsumexp(log_probs + log_weights[:, :, None], axis=1)

@@ -110,7 +110,7 @@ def join_layers(params: Params) -> Params:
 
 def _joined(name: str, node: Any) -> Any:
     if name != "layers":
-        return join_layers(node) if isinstance(node, Mapping) else node
+        return join_layers(dict(node)) if isinstance(node, Mapping) else node
     stacks = stacks_in(node)
     if len(stacks) == 1:
         return stacks[0]

@@ -25,6 +25,7 @@ from ragjax.runs.options.evaluate import (
     run_options,
     system_names,
 )
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
@@ -119,7 +120,7 @@ def _check_prompts(workspace: Workspace, config: EvaluateConfig) -> None:
     count = min(evaluation.documents, size)
     if config.robustness:
         count = min(evaluation.documents + config.distractors, size)
-    if evaluation.mode != "concat":
+    if MODES[evaluation.mode].apart:
         count = 1
     for row in answered_rows(workspace, config.split):
         question = workspace.questions[config.split][row]

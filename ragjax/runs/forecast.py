@@ -22,6 +22,7 @@ from ragjax.refresh import (
 )
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LearningConfig, RunConfig
 from ragjax.runs.teacher import context_batches
 from ragjax.runs.train.batches import RagBatches
@@ -259,8 +260,7 @@ class _Texts:
 
     def prompts_of(self, documents: int) -> int:
         """Returns the prompts that an answer from so many documents takes."""
-        concatenated = self.config.evaluation.mode == "concat"
-        return 1 if concatenated else max(1, documents)
+        return max(1, documents) if MODES[self.config.evaluation.mode].apart else 1
 
     def answer(self, documents: int) -> float:
         """Returns the tokens that an answer from so many documents takes."""

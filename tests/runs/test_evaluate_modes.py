@@ -11,14 +11,16 @@ from programs import load_script
 
 from ragjax.generation import Limits, Prompts, generate_greedy
 from ragjax.models.inputs import LMBatch
+from ragjax.runs.ask.decoding import DECODES
 from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests, stop_ids
 from ragjax.runs.compare.measures import measure_answer, passages_read
 from ragjax.runs.compare.systems import answer_cache
 from ragjax.runs.evaluate import open_evaluation
 from ragjax.runs.options.evaluate import EvaluateConfig
+from ragjax.runs.options.modes import MODES
 from ragjax.training.loop import StopFlag
 
-MODES = ("concat", "ensemble", "rag_token", "rag_sequence_fast", "rag_sequence_thorough")
+APART = [name for name, mode in MODES.items() if mode.apart]
 # Passages that share no words, in several scripts; the last is far longer than any prompt.
 PASSAGES = {
     "zh": ("", "中国的首都是北京，人口很多。"),
@@ -86,6 +88,10 @@ def answers_in(workspace, requests):
     return answer_requests(workspace, teacher, requests, answer_cache(workspace.folder))
 
 
+def test_ask_has_every_mode():
+    assert set(DECODES) == set(MODES)
+
+
 def requests_of(workspace, docs, scores):
     questions = [question for question in workspace.questions["test"] if question.answers]
     return [Request(question, docs, scores) for question in questions[:2]]
@@ -125,7 +131,7 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(opened, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", APART)
 def test_with_one_document_every_mode_is_the_plain_one(opened, tmp_path, mode):
     plain = in_mode(opened, tmp_path / "plain", mode="concat")
     requests = requests_of(plain, (4,), (1.5,))
@@ -139,7 +145,7 @@ def test_with_one_document_every_mode_is_the_plain_one(opened, tmp_path, mode):
 @pytest.mark.slow
 def test_two_documents_are_weighed_by_their_scores(opened, tmp_path):
     found = {}
-    for mode in MODES[1:]:
+    for mode in APART:
         workspace = in_mode(opened, tmp_path / mode, mode=mode)
         even = requests_of(workspace, (4, 1), (0.0, 0.0))
         sure = requests_of(workspace, (4, 1), (0.0, -200.0))

@@ -3,6 +3,7 @@
 K documents, T answer tokens.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,18 +12,14 @@ import numpy as np
 from jax.tree_util import Partial
 
 from ragjax.data import pad_left
-from ragjax.generation import (
-    Prompts,
-    generate_rag_sequence_fast,
-    generate_rag_sequence_thorough,
-    generate_rag_token,
-)
+from ragjax.generation import Prompts
 from ragjax.generation.greedy import choose_best
 from ragjax.generation.streaming import decode_steps
 from ragjax.runs.ask.prompts import Prompt
 from ragjax.runs.ask.reader import Reader, Reading
+from ragjax.runs.options.modes import MODES
 
-# Hypotheses of the strategies that search.
+# Hypotheses of the modes that search.
 _BEAMS = 4
 
 # Called with the tokens so far, each time there is one more.
@@ -70,32 +67,37 @@ def decode_concat(reader: Reader, prompt: Prompt, listen: Listener) -> Generated
     return written._replace(reading=reader.read(prompt), token_log_probs=None)
 
 
-def decode_rag_sequence_thorough(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-    """Searches with beams for each document and scores every hypothesis under every document.
-
-    References:
-        Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
-        section 2.5.
-    """
-    return _searched(generate_rag_sequence_thorough, reader, prompt)
-
-
-def decode_rag_sequence_fast(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-    """As `decode_rag_sequence_thorough`, but scores a hypothesis only where the search found it."""
-    return _searched(generate_rag_sequence_fast, reader, prompt)
-
-
-def decode_rag_token(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
-    """Searches for the most likely answer under the mixture over documents at every token."""
-    return _searched(generate_rag_token, reader, prompt)
+def _searched(
+    search: Callable[..., Any], reader: Reader, prompt: Prompt, listen: Listener
+) -> Generated:
+    """Searches with beams by a function of `ragjax.generation`; `listen` is not called."""
+    contexts = prompt.contexts or [prompt.closed_book]
+    padding: list[list[int]] = [[]] * (reader.prompts.rows - len(contexts))
+    length = reader.prompts.fitting_length(contexts)
+    padded = pad_left([*contexts, *padding], length=length, pad_id=reader.lm.pad_id)
+    weights = _weights(reader, prompt)
+    mask = np.isfinite(weights)
+    arrays = padded.ids, padded.mask, np.where(mask, weights, 0), mask
+    found = search(
+        reader.lm.decoder,
+        reader.params,
+        Prompts(*(jnp.asarray(array)[None] for array in arrays)),
+        reader.limits,
+        beams=_BEAMS,
+    )
+    size = int(found.lengths[0, 0])
+    ids = np.asarray(found.ids)[0, 0, :size].tolist()
+    return Generated(ids, size < reader.prompts.max_target, reader.read(prompt), None)
 
 
 DECODES: dict[str, Decode] = {
     "ensemble": decode_ensemble,
     "concat": decode_concat,
-    "rag_sequence_thorough": decode_rag_sequence_thorough,
-    "rag_sequence_fast": decode_rag_sequence_fast,
-    "rag_token": decode_rag_token,
+    **{
+        name: functools.partial(_searched, mode.generate)
+        for name, mode in MODES.items()
+        if mode.beams
+    },
 }
 
 
@@ -128,23 +130,3 @@ def _weights(reader: Reader, prompt: Prompt) -> np.ndarray:
     if prompt.docs:
         return prompt.log_weights
     return np.where(np.arange(reader.prompts.rows) == 0, 0, -np.inf).astype(np.float32)
-
-
-def _searched(search: Callable[..., Any], reader: Reader, prompt: Prompt) -> Generated:
-    contexts = prompt.contexts or [prompt.closed_book]
-    padding: list[list[int]] = [[]] * (reader.prompts.rows - len(contexts))
-    length = reader.prompts.fitting_length(contexts)
-    padded = pad_left([*contexts, *padding], length=length, pad_id=reader.lm.pad_id)
-    weights = _weights(reader, prompt)
-    mask = np.isfinite(weights)
-    arrays = padded.ids, padded.mask, np.where(mask, weights, 0), mask
-    found = search(
-        reader.lm.decoder,
-        reader.params,
-        Prompts(*(jnp.asarray(array)[None] for array in arrays)),
-        reader.limits,
-        beams=_BEAMS,
-    )
-    size = int(found.lengths[0, 0])
-    ids = np.asarray(found.ids)[0, 0, :size].tolist()
-    return Generated(ids, size < reader.prompts.max_target, reader.read(prompt), None)

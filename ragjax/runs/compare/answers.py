@@ -3,7 +3,6 @@
 Q requests, K documents each, L prompt slots.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ragjax.data import LengthBatch, Question
-from ragjax.generation import (
-    Limits,
-    Prompts,
-    generate_ensemble,
-    generate_rag_sequence_fast,
-    generate_rag_sequence_thorough,
-    generate_rag_token,
-    score_and_generate,
-)
-from ragjax.losses import rag_sequence_loss, rag_token_loss
+from ragjax.generation import Limits, Prompts, score_and_generate
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
-from ragjax.runs.options.shared import EvaluationConfig
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.teacher import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, result_key
@@ -76,13 +66,15 @@ def answer_requests(
     """
     keys = [_key(workspace, model, request) for request in requests]
     unique = dict(zip(keys, requests, strict=True))  # in order of first mention
-    apart = workspace.config.evaluation.mode != "concat"
+    apart = MODES[workspace.config.evaluation.mode].apart
     # A prompt without documents is short: together with the others it would only add shapes.
     for has_docs in (False, True):
         chosen = {key: request for key, request in unique.items() if bool(request.docs) == has_docs}
         if chosen:
-            compute = _answer_apart if apart and has_docs else _answer_concatenated
-            compute(workspace, model, list(chosen), list(chosen.values()), cache)
+            plan = (_plan_apart if apart and has_docs else _plan_joined)(
+                workspace, model, list(chosen.values())
+            )
+            _answer_missing(workspace, list(chosen), list(chosen.values()), plan, cache)
     answers = [cache.get(key) for key in keys]
     return [answer for answer in answers if answer is not None]
 
@@ -107,17 +99,17 @@ def _key(workspace: Workspace, model: FrozenLM, request: Request) -> str:
     evaluation = workspace.config.evaluation
     corpus = workspace.dataset.corpus
     scores = [round(score, 6) for score in request.doc_scores]
-    mode = evaluation.mode if request.docs else "closed_book"
-    beams = [evaluation.beams] if mode.startswith("rag_") else []
+    mode = MODES[evaluation.mode]
+    beams = [evaluation.beams] if mode.beams and request.docs else []
     return result_key(
         model.fingerprint,
         repr(workspace.prompts.template),
-        mode,
+        evaluation.mode if request.docs else "closed_book",
         [_MIN_NEW_TOKENS, evaluation.max_new_tokens, *beams],
         request.question.text,
         list(request.question.answers[:1]),
         [corpus.id_of(row) for row in request.docs],
-        scores if evaluation.mode != "concat" else [],
+        scores if mode.apart else [],
     )
 
 
@@ -133,88 +125,78 @@ def _targets(workspace: Workspace, requests: Sequence[Request]) -> list[list[int
     ]
 
 
-def _answer_concatenated(
+class _Plan(NamedTuple):
+    """How requests are answered, batch by batch."""
+
+    batches: list[LengthBatch]
+    unit: str  # of the progress bar
+    # batch -> the result of a function of `ragjax.generation`, and -log p of the right answers
+    answer: Callable[[LengthBatch], tuple[Any, np.ndarray]]
+
+
+def _answer_missing(
     workspace: Workspace,
-    model: FrozenLM,
     keys: Sequence[str],
     requests: Sequence[Request],
+    plan: _Plan,
     cache: ResultCache[ScoredAnswer],
 ) -> None:
+    """Adds the answers that the cache does not have."""
+    lengths = list(map(len, _targets(workspace, requests)))
+    with tqdm(total=len(requests), desc="answers", unit=plan.unit, file=sys.stderr) as progress:
+        for batch in plan.batches:
+            rows = batch.rows.tolist()
+            if not all(_is_known(cache, keys[row]) for row in rows):
+                generated, nlls = plan.answer(batch)
+                chosen = [keys[row] for row in rows]
+                _store(workspace, cache, chosen, generated, nlls, [lengths[row] for row in rows])
+            progress.update(len(rows))
+            workspace.stop.check()
+
+
+def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Request]) -> _Plan:
     contexts = [
         workspace.prompts.context(r.question.text, workspace.documents.get(r.docs))
         for r in requests
     ]
-    targets = _targets(workspace, requests)
-    limits = _limits(workspace)
+    targets, limits = _targets(workspace, requests), _limits(workspace)
     tokens = workspace.config.score_tokens
-    with tqdm(total=len(requests), desc="answers", unit=" prompts", file=sys.stderr) as progress:
-        for batch in context_batches(workspace.prompts, list(map(len, contexts)), tokens):
-            if not all(_is_known(cache, keys[row]) for row in batch.rows):
-                rows = batch.rows.tolist()
-                packed = pack_batch(
-                    workspace.prompts, batch, contexts, [targets[row] for row in rows]
-                )
-                result = score_and_generate(workspace.lm.decoder, model.params, packed, limits)
-                nlls = -np.asarray(result.token_log_probs).sum(axis=1)
-                _store(workspace, cache, [keys[r] for r in rows], result.generated, nlls,
-                       [len(targets[r]) for r in rows])  # fmt: skip
-            progress.update(len(batch.rows))
-            workspace.stop.check()
+
+    def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
+        chosen = [targets[row] for row in batch.rows]
+        packed = pack_batch(workspace.prompts, batch, contexts, chosen)
+        result = score_and_generate(workspace.lm.decoder, model.params, packed, limits)
+        return result.generated, -np.asarray(result.token_log_probs).sum(axis=1)
+
+    batches = context_batches(workspace.prompts, list(map(len, contexts)), tokens)
+    return _Plan(batches, " prompts", answer)
 
 
-class _Reading(NamedTuple):
-    """How documents that are read apart make one answer, and its likelihood."""
-
-    generate: Callable[..., Any]
-    loss: Callable[..., jax.Array]  # (doc_scores, log_probs, *, doc_mask, token_mask) -> [B] nats
-
-
-def _reading(evaluation: EvaluationConfig) -> _Reading:
-    if evaluation.mode == "ensemble":
-        return _Reading(generate_ensemble, rag_sequence_loss)
-    generate, loss = {
-        "rag_token": (generate_rag_token, rag_token_loss),
-        "rag_sequence_fast": (generate_rag_sequence_fast, rag_sequence_loss),
-        "rag_sequence_thorough": (generate_rag_sequence_thorough, rag_sequence_loss),
-    }[evaluation.mode]
-    return _Reading(functools.partial(generate, beams=evaluation.beams), loss)
-
-
-def _answer_apart(
-    workspace: Workspace,
-    model: FrozenLM,
-    keys: Sequence[str],
-    requests: Sequence[Request],
-    cache: ResultCache[ScoredAnswer],
-) -> None:
-    reading = _reading(workspace.config.evaluation)
+def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Request]) -> _Plan:
+    evaluation = workspace.config.evaluation
+    mode = MODES[evaluation.mode]
+    options = {"beams": evaluation.beams} if mode.beams else {}
     count = max(len(request.docs) for request in requests)
     contexts = [
         [workspace.prompts.context(r.question.text, workspace.documents.get([d])) for d in r.docs]
         for r in requests
     ]
-    targets = _targets(workspace, requests)
-    limits = _limits(workspace)
+    targets, limits = _targets(workspace, requests), _limits(workspace)
     score = jax.jit(workspace.lm.token_log_probs)
+
+    def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
+        packed, scores, mask = _pack_groups(workspace, batch, contexts, targets, requests, count)
+        shape = (batch.batch_size, count, -1)
+        ids, there = (array.reshape(shape) for array in packed[:2])
+        prompts = Prompts(ids, there, scores, mask)
+        generated = mode.generate(workspace.lm.decoder, model.params, prompts, limits, **options)
+        log_probs = score(model.params, packed).reshape(shape)
+        token_mask = packed.target_mask.reshape(shape)[:, 0]
+        nlls = mode.loss(scores, log_probs, doc_mask=mask, token_mask=token_mask)
+        return generated, np.asarray(nlls)
+
     longest = [max(map(len, group)) for group in contexts]
-    with tqdm(total=len(requests), desc="answers", unit=" questions", file=sys.stderr) as progress:
-        for batch in _question_batches(workspace, longest, count):
-            rows = batch.rows.tolist()
-            if not all(_is_known(cache, keys[row]) for row in rows):
-                packed, scores, mask = _pack_groups(
-                    workspace, batch, contexts, targets, requests, count
-                )
-                shape = (batch.batch_size, count, -1)
-                ids, there = (array.reshape(shape) for array in packed[:2])
-                prompts = Prompts(ids, there, scores, mask)
-                generated = reading.generate(workspace.lm.decoder, model.params, prompts, limits)
-                log_probs = score(model.params, packed).reshape(shape)
-                token_mask = packed.target_mask.reshape(shape)[:, 0]
-                nlls = reading.loss(scores, log_probs, doc_mask=mask, token_mask=token_mask)
-                _store(workspace, cache, [keys[r] for r in rows], generated, np.asarray(nlls),
-                       [len(targets[r]) for r in rows])  # fmt: skip
-            progress.update(len(rows))
-            workspace.stop.check()
+    return _Plan(_question_batches(workspace, longest, count), " questions", answer)
 
 
 def _question_batches(

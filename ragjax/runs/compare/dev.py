@@ -122,7 +122,7 @@ def _records(
     nll = np.full(len(questions), np.nan)
     if answered:
         cache = ResultCache(workspace.folder / "scores" / "dev.jsonl", Score)
-        part = top.take(answered)
+        part = top.take(np.asarray(answered, np.int64))
         chosen = [questions[row] for row in answered]
         nll[answered] = marginal_nll(workspace, side.lm, chosen, part, cache)
     columns[MARGINAL_NLL] = nll

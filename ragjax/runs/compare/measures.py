@@ -13,6 +13,7 @@ from ragjax.evaluation.calibration import answer_confidence
 from ragjax.evaluation.support import answer_support, is_empty, support_rates
 from ragjax.runs.compare.answers import Request, ScoredAnswer
 from ragjax.runs.compare.systems import AnswerMeasure, answer_metrics
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.workspace import Workspace
 
 # An answer that shares half of its words with a right one counts as right where it has to be one
@@ -65,7 +66,7 @@ def passages_read(workspace: Workspace, request: Request) -> list[str]:
         request: The question and its K documents.
     """
     documents = workspace.documents.get(request.docs)
-    if workspace.config.evaluation.mode == "concat":
+    if not MODES[workspace.config.evaluation.mode].apart:
         budget = _tokens_read(workspace.prompts, request.question.text, len(request.docs))
         documents = [document[:budget] for document in documents]
     return workspace.lm.tokenizer.decode_batch([document.tolist() for document in documents])

@@ -14,6 +14,7 @@ from ragjax.index import SearchResult
 from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
 from ragjax.runs.compare.systems import AnswerMeasure, answered_rows, make_record
 from ragjax.runs.indexes import Retriever
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache
 
@@ -83,7 +84,7 @@ def answer_conditions(
     logits = scale * queries @ retriever.embeddings[np.array(passages)].T  # [Q, R]
     records = {}
     for name, condition in _CONDITIONS.items():
-        if name == "gold_last" and workspace.config.evaluation.mode != "concat":
+        if name == "gold_last" and MODES[workspace.config.evaluation.mode].apart:
             continue  # read apart, passages have no order
         requests = [
             Request(question, docs, tuple(scores[[place[doc] for doc in docs]].tolist()))

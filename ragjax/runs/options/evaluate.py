@@ -11,7 +11,8 @@ from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
 from ragjax.evaluation.systems import SYSTEMS
 from ragjax.runs.options.checks import at_least
 from ragjax.runs.options.files import to_dict
-from ragjax.runs.options.shared import Mode, RunConfig
+from ragjax.runs.options.modes import MODES, ModeName
+from ragjax.runs.options.shared import RunConfig
 
 # Systems of base models alone, then what a run adds, then what an adapted language model does
 # without the adapted retriever and the other way round.
@@ -69,7 +70,7 @@ class EvaluateConfig:
     split: str = "test"
     systems: tuple[SystemName, ...] = ()
     documents: int | None = None
-    mode: Mode | None = None
+    mode: ModeName | None = None
     beams: int | None = None
     max_new_tokens: int | None = None
     document_tokens: int | None = None
@@ -153,7 +154,7 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
         # Written by the run: the packages may be others today.
         changes["data"] = str(Path(config.run) / "data" / "python-docs")
     evaluation = chosen("documents", "mode", "beams", "max_new_tokens", "resamples")
-    if config.mode is not None and not config.mode.startswith("rag_"):
+    if config.mode is not None and not MODES[config.mode].beams:
         evaluation.setdefault("beams", 1)  # of a run that kept more
     questions = chosen("answer_questions", "fields") | {"test_questions": config.max_questions}
     return dataclasses.replace(

@@ -10,9 +10,8 @@ import tyro
 
 from ragjax.runs.options.checks import at_least, fraction, positive
 from ragjax.runs.options.files import from_dict, to_dict
+from ragjax.runs.options.modes import MODES, ModeName
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
-
-Mode = Literal["concat", "ensemble", "rag_token", "rag_sequence_fast", "rag_sequence_thorough"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class EvaluationConfig:
     """
 
     documents: Annotated[int, tyro.conf.arg(aliases=("--documents",))] = 1
-    mode: Mode = "concat"
+    mode: ModeName = "concat"
     beams: int = 1
     max_new_tokens: int = 24
     resamples: int = 2000
@@ -86,10 +85,11 @@ class EvaluationConfig:
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         at_least(self, 1, "documents", "beams", "max_new_tokens", "resamples")
-        if self.beams > 1 and not self.mode.startswith("rag_"):
+        if self.beams > 1 and not MODES[self.mode].beams:
+            searches = ", ".join(name for name, mode in MODES.items() if mode.beams)
             raise ValueError(
                 f"beams={self.beams} does nothing with mode {self.mode}, which takes the likeliest"
-                " token each time; use mode rag_token, rag_sequence_fast or rag_sequence_thorough"
+                f" token each time; use one of the modes {searches}"
             )
 
 

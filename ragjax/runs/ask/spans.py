@@ -1,0 +1,133 @@
+"""The words of a passage that carry an answer.
+
+K documents, T answer tokens, W windows.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ragjax.data import Corpus, passage_text
+from ragjax.evaluation.spans import Match, Window, find_answer, find_similar, split_windows
+from ragjax.runs.ask.decoding import Generated
+from ragjax.runs.ask.prompts import Prompt
+from ragjax.runs.ask.reader import Reader
+
+
+class Span(NamedTuple):
+    """The part of a passage that carries the answer."""
+
+    field: str  # "text" or "title": what the offsets are of
+    start: int  # first character
+    end: int  # behind the last character
+    method: str  # "match", "similar" or "left_out"
+    score: float | None  # F1 of the words, for "match" and "similar"
+    change: (
+        float | None
+    )  # nats that the answer's log-prob loses without its window; None: not tried
+
+
+class ReadPassage(NamedTuple):
+    """The part of a passage that the language model reads."""
+
+    title: str
+    text: str
+    # Characters of the passage's text that each token stands for; those of the title, which stands
+    # in front, are negative.
+    places: list[tuple[int, int]]
+
+
+class SpanFinder:
+    """Finds the words of a passage that carry an answer."""
+
+    def __init__(self, reader: Reader, corpus: Corpus) -> None:
+        """Takes the reader of the answers and the passages."""
+        self._reader, self._corpus = reader, corpus
+        self._last: tuple[tuple[int, int], ReadPassage] | None = None  # (row, tokens read)
+
+    def find(self, prompt: Prompt, generated: Generated, answer: str, row: int) -> Span | None:
+        """Returns the words of the answer in the passage, or else the window that carries it.
+
+        Args:
+            prompt: The question beside its documents.
+            generated: The answer's tokens.
+            answer: Its text.
+            row: Place of the passage among the documents.
+        """
+        # What the language model did not read carries nothing.
+        title, text, _ = self.read(prompt, row)
+        matches = find_answer(text, answer)
+        if len(matches) == 1:
+            return _matched("text", matches[0], "match")
+        if not matches:
+            if found := find_answer(title, answer):
+                return _matched("title", found[0], "match")
+            if similar := find_similar(text, answer):
+                return _matched("text", similar, "similar")
+        windows = self.windows(prompt, row)
+        if not windows:
+            return None
+        changes = self.changes(prompt, generated, row, windows)
+        if matches:  # several: the one whose window the answer needs most
+            best = max(matches, key=lambda match: _change_at(match, windows, changes))
+            span = _matched("text", best, "match")
+            return span._replace(change=_change_at(best, windows, changes))
+        place = int(np.argmax(changes))
+        window = windows[place]
+        return Span("text", window.start, window.end, "left_out", None, float(changes[place]))
+
+    def read(self, prompt: Prompt, row: int) -> ReadPassage:
+        """Returns the part of a passage that the language model reads."""
+        key = prompt.docs[row], prompt.places[row][1]
+        if self._last is None or self._last[0] != key:  # long passages take a while
+            self._last = key, self._read(*key)
+        return self._last[1]
+
+    def windows(self, prompt: Prompt, row: int) -> list[Window]:
+        """Returns the windows of that part's text."""
+        return split_windows(self.read(prompt, row).text, most=self._reader.prompts.options.windows)
+
+    def changes(
+        self, prompt: Prompt, generated: Generated, row: int, windows: Sequence[Window]
+    ) -> np.ndarray:
+        """Returns what the answer's log-prob loses without each window `[W]`, in nats."""
+        places = self.read(prompt, row).places
+        left_out = [
+            [
+                token
+                for token, (start, end) in enumerate(places)
+                if start < window.end and end > window.start
+            ]
+            for window in windows
+        ]
+        log_probs = self._reader.leave_out(prompt, generated.reading, row, left_out, generated.ids)
+        return log_probs[0] - log_probs[1:]
+
+    def _read(self, doc: int, size: int) -> ReadPassage:
+        passage, prompts = self._corpus[doc], self._reader.prompts
+        whole = passage_text(passage, prompts.builder.template.passage)
+        before = len(whole) - len(passage.text)
+        encoding = prompts.tokenizer.encode(whole, add_special_tokens=False)
+        places = [(start - before, end - before) for start, end in encoding.offsets[:size]]
+        title, text = passage.title or "", passage.text
+        if size < len(encoding):
+            # Up to the next token: an accent may belong to a token without being among its places.
+            end = max(places[-1][1], encoding.offsets[size][0] - before)
+            # Truncated within the title, before which the template has nothing.
+            title, text = (title, text[:end]) if end > 0 else (whole[: before + end], "")
+        return ReadPassage(title, text, places)
+
+
+def _matched(field: str, match: Match, method: str) -> Span:
+    return Span(field, match.start, match.end, method, match.score, None)
+
+
+def _change_at(match: Match, windows: Sequence[Window], changes: np.ndarray) -> float:
+    """Returns what the answer loses without the match's window, 0 where no window holds it."""
+    inside = [
+        float(change)
+        for window, change in zip(windows, changes, strict=True)
+        if window.start < match.end and match.start < window.end
+    ]
+    return max(inside, default=0.0)
