@@ -178,7 +178,7 @@ def _labelled_round(
     """Takes the relevance judgements, and what the dense index finds as hard negatives."""
     questions = workspace.questions["train"]
     found = search(workspace, retriever, questions, config.negative_depth).dense
-    gold = gold_sets(workspace)
+    gold = gold_sets(workspace, "train")
 
     def batch_of(step: int) -> Lessons:
         rows = question_rows(workspace, number, len(questions), step, batch_size=config.batch_size)

@@ -32,6 +32,7 @@ from ragjax.refresh import EncodeTask, encode_to_store, tqdm_progress
 from ragjax.refresh.batches import DEFAULT_BUCKETS, EncodeOptions
 from ragjax.runs.workspace import (
     Workspace,
+    gold_sets,
     tree_fingerprint,
 )
 from ragjax.training.live import Search, search_dense, search_reranked
@@ -102,7 +103,7 @@ def build_retriever(
     dev = workspace.questions["dev"]
     if dev:
         queries = _hybrid_queries(workspace, query_params, dev)
-        gold = [[row for row, g in rows.items() if g > 0] for rows in workspace.gold_rows("dev")]
+        gold = gold_sets(workspace, "dev")
         weight = choose_dense_weight(dense, bm25, queries, gold).weight
     chosen = f"chosen on {len(dev)} dev questions" if dev else "no dev questions to choose it on"
     workspace.report(

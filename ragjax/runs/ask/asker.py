@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ragjax.data import passage_text
-from ragjax.evaluation.spans import Match, Window, find_answer, find_similar, split_windows
+from ragjax.evaluation.spans import Match, TextWindow, find_answer, find_similar, split_windows
 from ragjax.losses import document_posterior
 from ragjax.runs.ask.attribution import Attribution, attribute
 from ragjax.runs.ask.decoding import Decode, Generated, Listener, decode_ensemble
@@ -331,7 +331,7 @@ class Asker:
         window = windows[place]
         return Span("text", window.start, window.end, "left_out", None, float(changes[place]))
 
-    def _windows(self, prompt: Prompt, row: int) -> list[Window]:
+    def _windows(self, prompt: Prompt, row: int) -> list[TextWindow]:
         """Returns the windows of a passage's text, as far as the language model reads it."""
         return split_windows(self._read(prompt, row).text, most=self.reader.options.windows)
 
@@ -369,7 +369,7 @@ class Asker:
             f" {passage.id!r} (--document_tokens reads more)"
         ]
 
-    def _changes(self, answer: Answer, row: int, windows: Sequence[Window]) -> np.ndarray:
+    def _changes(self, answer: Answer, row: int, windows: Sequence[TextWindow]) -> np.ndarray:
         """Returns what the answer's log-prob loses without each window, in nats."""
         places = self._read(answer.prompt, row).places
         left_out = [
@@ -428,7 +428,7 @@ def _matched(field: str, match: Match, method: str) -> Span:
     return Span(field, match.start, match.end, method, match.score, None)
 
 
-def _change_at(match: Match, windows: Sequence[Window], changes: np.ndarray) -> float:
+def _change_at(match: Match, windows: Sequence[TextWindow], changes: np.ndarray) -> float:
     """Returns what the answer loses without the match's window, 0 where no window holds it."""
     inside = [
         float(change)

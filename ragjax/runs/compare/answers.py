@@ -160,7 +160,7 @@ def _answer_concatenated(
 
 
 class _Reading(NamedTuple):
-    """How documents that are read apart make one answer, and its likelihood."""
+    """Generation and likelihood over documents that are read apart."""
 
     generate: Callable[..., Any]
     loss: Callable[..., jax.Array]  # (doc_scores, log_probs, *, doc_mask, token_mask) -> [B] nats

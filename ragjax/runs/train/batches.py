@@ -55,7 +55,7 @@ class RagBatches:
         )
         self._targets = [self._prompts.target(question.answers[0]) for question in questions]
         self._query_ids = workspace.query_ids(questions)
-        self._gold = gold_sets(workspace)
+        self._gold = gold_sets(workspace, "train")
         self._sources = sources
         length = max(map(len, workspace.doc_ids))
         self._query_length = bucket_of(workspace, max(map(len, self._query_ids)))

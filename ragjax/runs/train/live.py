@@ -102,7 +102,7 @@ def open_labelled(
         The host's side, whose refresher the caller closes, and the lessons.
     """
     retrieval = _open(workspace, config, params, embeddings, None, 1.0, k=config.negative_depth)
-    gold = gold_sets(workspace)
+    gold = gold_sets(workspace, "train")
 
     def batch_of(step: int) -> Lessons:
         _, rows, found = retrieval.retrieved(step)
