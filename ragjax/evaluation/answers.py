@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_ARTICLES = frozenset({"a", "an", "the"})
+ARTICLES = frozenset({"a", "an", "the"})
 # Thai, Lao, Burmese, Khmer, kana and Han are written without spaces: one character, one token.
-_SPACELESS = re.compile(
+SPACELESS = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff])"
 )
@@ -44,12 +44,12 @@ def normalize_answer(text: str) -> str:
     """
     folded = _fold(text)
     words = folded.translate(_WITHOUT_PUNCTUATION).split()
-    kept = [word for word in words if word not in _ARTICLES]
+    kept = [word for word in words if word not in ARTICLES]
     return " ".join(kept or words or folded.split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Tells whether a prediction equals one of the answers after `normalize_answer`.
+    """Returns whether a prediction equals one of the answers after `normalize_answer`.
 
     Args:
         prediction: Generated text.
@@ -88,7 +88,7 @@ def f1_score(prediction: str, answers: Sequence[str]) -> float:
 
 
 def answer_in_text(text: str, answers: Sequence[str]) -> bool:
-    """Tells whether a text contains one of the answers as a run of whole tokens.
+    """Returns whether a text contains one of the answers as a run of whole tokens.
 
     Case, Unicode form, punctuation and an article at the answer's start do not matter. Unlike in
     `normalize_answer`, punctuation separates instead of vanishing, so "jax.vmap" is found in
@@ -110,7 +110,7 @@ def answer_in_text(text: str, answers: Sequence[str]) -> bool:
 def answer_at_k(
     passages: Sequence[Sequence[str]], answers: Sequence[Sequence[str]], *, k: int
 ) -> np.ndarray:
-    """Tells for each question whether one of the first k passages contains an answer.
+    """Returns for each question whether one of the first k passages contains an answer.
 
     Args:
         passages: Q lists of retrieved passage texts, best first.
@@ -124,11 +124,9 @@ def answer_at_k(
         ValueError: If the lengths differ or k < 1.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
+        raise ValueError(f"k must be at least 1, got {k}")
     if len(passages) != len(answers):
-        raise ValueError(
-            f"got passages of {len(passages)} and answers of {len(answers)} questions."
-        )
+        raise ValueError(f"got passages of {len(passages)} and answers of {len(answers)} questions")
     return np.array(
         [
             float(any(answer_in_text(text, accepted) for text in texts[:k])) if accepted else np.nan
@@ -152,8 +150,8 @@ def passage_tokens(text: str) -> list[str]:
 
 
 def is_spaceless(token: str) -> bool:
-    """Tells whether a token of `passage_tokens` is a character of a script without spaces."""
-    return _SPACELESS.fullmatch(token) is not None
+    """Returns whether a token of `passage_tokens` is a character of a script without spaces."""
+    return SPACELESS.fullmatch(token) is not None
 
 
 class _CharacterTable(dict[int, str]):
@@ -184,7 +182,7 @@ def _fold(text: str) -> str:
 
 
 def _f1_tokens(text: str) -> list[str]:
-    return _SPACELESS.sub(r" \1 ", normalize_answer(text)).split()
+    return SPACELESS.sub(r" \1 ", normalize_answer(text)).split()
 
 
 def _token_f1(predicted: list[str], gold: list[str]) -> float:
@@ -196,7 +194,7 @@ def _token_f1(predicted: list[str], gold: list[str]) -> float:
 
 def _tokens(folded: str) -> list[str]:
     separated = _SEPARATING.sub(" ", folded.translate(_SEPARATED))
-    return _SPACELESS.sub(r" \1 ", separated).split()
+    return SPACELESS.sub(r" \1 ", separated).split()
 
 
 def _contains(folded: str, padded: str, folded_answer: str) -> bool:
@@ -204,6 +202,6 @@ def _contains(folded: str, padded: str, folded_answer: str) -> bool:
     if not tokens:
         literal = folded_answer.strip()
         return bool(literal) and literal in folded
-    while len(tokens) > 1 and tokens[0] in _ARTICLES:
+    while len(tokens) > 1 and tokens[0] in ARTICLES:
         tokens = tokens[1:]
     return f" {' '.join(tokens)} " in padded

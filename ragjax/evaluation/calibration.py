@@ -1,4 +1,4 @@
-"""How far a confidence can be trusted: calibration error, Brier score, AUROC, risk and coverage.
+"""Calibration of a confidence: calibration error, Brier score, AUROC, risk and coverage.
 
 Every function takes one confidence in [0, 1] and one outcome (1.0 right, 0.0 wrong) per question.
 NaN in either leaves the question out. Questions of equal confidence are never told apart: they
@@ -29,7 +29,7 @@ class ReliabilityBin(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """How well a confidence fits the outcomes, with 95 % bootstrap intervals over the questions."""
+    """Calibration measures with 95 % bootstrap intervals over the questions."""
 
     n: int
     accuracy: Interval
@@ -42,12 +42,12 @@ class Calibration(NamedTuple):
     auroc: Interval | None
     # Area under the risk-coverage curve: the error rate of the most confident answers (in
     # expectation over random orders of equal confidences), averaged over all coverages 1/Q ... 1.
-    aurc: Interval  # lower is better; the error rate for a confidence that knows nothing
+    aurc: Interval  # lower is better; the error rate for a confidence without information
     reliability: tuple[ReliabilityBin, ...]
 
 
 def answer_confidence(log_probs: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
-    """Turns log-probabilities of answers into confidences, p(y) or its geometric mean per token.
+    """Computes confidences from log-probabilities: p(y), or its geometric mean per token.
 
     Args:
         log_probs: [Q] float, log p(y) of the generated answers in nats; NaN where there is none.
@@ -63,11 +63,11 @@ def answer_confidence(log_probs: np.ndarray, lengths: np.ndarray | None = None) 
     if lengths is not None:
         counts = np.asarray(lengths)
         if counts.shape != values.shape:
-            raise ValueError(f"expected {values.shape} lengths, got shape {counts.shape}.")
+            raise ValueError(f"expected {values.shape} lengths, got shape {counts.shape}")
         values = values / np.maximum(counts, 1)
     # Sums of float32 log-probabilities of a certain answer end a little above 0.
     if (values > 1e-4).any():
-        raise ValueError(f"log-probabilities are at most 0, got {np.nanmax(values):g}.")
+        raise ValueError(f"log-probabilities are at most 0, got {np.nanmax(values):g}")
     return np.exp(np.minimum(values, 0.0))
 
 
@@ -140,7 +140,7 @@ def calibrate(
         Classifiers, 2019, section 2 (AURC).
     """
     if num_resamples < 1:
-        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
     table = reliability_table(confidence, correct, num_bins=num_bins)
     data = _sorted(confidence, correct)
     measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -175,17 +175,17 @@ def _sorted(confidence: np.ndarray, correct: np.ndarray) -> _Sorted:
     if values.ndim != 1 or values.shape != outcomes.shape:
         raise ValueError(
             "expected one confidence and one outcome per question, shape [Q], got shapes "
-            f"{values.shape} and {outcomes.shape}."
+            f"{values.shape} and {outcomes.shape}"
         )
     kept = ~(np.isnan(values) | np.isnan(outcomes))
     values, outcomes = values[kept], outcomes[kept]
     if not len(values):
-        raise ValueError("no question is left: all values are NaN (not applicable), or none came.")
+        raise ValueError("no question is left: all values are NaN (not applicable), or none came")
     if (values < 0).any() or (values > 1).any():
-        raise ValueError(f"confidences lie in [0, 1], got {values.min():g} ... {values.max():g}.")
+        raise ValueError(f"confidences lie in [0, 1], got {values.min():g} ... {values.max():g}")
     if not np.isin(outcomes, (0.0, 1.0)).all():
         wrong = outcomes[~np.isin(outcomes, (0.0, 1.0))][0]
-        raise ValueError(f"an outcome is 1.0 (right) or 0.0 (wrong), got {wrong:g}.")
+        raise ValueError(f"an outcome is 1.0 (right) or 0.0 (wrong), got {wrong:g}")
     order = np.argsort(values, kind="stable")
     values = values[order]
     group = np.concatenate([[0], np.cumsum(np.diff(values) > 0)])
@@ -196,7 +196,7 @@ def _sorted(confidence: np.ndarray, correct: np.ndarray) -> _Sorted:
 
 
 class _Groups(NamedTuple):
-    """What each sample holds of each group of equal confidence, [R, G] float64."""
+    """Answers of each sample in each group of equal confidence, [R, G] float64."""
 
     count: np.ndarray
     right: np.ndarray
@@ -215,7 +215,7 @@ def _groups(rows: np.ndarray, data: _Sorted) -> _Groups:
 def _bin_of(rows: np.ndarray, data: _Sorted, num_bins: int) -> np.ndarray:
     """Returns the bin of each question of each sample, [R, n] int."""
     if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
+        raise ValueError(f"num_bins must be at least 1, got {num_bins}")
     count = _groups(rows, data).count
     # The mean rank of a group, plus 1/2, is half an integer: exact in float64.
     middle = np.cumsum(count, axis=1) - count / 2

@@ -1,4 +1,4 @@
-"""How sure a mean over questions is: bootstrap intervals and a paired test.
+"""Bootstrap intervals of means over questions, and a paired test.
 
 NaN stands for "the metric does not apply to this question" and is left out before anything is
 computed; of a pair, both values are left out when one is NaN.
@@ -103,7 +103,7 @@ def paired_difference(
     _check_options(confidence, num_resamples)
     after, before = _one_dimensional(after), _one_dimensional(before)
     if len(after) != len(before):
-        raise ValueError(f"pairs need equal lengths, got {len(after)} and {len(before)} values.")
+        raise ValueError(f"pairs need equal lengths, got {len(after)} and {len(before)} values")
     differences = after - before
     differences = differences[~np.isnan(differences)]
     interval = _interval(differences, confidence, num_resamples, seed)
@@ -113,23 +113,23 @@ def paired_difference(
 
 def _check_options(confidence: float, num_resamples: int) -> None:
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     if num_resamples < 1:
-        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
 
 
 def _one_dimensional(values: np.ndarray) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
-        raise ValueError(f"expected one value per question, shape [Q], got shape {array.shape}.")
+        raise ValueError(f"expected one value per question, shape [Q], got shape {array.shape}")
     if np.isinf(array).any():
-        raise ValueError(f"value {int(np.isinf(array).argmax())} is infinite.")
+        raise ValueError(f"value {int(np.isinf(array).argmax())} is infinite")
     return array
 
 
 def _interval(values: np.ndarray, confidence: float, num_resamples: int, seed: int) -> Interval:
     if not len(values):
-        raise ValueError("no question is left: all values are NaN (not applicable), or none came.")
+        raise ValueError("no question is left: all values are NaN (not applicable), or none came")
     rng = np.random.default_rng(seed)
     size = len(values)
     means = _in_chunks(

@@ -1,4 +1,4 @@
-"""What each system did with each question, and what such records sum up to.
+"""Records per question and system, their summaries and paired comparisons.
 
 Example:
     records = [QuestionRecord(id="q1", system="after", question="...", metrics={"f1": 0.5})]
@@ -31,7 +31,7 @@ METRICS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionRecord:
-    """What one system did with one question.
+    """The documents, the answer and the metrics of one system for one question.
 
     Attributes:
         id: Question id.
@@ -41,7 +41,7 @@ class QuestionRecord:
         prediction: Generated answer; None if nothing was generated.
         doc_ids: Retrieved document ids, best first.
         doc_scores: Their scores; empty if not kept.
-        metrics: Metric name to value; NaN (not applicable) is left out of the file.
+        metrics: Metric name to value; NaN (not applicable) is left out.
 
     Raises:
         ValueError: If a metric is infinite, a score is not finite (leave masked slots out), or
@@ -62,17 +62,15 @@ class QuestionRecord:
         metrics = {name: float(value) for name, value in self.metrics.items()}
         for name, value in metrics.items():
             if math.isinf(value):
-                raise ValueError(f"question {self.id!r}, metric {name}: the value is infinite.")
+                raise ValueError(f"question {self.id!r}, metric {name}: the value is infinite")
         scores = tuple(float(score) for score in self.doc_scores)
         if scores and len(scores) != len(self.doc_ids):
             raise ValueError(
-                f"question {self.id!r}: {len(scores)} scores for {len(self.doc_ids)} documents."
+                f"question {self.id!r}: {len(scores)} scores for {len(self.doc_ids)} documents"
             )
         for doc_id, score in zip(self.doc_ids, scores, strict=False):
             if not math.isfinite(score):
-                raise ValueError(
-                    f"question {self.id!r}, document {doc_id!r}: the score is {score}."
-                )
+                raise ValueError(f"question {self.id!r}, document {doc_id!r}: the score is {score}")
         plain = {
             "answers": tuple(self.answers),
             "doc_ids": tuple(self.doc_ids),
@@ -182,11 +180,11 @@ def _metric_values(records: Iterable[QuestionRecord]) -> _MetricValues:
         if record.id in by_question:
             raise ValueError(
                 f"question {record.id!r} occurs twice (system {by_question[record.id].system!r}, "
-                f"then {record.system!r}): pass the records of one system, one per question."
+                f"then {record.system!r}): pass the records of one system, one per question"
             )
         by_question[record.id] = record
     if not by_question:
-        raise ValueError("there are no records to sum up.")
+        raise ValueError("there are no records to sum up")
     found = {name for record in by_question.values() for name in record.metrics}
     names = [name for name in METRICS if name in found] + sorted(found - set(METRICS))
     columns = {
@@ -206,5 +204,5 @@ def _check_same_questions(
     if differing:
         raise ValueError(
             f"{system} and {baseline} were asked different questions: {len(differing)} occur in "
-            f"only one of them, such as {min(differing)!r}."
+            f"only one of them, such as {min(differing)!r}"
         )

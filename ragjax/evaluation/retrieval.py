@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 DocId = str | int
-Rankings = Sequence[Sequence[DocId]] | np.ndarray
+RankedDocs = Sequence[Sequence[DocId]] | np.ndarray
 Grades = Sequence[Mapping[str, int]] | Sequence[Mapping[int, int]]
 
 MASKED_ID = -1
 
 
-def recall_at_k(rankings: Rankings, grades: Grades, *, k: int) -> np.ndarray:
+def recall_at_k(rankings: RankedDocs, grades: Grades, *, k: int) -> np.ndarray:
     """Measures which fraction of a query's relevant documents stand among the first k.
 
     Args:
@@ -46,7 +46,7 @@ def recall_at_k(rankings: Rankings, grades: Grades, *, k: int) -> np.ndarray:
     return _per_query(rankings, grades, recall)
 
 
-def reciprocal_rank(rankings: Rankings, grades: Grades, *, k: int = 10) -> np.ndarray:
+def reciprocal_rank(rankings: RankedDocs, grades: Grades, *, k: int = 10) -> np.ndarray:
     """Computes 1 / rank of the first relevant document among the first k; its mean is MRR@k.
 
     Args:
@@ -70,7 +70,7 @@ def reciprocal_rank(rankings: Rankings, grades: Grades, *, k: int = 10) -> np.nd
     return _per_query(rankings, grades, first)
 
 
-def ndcg(rankings: Rankings, grades: Grades, *, k: int = 10) -> np.ndarray:
+def ndcg(rankings: RankedDocs, grades: Grades, *, k: int = 10) -> np.ndarray:
     """Computes the normalised discounted cumulative gain of the first k documents.
 
     DCG@k = sum over ranks r <= k of grade_r / log2(r + 1), divided by the DCG@k of the best
@@ -101,7 +101,7 @@ def ndcg(rankings: Rankings, grades: Grades, *, k: int = 10) -> np.ndarray:
     return _per_query(rankings, grades, gain)
 
 
-def retrieval_metrics(rankings: Rankings, grades: Grades) -> dict[str, np.ndarray]:
+def retrieval_metrics(rankings: RankedDocs, grades: Grades) -> dict[str, np.ndarray]:
     """Computes recall@1, recall@5, recall@20, mrr@10 and ndcg@10 of every query.
 
     Args:
@@ -123,16 +123,16 @@ def retrieval_metrics(rankings: Rankings, grades: Grades) -> dict[str, np.ndarra
 
 def _check_cutoff(k: int) -> None:
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
+        raise ValueError(f"k must be at least 1, got {k}")
 
 
 def _per_query(
-    rankings: Rankings,
+    rankings: RankedDocs,
     grades: Grades,
     metric: Callable[[list[DocId], dict[DocId, int]], float],
 ) -> np.ndarray:
     if len(rankings) != len(grades):
-        raise ValueError(f"got {len(rankings)} rankings and grades for {len(grades)} queries.")
+        raise ValueError(f"got {len(rankings)} rankings and grades for {len(grades)} queries")
     values = np.full(len(grades), np.nan)
     for query, (ranking, graded) in enumerate(zip(rankings, grades, strict=True)):
         ranked = _unmasked(query, ranking)
@@ -148,7 +148,7 @@ def _unmasked(query: int, ranking: Sequence[DocId] | np.ndarray) -> list[DocId]:
     ranked = [doc for doc in docs if doc != MASKED_ID]
     if len(set(ranked)) < len(ranked):
         repeated = next(doc for place, doc in enumerate(ranked) if doc in ranked[:place])
-        raise ValueError(f"ranking {query} holds document {repeated!r} more than once.")
+        raise ValueError(f"ranking {query} holds document {repeated!r} more than once")
     return ranked
 
 
@@ -162,5 +162,5 @@ def _check_same_kind(
     if isinstance(ranked_id, numbers.Integral) != isinstance(graded_id, numbers.Integral):
         raise ValueError(
             f"ranking {query} holds {ranked_id!r} but its grades are keyed by {graded_id!r}: "
-            "pass document ids in both or corpus rows in both."
+            "pass document ids in both or corpus rows in both"
         )

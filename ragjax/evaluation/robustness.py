@@ -1,4 +1,4 @@
-"""What a language model makes of passages that help, and of passages that only look as if.
+"""Passages of the robustness conditions: relevant ones, distractors, and both orders of the two.
 
 Example:
     sets = passage_sets(gold=[7], ranked=[3, 7, 9], num_gold=1, num_distractors=2)
@@ -27,7 +27,7 @@ def passage_sets(
 ) -> PassageSets | None:
     """Chooses the passages of each condition for one question.
 
-    Distractors are what a retriever ranks highest of the passages that nobody judged relevant:
+    Distractors are the passages that a retriever ranks highest among those not labelled relevant:
     the mistakes it would make. Some of them may be relevant all the same.
 
     Args:
@@ -44,7 +44,7 @@ def passage_sets(
     """
     if num_gold < 1 or num_distractors < 1:
         raise ValueError(
-            f"num_gold and num_distractors must be at least 1, got {num_gold}, {num_distractors}."
+            f"num_gold and num_distractors must be at least 1, got {num_gold}, {num_distractors}"
         )
     relevant = frozenset(gold)
     distractors = [doc for doc in ranked if doc >= 0 and doc not in relevant][:num_distractors]
@@ -55,7 +55,7 @@ def passage_sets(
 
 
 def same_answers(one: Sequence[str], other: Sequence[str]) -> np.ndarray:
-    """Tells for each question whether two answers are the same after `normalize_answer`.
+    """Returns for each question whether two answers are the same after `normalize_answer`.
 
     Args:
         one: Q answers.
@@ -68,7 +68,7 @@ def same_answers(one: Sequence[str], other: Sequence[str]) -> np.ndarray:
         ValueError: The lengths differ.
     """
     if len(one) != len(other):
-        raise ValueError(f"got answers to {len(one)} and to {len(other)} questions.")
+        raise ValueError(f"got answers to {len(one)} and to {len(other)} questions")
     return np.array(
         [
             float(normalize_answer(a) == normalize_answer(b))

@@ -1,4 +1,4 @@
-"""Where in a passage an answer stands: exact and fuzzy matches, and windows to leave out in turn.
+"""Spans of a passage: exact and fuzzy matches of an answer, and windows to leave out in turn.
 
 Offsets are of characters of the passage as it is written, end excluded, in any script.
 
@@ -12,12 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_ARTICLES = frozenset({"a", "an", "the"})
-# Scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han): one character, one word.
-_SPACELESS = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+from ragjax.evaluation.answers import ARTICLES, SPACELESS
+
 # Over one letter per character, see `_kind`: a number keeps its sign and its decimal point, a name
 # its inner underscores; a character of a script without spaces and an emoji are words of their own.
 _WORD = re.compile(r"c|s|(?:(?<![wd])-(?=d))?[wd]+(?:_+[wd]+|(?<=d)\.(?=d)[wd]+)*")
@@ -36,7 +32,7 @@ class Match(NamedTuple):
     score: float  # F1 of its words and the answer's; 1.0: the answer word by word
 
 
-class Window(NamedTuple):
+class TextWindow(NamedTuple):
     """A sentence, several short ones, or a part of a long one."""
 
     start: int  # first character
@@ -114,7 +110,7 @@ def find_similar(text: str, answer: str, *, least: float = 0.6) -> Match | None:
     return best
 
 
-def split_windows(text: str, *, most: int) -> list[Window]:
+def split_windows(text: str, *, most: int) -> list[TextWindow]:
     """Cuts a text into sentences, and joins neighbours until there are few enough.
 
     Args:
@@ -131,13 +127,13 @@ def split_windows(text: str, *, most: int) -> list[Window]:
     if most < 1:
         raise ValueError(f"most must be at least 1 window, got {most}")
     edges = [0, *(found.end() for found in _SENTENCE_END.finditer(text)), len(text)]
-    windows: list[Window] = []
+    windows: list[TextWindow] = []
     for start, end in zip(edges, edges[1:], strict=False):
         windows += _pieces(text, start, end)
     while len(windows) > most:
         sizes = [right.end - left.start for left, right in zip(windows, windows[1:], strict=False)]
         place = sizes.index(min(sizes))
-        joined = Window(windows[place].start, windows[place + 1].end)
+        joined = TextWindow(windows[place].start, windows[place + 1].end)
         windows[place : place + 2] = [joined]
     return windows
 
@@ -148,7 +144,7 @@ class _Word(NamedTuple):
     end: int
 
 
-def _pieces(text: str, start: int, end: int) -> list[Window]:
+def _pieces(text: str, start: int, end: int) -> list[TextWindow]:
     """Returns one sentence without the white space around it, cut where it is very long."""
     pieces = []
     while start < end:
@@ -159,7 +155,7 @@ def _pieces(text: str, start: int, end: int) -> list[Window]:
         piece = text[start:cut]
         if piece.strip():
             first = start + len(piece) - len(piece.lstrip())
-            pieces.append(Window(first, start + len(piece.rstrip())))
+            pieces.append(TextWindow(first, start + len(piece.rstrip())))
         start = cut
     return pieces
 
@@ -190,7 +186,7 @@ def _fold(cluster: str) -> str:
 
 
 def _kind(cluster: str) -> str:
-    if _SPACELESS.match(cluster):
+    if SPACELESS.match(cluster):
         return "c"
     if cluster.isdecimal():
         return "d"
@@ -203,6 +199,6 @@ def _kind(cluster: str) -> str:
 
 def _without_article(words: Sequence[_Word]) -> list[_Word]:
     kept = list(words)
-    while len(kept) > 1 and kept[0].text in _ARTICLES:
+    while len(kept) > 1 and kept[0].text in ARTICLES:
         kept = kept[1:]
     return kept

@@ -1,9 +1,8 @@
-"""Whether a generated answer stands in a passage that was read: a measure of hallucination.
+"""Support of a generated answer by the passages that were read: a measure of hallucination.
 
 An answer is supported by a passage that contains it as a run of whole tokens. A longer answer,
 which is seldom a quotation, is also supported by a passage that holds most of its content words.
-This says where an answer can come from, not whether it is right: "Paris" in a passage on Texas
-supports "Paris".
+Support is no correctness: "Paris" in a passage on Texas supports "Paris".
 
 Example:
     answer_support("Marie Curie", ["Radium was found by Marie Curie."]).supported  # True
@@ -31,22 +30,19 @@ _FUNCTION_WORDS = frozenset(
 
 
 class Support(NamedTuple):
-    """What the passages that were read say about an answer."""
+    """Support of an answer by the passages that were read."""
 
     supported: bool  # some passage contains it, or most of it where it is long
-    verbatim: bool  # some passage contains it as a run of whole tokens
     containment: float  # largest share, over the passages, of its content tokens, 0 to 1
-    passage: int | None  # place of the passage that supports it best; None: none has a token of it
 
 
 class SupportRates(NamedTuple):
-    """One answer in terms whose means are rates; NaN leaves it out of that mean."""
+    """Values of one answer whose means are rates; NaN leaves it out of that mean."""
 
-    supported: float  # of answers that say something
+    supported: float  # of answers that are not empty
     supported_if_right: float
     supported_if_wrong: float
-    hallucination: float  # wrong and not supported, of answers that say something
-    empty: float  # says nothing
+    hallucination: float  # wrong and not supported, of answers that are not empty
 
 
 def answer_support(
@@ -71,9 +67,9 @@ def answer_support(
         ValueError: The threshold is out of range.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must lie in (0, 1], got {threshold}.")
+        raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
     if is_empty(answer):
-        return Support(False, False, 0.0, None)
+        return Support(False, 0.0)
     content = _content(answer)
     verbatim = [answer_in_text(passage, [answer]) for passage in passages]
     # A quotation holds all of it, also where no token is left of it ("+=").
@@ -81,45 +77,38 @@ def answer_support(
         1.0 if found else _share(content, passage)
         for found, passage in zip(verbatim, passages, strict=True)
     ]
-    best = max(range(len(shares)), key=lambda place: (verbatim[place], shares[place]), default=None)
     containment = max(shares, default=0.0)
     long = len(content) >= LONG_ANSWER_TOKENS and containment >= threshold
-    return Support(
-        supported=any(verbatim) or long,
-        verbatim=any(verbatim),
-        containment=containment,
-        passage=best if containment > 0 else None,
-    )
+    return Support(any(verbatim) or long, containment)
 
 
 def support_rates(support: Support, *, right: float, empty: bool) -> SupportRates:
-    """Turns an answer's support into values whose means over the questions are rates.
+    """Computes values of an answer whose means over the questions are rates.
 
     Args:
         support: From `answer_support`.
-        right: 1.0 if the answer is right, 0.0 if it is wrong, NaN where nobody knows.
-        empty: The answer says nothing: it counts as empty and nowhere else.
+        right: 1.0 if the answer is right, 0.0 if it is wrong, NaN without a known answer.
+        empty: The answer is empty: it counts in no rate.
 
     Raises:
         ValueError: `right` is something else.
     """
     if right not in (0.0, 1.0) and right == right:
-        raise ValueError(f"right must be 1.0, 0.0 or NaN, got {right}.")
+        raise ValueError(f"right must be 1.0, 0.0 or NaN, got {right}")
     nan = float("nan")
     if empty:
-        return SupportRates(nan, nan, nan, nan, 1.0)
+        return SupportRates(nan, nan, nan, nan)
     supported = float(support.supported)
     return SupportRates(
         supported=supported,
         supported_if_right=supported if right == 1.0 else nan,
         supported_if_wrong=supported if right == 0.0 else nan,
         hallucination=nan if right != right else (1.0 - right) * (1.0 - supported),
-        empty=0.0,
     )
 
 
 def is_empty(answer: str) -> bool:
-    """Tells whether an answer says nothing."""
+    """Returns whether nothing is left of an answer after `normalize_answer`."""
     return not normalize_answer(answer)
 
 

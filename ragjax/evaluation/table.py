@@ -31,7 +31,7 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         ValueError: If there are no summaries.
     """
     if not summaries:
-        raise ValueError("there are no summaries to show.")
+        raise ValueError("there are no summaries to show")
     systems = [name for name in SYSTEMS if name in summaries]
     systems += [name for name in summaries if name not in SYSTEMS]
     found = dict.fromkeys(name for system in systems for name in summaries[system])

@@ -1,11 +1,10 @@
 """Evaluates a finished run, or base models, on questions of any split."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ragjax.data import Dataset, Question, batch_rows
+from ragjax.data import Dataset, Question
 from ragjax.index import Bm25Index
 from ragjax.runs.compare.measures import measure_answer
 from ragjax.runs.compare.results import Checks, write_results
@@ -29,13 +28,13 @@ from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
-from ragjax.runs.workspace import Report, Workspace, make_workspace, read_data
+from ragjax.runs.workspace import Report, Workspace, make_workspace, read_data, shuffled
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 
 
 class Opened(NamedTuple):
-    """What is evaluated, ready to be asked."""
+    """Data and models of an evaluation, loaded."""
 
     workspace: Workspace
     weighing: Workspace  # the same with the dev questions that choose the weight of the hybrid
@@ -80,7 +79,7 @@ def open_evaluation(
     )
     _check_prompts(workspace, config)
     _note_what_was_seen(workspace, config)
-    dev = _shuffled(dataset.questions.get("dev", ()), options.seed)
+    dev = shuffled(dataset.questions.get("dev", ()), options.seed)
     weighing = {"dev": dev[: options.data_options.dev_questions]}
     return Opened(
         workspace=workspace,
@@ -103,18 +102,11 @@ def _choose_questions(
             f"--split {config.split}: {dataset.name} has no such questions; it has"
             f" {', '.join(sorted(name for name, q in dataset.questions.items() if q))}"
         )
-    return {config.split: _shuffled(known, options.seed)[: config.max_questions or None]}
-
-
-def _shuffled(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
-    if not questions:
-        return ()
-    order = batch_rows(seed, 0, num_examples=len(questions), batch_size=len(questions))
-    return tuple(questions[row] for row in order)
+    return {config.split: shuffled(known, options.seed)[: config.max_questions or None]}
 
 
 def _check_prompts(workspace: Workspace, config: EvaluateConfig) -> None:
-    """Refuses documents that no prompt has room for, before anything expensive."""
+    """Raises ValueError for documents that no prompt has room for, before anything expensive."""
     evaluation, prompts = workspace.config.evaluation, workspace.prompts
     size = len(workspace.dataset.corpus)
     count = min(evaluation.documents, size)
@@ -131,7 +123,7 @@ def _check_prompts(workspace: Workspace, config: EvaluateConfig) -> None:
 
 
 def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:
-    """Says what the figures of this split cannot show."""
+    """Logs what the results of this split do not show."""
     split = config.split
     if split == "train" and config.run:
         workspace.report("note: the run was trained on train questions")

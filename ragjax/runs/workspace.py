@@ -352,10 +352,17 @@ def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Que
                 f" qrels/{split}.tsv and answers in queries.jsonl"
             )
         # A seeded order, so that a cap takes a fair sample and a larger cap a larger one.
-        count = len(known) if split == "test" and limit == 0 else min(limit, len(known))
-        order = batch_rows(config.seed, 0, num_examples=len(known), batch_size=len(known))
-        chosen[split] = tuple(known[row] for row in order[:count]) if known else ()
+        count = None if split == "test" and limit == 0 else limit
+        chosen[split] = shuffled(known, config.seed)[:count]
     return chosen
+
+
+def shuffled(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
+    """Returns the questions in the order of a run with this seed."""
+    if not questions:
+        return ()
+    order = batch_rows(seed, 0, num_examples=len(questions), batch_size=len(questions))
+    return tuple(questions[row] for row in order)
 
 
 def make_prompts(

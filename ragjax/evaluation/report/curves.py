@@ -16,7 +16,7 @@ class _Chart(NamedTuple):
     unit: str
     names: tuple[str, ...]  # of the values
     note: str = ""
-    smoothed_from: float = 40  # points; a running mean says nothing of a sawtooth or a single peak
+    smoothed_from: float = 40  # points; a running mean hides a sawtooth or a single peak
 
 
 # These are always open.

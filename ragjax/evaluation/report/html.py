@@ -44,7 +44,7 @@ def isolated(text: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether a value of a JSON file is a finite number."""
+    """Returns whether a value of a JSON file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -180,7 +180,7 @@ def _between_words(text: str, place: int) -> int:
 
 
 def _continues(text: str, place: int) -> bool:
-    """Tells whether the code point at `place` is drawn as part of the one before it."""
+    """Returns whether the code point at `place` is drawn as part of the one before it."""
     code = text[place]
     return (
         unicodedata.category(code)[0] == "M"

@@ -30,7 +30,7 @@ from ragjax.evaluation.report.results import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """What a report shows; every part may be missing.
+    """The contents of a report; every part may be missing.
 
     Attributes:
         title: Heading of the page.

@@ -12,7 +12,7 @@ _SHOWN_QUESTIONS = 3
 
 
 class PassageText(NamedTuple):
-    """What is shown of a document."""
+    """Title and text of a document."""
 
     title: str
     text: str
@@ -127,7 +127,7 @@ def questions_section(
                 parts.append(f"<h3>{title} by {what}</h3>")
             for one in fresh:
                 shown.add(one.line["id"])
-                # The first of all is open, so that one sees what the boxes hold.
+                # The first of all is open, so that a reader sees what a box contains.
                 parts.append(_card(one, pair, gold, lookup, open=len(shown) == 1))
     return "".join(parts) or '<p class="soft">No question was given to both systems.</p>'
 

@@ -1,4 +1,4 @@
-"""What changed: the verdict in words, the systems side by side, and the paired differences."""
+"""Results in a report: the verdict in words, the systems side by side, the paired differences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ class Finding(NamedTuple):
 
 
 def lower_is_better(metric: str) -> bool:
-    """Tells whether a smaller value of a metric is the better one."""
+    """Returns whether a smaller value of a metric is the better one."""
     return metric in _LOWER_IS_BETTER
 
 
@@ -102,7 +102,7 @@ def main_pair(
 
 
 def verdict(found: Sequence[Finding], pair: tuple[str, str] | None) -> str:
-    """Returns one sentence, in plain text, on what the numbers of the main pair say.
+    """Returns one sentence, in plain text, on the main pair.
 
     For example "Better in 1 of 2 (after against before): recall@5 rose from .564 to .708 (+.144
     [+.108, +.182]); no measurable change of f1 (+.010 [-.020, +.040])."

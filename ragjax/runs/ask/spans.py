@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ragjax.data import Corpus, passage_text
-from ragjax.evaluation.spans import Match, Window, find_answer, find_similar, split_windows
+from ragjax.evaluation.spans import Match, TextWindow, find_answer, find_similar, split_windows
 from ragjax.runs.ask.decoding import Generated
 from ragjax.runs.ask.prompts import Prompt
 from ragjax.runs.ask.reader import Reader
@@ -84,12 +84,12 @@ class SpanFinder:
             self._last = key, self._read(*key)
         return self._last[1]
 
-    def windows(self, prompt: Prompt, row: int) -> list[Window]:
+    def windows(self, prompt: Prompt, row: int) -> list[TextWindow]:
         """Returns the windows of that part's text."""
         return split_windows(self.read(prompt, row).text, most=self._reader.prompts.options.windows)
 
     def changes(
-        self, prompt: Prompt, generated: Generated, row: int, windows: Sequence[Window]
+        self, prompt: Prompt, generated: Generated, row: int, windows: Sequence[TextWindow]
     ) -> np.ndarray:
         """Returns what the answer's log-prob loses without each window `[W]`, in nats."""
         places = self.read(prompt, row).places
@@ -123,7 +123,7 @@ def _matched(field: str, match: Match, method: str) -> Span:
     return Span(field, match.start, match.end, method, match.score, None)
 
 
-def _change_at(match: Match, windows: Sequence[Window], changes: np.ndarray) -> float:
+def _change_at(match: Match, windows: Sequence[TextWindow], changes: np.ndarray) -> float:
     """Returns what the answer loses without the match's window, 0 where no window holds it."""
     inside = [
         float(change)

@@ -1,4 +1,4 @@
-"""Retrieval and marginal likelihood on questions that no model learnt from, without generating.
+"""Dev-set retrieval metrics and marginal NLL.
 
 Q questions, K documents each.
 """
@@ -18,7 +18,7 @@ from ragjax.evaluation import (
 )
 from ragjax.index import SearchResult
 from ragjax.losses import rag_sequence_loss
-from ragjax.runs.compare.systems import make_record
+from ragjax.runs.compare.systems import bootstrap_options, make_record
 from ragjax.runs.indexes import Retriever, search
 from ragjax.runs.teacher import score_candidates
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -43,7 +43,7 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
 
     Args:
         workspace: Data, prompts, options; `evaluation.documents` is K.
-        before: The un-adapted side.
+        before: The base side.
         after: The adapted one.
 
     Returns:
@@ -55,20 +55,16 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
         workspace.report("no dev questions: nothing to compare there")
         return None
     records = {side.name: _records(workspace, side, questions) for side in (before, after)}
-    resamples, seed = workspace.config.evaluation.resamples, workspace.config.seed
+    options = bootstrap_options(workspace.config)
     differences = compare(
         records,
         pairs=((after.name, before.name),),
         metrics=("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", MARGINAL_NLL),
-        num_resamples=resamples,
-        seed=seed,
+        **options,
     )
     result = {
-        "systems": {
-            name: summarize(rows, num_resamples=resamples, seed=seed)
-            for name, rows in records.items()
-        },
-        "differences": [c.as_json() for c in differences],
+        "systems": {name: summarize(rows, **options) for name, rows in records.items()},
+        "differences": [difference.as_json() for difference in differences],
     }
     write_json(workspace.folder / "dev.json", result)
     workspace.report(f"\n{len(questions)} dev questions (marginal_nll in nats per token)")
@@ -85,7 +81,7 @@ def marginal_nll(
     found: SearchResult,
     cache: ResultCache[Score],
 ) -> np.ndarray:
-    r"""Computes how surprising the right answers are, given what was found.
+    r"""Computes the marginal negative log-likelihood of the right answers.
 
     .. math::
         -\frac{1}{T} \log \sum_c p_R(c|x) \, p_{LM}(y|c \circ x)
@@ -112,10 +108,7 @@ def _records(
     workspace: Workspace, side: Side, questions: Sequence[Question]
 ) -> list[QuestionRecord]:
     found = search(workspace, side.retriever, questions, _DEPTH).dense
-    columns = {
-        name: np.asarray(column)
-        for name, column in retrieval_metrics(found.doc_ids, workspace.gold_rows("dev")).items()
-    }
+    columns = retrieval_metrics(found.doc_ids, workspace.gold_rows("dev"))
     read = workspace.config.evaluation.documents
     top = found.top(read)
     answered = [row for row, question in enumerate(questions) if question.answers]

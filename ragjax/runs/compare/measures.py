@@ -22,7 +22,7 @@ RIGHT_F1 = 0.5
 
 
 def measure_answer(workspace: Workspace, threshold: float) -> AnswerMeasure:
-    """Returns the measure of an answer in an evaluation: right, likely, supported.
+    """Returns the function that computes the metrics of an answer in an evaluation.
 
     Beside the metrics of `answer_metrics` it has `confidence` p(y) and `confidence_per_token`, the
     geometric mean of its tokens' probabilities; and, where documents were read, `support` (share of
@@ -47,14 +47,14 @@ def measure_answer(workspace: Workspace, threshold: float) -> AnswerMeasure:
             support = answer_support(answer.prediction, passages, threshold=threshold)
             rates = support_rates(support, right=is_right(metrics["f1"]), empty=empty)
             metrics["support"] = math.nan if empty else support.containment
-            metrics |= {k: v for k, v in rates._asdict().items() if k != "empty"}
+            metrics |= rates._asdict()
         return metrics
 
     return measure
 
 
 def is_right(f1: float) -> float:
-    """Returns 1.0 for a right answer, 0.0 for a wrong one, NaN where nobody knows."""
+    """Returns 1.0 for a right answer, 0.0 for a wrong one, NaN without a known answer."""
     return math.nan if math.isnan(f1) else float(f1 >= RIGHT_F1)
 
 

@@ -21,6 +21,7 @@ from ragjax.runs.compare.robustness import (
 from ragjax.runs.compare.systems import (
     Records,
     answer_cache,
+    bootstrap_options,
     evaluate_systems,
     make_columns,
     retrieve_documents,
@@ -44,7 +45,7 @@ _CONDITIONS_SHOWN = ("f1", "answer_nll")
 
 
 class Checks(NamedTuple):
-    """What an evaluation has beside the table of a run.
+    """Further results of an evaluation, which a run has not.
 
     Attributes:
         bins: Bins of equal mass in which confidence is compared with outcome.
@@ -106,17 +107,15 @@ def write_results(
     Returns:
         What metrics.json holds.
     """
-    options = {
-        "num_resamples": workspace.config.evaluation.resamples,
-        "seed": workspace.config.seed,
-    }
+    options = bootstrap_options(workspace.config)
     records = {name: rows for name, rows in records.items() if any(r.metrics for r in rows)}
     summaries = {name: summarize(rows, **options) for name, rows in records.items()}
     comparisons = compare(
         records, pairs=RUN_PAIRS if checks is None else tuple(PAIRS), metrics=_COMPARED, **options
     )
     calibrations = {} if checks is None else _calibrations(records, checks.bins, options)
-    names = list(records) if checks else [name for name in MAIN_SYSTEMS if name in records]
+    kept = MAIN_SYSTEMS if checks is None else records
+    names = [name for name in kept if name in records]
     table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
     shown = [c for c in comparisons if c.metric in PAIRS[c.system, c.baseline]]
     workspace.report("\n" + format_report(table, shown) + "\n" + _legend(list(records), checks))

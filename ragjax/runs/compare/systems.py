@@ -19,6 +19,7 @@ from ragjax.evaluation.systems import SYSTEMS
 from ragjax.index import Bm25Index, SearchResult
 from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
 from ragjax.runs.indexes import Rankings, Retriever, doc_logits, search
+from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache
 
@@ -157,6 +158,11 @@ def make_record(question: Question, system: str, **values: Any) -> QuestionRecor
     return QuestionRecord(
         id=question.id, system=system, question=question.text, answers=question.answers, **values
     )
+
+
+def bootstrap_options(config: RunConfig) -> dict[str, int]:
+    """Returns the arguments of `summarize`, `compare` and `calibrate` that a run decides."""
+    return {"num_resamples": config.evaluation.resamples, "seed": config.seed}
 
 
 def answered_rows(workspace: Workspace, split: str) -> list[int]:

@@ -51,11 +51,11 @@ def explain(
     p_R(c|x) = softmax(scale · q·d), p_LSR(c) = softmax(g/τ) with g the score of the options and no
     prior, and the posterior is p_R(c|x) p_LM(y|c∘x) over its sum, with p_R after; all over the
     same candidates, the best of both retrievers. The scores of the language model are kept, so a
-    run that is cut and continued gives the same bytes.
+    run that is interrupted and resumed writes the same bytes.
 
     Args:
         workspace: Data, models and folder of the run; its predictions.jsonl is written.
-        before: The un-adapted retriever.
+        before: The base retriever.
         after: The adapted one.
         lm: The language model that scores.
         target: Options of p_LSR.

@@ -97,9 +97,9 @@ def report_run(
 
     Args:
         workspace: Data, models and folder of the run.
-        before: The un-adapted retriever.
+        before: The base retriever.
         after: The adapted one.
-        lm: The language model that teaches.
+        lm: The language model that scores.
         title: Heading.
         target: Options of p_LSR.
 
@@ -125,7 +125,10 @@ def _whole(rows: Any, *keys: str) -> list[dict[str, Any]]:
 
 def _facts(options: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    if "data" in options:
+    if options.get("run"):
+        facts["run"] = data_name(options["run"])
+    # An evaluation of a run without --data reads the data of the run.
+    if options.get("data") or ("data" in options and "run" not in facts):
         facts["data"] = data_name(options["data"])
     for name, label in (("encoder", "encoder"), ("lm", "language model")):
         if options.get(name):
