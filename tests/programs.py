@@ -3,7 +3,10 @@
 import functools
 import importlib.util
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -33,3 +36,22 @@ def environment(*folders: Path, devices: int = 1) -> dict[str, str]:
         "XLA_FLAGS": " ".join([*flags, f"{count}={devices}"]),
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", *folders))),
     }
+
+
+def start(path: str, flags: Sequence[str]) -> subprocess.Popen:
+    """Starts a program such as "experiments/adapt.py" as a user does."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(ROOT / path), *flags], env=environment(), **pipes)
+
+
+def send_at(process: subprocess.Popen, landmark: Path, signum: int) -> tuple[str, str]:
+    """Sends a program a signal once a file is there; returns what it printed."""
+    try:
+        end = time.monotonic() + 300
+        while not landmark.exists() and process.poll() is None:
+            assert time.monotonic() < end, f"no {landmark}"
+            time.sleep(0.005)
+        process.send_signal(signum)
+        return process.communicate(timeout=300)
+    finally:
+        process.kill()

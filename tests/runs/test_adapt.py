@@ -1,13 +1,15 @@
+"""The program that adapts both models: what it writes, and that it may be cut anywhere."""
+
 import json
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
-from programs import ROOT, environment
+from programs import load_script, send_at, start
 
-SCRIPT = ROOT / "experiments" / "adapt.py"
+ADAPT = load_script("experiments/adapt.py")
 METRICS = {
     "recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", "answer@5",
     "exact_match", "f1", "answer_nll",
@@ -15,27 +17,11 @@ METRICS = {
 ANSWERS = {"exact_match", "f1", "answer_nll"}
 
 
-def start(flags, output, **kwargs):
-    command = [sys.executable, str(SCRIPT), *flags, f"--output={output}"]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(), **kwargs,
-    )  # fmt: skip
-
-
-def run(flags, output):
-    process = start(flags, output)
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_flags):
+def finished(tiny_run):
     """An uninterrupted run: (flags, output folder, what it printed)."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, err = run(tiny_flags, output)
-    assert code == 0, err
-    return tiny_flags, output, out
+    run = tiny_run("adapt")
+    return run.flags, run.folder, run.printed
 
 
 @pytest.mark.slow
@@ -74,69 +60,34 @@ def test_the_mean_of_the_predictions_is_the_metric(finished):
 
 
 @pytest.mark.slow
-def test_a_finished_run_repeated_gives_the_same_bytes(finished):
-    flags, output, _ = finished
-    before = (output / "metrics.json").read_bytes()
-    code, out, err = run(flags, output)
-    assert code == 0, err
-    assert (output / "metrics.json").read_bytes() == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "landmark",
-    ["scores/0.jsonl", "checkpoints/retriever-0/1/ragjax.json", "evaluation/answers.jsonl"],
-)
-def test_killed_anywhere_the_run_ends_with_the_same_metrics(finished, tmp_path, landmark):
+def test_a_finished_run_repeated_gives_the_same_bytes(finished, tmp_path):
     flags, whole, _ = finished
-    output = tmp_path / "cut"
-    process = start(flags, output)
-    try:
-        deadline = time.monotonic() + 300
-        while not (output / landmark).exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.kill()
-    finally:
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    code, _, err = run(flags, output)
-    assert code == 0, err
-    for name in ("metrics.json", "differences.json", "predictions.jsonl"):
-        assert (output / name).read_bytes() == (whole / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_says_how_to_go_on(finished, tmp_path):
-    flags, whole, _ = finished
-    output = tmp_path / "stopped"
-    process = start(flags, output)
-    try:
-        deadline = time.monotonic() + 300
-        while not (output / "checkpoints" / "lm").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-    finally:
-        out, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "the same command continues this run" in err
-    code, _, err = run(flags, output)
-    assert code == 0, err
+    output = Path(shutil.copytree(whole, tmp_path / "again"))
+    (output / "metrics.json").unlink()
+    assert ADAPT.main([*flags, f"--output={output}"]) == 0
     assert (output / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
 
 @pytest.mark.slow
-def test_two_runs_in_one_folder_the_second_is_refused(finished, tmp_path):
-    flags, _, _ = finished
-    output = tmp_path / "shared"
-    first = start(flags, output)
-    try:
-        while not (output / "run.lock").exists() and first.poll() is None:
+def test_killed_and_stopped_the_run_ends_with_the_same_bytes(finished, tmp_path, capsys):
+    """Every other place of a cut is tested with the part that is cut: steps, scores, answers."""
+    flags, whole, _ = finished
+    output = tmp_path / "cut"
+    flags = [*flags, f"--output={output}"]
+    with start("experiments/adapt.py", flags) as process:
+        # Meanwhile the folder is taken.
+        while not (output / "run.lock").exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(0.2)
-        code, _, err = run(flags, output)
-        assert code == 2 and f"locked by process {first.pid}" in err
-    finally:
-        first.kill()
-        first.communicate()
+        assert ADAPT.main(flags) == 2
+        assert f"locked by process {process.pid}" in capsys.readouterr().err
+        send_at(process, output / "scores" / "0.jsonl", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    with start("experiments/adapt.py", flags) as process:
+        step = output / "checkpoints" / "retriever-0" / "1" / "ragjax.json"
+        _, err = send_at(process, step, signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues this run" in err
+    assert ADAPT.main(flags) == 0
+    for name in ("metrics.json", "differences.json", "predictions.jsonl"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()

@@ -55,28 +55,9 @@ def evaluated(script, base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_inputs, tmp_path_factory):
+def run_folder(tiny_run):
     """A finished run that adapted both models."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    module = load_script("experiments/adapt.py")
-    flags = [
-        *(f"--{name}={value}" for name, value in tiny_inputs.items()),
-        "--data_options.train_questions=8",
-        "--data_options.test_questions=10",
-        "--data_options.answer_questions=5",
-        "--language_model.questions=4",
-        "--language_model.batch_size=4",
-        "--language_model.train_layers=1",
-        "--language_model.learning_rate=0.01",
-        "--retriever.candidates=3",
-        "--retriever.batch_size=4",
-        "--retriever.learning_rate=0.01",
-        "--evaluation.max_new_tokens=3",
-        "--evaluation.resamples=20",
-        "--evaluation.documents=2",
-    ]
-    assert module.main([*flags, f"--output={folder}"]) == 0
-    return folder
+    return tiny_run("adapt").folder
 
 
 def load(folder, name):
@@ -269,8 +250,8 @@ def test_answers_without_their_probability_are_computed_again(script, base, eval
 @pytest.mark.slow
 def test_a_run_has_every_column_and_its_own_figures(script, run_folder, tmp_path, capsys):
     output = tmp_path / "o"
-    flags = [f"--run={run_folder}", f"--output={output}", "--resamples=20", "--no-robustness"]
-    assert script.main([*flags, "--max_questions=10", "--answer_questions=5"]) == 0
+    flags = [f"--run={run_folder}", f"--output={output}", "--resamples=50", "--no-robustness"]
+    assert script.main([*flags, "--max_questions=10", "--answer_questions=6"]) == 0
     out = capsys.readouterr().out
     metrics = load(output, "metrics.json")
     assert list(metrics) == [

@@ -28,33 +28,6 @@ def export():
     return load_script("experiments/export.py").main
 
 
-RUNS = {
-    "shared": ("--retriever.rounds=1", "--retriever.train=shared"),
-    # Each round's adapters are relative to what the round before made.
-    "adapters": (
-        "--retriever.train=both",
-        "--retriever.lora_rank=2",
-        "--retriever.learning_rate=0.01",
-        "--language_model.lora_rank=2",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_flags):
-    """Finished runs by name, made when asked for."""
-    made = {}
-
-    def run(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("runs") / name
-            flags = [*tiny_flags, *RUNS[name], f"--output={made[name]}"]
-            assert load_script("experiments/adapt.py").main(flags) == 0
-        return made[name]
-
-    return run
-
-
 def embed(encoder, texts):
     rows = [encoder.tokenizer.encode(text).ids for text in texts]
     padded = pad_right(rows, length=encoder.max_length, pad_id=encoder.pad_id)
@@ -79,8 +52,8 @@ def assert_scores_are_those_of_the_run(run, query_encoder, doc_encoder):
 
 
 @pytest.mark.slow
-def test_a_shared_encoder_comes_out_as_the_run_evaluated_it(export, runs, tmp_path, capsys):
-    run, output = runs("shared"), tmp_path / "encoder"
+def test_a_shared_encoder_comes_out_as_the_run_evaluated_it(export, tiny_run, tmp_path, capsys):
+    run, output = tiny_run("adapt").folder, tmp_path / "encoder"
     code = export([f"--run={run}", "--what=encoder", f"--output={output}", "--base_license=mit"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
@@ -99,8 +72,8 @@ def test_a_shared_encoder_comes_out_as_the_run_evaluated_it(export, runs, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_towers_with_adapters_come_out_merged(export, runs, tmp_path, capsys):
-    run = runs("adapters")
+def test_two_towers_with_adapters_come_out_merged(export, tiny_run, tmp_path, capsys):
+    run = tiny_run("adapt-lora").folder
     towers = {}
     for what in ("query_encoder", "doc_encoder"):
         assert export([f"--run={run}", f"--what={what}", f"--output={tmp_path / what}"]) == 0
@@ -114,9 +87,9 @@ def test_two_towers_with_adapters_come_out_merged(export, runs, tmp_path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_the_language_model_answers_as_in_the_run(export, runs, tmp_path, name):
-    run, output = runs(name), tmp_path / "lm"
+@pytest.mark.parametrize("name", ["adapt", "adapt-lora"])
+def test_the_language_model_answers_as_in_the_run(export, tiny_run, tmp_path, name):
+    run, output = tiny_run(name).folder, tmp_path / "lm"
     assert export([f"--run={run}", "--what=language_model", f"--output={output}"]) == 0
     config = dataclasses.replace(open_run(run).config, lm=str(output))
     workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda _: None)
@@ -138,8 +111,8 @@ def test_the_language_model_answers_as_in_the_run(export, runs, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_run_that_has_not_ended_is_refused(export, runs, tmp_path, capsys):
-    run = Path(shutil.copytree(runs("shared"), tmp_path / "cut"))
+def test_a_run_that_has_not_ended_is_refused(export, tiny_run, tmp_path, capsys):
+    run = Path(shutil.copytree(tiny_run("adapt").folder, tmp_path / "cut"))
 
     def refused(what):
         code = export([f"--run={run}", f"--what={what}", f"--output={tmp_path / 'out'}"])
@@ -147,18 +120,18 @@ def test_a_run_that_has_not_ended_is_refused(export, runs, tmp_path, capsys):
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     capsys.readouterr()
-    checkpoints = run / "checkpoints" / "retriever-0"
+    checkpoints = run / "checkpoints" / "retriever-1"
     last = max(checkpoints.iterdir(), key=lambda path: int(path.name))
     files = [path for path in last.rglob("*") if path.is_file() and path.name != "ragjax.json"]
     data = max(files, key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1] + b"\x00")
-    assert "stage retriever-0 is at step 2 of 3" in (error := refused("encoder"))
+    assert "stage retriever-1 is at step 2 of 3" in (error := refused("encoder"))
     assert "the same experiments/adapt.py command finishes the run" in error and "sha256" in error
     for step in checkpoints.iterdir():
         (step / "ragjax.json").unlink()
-    assert "stage retriever-0 has no whole checkpoint" in refused("encoder")
+    assert "stage retriever-1 has no whole checkpoint" in refused("encoder")
     shutil.rmtree(checkpoints)
-    assert "stage retriever-0 has not begun" in refused("encoder")
+    assert "stage retriever-1 has not begun" in refused("encoder")
     (run / "metrics.json").unlink()
     assert export([f"--run={run}", "--what=language_model", f"--output={tmp_path / 'lm'}"]) == 0
     assert "holds no metrics.json" in capsys.readouterr().out

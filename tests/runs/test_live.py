@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import random
 import signal
-import subprocess
-import sys
-import time
 from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
-from programs import ROOT, environment
+from programs import load_script, send_at, start
 
 from ragjax.index import SearchResult
 from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor
@@ -27,7 +23,7 @@ from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.training.loop import MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
-SCRIPT = ROOT / "experiments" / "adapt.py"
+ADAPT = load_script("experiments/adapt.py")
 DPR = RetrieverConfig(
     objective="dpr", train="both", candidates=3, batch_size=4, epochs=3, learning_rate=1e-2
 )
@@ -307,65 +303,44 @@ def test_the_forecast_says_what_refreshing_costs_before_the_start(make):
     assert estimate_cost(workspace, workspace.config).refresh is None
 
 
-def start(flags, output):
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags, f"--output={output}"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(),
-    )  # fmt: skip
-
-
 @pytest.mark.slow
-def test_killed_anywhere_a_run_with_live_retrieval_ends_with_the_same_bytes(tiny_flags, tmp_path):
+def test_killed_anywhere_a_run_with_live_retrieval_ends_with_the_same_bytes(
+    tiny_flags, tmp_path, capsys
+):
     live = [
         *(flag for flag in tiny_flags if "rounds" not in flag), "--stages", "retriever",
         "--retriever.epochs=3", "--refresh.mode=async", "--refresh.every=2",
         "--refresh.adopt_after=2", "--retriever.train=both",
     ]  # fmt: skip
-    whole = tmp_path / "whole"
-    process = start(live, whole)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    cut = tmp_path / "cut"
-    landmarks = [
-        "refresh/exports/00000002", "checkpoints/retriever-0/4", "refresh/generations/000002"
-    ]  # fmt: skip
-    chance = random.Random(0)
-    for landmark in landmarks:
-        process = start(live, cut)
-        deadline = time.monotonic() + 300
-        while not (cut / landmark).exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"ended before {landmark}"
-    process = start(live, cut)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    assert "resuming after step" in out
+    whole, killed = tmp_path / "whole", tmp_path / "cut"
+    assert ADAPT.main([*live, f"--output={whole}"]) == 0
+    # The first index of the training is there and the second is being built.
+    with start("experiments/adapt.py", [*live, f"--output={killed}"]) as process:
+        send_at(process, killed / "refresh" / "generations" / "000002", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    capsys.readouterr()
+    assert ADAPT.main([*live, f"--output={killed}"]) == 0
+    assert "resuming after step" in capsys.readouterr().out
     for name in ("metrics.json", "differences.json", "predictions.jsonl"):
-        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (whole, cut)
+        for run in (whole, killed)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 9
 
 
 @pytest.mark.slow
 def test_an_index_that_is_too_stale_ends_the_run_in_one_sentence_with_its_work_saved(
-    tiny_flags, tmp_path
+    tiny_flags, tmp_path, capsys
 ):
     flags = [
         *(flag for flag in tiny_flags if "rounds" not in flag and "checkpoint" not in flag),
         "--stages", "retriever", "--retriever.objective=dpr", "--refresh.mode=async",
         "--refresh.every=never", "--refresh.max_lag=1", "--refresh.on_lag=stop",
     ]  # fmt: skip
-    process = start(flags, tmp_path / "run")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 4
+    assert ADAPT.main([*flags, f"--output={tmp_path / 'run'}"]) == 4
+    err = capsys.readouterr().err
     assert "error: The index is 2 steps behind the encoder, more than 1" in err
     assert "the same command continues this run" in err and "Traceback" not in err
     assert (tmp_path / "run" / "checkpoints" / "retriever-0" / "2").is_dir()

@@ -1,5 +1,6 @@
 """The report of a whole run: its files, what it repeats, and how a browser shows it."""
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -18,9 +19,8 @@ from ragjax.evaluation.report.html import number
 from ragjax.evaluation.report.questions import PassageText
 from ragjax.runs.adapt import adapt
 from ragjax.runs.folder import add_seconds, read_cost
-from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
-from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.report.page import corpus_lookup, data_name, write_report
+from ragjax.runs.saved import open_run
 from ragjax.training.loop import StopFlag
 
 VIEWS = ("target", "before", "after", "posterior")
@@ -45,26 +45,15 @@ needs_chromium = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def config(tiny_inputs, tmp_path_factory):
-    """Options of a run that changes the retriever enough for questions to be won and lost."""
-    return AdaptConfig(
-        **tiny_inputs,
-        output=str(tmp_path_factory.mktemp("runs") / "run"),
-        stages=("retriever",),
-        language_model=LMConfig(train_layers=1),
-        data_options=DataConfig(train_questions=8, test_questions=10, answer_questions=8),
-        retriever=RetrieverConfig(
-            candidates=3, batch_size=4, learning_rate=3e-2, doc_learning_rate=3e-2
-        ),
-        evaluation=EvaluationConfig(max_new_tokens=3, resamples=50),
-    )
+def finished(tiny_run, tmp_path_factory):
+    """The folder of a run."""
+    return Path(shutil.copytree(tiny_run("adapt").folder, tmp_path_factory.mktemp("runs") / "run"))
 
 
 @pytest.fixture(scope="module")
-def finished(config):
-    """The folder of the run."""
-    adapt(config, stop=StopFlag(), report=lambda line: None)
-    return Path(config.output)
+def config(finished):
+    """Options of the run."""
+    return dataclasses.replace(open_run(finished).config, output=str(finished))
 
 
 class Reader(html.parser.HTMLParser):
@@ -108,7 +97,7 @@ def test_the_report_holds_every_number_and_refers_to_nothing(finished):
                   "Training curves", "Cost", "Options"):  # fmt: skip
         assert title in shown.text
     assert "documents in the corpus80" in shown.text
-    assert "documents encoded for the indexes before and after160" in shown.text
+    assert "documents encoded for the indexes before and after240" in shown.text
     assert re.search("Better|Worse|No measurable change", shown.text)
     assert re.search(r"[1-9]\d* of 10 questions won|[1-9]\d* lost", shown.text)
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_adapt import run
+from programs import load_script
 from test_teacher import plain_score, some_candidates
 
 from ragjax.models.testing import write_tiny_language_model
@@ -47,8 +47,8 @@ def test_unpacked_scores_are_those_of_each_pair_alone(t5_inputs, tmp_path, rng):
 @pytest.mark.slow
 def test_a_whole_run_with_a_t5_ends_with_metrics(t5_inputs, tiny_flags, tmp_path):
     flags = [*tiny_flags, f"--lm={t5_inputs['lm']}", "--retriever.rounds=1"]
-    code, _, err = run(flags, tmp_path / "run")
-    assert code == 0, err
+    flags += [f"--output={tmp_path / 'run'}"]
+    assert load_script("experiments/adapt.py").main(flags) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"before", "after"} <= set(metrics)
     assert np.isfinite(metrics["after"]["answer_nll"]["value"])

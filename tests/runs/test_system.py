@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import load_script
 
 from ragjax.data import pad_right
 from ragjax.models import Tokens, load_encoder, load_language_model
@@ -135,24 +134,16 @@ def test_missing_documents_are_named(tiny_inputs, tmp_path):
         open_base_system(config, cache=tmp_path / "cache", report=silent)
 
 
-def adapt(flags, output):
-    module = load_script("experiments/adapt.py")
-    assert module.main([*flags, f"--output={output}"]) == 0
-    return output
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_flags):
+def whole(tiny_run):
     """A run that adapted both models, in two rounds, with two encoders."""
-    flags = [*tiny_flags, "--retriever.train=both", "--retriever.learning_rate=0.01"]
-    return adapt(flags, tmp_path_factory.mktemp("system") / "whole")
+    return tiny_run("adapt-lora").folder
 
 
 @pytest.fixture(scope="module")
-def only_lm(tmp_path_factory, tiny_flags):
+def only_lm(tiny_run):
     """A run that adapted the language model alone."""
-    flags = [*tiny_flags, "--stages", "lm"]
-    return adapt(flags, tmp_path_factory.mktemp("system") / "lm")
+    return tiny_run("lm-only").folder
 
 
 @pytest.mark.slow

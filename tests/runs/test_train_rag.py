@@ -12,20 +12,6 @@ from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
 
-FLAGS = (
-    "--data_options.train_questions=8",
-    "--data_options.dev_questions=4",
-    "--data_options.test_questions=6",
-    "--data_options.answer_questions=3",
-    "--language_model.train_layers=1",
-    "--training.documents=2",
-    "--training.batch_size=4",
-    "--evaluation.documents=2",
-    "--evaluation.max_new_tokens=3",
-    "--evaluation.resamples=50",
-    "--checkpoint_every=1",
-)
-
 
 @pytest.fixture(scope="module")
 def script():
@@ -33,15 +19,8 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_inputs):
-    return [*(f"--{name}={value}" for name, value in tiny_inputs.items()), *FLAGS]
-
-
-@pytest.fixture(scope="module")
-def finished(script, flags, tmp_path_factory):
-    output = tmp_path_factory.mktemp("rag") / "run"
-    assert script.main([*flags, f"--output={output}", "--refresh.every=1"]) == 0
-    return output
+def finished(tiny_run):
+    return tiny_run("train_rag").folder
 
 
 @pytest.mark.slow
@@ -60,11 +39,12 @@ def test_a_run_writes_what_it_promises(finished):
 
 
 @pytest.mark.slow
-def test_a_finished_run_repeated_gives_the_same_bytes(script, flags, finished):
+def test_a_finished_run_repeated_gives_the_same_bytes(script, tiny_rag_flags, finished, tmp_path):
     names = ("metrics.json", "differences.json", "predictions.jsonl", "dev.json", "report.html")
     before = {name: (finished / name).read_bytes() for name in names}
-    assert script.main([*flags, f"--output={finished}", "--refresh.every=1"]) == 0
-    assert {name: (finished / name).read_bytes() for name in names} == before
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert script.main([*tiny_rag_flags, f"--output={run}", "--refresh.every=1"]) == 0
+    assert {name: (run / name).read_bytes() for name in names} == before
 
 
 @pytest.mark.slow
@@ -91,8 +71,8 @@ def test_a_run_that_has_not_ended_says_what_finishes_it(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_options_do_not_continue_it(script, flags, finished, capsys):
-    code = script.main([*flags, f"--output={finished}", "--refresh.every=1", "--seed=3"])
+def test_other_options_do_not_continue_it(script, tiny_rag_flags, finished, capsys):
+    code = script.main([*tiny_rag_flags, f"--output={finished}", "--refresh.every=1", "--seed=3"])
     assert code == 2 and "seed: 0 there, 3 here" in capsys.readouterr().err
 
 
@@ -124,15 +104,15 @@ def refuse(script, capsys, flags):
         (["--data=nowhere"], "nowhere"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_in_one_line(script, capsys, flags, tmp_path, more, words):
+def test_bad_input_is_refused_in_one_line(script, capsys, tiny_rag_flags, tmp_path, more, words):
     output = tmp_path / "out"
-    assert words in refuse(script, capsys, [*flags, f"--output={output}", *more])
+    assert words in refuse(script, capsys, [*tiny_rag_flags, f"--output={output}", *more])
     assert not (output / "config.json").exists()  # the next try is not in its own way
 
 
-def test_a_dry_run_forecasts_and_writes_nothing(script, flags, tmp_path, capsys):
+def test_a_dry_run_forecasts_and_writes_nothing(script, tiny_rag_flags, tmp_path, capsys):
     more = [f"--output={tmp_path / 'out'}", "--refresh.every=1", "--dry_run"]
-    assert script.main([*flags, *more]) == 0
+    assert script.main([*tiny_rag_flags, *more]) == 0
     out = capsys.readouterr().out
     assert "documents to encode" in out and "refresh: every 1 steps" in out
     assert not (tmp_path / "out").exists()
