@@ -265,7 +265,7 @@ def number_field(config: Mapping[str, Any], field: str, default: float) -> float
     return float(value)
 
 
-def read_sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+def read_sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Returns several sizes from a `config.json`.
 
     Args:
