@@ -7,7 +7,6 @@ A gradient with respect to `trainable` costs no backward work below the layers i
 embeddings are trained as well: their gradient passes through every layer.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -110,7 +109,7 @@ def join_layers(params: Params) -> Params:
 
 def _joined(name: str, node: Any) -> Any:
     if name != "layers":
-        return join_layers(dict(node)) if isinstance(node, Mapping) else node
+        return join_layers(node) if isinstance(node, dict) else node
     stacks = stacks_in(node)
     if len(stacks) == 1:
         return stacks[0]

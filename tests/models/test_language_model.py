@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from ragjax.models import load_language_model
-from ragjax.models.decoder.config import DecoderConfig, parse_huggingface_config
+from ragjax.models.decoder.config import DecoderConfig
+from ragjax.models.decoder.huggingface import parse_huggingface_config
 from ragjax.models.export.base import read_base
 from ragjax.models.export.tokenizer import tokenizer_files
 from ragjax.models.testing.language_model import (

@@ -2,7 +2,7 @@
 
 from ragjax.models.decoder.cache import CachedDecoder
 from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.decoder.config import (
+from ragjax.models.decoder.huggingface import (
     MODEL_TYPES,
     format_huggingface_config,
     parse_huggingface_config,

@@ -14,9 +14,9 @@ from flax import nnx
 from jax import Array
 
 from ragjax.models.decoder.checkpoint import huggingface_key_table
-from ragjax.models.decoder.config import (
+from ragjax.models.decoder.config import DecoderConfig
+from ragjax.models.decoder.huggingface import (
     MODEL_TYPES,
-    DecoderConfig,
     format_huggingface_config,
     parse_huggingface_config,
 )

@@ -2,6 +2,8 @@
 
 Headers are checked in full when a folder is opened; a tensor's bytes are read when it is asked
 for, through the file instead of a memory map, whose pages would count as this process's memory.
+`safetensors.safe_open` only maps files: huggingface/safetensors pull request #759, an option to
+read them instead, was closed without being merged.
 """
 
 import math

@@ -10,7 +10,7 @@ References:
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +28,10 @@ class Rotary(NamedTuple):
 class _Scaling:
     """Constants that must all be positive."""
 
+    rope_type: ClassVar[str]  # what Hugging Face calls this scaling
+    # Fields of this class that it calls something else.
+    names: ClassVar[Mapping[str, str]] = {"original_positions": "original_max_position_embeddings"}
+
     def __post_init__(self) -> None:
         """Refuses what cannot be computed with.
 
@@ -42,21 +46,22 @@ class _Scaling:
                         f"{constant.name} of the rotary scaling must be positive, got {number}"
                     )
 
+    def to_huggingface(self) -> dict[str, Any]:
+        """Returns the fields of a Hugging Face configuration."""
+        own = {self.names.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+        return {"rope_type": self.rope_type} | own
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling(_Scaling):
     """All frequencies are divided by `factor` (Gemma 3's layers of full attention)."""
 
+    rope_type = "linear"
     factor: float
 
     def stretch(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """Returns the stretched frequencies `[D / 2]`."""
-        del theta
         return frequencies / np.float32(self.factor)
-
-    def to_huggingface(self) -> dict[str, Any]:
-        """Returns the fields of a Hugging Face configuration."""
-        return {"rope_type": "linear", "factor": self.factor}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,12 @@ class Llama3Scaling(_Scaling):
     `factor`, those below `original_positions / high_frequency_factor` stay, the rest interpolate.
     """
 
+    rope_type = "llama3"
+    names: ClassVar[Mapping[str, str]] = {
+        **_Scaling.names,
+        "low_frequency_factor": "low_freq_factor",
+        "high_frequency_factor": "high_freq_factor",
+    }
     factor: float
     low_frequency_factor: float
     high_frequency_factor: float
@@ -74,21 +85,10 @@ class Llama3Scaling(_Scaling):
 
     def stretch(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """Returns the stretched frequencies `[D / 2]`."""
-        del theta
         wavelengths = 2 * math.pi / frequencies
         low, high = self.low_frequency_factor, self.high_frequency_factor
         kept = np.clip((self.original_positions / wavelengths - low) / (high - low), 0.0, 1.0)
         return (frequencies * (kept + (1 - kept) / self.factor)).astype(np.float32)
-
-    def to_huggingface(self) -> dict[str, Any]:
-        """Returns the fields of a Hugging Face configuration."""
-        return {
-            "rope_type": "llama3",
-            "factor": self.factor,
-            "low_freq_factor": self.low_frequency_factor,
-            "high_freq_factor": self.high_frequency_factor,
-            "original_max_position_embeddings": self.original_positions,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ class YarnScaling(_Scaling):
     sines are multiplied by `attention_factor`.
     """
 
+    rope_type = "yarn"
     factor: float
     original_positions: int
     attention_factor: float
@@ -125,28 +126,16 @@ class YarnScaling(_Scaling):
         divided = np.clip((np.arange(half, dtype=np.float32) - low) / width, 0.0, 1.0)
         return (frequencies * (1 - divided + divided / self.factor)).astype(np.float32)
 
-    def to_huggingface(self) -> dict[str, Any]:
-        """Returns the fields of a Hugging Face configuration."""
-        return {
-            "rope_type": "yarn",
-            "factor": self.factor,
-            "original_max_position_embeddings": self.original_positions,
-            "attention_factor": self.attention_factor,
-            "beta_fast": self.beta_fast,
-            "beta_slow": self.beta_slow,
-            "truncate": self.truncate,
-        }
-
 
 @dataclass(frozen=True, kw_only=True)
 class FactorScaling(_Scaling):
     """Each frequency is divided by a factor of its own, as GGUF files store it."""
 
+    rope_type = "longrope"
     factors: tuple[float, ...]  # D / 2 of them
 
     def stretch(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """Returns the stretched frequencies `[D / 2]`."""
-        del theta
         return frequencies / np.asarray(self.factors, np.float32)
 
     def to_huggingface(self) -> dict[str, Any]:
@@ -154,7 +143,7 @@ class FactorScaling(_Scaling):
         # "longrope" has one list for short and one for long texts: the same list is for all.
         factors = list(self.factors)
         return {
-            "rope_type": "longrope",
+            "rope_type": self.rope_type,
             "short_factor": factors,
             "long_factor": factors,
             "factor": 1.0,
@@ -244,15 +233,6 @@ def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def _parse_default(parameters: Mapping[str, Any], max_positions: int) -> None:
-    del parameters, max_positions
-
-
-def _parse_linear(parameters: Mapping[str, Any], max_positions: int) -> RotaryScaling:
-    del max_positions
-    return LinearScaling(factor=float(parameters["factor"]))
-
-
 def _parse_llama3(parameters: Mapping[str, Any], max_positions: int) -> RotaryScaling:
     scaling = Llama3Scaling(
         factor=float(parameters["factor"]),
@@ -292,7 +272,6 @@ def _parse_yarn(parameters: Mapping[str, Any], max_positions: int) -> RotaryScal
 
 
 def _parse_factors(parameters: Mapping[str, Any], max_positions: int) -> RotaryScaling:
-    del max_positions
     factors = tuple(float(factor) for factor in parameters["short_factor"])
     same = list(factors) == [float(factor) for factor in parameters["long_factor"]]
     if not same or parameters.get("attention_factor") != 1.0:
@@ -305,8 +284,8 @@ def _parse_factors(parameters: Mapping[str, Any], max_positions: int) -> RotaryS
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any], int], RotaryScaling | None]] = {
-    "default": _parse_default,
-    "linear": _parse_linear,
+    "default": lambda parameters, _: None,
+    "linear": lambda parameters, _: LinearScaling(factor=float(parameters["factor"])),
     "llama3": _parse_llama3,
     "yarn": _parse_yarn,
     "longrope": _parse_factors,

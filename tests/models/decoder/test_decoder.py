@@ -12,7 +12,7 @@ import pytest
 from ragjax.models.decoder import model as decoder
 from ragjax.models.decoder import packing
 from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.decoder.config import parse_huggingface_config
+from ragjax.models.decoder.huggingface import parse_huggingface_config
 from ragjax.models.decoder.packing import Suffix
 from ragjax.models.inputs import LMBatch
 from ragjax.models.testing.language_model import tiny_decoder_config, tiny_language_model

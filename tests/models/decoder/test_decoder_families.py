@@ -12,11 +12,8 @@ import pytest
 from ragjax.models.decoder import model as decoder
 from ragjax.models.decoder import packing
 from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
-from ragjax.models.decoder.config import (
-    DecoderConfig,
-    format_huggingface_config,
-    parse_huggingface_config,
-)
+from ragjax.models.decoder.config import DecoderConfig
+from ragjax.models.decoder.huggingface import format_huggingface_config, parse_huggingface_config
 from ragjax.models.decoder.packing import Suffix
 from ragjax.models.inputs import LMBatch
 from ragjax.models.layers.stacks import cast_floats

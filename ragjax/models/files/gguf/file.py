@@ -2,6 +2,10 @@
 
 Every count and length is compared with the size of the file before anything is read or
 allocated. The layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+`gguf.GGUFReader` can take the place of this reader once a release of the gguf package has both of
+its fixes for hostile headers: ggml-org/llama.cpp #27188 (a file of 43 bytes with an array length of
+2^63 hangs version 0.19.0) and #25401 (number of dimensions, overflow).
 """
 
 import math

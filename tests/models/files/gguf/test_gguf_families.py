@@ -11,7 +11,7 @@ import pytest
 
 from ragjax.models import LMBatch, load_language_model
 from ragjax.models.decoder import model as decoder
-from ragjax.models.decoder.config import parse_huggingface_config
+from ragjax.models.decoder.huggingface import parse_huggingface_config
 from ragjax.models.layers.rotary import FactorScaling, Llama3Scaling
 from ragjax.models.testing.language_model import tiny_tokenizer
 
