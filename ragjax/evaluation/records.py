@@ -58,8 +58,9 @@ class QuestionRecord:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        """Keeps only finite metrics, and plain Python values, so that a record reads back equal."""
-        metrics = {name: float(value) for name, value in self.metrics.items()}
+        """Leaves NaN out, and checks that the rest can be written as JSON."""
+        values = {name: float(value) for name, value in self.metrics.items()}
+        metrics = {name: value for name, value in values.items() if not math.isnan(value)}
         for name, value in metrics.items():
             if math.isinf(value):
                 raise ValueError(f"question {self.id!r}, metric {name}: the value is infinite")
@@ -71,14 +72,8 @@ class QuestionRecord:
         for doc_id, score in zip(self.doc_ids, scores, strict=False):
             if not math.isfinite(score):
                 raise ValueError(f"question {self.id!r}, document {doc_id!r}: the score is {score}")
-        plain = {
-            "answers": tuple(self.answers),
-            "doc_ids": tuple(self.doc_ids),
-            "doc_scores": scores,
-            "metrics": {name: value for name, value in metrics.items() if not math.isnan(value)},
-        }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "doc_scores", scores)
 
 
 class Comparison(NamedTuple):
