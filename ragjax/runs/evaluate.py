@@ -64,7 +64,7 @@ def open_evaluation(
     systems = system_names(config, adapts_lm=options.trains_lm)
     dataset = read_data(options, folder, report)
     questions = _choose_questions(config, options, dataset)
-    models = run.models if run else Models(options, folder)
+    models = run.models if run else Models(options, None)
     # Read now: a run that has not ended is refused before the corpus is tokenised.
     query, doc, lm = models.query_encoder, models.doc_encoder, models.language_model
     workspace = make_workspace(

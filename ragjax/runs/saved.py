@@ -38,12 +38,12 @@ class Models:
     What the run did not train is the base model.
     """
 
-    def __init__(self, config: RunConfig, folder: Path):
-        """Names the run; with a config that trains nothing, the folder is not looked at.
+    def __init__(self, config: RunConfig, folder: Path | None):
+        """Names the run.
 
         Args:
-            config: Options of the run.
-            folder: Its output folder.
+            config: Its options.
+            folder: Its output folder; None: there is no run yet, all models are base models.
         """
         self._config, self._folder = config, folder
 
@@ -72,7 +72,7 @@ class Models:
     def language_model(self) -> LanguageModel:
         """The language model with its trained parameters, adapters beside the weights."""
         config, base = self._config, self.base_language_model
-        if not config.trains_lm:
+        if self._folder is None or not config.trains_lm:
             return base
         if isinstance(config, RagConfig):
             return dataclasses.replace(base, params=self._end_to_end.lm_params)
@@ -85,9 +85,11 @@ class Models:
         """Parameters of the query and of the document encoder."""
         config, base = self._config, self.base_encoder.params
         params = dict.fromkeys(config.retriever.tower_names, base)
-        if isinstance(config, RagConfig) and config.trains_retriever:
+        if self._folder is None or not config.trains_retriever:
+            return base, base
+        if isinstance(config, RagConfig):
             params = self._end_to_end.towers
-        elif isinstance(config, AdaptConfig) and config.trains_retriever:
+        elif isinstance(config, AdaptConfig):
             # Adapters, and layers trained on top of frozen ones, are relative to the round before.
             for number in range(config.retriever.rounds):
                 split = split_towers(config.retriever, params, seed=config.seed + number)
@@ -103,6 +105,7 @@ class Models:
         return split.merged(self._restore(END_TO_END, split.trainable))
 
     def _restore(self, stage: str, template: Any) -> Any:
+        assert self._folder is not None, "base models are in no checkpoint"
         folder = self._folder / "checkpoints" / stage
         notes: list[str] = []
         where, again = f"{self._folder}: stage {stage}", f"the same {_script(self._config)} command"

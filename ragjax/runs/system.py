@@ -125,7 +125,7 @@ def open_base_system(
         FileNotFoundError, ValueError: Data or models cannot be used.
     """
     dataset = _documents(config, cache, report)
-    models = Models(config, cache)
+    models = Models(config, None)
     encoder = models.base_encoder
     dev = dataset.questions.get("dev", ())[: config.data_options.dev_questions]
     identity = (

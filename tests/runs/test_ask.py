@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ragjax.runs.ask.spans import Span
 
 from ragjax.data import passage_text
 from ragjax.generation import Limits, Prompts, generate_ensemble, generate_greedy
@@ -17,6 +16,7 @@ from ragjax.runs.ask.asker import Asker
 from ragjax.runs.ask.attribution import attribute
 from ragjax.runs.ask.decoding import DECODES, decode_concat, decode_ensemble
 from ragjax.runs.ask.prompts import ReaderOptions, fitting
+from ragjax.runs.ask.spans import Span
 from ragjax.runs.ask.view import format_source, plain, reply_as_json
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.system import SEARCHES, by_bm25, by_dense, by_hybrid, open_base_system

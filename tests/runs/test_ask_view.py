@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from ragjax.runs.ask.spans import Span
 
 from ragjax.runs.ask.asker import Reply, Source
+from ragjax.runs.ask.spans import Span
 from ragjax.runs.ask.view import coloured, format_reply, plain, reply_as_json, safe_text, verdict
 
 HEBREW = "\u05d4\u05d7\u05ea\u05d5\u05dc \u05d4\u05d0\u05d3\u05d5\u05dd."
