@@ -142,7 +142,7 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 def _open(flags: Flags) -> System:
     if flags.run:
-        return open_system(Path(flags.run), report=_note)
+        return open_system(Path(flags.run), log=_note)
     config = dataclasses.replace(
         _DEFAULTS,
         data=flags.data,
@@ -150,7 +150,7 @@ def _open(flags: Flags) -> System:
         lm=flags.lm,
         data_options=DataConfig(dev_questions=200),
     )
-    return open_base_system(config, cache=Path(flags.cache), report=_note)
+    return open_base_system(config, cache=Path(flags.cache), log=_note)
 
 
 def _rows(flags: Flags, system: System, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:

@@ -185,7 +185,7 @@ class Bench:
         lm = str(output / "no-language-model")
         write_tiny_language_model(Path(lm))
         config = dataclasses.replace(arm_config(flags, flags.arms[0], 0), lm=lm)
-        self._workspace = open_workspace(config, output, stop=StopFlag(), report=print)
+        self._workspace = open_workspace(config, output, stop=StopFlag(), log=print)
         self._lm = lm
         task, params = self._workspace.task, self._workspace.encoder.params
         spec = task.spec(params, params_digest=params_digest(params))

@@ -181,7 +181,7 @@ def _run(flags: Flags) -> int:
 
 def _open(flags: Flags) -> System:
     if flags.run:
-        return open_system(Path(flags.run), report=_note)
+        return open_system(Path(flags.run), log=_note)
     config = dataclasses.replace(
         _DEFAULTS,
         data=_corpus_folder(flags),
@@ -189,7 +189,7 @@ def _open(flags: Flags) -> System:
         lm=flags.lm,
         prompt=PromptConfig(answer_tokens=flags.max_new_tokens),
     )
-    return open_base_system(config, cache=Path(flags.cache), report=_note)
+    return open_base_system(config, cache=Path(flags.cache), log=_note)
 
 
 def _corpus_folder(flags: Flags) -> str:

@@ -28,15 +28,13 @@ from ragjax.runs.train.retriever import (
     train_live,
     train_retriever,
 )
-from ragjax.runs.workspace import FrozenLM, Report, Workspace, open_workspace, tower_params
+from ragjax.runs.workspace import FrozenLM, Log, Workspace, open_workspace, tower_params
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
 
-def adapt(
-    config: AdaptConfig, *, stop: StopFlag | None = None, report: Report = print
-) -> FinishedRun:
+def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print) -> FinishedRun:
     """Trains the language model on retrieved documents, and the retriever by its scores.
 
     The results are in `config.output`. The same call continues a run that was interrupted, and
@@ -45,7 +43,7 @@ def adapt(
     Args:
         config: Options.
         stop: Set by the caller to stop between batches; None: set by SIGTERM and SIGINT.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Returns:
         Metrics, models and report.
@@ -58,10 +56,10 @@ def adapt(
     started, folder = time.perf_counter(), Path(config.output)
     record = config_record(config, config.fingerprint())
     with claim(config, record, stop) as flag:
-        workspace = open_adapt(config, folder, stop=flag, report=report)
+        workspace = open_adapt(config, folder, stop=flag, log=log)
         # Written after validation, so that a rejected run leaves no config.json behind.
         write_json(folder / CONFIG, record)
-        report(estimate_cost(workspace, config).describe())
+        log(estimate_cost(workspace, config).describe())
         with workspace.timed("index before"):
             bm25 = build_bm25(workspace)
             params = tower_params(workspace)
@@ -80,17 +78,15 @@ def adapt(
         with workspace.timed("report"):
             title = f"Adaptation to {data_name(config.data)}"
             report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
-        report(describe_time(workspace.seconds, started))
+        log(describe_time(workspace.seconds, started))
     return open_run(folder)
 
 
-def open_adapt(
-    config: AdaptConfig, folder: Path, *, stop: StopFlag, report: Report = print
-) -> Workspace:
+def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     if config.score_cache and not Path(config.score_cache).is_file():
         raise ValueError(f"--score_cache {config.score_cache}: no such file")
-    return open_workspace(config, folder, stop=stop, report=report)
+    return open_workspace(config, folder, stop=stop, log=log)
 
 
 class Candidates:
@@ -174,7 +170,7 @@ def _scored_round(
         found, questions = candidates.hybrid(config.candidates), workspace.questions["train"]
         scores = score_candidates(workspace, lm, questions, found, cache)
         targets = scored_targets(found, target_log_probs(config.target, scores, found))
-        _report_target(targets, workspace.report)
+        _report_target(targets, workspace.log)
     return lambda step, rows: targets.take(rows)
 
 
@@ -191,15 +187,15 @@ def _labelled_round(
     return targets_at
 
 
-def _report_target(targets: Targets, report: Report) -> None:
+def _report_target(targets: Targets, log: Log) -> None:
     """Reports how sharp the target is, and what to change where it teaches nothing."""
     entropy = target_entropy(targets.log_probs, doc_mask=targets.mask)
     mean = float(np.asarray(entropy.normalized).mean())
-    report(f"teacher: entropy of p_LSR is {mean:.2f} of its maximum")
+    log(f"teacher: entropy of p_LSR is {mean:.2f} of its maximum")
     if mean >= 0.98:
-        report(
+        log(
             "warning: the target is uniform and teaches nothing; lower --retriever.temperature or"
             " use --retriever.score log_prob_per_token"
         )
     elif mean <= 0.02:
-        report("warning: the target is a single document; raise --retriever.temperature")
+        log("warning: the target is a single document; raise --retriever.temperature")

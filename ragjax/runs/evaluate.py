@@ -28,7 +28,7 @@ from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
-from ragjax.runs.workspace import Report, Workspace, make_workspace, read_data, shuffled
+from ragjax.runs.workspace import Log, Workspace, make_workspace, read_data, shuffled
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 
@@ -45,16 +45,14 @@ class Opened(NamedTuple):
     systems: tuple[str, ...]  # that are compared
 
 
-def open_evaluation(
-    config: EvaluateConfig, folder: Path, *, stop: StopFlag, report: Report
-) -> Opened:
+def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log: Log) -> Opened:
     """Reads run, data and models, and checks that every prompt has room.
 
     Args:
         config: Options.
         folder: Output folder; what is prepared of the data goes to its sub-folder `data`.
         stop: Looked at between stages.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Raises:
         FileNotFoundError, ValueError: For a run, data or models that cannot be used.
@@ -62,7 +60,7 @@ def open_evaluation(
     run = open_run(Path(config.run)) if config.run else None
     options = run_options(config, run.config if run else None)
     systems = system_names(config, adapts_lm=options.trains_lm)
-    dataset = read_data(options, folder, report)
+    dataset = read_data(options, folder, log)
     questions = _choose_questions(config, options, dataset)
     models = run.models if run else Models(options, None)
     # Read now: a run that has not ended is refused before the corpus is tokenised.
@@ -75,7 +73,7 @@ def open_evaluation(
         models.base_encoder,
         models.base_language_model,
         stop=stop,
-        report=report,
+        log=log,
     )
     _check_prompts(workspace, config)
     _note_what_was_seen(workspace, config)
@@ -126,12 +124,12 @@ def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:
     """Logs what the results of this split do not show."""
     split = config.split
     if split == "train" and config.run:
-        workspace.report("note: the run was trained on train questions")
+        workspace.log("note: the run was trained on train questions")
     if split == "dev":
-        workspace.report("note: the weight of the hybrid is chosen on dev questions, also on these")
+        workspace.log("note: the weight of the hybrid is chosen on dev questions, also on these")
     answered = len(answered_rows(workspace, split))
     if not answered:
-        workspace.report(f"note: no question of {split} has an answer: retrieval alone is measured")
+        workspace.log(f"note: no question of {split} has an answer: retrieval alone is measured")
 
 
 def describe_cost(opened: Opened, config: EvaluateConfig) -> str:
@@ -147,14 +145,14 @@ def describe_cost(opened: Opened, config: EvaluateConfig) -> str:
 
 
 def evaluate(
-    config: EvaluateConfig, *, stop: StopFlag | None = None, report: Report = print
+    config: EvaluateConfig, *, stop: StopFlag | None = None, log: Log = print
 ) -> Evaluation:
     """Compares systems on one split and writes the results; continues what was interrupted.
 
     Args:
         config: Options.
         stop: Set by the caller to stop between batches; None: set by SIGTERM and SIGINT.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Raises:
         FileNotFoundError, ValueError: For a run, data, models or an output folder that cannot be
@@ -169,10 +167,10 @@ def evaluate(
     run = open_run(config.run).config if config.run else None
     record = config_record(config, config.fingerprint(run))
     with claim(config, record, stop) as flag:
-        opened = open_evaluation(config, folder, stop=flag, report=report)
+        opened = open_evaluation(config, folder, stop=flag, log=log)
         # Written after validation, so that a rejected evaluation leaves no config.json behind.
         write_json(folder / CONFIG, record)
-        report(describe_cost(opened, config))
+        log(describe_cost(opened, config))
         metrics = _evaluate(opened, config)
         path = write_report(
             folder,
@@ -182,7 +180,7 @@ def evaluate(
                 opened.workspace.dataset, config.split, opened.workspace.questions[config.split]
             ),
         )
-        report(f"report: {path}")
+        log(f"report: {path}")
     return Evaluation(folder=folder, metrics=metrics, config=config)
 
 
@@ -205,7 +203,7 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
                 split=split, num_distractors=config.distractors, measure=measure,
             )  # fmt: skip
         if robustness is None:
-            workspace.report(
+            workspace.log(
                 "note: no question has a relevant passage and a distractor: no robustness"
             )
     checks = Checks(config.bins, config.support_threshold, robustness)

@@ -89,7 +89,7 @@ def build_retriever(
     embeddings = store.read()
     choice = choose_index(*embeddings.shape)
     if version == 0:
-        workspace.report(choice.reason)
+        workspace.log(choice.reason)
     dense = choice.build(embeddings)
     weight = _DEFAULT_WEIGHT
     dev = workspace.questions["dev"]
@@ -98,9 +98,7 @@ def build_retriever(
         relevant = workspace.relevant_rows("dev")
         weight = choose_dense_weight(dense, bm25, queries, relevant).weight
     chosen = f"chosen on {len(dev)} dev questions" if dev else "no dev questions to choose it on"
-    workspace.report(
-        f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})"
-    )
+    workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
     return Retriever(version, query_params, dense, hybrid, embeddings, store)
 
@@ -212,7 +210,7 @@ def _encode_corpus(
             )
         except (FileNotFoundError, ValueError):
             continue  # of another encoder or corpus, or damaged: it is encoded again
-        workspace.report(f"embeddings of the documents: {other}")
+        workspace.log(f"embeddings of the documents: {other}")
         return store
     draw = tqdm_progress(f"encoding for index {folder.name}")
 

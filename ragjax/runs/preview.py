@@ -11,7 +11,7 @@ from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.train_rag import open_rag
-from ragjax.runs.workspace import Report
+from ragjax.runs.workspace import Log
 from ragjax.training.loop import StopFlag, graceful_stop
 
 
@@ -19,7 +19,7 @@ def dry_run(
     config: AdaptConfig | RagConfig | EvaluateConfig,
     *,
     stop: StopFlag | None = None,
-    report: Report = print,
+    log: Log = print,
 ) -> None:
     """Reads the data, loads the models, measures their speed and forecasts time and disk.
 
@@ -28,7 +28,7 @@ def dry_run(
     Args:
         config: Options of `adapt`, `train_rag` or `evaluate`.
         stop: Set by the caller to stop between stages; None: set by SIGTERM and SIGINT.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Raises:
         FileNotFoundError, ValueError: For data or models that cannot be used.
@@ -37,11 +37,11 @@ def dry_run(
     with handled as flag, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if isinstance(config, AdaptConfig):
-            workspace = open_adapt(config, folder, stop=flag, report=report)
-            report(estimate_cost(workspace, config).describe())
+            workspace = open_adapt(config, folder, stop=flag, log=log)
+            log(estimate_cost(workspace, config).describe())
         elif isinstance(config, RagConfig):
-            workspace = open_rag(config, folder, stop=flag, report=report)
-            report(estimate_rag_cost(workspace, config).describe())
+            workspace = open_rag(config, folder, stop=flag, log=log)
+            log(estimate_rag_cost(workspace, config).describe())
         else:
-            opened = open_evaluation(config, folder, stop=flag, report=report)
-            report(describe_cost(opened, config))
+            opened = open_evaluation(config, folder, stop=flag, log=log)
+            log(describe_cost(opened, config))

@@ -21,7 +21,7 @@ from ragjax.refresh import encode_corpus
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import Models, open_run
-from ragjax.runs.workspace import Report, Workspace, choose_questions, make_workspace, read_data
+from ragjax.runs.workspace import Log, Workspace, choose_questions, make_workspace, read_data
 from ragjax.training.loop import StopFlag
 
 
@@ -72,9 +72,7 @@ class Queries(NamedTuple):
 Search = Callable[[System, Queries, int], SearchResult]
 
 
-def open_system(
-    folder: str | Path, *, stop: StopFlag | None = None, report: Report = print
-) -> System:
+def open_system(folder: str | Path, *, stop: StopFlag | None = None, log: Log = print) -> System:
     """Opens the models of a run, trained or base.
 
     Its stored embeddings are reused, so only the dev questions are encoded, which choose the weight
@@ -83,7 +81,7 @@ def open_system(
     Args:
         folder: Output folder of a finished run.
         stop: Looked at while a corpus is encoded.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Raises:
         FileNotFoundError: There is no run, or its data or models are not there any more.
@@ -93,7 +91,7 @@ def open_system(
     run = open_run(folder)
     config = run.config
     models = run.models
-    dataset = read_data(config, folder, report)
+    dataset = read_data(config, folder, log)
     workspace = make_workspace(
         config,
         folder,
@@ -102,14 +100,14 @@ def open_system(
         models.base_encoder,
         models.base_language_model,
         stop=stop or StopFlag(),
-        report=report,
+        log=log,
     )
     version = _newest_index(folder) if config.trains_retriever else 0
     return _assemble(workspace, models, version, str(folder))
 
 
 def open_base_system(
-    config: RunConfig, *, cache: Path, stop: StopFlag | None = None, report: Report = print
+    config: RunConfig, *, cache: Path, stop: StopFlag | None = None, log: Log = print
 ) -> System:
     """Opens documents and base models.
 
@@ -119,12 +117,12 @@ def open_base_system(
         cache: Folder for the prepared corpus and its embeddings, which later calls reuse; other
             data or another encoder get a folder of their own in it.
         stop: Looked at while the corpus is encoded.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Raises:
         FileNotFoundError, ValueError: Data or models cannot be used.
     """
-    dataset = _documents(config, cache, report)
+    dataset = _documents(config, cache, log)
     models = Models(config, None)
     encoder = models.base_encoder
     dev = dataset.questions.get("dev", ())[: config.data_options.dev_questions]
@@ -140,7 +138,7 @@ def open_base_system(
         encoder,
         models.base_language_model,
         stop=stop or StopFlag(),
-        report=report,
+        log=log,
     )
     return _assemble(workspace, models, 0, config.data or "Python packages")
 
@@ -211,11 +209,11 @@ def _newest_index(folder: Path) -> int:
     return max(numbers)
 
 
-def _documents(config: RunConfig, cache: Path, report: Report) -> Dataset:
+def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:
     """Reads a corpus with the questions and judgements that lie beside it, if any."""
     source = Path(config.data)
     if not config.data or (source / "qrels").is_dir():
-        return read_data(config, cache, report)
+        return read_data(config, cache, log)
     corpus = Corpus.open(
         source, cache=cache / "data" / "cache", on_bad_row=config.data_options.on_bad_row
     )

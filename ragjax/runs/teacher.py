@@ -79,7 +79,7 @@ def score_candidates(
     pairs, lengths = _pairs(workspace, lm, questions, candidates)
     new = [pair for pair in pairs if not cache.was_known(pair.key)]
     known = len(pairs) - sum(cache.get(pair.key) is None for pair in new)
-    workspace.report(f"teacher: {len(pairs):,} (question, document) pairs, {known:,} in the cache")
+    workspace.log(f"teacher: {len(pairs):,} (question, document) pairs, {known:,} in the cache")
     with tqdm(total=len(new), desc="teacher", unit=" pairs", file=sys.stderr) as progress:
         for batch in _batches(workspace, new):
             if any(cache.get(key) is None for key in batch.keys):

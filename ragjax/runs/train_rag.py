@@ -12,14 +12,12 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
-from ragjax.runs.workspace import Report, Workspace, open_workspace, tower_params
+from ragjax.runs.workspace import Log, Workspace, open_workspace, tower_params
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 
 
-def train_rag(
-    config: RagConfig, *, stop: StopFlag | None = None, report: Report = print
-) -> FinishedRun:
+def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = print) -> FinishedRun:
     """Trains both models end to end through the marginal likelihood of the answers.
 
     The results are in `config.output`. The same call continues a run that was interrupted, and
@@ -28,7 +26,7 @@ def train_rag(
     Args:
         config: Options.
         stop: Set by the caller to stop between batches; None: set by SIGTERM and SIGINT.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Returns:
         Metrics, models and report.
@@ -41,10 +39,10 @@ def train_rag(
     started, folder = time.perf_counter(), Path(config.output)
     record = config_record(config, config.fingerprint())
     with claim(config, record, stop) as flag:
-        workspace = open_rag(config, folder, stop=flag, report=report)
+        workspace = open_rag(config, folder, stop=flag, log=log)
         # Written after validation, so that a rejected run leaves no config.json behind.
         write_json(folder / CONFIG, record)
-        report(estimate_rag_cost(workspace, config).describe())
+        log(estimate_rag_cost(workspace, config).describe())
         base = workspace.base_lm()
         with workspace.timed("index before"):
             bm25 = build_bm25(workspace)
@@ -64,16 +62,14 @@ def train_rag(
         with workspace.timed("report"):
             title = f"End-to-end training on {data_name(config.data)}"
             report_run(workspace, before, after, lm, title=title, target=config.objective.target)
-        report(describe_time(workspace.seconds, started))
+        log(describe_time(workspace.seconds, started))
     return open_run(folder)
 
 
-def open_rag(
-    config: RagConfig, folder: Path, *, stop: StopFlag, report: Report = print
-) -> Workspace:
+def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     choose_devices(config)
-    workspace = open_workspace(config, folder, stop=stop, report=report)
+    workspace = open_workspace(config, folder, stop=stop, log=log)
     make_reader(workspace, config)
     if config.training.same_source == "drop":
         source_rows(workspace.dataset.corpus, workspace.questions["train"])

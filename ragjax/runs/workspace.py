@@ -47,7 +47,7 @@ from ragjax.runs.folder import add_seconds
 from ragjax.runs.options.shared import PromptConfig, RunConfig
 from ragjax.training.loop import MetricsLog, StopFlag
 
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 _SHOWN = 3  # ids in a note
 
 
@@ -74,7 +74,7 @@ class Workspace:
         doc_tokens: Encoder token ids of the documents, N lists.
         metrics: Per-step metrics.
         stop: Set by a signal.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
         seconds: Wall-clock seconds by stage, filled as the stages end.
     """
 
@@ -89,14 +89,14 @@ class Workspace:
     doc_tokens: CorpusTokens
     metrics: MetricsLog
     stop: StopFlag
-    report: Report
+    log: Log
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Announces a stage and keeps how long it took."""
         self.stop.check()
-        self.report(f"\n== {stage}")
+        self.log(f"\n== {stage}")
         started = time.perf_counter()
         try:
             yield
@@ -211,7 +211,7 @@ def corpus_task(
 
 
 def open_workspace(
-    config: RunConfig, folder: Path, *, stop: StopFlag, report: Report = print
+    config: RunConfig, folder: Path, *, stop: StopFlag, log: Log = print
 ) -> Workspace:
     """Reads the data, loads the models and checks that they fit each other.
 
@@ -219,19 +219,19 @@ def open_workspace(
         config: Options of the run.
         folder: Output folder; the prepared corpus goes to its sub-folder `data`.
         stop: Looked at between stages.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
 
     Raises:
         ValueError, FileNotFoundError: For data or models that cannot be used, before any
             expensive work.
     """
-    dataset = read_data(config, folder, report)
+    dataset = read_data(config, folder, log)
     questions = choose_questions(config, dataset)
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     lm = load_language_model(config.lm)
     _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
     _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)
-    return make_workspace(config, folder, dataset, questions, encoder, lm, stop=stop, report=report)
+    return make_workspace(config, folder, dataset, questions, encoder, lm, stop=stop, log=log)
 
 
 def make_workspace(
@@ -243,7 +243,7 @@ def make_workspace(
     lm: LanguageModel,
     *,
     stop: StopFlag,
-    report: Report = print,
+    log: Log = print,
 ) -> Workspace:
     """Puts data and models that are read already together.
 
@@ -255,19 +255,17 @@ def make_workspace(
         encoder: The un-adapted text encoder.
         lm: The un-adapted language model.
         stop: Looked at between stages.
-        report: Shows one line to the user.
+        log: Shows one line to the user.
     """
     encoder = _in_compute_dtype(encoder, config)
-    report(
-        f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions"
-    )
-    report(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
+    log(f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions")
+    log(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
     doc_tokens = CorpusTokens(
         len(dataset.corpus),
         lambda: (encoder.doc_prefix + passage_text(passage) for passage in dataset.corpus),
         encoder.tokenizer,
         max_length=encoder.max_length,
-        report=lambda note: report(f"note: {note} for the encoder"),
+        report=lambda note: log(f"note: {note} for the encoder"),
     )
     prompts = make_prompts(config.prompt, lm)
     return Workspace(
@@ -282,7 +280,7 @@ def make_workspace(
         doc_tokens=doc_tokens,
         metrics=MetricsLog(folder / "metrics.jsonl"),
         stop=stop,
-        report=report,
+        log=log,
     )
 
 
@@ -306,7 +304,7 @@ def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
         )
 
 
-def read_data(config: RunConfig, folder: Path, report: Report) -> Dataset:
+def read_data(config: RunConfig, folder: Path, log: Log) -> Dataset:
     """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
     options = config.data_options
     source = Path(config.data) if config.data else folder / "data" / "python-docs"
@@ -320,10 +318,10 @@ def read_data(config: RunConfig, folder: Path, report: Report) -> Dataset:
         dev_fraction=config.dev_fraction,
     )
     for note in dataset.notes:
-        report(f"note: {note}")
+        log(f"note: {note}")
     for split in ("dev", "test"):
         if leaked := leaked_questions(dataset, split=split):
-            report(
+            log(
                 f"note: {len(leaked)} of the {len(dataset.questions[split])} {split} questions are"
                 f" also asked in train: {', '.join(leaked[:_SHOWN])}"
                 f"{', ...' if len(leaked) > _SHOWN else ''}"

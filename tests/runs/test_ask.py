@@ -37,7 +37,7 @@ def silent(line):
 
 
 def open_tiny(inputs, cache, **changes):
-    return open_base_system(AdaptConfig(**inputs | changes), cache=cache, report=silent)
+    return open_base_system(AdaptConfig(**inputs | changes), cache=cache, log=silent)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def opened(odd, tiny_inputs, tmp_path_factory):
     inputs = tiny_inputs | {"data": str(odd)}
     config = EvaluateConfig(**inputs, documents=2, max_new_tokens=3, document_tokens=24)
     folder = tmp_path_factory.mktemp("opened")
-    return open_evaluation(config, folder, stop=StopFlag(), report=lambda _: None)
+    return open_evaluation(config, folder, stop=StopFlag(), log=lambda _: None)
 
 
 def in_mode(opened, folder, **evaluation):

@@ -92,7 +92,7 @@ def test_the_language_model_answers_as_in_the_run(export, tiny_run, tmp_path, na
     run, output = tiny_run(name).folder, tmp_path / "lm"
     assert export([f"--run={run}", "--what=language_model", f"--output={output}"]) == 0
     config = dataclasses.replace(open_run(run).config, lm=str(output))
-    workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda _: None)
+    workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda _: None)
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "answer_nll" in line["systems"]["after"]["metrics"]]
     questions = {question.id: question for question in workspace.questions["test"]}

@@ -41,7 +41,7 @@ def options(tiny_inputs):
 @pytest.fixture(scope="module")
 def run(options, tmp_path_factory):
     output = str(tmp_path_factory.mktemp("library") / "run")
-    return adapt(AdaptConfig.from_dict(options | {"output": output}), report=silent)
+    return adapt(AdaptConfig.from_dict(options | {"output": output}), log=silent)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_a_run_is_evaluated_from_python(run, tmp_path):
         run=str(run.folder), output=str(tmp_path / "out"), max_questions=4, answer_questions=2,
         max_new_tokens=2, resamples=20, robustness=False,
     )  # fmt: skip
-    made = evaluate(config, report=silent)
+    made = evaluate(config, log=silent)
     assert made.metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert made.report.is_file() and repr(made).startswith("Evaluation(")
 
@@ -105,7 +105,7 @@ def test_two_calls_on_one_folder_the_second_is_refused(options, tmp_path):
 
     def call():
         try:
-            adapt(config, stop=stop, report=first)
+            adapt(config, stop=stop, log=first)
         except Interrupted as error:
             ended.append(error)
 
@@ -114,7 +114,7 @@ def test_two_calls_on_one_folder_the_second_is_refused(options, tmp_path):
     try:
         assert started.wait(60)
         with pytest.raises(ValueError, match="run is locked by process .*; wait for it to end"):
-            adapt(config, report=silent)
+            adapt(config, log=silent)
     finally:
         stop.signum = signal.SIGINT
         thread.join()
@@ -124,7 +124,7 @@ def test_two_calls_on_one_folder_the_second_is_refused(options, tmp_path):
 def test_outside_the_main_thread_a_call_needs_no_stop_flag(options, tmp_path):
     said = []
     config = AdaptConfig.from_dict(options)
-    thread = threading.Thread(target=lambda: dry_run(config, report=said.append))
+    thread = threading.Thread(target=lambda: dry_run(config, log=said.append))
     thread.start()
     thread.join()
     assert any("documents to encode" in line for line in said)
@@ -135,7 +135,7 @@ def test_a_refused_call_leaves_no_config(options, tmp_path):
         options | {"output": str(tmp_path / "run"), "score_cache": str(tmp_path / "none")}
     )
     with pytest.raises(ValueError, match="no such file"):
-        adapt(config, report=silent)
+        adapt(config, log=silent)
     assert not (tmp_path / "run" / "config.json").exists()
 
 

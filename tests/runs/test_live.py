@@ -39,7 +39,7 @@ def base(tiny_inputs, tmp_path_factory):
         data_options=dataclasses.replace(config.data_options, train_questions=12),
     )
     folder = tmp_path_factory.mktemp("base")
-    return open_workspace(config, folder, stop=StopFlag(), report=lambda line: None)
+    return open_workspace(config, folder, stop=StopFlag(), log=lambda line: None)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def make(base, tmp_path):
         told = []
         workspace = dataclasses.replace(
             base, config=config, folder=folder, metrics=MetricsLog(folder / "metrics.jsonl"),
-            report=told.append,
+            log=told.append,
         )  # fmt: skip
         folder.mkdir()
         return workspace, told

@@ -60,7 +60,7 @@ def make_config(inputs, output, **changes):
 
 def open_for(config, folder):
     folder.mkdir(exist_ok=True)
-    return open_workspace(config, folder, stop=StopFlag(), report=lambda _: None)
+    return open_workspace(config, folder, stop=StopFlag(), log=lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def test_cut_while_explaining_and_repeated_the_run_ends_with_the_same_bytes(fini
     known = scores.read_bytes()
     scores.write_bytes(known[: len(known) // 2])  # with a torn line in the middle
     (finished / "explained.json").unlink()
-    adapt(config, stop=StopFlag(), report=lambda line: None)
+    adapt(config, stop=StopFlag(), log=lambda line: None)
     assert {name: (finished / name).read_bytes() for name in names} == before
 
 

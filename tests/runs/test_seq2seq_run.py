@@ -31,7 +31,7 @@ def test_unpacked_scores_are_those_of_each_pair_alone(t5_inputs, tmp_path, rng):
         language_model=LMConfig(train_layers=1),
         score_tokens=1024,
     )
-    workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda _: None)
+    workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda _: None)
     assert answer_end_id(workspace.lm) == 257
     questions = workspace.questions["train"]
     found = some_candidates(rng, len(questions), documents=9)

@@ -34,7 +34,7 @@ def silent(line):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_inputs):
     return open_base_system(
-        AdaptConfig(**tiny_inputs), cache=tmp_path_factory.mktemp("cache"), report=silent
+        AdaptConfig(**tiny_inputs), cache=tmp_path_factory.mktemp("cache"), log=silent
     )
 
 
@@ -101,7 +101,7 @@ def test_the_second_start_encodes_nothing(base, tiny_inputs, monkeypatch):
 
     monkeypatch.setattr(retrieval, "encode_to_store", encode)
     cache = base.workspace.folder.parent
-    again = open_base_system(AdaptConfig(**tiny_inputs), cache=cache, report=silent)
+    again = open_base_system(AdaptConfig(**tiny_inputs), cache=cache, log=silent)
     np.testing.assert_array_equal(again.retriever.embeddings, base.retriever.embeddings)
 
 
@@ -109,7 +109,7 @@ def test_other_data_get_embeddings_of_their_own_in_one_cache(base, tiny_inputs, 
     (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "title": "", "text": "one fish"}\n')
     cache = base.workspace.folder.parent
     config = AdaptConfig(**tiny_inputs | {"data": str(tmp_path)})
-    other = open_base_system(config, cache=cache, report=silent)
+    other = open_base_system(config, cache=cache, log=silent)
     assert other.size == 1
     assert other.workspace.folder != base.workspace.folder
     found = retrieve(other, ["fish"], 2, by=by_hybrid).found
@@ -122,7 +122,7 @@ def test_documents_alone_are_enough_and_judged_questions_weigh_the_hybrid(
     lines = []
     shutil.copy(Path(tiny_inputs["data"]) / "corpus.jsonl", tmp_path)
     config = AdaptConfig(**tiny_inputs | {"data": str(tmp_path)})
-    alone = open_base_system(config, cache=tmp_path / "cache", report=lines.append)
+    alone = open_base_system(config, cache=tmp_path / "cache", log=lines.append)
     assert alone.retriever.hybrid.dense_weight == 0.5
     assert any("no dev questions" in line for line in lines)
     assert len(base.workspace.questions["dev"]) == 27
@@ -131,7 +131,7 @@ def test_documents_alone_are_enough_and_judged_questions_weigh_the_hybrid(
 def test_missing_documents_are_named(tiny_inputs, tmp_path):
     config = AdaptConfig(**tiny_inputs | {"data": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        open_base_system(config, cache=tmp_path / "cache", report=silent)
+        open_base_system(config, cache=tmp_path / "cache", log=silent)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_run_retrieves_as_it_did_when_it_was_evaluated(whole, monkeypatch):
         raise AssertionError("the corpus was encoded again")
 
     monkeypatch.setattr(retrieval, "encode_to_store", encode)
-    system = open_system(whole, report=silent)
+    system = open_system(whole, log=silent)
     lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
     texts = [line["question"] for line in lines]
     corpus = system.workspace.dataset.corpus
@@ -165,7 +165,7 @@ def test_a_run_retrieves_as_it_did_when_it_was_evaluated(whole, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_answers_with_its_adapted_models(whole, tiny_inputs):
-    system = open_system(whole, report=silent)
+    system = open_system(whole, log=silent)
     run = open_run(whole)
     jax.tree.map(
         np.testing.assert_array_equal, system.lm_params, adapted_language_model(run).params
@@ -181,7 +181,7 @@ def test_a_run_answers_with_its_adapted_models(whole, tiny_inputs):
 
 @pytest.mark.slow
 def test_what_a_run_did_not_adapt_is_as_it_was(only_lm, tiny_inputs):
-    system = open_system(only_lm, report=silent)
+    system = open_system(only_lm, log=silent)
     base = load_encoder(tiny_inputs["encoder"])
     jax.tree.map(np.testing.assert_array_equal, system.retriever.query_params, base.params)
     assert system.retriever.version == 0
@@ -197,9 +197,9 @@ def test_a_run_without_its_last_index_has_not_ended(whole, tmp_path):
     for number in (1, 2):
         shutil.rmtree(copy / "index" / str(number))
     with pytest.raises(ValueError, match="no index of the adapted encoder"):
-        open_system(copy, report=silent)
+        open_system(copy, log=silent)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run there"):
-        open_system(tmp_path, report=silent)
+        open_system(tmp_path, log=silent)

@@ -27,7 +27,7 @@ def workspace(tiny_inputs, tmp_path_factory):
         score_tokens=1024,
     )
     folder = tmp_path_factory.mktemp("workspace")
-    return open_workspace(config, folder, stop=StopFlag(), report=lambda _: None)
+    return open_workspace(config, folder, stop=StopFlag(), log=lambda _: None)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_options_out_of_range_are_named(make, message):
 def test_more_layers_than_an_encoder_has_are_refused(tiny_inputs, tmp_path):
     config = tiny_config(tiny_inputs, tmp_path, retriever=RetrieverConfig(train_layers=3))
     with pytest.raises(ValueError, match="--retriever.train_layers 3: .* has 2 layers; 0 trains"):
-        open_workspace(config, tmp_path, stop=StopFlag(), report=lambda line: None)
+        open_workspace(config, tmp_path, stop=StopFlag(), log=lambda line: None)
 
 
 def count(tree):
@@ -141,7 +141,7 @@ class StopAfter(StopFlag):
 @pytest.mark.slow
 def test_a_run_with_everything_on_ends_with_metrics_and_saves_adapters_only(tiny_inputs, tmp_path):
     config = tiny_config(tiny_inputs, tmp_path / "run")
-    metrics = adapt(config, report=lambda line: None).metrics
+    metrics = adapt(config, log=lambda line: None).metrics
     assert set(metrics) >= {"before", "after"} and metrics["after"]["recall@5"]["value"] >= 0
     for stage in ("lm", "retriever-0"):
         names = saved_arrays(tmp_path / "run" / "checkpoints" / stage)
@@ -153,7 +153,7 @@ def test_a_run_with_everything_on_ends_with_metrics_and_saves_adapters_only(tiny
 @pytest.mark.slow
 def test_adapters_resume_bit_for_bit_and_leave_the_frozen_weights_alone(tiny_inputs, tmp_path):
     config = tiny_config(tiny_inputs, tmp_path / "run", compute_dtype="float32")
-    workspace = open_workspace(config, tmp_path / "run", stop=StopFlag(), report=lambda line: None)
+    workspace = open_workspace(config, tmp_path / "run", stop=StopFlag(), log=lambda line: None)
     lm = workspace.lm
     before = lm.family.save_params(lm.config, lm.params)
     params = workspace.encoder.params
@@ -178,7 +178,7 @@ def test_adapters_resume_bit_for_bit_and_leave_the_frozen_weights_alone(tiny_inp
 
 def test_one_search_gives_the_candidates_of_both_stages(tiny_inputs, tmp_path, monkeypatch):
     config = tiny_config(tiny_inputs, tmp_path)
-    workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda line: None)
+    workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda line: None)
     retriever = build_towers(workspace, build_bm25(workspace), tower_params(workspace), 0)
     questions = workspace.questions["train"]
     # The corpus has 80 passages: from there on, scores depend on the number of candidates.
@@ -201,7 +201,7 @@ def test_one_search_gives_the_candidates_of_both_stages(tiny_inputs, tmp_path, m
 def test_adapters_are_forecast_to_cost_less(tiny_inputs, tmp_path):
     def cost(**options):
         config = tiny_config(tiny_inputs, tmp_path, compute_dtype="float32", **options)
-        workspace = open_workspace(config, tmp_path, stop=StopFlag(), report=lambda line: None)
+        workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda line: None)
         return estimate_cost(workspace, config)
 
     whole = cost(language_model=LMConfig(train_layers=0), retriever=RetrieverConfig())

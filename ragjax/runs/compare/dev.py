@@ -52,7 +52,7 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
     """
     questions = workspace.questions["dev"]
     if not questions:
-        workspace.report("no dev questions: nothing to compare there")
+        workspace.log("no dev questions: nothing to compare there")
         return None
     records = {side.name: _records(workspace, side, questions) for side in (before, after)}
     options = bootstrap_options(workspace.config)
@@ -67,10 +67,10 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
         "differences": [difference.as_json() for difference in differences],
     }
     write_json(workspace.folder / "dev.json", result)
-    workspace.report(f"\n{len(questions)} dev questions (marginal_nll in nats per token)")
+    workspace.log(f"\n{len(questions)} dev questions (marginal_nll in nats per token)")
     for difference in differences:
         if difference.metric in _SHOWN:
-            workspace.report(format_difference(difference))
+            workspace.log(format_difference(difference))
     return result
 
 

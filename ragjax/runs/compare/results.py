@@ -118,7 +118,7 @@ def write_results(
     names = [name for name in kept if name in records]
     table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
     shown = [c for c in comparisons if c.metric in PAIRS[c.system, c.baseline]]
-    workspace.report("\n" + format_report(table, shown) + "\n" + _legend(list(records), checks))
+    workspace.log("\n" + format_report(table, shown) + "\n" + _legend(list(records), checks))
     folder = workspace.folder
     lines = {}
     if checks is not None:
@@ -127,7 +127,7 @@ def write_results(
         if checks.robustness is not None:
             summary = summarize_robustness(checks.robustness, **options)
             compared = compare_conditions(checks.robustness, **options)
-            workspace.report("\n" + _robustness_report(summary, compared))
+            workspace.log("\n" + _robustness_report(summary, compared))
             write_json(folder / "robustness.json", summary)
             lines = condition_lines(checks.robustness)
     write_text(folder / "predictions.jsonl", _prediction_lines(records, lines))

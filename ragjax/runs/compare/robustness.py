@@ -74,7 +74,7 @@ def answer_conditions(
     sets = _passage_sets(workspace, found, split, num_distractors)
     if not sets:
         return None
-    workspace.report(f"answers of {len(sets)} questions with and without distractors")
+    workspace.log(f"answers of {len(sets)} questions with and without distractors")
     asked = [workspace.questions[split][row] for row in sets]
     # One product for all passages that are read: each has one logit, whatever is read beside it.
     passages = sorted({doc for chosen in sets.values() for doc in chosen.gold_first})

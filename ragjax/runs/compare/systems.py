@@ -201,7 +201,7 @@ def _answers(
             groups.setdefault(kind, []).append(column)
     answers: dict[str, list[ScoredAnswer]] = {}
     for group in groups.values():
-        workspace.report(f"answers of {', '.join(column.name for column in group)}")
+        workspace.log(f"answers of {', '.join(column.name for column in group)}")
         lm = group[0].lm
         assert lm is not None, "only systems that answer are grouped"
         together = [request for column in group for request in requests[column.name]]

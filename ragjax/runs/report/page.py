@@ -108,7 +108,7 @@ def report_run(
     """
     explain(workspace, before, after, lm, target=target)
     path = write_report(workspace.folder, title=title)
-    workspace.report(f"report: {path}")
+    workspace.log(f"report: {path}")
     return path
 
 

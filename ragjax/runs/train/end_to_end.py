@@ -88,7 +88,7 @@ def train_end_to_end(
     """
     devices, training = choose_devices(config), config.training
     if devices.count > 1:
-        workspace.report(f"{devices.count} devices share each step")
+        workspace.log(f"{devices.count} devices share each step")
     split = split_models(config, workspace.lm.family, workspace.lm.params, tower_params)
     questions = workspace.questions["train"]
     sources = None

@@ -107,7 +107,7 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> Ref
         trigger=refresh_trigger(config.mode, trigger),
         options=refresh_options(config),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
-        report=workspace.report,
+        report=workspace.log,
         check=workspace.stop.check,
     )
 
