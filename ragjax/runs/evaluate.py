@@ -39,9 +39,7 @@ class Opened(NamedTuple):
     workspace: Workspace
     weighing: Workspace  # the same with the dev questions that choose the weight of the hybrid
     run: FinishedRun | None
-    query_params: Any  # trained, or of the base encoder
-    doc_params: Any
-    lm_params: Any
+    models: Models
     systems: tuple[str, ...]  # that are compared
 
 
@@ -62,9 +60,7 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     systems = system_names(config, adapts_lm=options.trains_lm)
     dataset = read_data(options, folder, log)
     questions = _choose_questions(config, options, dataset)
-    models = run.models if run else Models(options, None)
-    # Read now: a run that has not ended is refused before the corpus is tokenised.
-    query, doc, lm = models.query_encoder, models.doc_encoder, models.language_model
+    models = (run.models if run else Models(options, None)).read()
     workspace = make_workspace(
         options,
         folder,
@@ -83,9 +79,7 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
         workspace=workspace,
         weighing=dataclasses.replace(workspace, questions=weighing),
         run=run,
-        query_params=query.params,
-        doc_params=doc.params,
-        lm_params=lm.params,
+        models=models,
         systems=systems,
     )
 
@@ -188,7 +182,11 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
     workspace, split = opened.workspace, config.split
     bm25, before, after = _indexes(opened)
     base = workspace.base_lm()
-    lm = workspace.adapted_lm(opened.lm_params) if workspace.config.trains_lm else base
+    lm = (
+        workspace.adapted_lm(opened.models.language_model.params)
+        if workspace.config.trains_lm
+        else base
+    )
     documents = retrieve_documents(workspace, bm25, before, after, split)
     cache = answer_cache(workspace.folder, _earlier_answers(opened.run))
     measure = measure_answer(workspace, config.support_threshold)
@@ -224,8 +222,8 @@ def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:
         return bm25, before, before
     with workspace.timed("index after"):
         after = build_retriever(
-            opened.weighing, bm25, version=1, query_params=opened.query_params,
-            doc_params=opened.doc_params, earlier=earlier,
+            opened.weighing, bm25, version=1, query_params=opened.models.query_encoder.params,
+            doc_params=opened.models.doc_encoder.params, earlier=earlier,
         )  # fmt: skip
     return bm25, before, after
 

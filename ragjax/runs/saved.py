@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -46,6 +46,11 @@ class Models:
             folder: Its output folder; None: there is no run yet, all models are base models.
         """
         self._config, self._folder = config, folder
+
+    def read(self) -> Self:
+        """Reads all models now, so that a run that has not ended is refused before other work."""
+        _ = self.query_encoder, self.language_model
+        return self
 
     @cached_property
     def base_encoder(self) -> TextEncoder:
@@ -126,7 +131,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Results:
-    """What lies in an output folder.
+    """Results in an output folder.
 
     Attributes:
         folder: Output folder.

@@ -89,8 +89,7 @@ def open_system(folder: str | Path, *, stop: StopFlag | None = None, log: Log = 
     """
     folder = Path(folder)
     run = open_run(folder)
-    config = run.config
-    models = run.models
+    config, models = run.config, run.models.read()
     dataset = read_data(config, folder, log)
     workspace = make_workspace(
         config,
