@@ -39,7 +39,7 @@ class Flags:
         root: Folder that the trainer writes its encoding jobs to.
         data: Folder with the trainer's `corpus.jsonl`.
         cache: Folder for the prepared corpus of this host; "" takes `cache` beside the data.
-        encoder: The trainer's un-adapted encoder.
+        encoder: The trainer's base encoder.
         encoder_max_length: As the trainer's `--encoder_max_length`.
         fields: As the trainer's `--data_options.fields`.
         on_bad_row: As the trainer's `--data_options.on_bad_row`.

@@ -155,7 +155,7 @@ def describe_evaluation(
 
     Args:
         workspace: Data, models, options.
-        split: Questions that are asked.
+        split: Questions of the evaluation.
         systems: Names of the systems that are compared.
         encodings: Times that the corpus is encoded.
         distractors: Of a prompt that measures robustness; 0: it is not measured.

@@ -1,4 +1,4 @@
-"""The language model as teacher: scores of (question, document) pairs, and the LSR target."""
+"""Scores of (question, document) pairs by a frozen language model, and the LSR target."""
 
 import functools
 import itertools

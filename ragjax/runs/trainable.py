@@ -98,7 +98,7 @@ def split_lm(config: LearningConfig, family: LMFamily, params: Any, *, seed: int
         config: Layers to train, and whether by adapters.
         family: Of the model.
         params: Its parameters.
-        seed: Of the adapters' random half.
+        seed: Of the adapters' random initial values.
 
     Raises:
         ValueError: The model has fewer layers.
@@ -113,7 +113,7 @@ def split_towers(config: TowersConfig, towers: Mapping[str, Any], *, seed: int) 
     Args:
         config: Towers to train, layers of each, and whether by adapters.
         towers: Parameters of `shared`, or of `query` and `doc`.
-        seed: Of the adapters' random halves; another one for each tower follows from it.
+        seed: Of the adapters' random initial values, which differ between towers.
     """
     names = {"query": ("query",), "none": ()}.get(config.train, tuple(towers))
     trained = {name: tower for name, tower in towers.items() if name in names}

@@ -1,4 +1,4 @@
-"""What every stage of a dual-training run shares: the data, the models and where things are kept.
+"""What the stages of a run share: data, models and output folder.
 
 Q questions, N documents, D embedding size.
 """
@@ -67,8 +67,8 @@ class Workspace:
         folder: Output folder.
         dataset: Corpus, questions, relevance judgements.
         questions: Questions used, by split ("train", "dev", "test"), after the caps of the config.
-        encoder: The un-adapted text encoder.
-        lm: The un-adapted language model.
+        encoder: The base text encoder.
+        lm: The base language model.
         prompts: Turns (documents, question, answer) into token ids, for scoring and answering.
         documents: Token ids of the documents for the language model.
         doc_tokens: Encoder token ids of the documents, N lists.
@@ -94,7 +94,7 @@ class Workspace:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Announces a stage and keeps how long it took."""
+        """Logs the beginning of a stage and records its wall-clock time."""
         self.stop.check()
         self.log(f"\n== {stage}")
         started = time.perf_counter()
@@ -150,7 +150,7 @@ class Workspace:
         return lambda params, batch: function(self.in_compute_dtype(params), batch)
 
     def base_lm(self) -> FrozenLM:
-        """Returns the un-adapted language model as it scores and answers."""
+        """Returns the base language model as it scores and answers."""
         return self._frozen(self.lm.params, self.lm.fingerprint)
 
     def adapted_lm(self, params: Any) -> FrozenLM:
@@ -218,7 +218,7 @@ def open_workspace(
     Args:
         config: Options of the run.
         folder: Output folder; the prepared corpus goes to its sub-folder `data`.
-        stop: Looked at between stages.
+        stop: Checked between stages.
         log: Shows one line to the user.
 
     Raises:
@@ -245,16 +245,16 @@ def make_workspace(
     stop: StopFlag,
     log: Log = print,
 ) -> Workspace:
-    """Puts data and models that are read already together.
+    """Returns the workspace of loaded data and models.
 
     Args:
         config: Options of the run.
         folder: Output folder.
         dataset: Corpus, questions, relevance judgements.
-        questions: Those of them that are used, by split.
-        encoder: The un-adapted text encoder.
-        lm: The un-adapted language model.
-        stop: Looked at between stages.
+        questions: Questions used, by split.
+        encoder: The base text encoder.
+        lm: The base language model.
+        stop: Checked between stages.
         log: Shows one line to the user.
     """
     encoder = _in_compute_dtype(encoder, config)
@@ -341,7 +341,7 @@ def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Que
     for split, limit in limits.items():
         known = dataset.questions.get(split, ())
         if split == "train":
-            # Nothing can be learnt from a question without an answer: p_LM(y|c∘x) needs a y.
+            # p_LM(y|c∘x) of a question without an answer has no y to train on.
             known = tuple(question for question in known if question.answers)
         if not known and split != "dev":
             need = "answers and " if split == "train" else ""
@@ -400,7 +400,7 @@ def answer_end_id(lm: LanguageModel) -> int | None:
 
 
 def tower_params(workspace: Workspace) -> dict[str, Any]:
-    """Returns un-adapted towers by name: one `shared` tower, or `query` and `doc` apart."""
+    """Returns the base towers by name: one `shared` tower, or `query` and `doc` apart."""
     return dict.fromkeys(workspace.config.retriever.tower_names, workspace.encoder.params)
 
 

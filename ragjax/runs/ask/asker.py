@@ -1,4 +1,4 @@
-"""One question to the answer, the passage it rests on and the words that carry it.
+"""From a question to its answer, the passage behind it and the words that carry it.
 
     system = open_system(Path("runs/adapt"))
     asker = Asker(system, ReaderOptions(), decode=decode_ensemble, by=by_hybrid)
@@ -54,8 +54,8 @@ class Reply(NamedTuple):
     utility: float  # log_prob - no_doc_log_prob
     grounded: bool  # the documents make the answer more likely than none
     sources: tuple[Source, ...]  # in the order of the retriever
-    relied_on: int | None  # which of them explains the answer best; None: there is none
-    span: Span | None  # in that one; None: not asked for, or no text there
+    relied_on: int | None  # place of the one that explains the answer best; None: no sources
+    span: Span | None  # in that one; None: not requested, or no text there
     notes: tuple[str, ...]  # sentences for the reader
     answer_seconds: float  # until the answer and the passage it relies on were known
     seconds: float  # until it was explained, too
@@ -66,14 +66,14 @@ class Answer(NamedTuple):
 
     question: str
     text: str
-    relied_on: int | None  # place of the passage that explains the text best; None: there is none
+    relied_on: int | None  # place of the passage that explains the text best; None: no passage
     docs: tuple[int, ...]  # corpus rows, in the order of the retriever
     posterior: np.ndarray  # [K] p(c|x,y) among the documents
     notes: tuple[str, ...]  # sentences for the reader
     prompt: Prompt
     generated: Generated
     token_log_probs: np.ndarray  # [K, T] log p_LM(y_t|c∘x, y_<t) in nats
-    started: float  # when it was asked, and
+    started: float  # time of the question, and
     seconds: float  # how long the answer took
 
 
@@ -84,7 +84,7 @@ class Asker:
         system: Documents, retriever and language model.
         reader: Its language model at fixed shapes.
         spans: Finds the words that carry an answer.
-        asked_documents: K as asked for; a smaller corpus gives fewer.
+        asked_documents: K as requested; a smaller corpus gives fewer.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class Reader:
         self.limits = Limits(
             max_new_tokens=self.prompts.max_target,
             stop_ids=stop_ids(self.lm),
-            # An un-adapted model often begins its answer on a new line; that is no empty answer.
+            # A base model often begins its answer on a new line; that is no empty answer.
             min_new_tokens=1,
         )
 

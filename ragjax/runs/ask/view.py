@@ -28,7 +28,7 @@ def plain(text: str, part: str) -> str:
 
 
 def coloured(text: str, part: str) -> str:
-    """Colours a part by its name, with ANSI codes; of each line, since a pager may cut them."""
+    """Colours a part by its name, with ANSI codes; of each line, since a pager may split them."""
     code = _CODES[part]
     return "\n".join(f"\033[{code}m{line}\033[0m" for line in text.split("\n"))
 
@@ -83,7 +83,7 @@ def format_source(answer: Answer, corpus: Corpus, *, style: Style) -> str:
 
 
 def verdict(reply: Reply) -> str:
-    """Says in one sentence whether the answer rests on the documents."""
+    """Returns one sentence: does the answer rest on the documents?"""
     if not reply.sources:
         return "No document was read."
     if not reply.grounded:

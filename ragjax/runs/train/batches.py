@@ -1,4 +1,4 @@
-"""Batches of an end-to-end run: what was retrieved, as token arrays of one fixed shape.
+"""Batches of an end-to-end run: retrieved documents as token arrays of one fixed shape.
 
 B questions a step, K retrieved documents, S document slots, M = B * S.
 """
@@ -27,7 +27,7 @@ _CONTEXT_MULTIPLE = 32
 
 
 class RagBatches:
-    """Turns what a step retrieved into its batch; every step has the same shapes."""
+    """Turns the results of a step into its batch; every step has the same shapes."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class RagBatches:
             config: Options of the run.
             place: Puts a batch on the devices.
             sources: Corpus rows that each question was made from, which are no negatives of it;
-                None: they are treated as any other.
+                None: they are as any other.
         """
         self._workspace, self._config, self._place = workspace, config, place
         encoder = workspace.encoder
@@ -75,8 +75,8 @@ class RagBatches:
 
     def prepare(self, retrieved: StepDocuments) -> tuple[RagBatch, Mapping[str, float]]:
         """Returns the batch of a step and the recall of its candidates."""
-        rows, found = retrieved.rows, retrieved.found
-        doc_ids, mask = self._candidates(found)
+        rows, results = retrieved.rows, retrieved.found
+        doc_ids, mask = self._candidates(results)
         contexts = [
             context
             for row, docs, real in zip(rows, doc_ids, mask, strict=True)
@@ -91,7 +91,7 @@ class RagBatches:
             pad_id=self._prompts.pad_id,
         )
         shape = (*mask.shape, self._context_length)
-        positive, relevant, slots = self._judged(rows, doc_ids, mask)
+        positive, relevant, slots = self._slots(rows, doc_ids, mask)
         batch = RagBatch(
             queries=pad_tokens(
                 self._workspace.encoder,
@@ -108,12 +108,12 @@ class RagBatches:
             positive=positive,
             relevant=relevant,
         )
-        return self._place(batch), self._recall(rows, found)
+        return self._place(batch), self._recall(rows, results)
 
-    def _candidates(self, found: SearchResult) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids `[B, K]` and which of them are there, the null document last."""
-        doc_ids = np.where(found.mask, found.doc_ids, NO_SLOT).astype(np.int32)
-        mask = found.mask
+    def _candidates(self, results: SearchResult) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids and mask `[B, K]`, the null document last."""
+        doc_ids = np.where(results.mask, results.doc_ids, NO_SLOT).astype(np.int32)
+        mask = results.mask
         if self._config.training.null_document:
             rows = len(doc_ids)
             doc_ids = np.concatenate([doc_ids, np.full((rows, 1), NULL_DOC, np.int32)], axis=1)
@@ -129,12 +129,12 @@ class RagBatches:
             for doc, real in zip(docs.tolist(), mask.tolist(), strict=True)
         ]
 
-    def _judged(
+    def _slots(
         self, rows: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray
     ) -> tuple[Any, Any, np.ndarray]:
-        """Returns the slot of a judged document of each question, what is no negative, and slots.
+        """Returns the slot of a relevant document of each question, non-negatives, and all slots.
 
-        Without the contrastive term the slots are the candidates, and the judgements are not used.
+        Without the contrastive term the slots are the candidates, and labels are not used.
         """
         sources = [self._sources[row] if self._sources else frozenset() for row in rows]
         if not self._config.objective.contrastive_weight:
@@ -151,7 +151,7 @@ class RagBatches:
                 extra[number, 0] = min(relevant)
                 positive[number] = doc_ids.shape[1]
         slots = np.concatenate([doc_ids, extra], axis=1)
-        no_negatives = [judged | made_from for judged, made_from in zip(gold, sources, strict=True)]
+        no_negatives = [*map(frozenset.union, gold, sources)]
         return jnp.asarray(positive), _members(slots, no_negatives), slots
 
     def _docs(self, slots: np.ndarray) -> Tokens:
@@ -175,10 +175,10 @@ class RagBatches:
         whole = -(-longest // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
         return min(whole, self._prompts.max_context_length)
 
-    def _recall(self, rows: np.ndarray, found: SearchResult) -> dict[str, float]:
+    def _recall(self, rows: np.ndarray, results: SearchResult) -> dict[str, float]:
         hits = [
             bool(relevant & set(docs[mask].tolist()))
-            for row, docs, mask in zip(rows, found.doc_ids, found.mask, strict=True)
+            for row, docs, mask in zip(rows, results.doc_ids, results.mask, strict=True)
             if (relevant := self._relevant[row])
         ]
         return {"retrieval/recall": float(np.mean(hits))} if hits else {}

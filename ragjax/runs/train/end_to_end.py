@@ -36,7 +36,7 @@ def choose_devices(config: RagConfig) -> Devices:
     """Returns the devices of the training step: as many as divide the batch evenly.
 
     Raises:
-        ValueError: More devices are asked for than there are.
+        ValueError: There are fewer devices, or they do not divide the batch.
     """
     local = jax.local_devices()
     spare = local[: len(local) - config.refresh.devices]
@@ -77,10 +77,10 @@ def train_end_to_end(
     """Trains both models through the marginal likelihood of the answers.
 
     Args:
-        workspace: Data and un-adapted models.
+        workspace: Data and base models.
         config: Options of the run.
         bm25: Joins the dense index for hybrid candidates.
-        before: The un-adapted retriever, whose embeddings are the first generation of the index.
+        before: The base retriever, whose embeddings are the first generation of the index.
         tower_params: Towers before training.
 
     Returns:
@@ -201,10 +201,10 @@ def make_terms(
 
 
 def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.LMReader:
-    """Returns what the language model tells of a batch, computed in the dtype of the run.
+    """Returns the language model's functions of a batch, computed in the dtype of the run.
 
     Raises:
-        ValueError: A causal decoder was asked to read all documents at once.
+        ValueError: A causal decoder cannot read all documents at once.
     """
     lm, options, objective = workspace.lm, config.language_model, config.objective
     token_log_probs = functools.partial(lm.family.token_log_probs, lm.config, remat=options.remat)

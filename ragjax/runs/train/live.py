@@ -50,7 +50,7 @@ def open_retrieval(
     """Opens retrieval for the training questions of each step with the current towers.
 
     Args:
-        workspace: Data, models, options; `refresh.mode` says how fresh the index is.
+        workspace: Data, models, options; `refresh.mode` decides how fresh the index is.
         split: The towers before training.
         store: Embeddings of the documents with them; None encodes the documents.
         k: K, fewer where the corpus is smaller.

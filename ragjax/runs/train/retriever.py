@@ -111,10 +111,10 @@ def train_live(
     """Trains the retriever on documents retrieved before each step with the current towers.
 
     Args:
-        workspace: Data, models, options; `refresh.mode` says how fresh the index is.
+        workspace: Data, models, options; `refresh.mode` decides how fresh the index is.
         config: Options of the stage.
         bm25: Joins the dense index for candidates that the language model scores.
-        before: The un-adapted retriever, whose embeddings are the first generation.
+        before: The base retriever, whose embeddings are the first generation.
         params: Towers before training.
         lm: Scores the candidates of the LSR objectives.
         cache: Its scores, added to step by step.
