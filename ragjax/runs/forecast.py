@@ -200,6 +200,9 @@ class _Texts:
     Attributes:
         document: Tokens of a document in a prompt.
         question: Tokens of the rest of a prompt, the answer included.
+        prompt: Tokens of a prompt with one document.
+        lm_passes: A training step of the language model in forward passes.
+        encoder_passes: A training step of the encoder in forward passes.
     """
 
     def __init__(self, workspace: Workspace, config: RunConfig) -> None:
@@ -207,11 +210,12 @@ class _Texts:
         self._lengths = workspace.doc_tokens.lengths
         self.document = min(config.prompt.document_tokens, float(self._lengths.mean()) * _LM_TOKENS)
         self.question = _QUESTION_TOKENS + config.prompt.answer_tokens
-
-    @property
-    def prompt(self) -> float:
-        """Tokens of a prompt with one document."""
-        return self.document + self.question
+        self.prompt = self.document + self.question
+        lm, encoder = workspace.lm.config.num_layers, workspace.encoder.config.num_layers
+        self.lm_passes = 1 + config.trains_lm * _backward(config.language_model, lm, _LM_BACKWARD)
+        self.encoder_passes = _ENCODER_FORWARD + config.trains_retriever * _backward(
+            config.retriever, encoder, _ENCODER_BACKWARD
+        )
 
     @functools.cached_property
     def corpus(self) -> int:
@@ -238,20 +242,6 @@ class _Texts:
         filler = LMBatch(*_filled(rows, length, lm.pad_id), *_filled(rows, targets, lm.pad_id))
         score, params = jax.jit(lm.token_log_probs), workspace.in_compute_dtype(lm.params)
         return rows * (length + targets) / _mean_seconds(lambda: score(params, filler))
-
-    @property
-    def lm_passes(self) -> float:
-        """A training step of the language model in forward passes."""
-        sizes = self.workspace.lm.config
-        backward = _backward(self.config.language_model, sizes, _LM_BACKWARD)
-        return 1 + self.config.trains_lm * backward
-
-    @property
-    def encoder_passes(self) -> float:
-        """A training step of the encoder in forward passes."""
-        sizes = self.workspace.encoder.config
-        backward = _backward(self.config.retriever, sizes, _ENCODER_BACKWARD)
-        return _ENCODER_FORWARD + self.config.trains_retriever * backward
 
     def answered(self, split: str) -> int:
         """Returns how many questions of a split the language model answers."""
@@ -294,22 +284,18 @@ def _cost(
             every = max(refresh.work.steps_between or 1, refresh.fastest_steps)
             seconds["refreshes"] = steps / every * refresh.refresh_seconds
     index_bytes = size * workspace.encoder.embedding_size * 4 * encodings
-    trained_bytes = (encodings - 1) * _num_bytes(
-        lambda towers: split_towers(config.retriever, towers, seed=0).trainable,
-        tower_params(workspace),
-    )
+    split = functools.partial(split_towers, config.retriever, seed=0)
+    trained = (encodings - 1) * _trained_bytes(split, tower_params(workspace))
     if config.trains_lm:
         lm = workspace.lm
-        trained_bytes += _num_bytes(
-            lambda params: split_lm(config.language_model, lm.family, params, seed=0).trainable,
-            lm.params,
-        )
-    checkpoint_bytes = trained_bytes * _CHECKPOINT_COPIES
+        split = functools.partial(split_lm, config.language_model, lm.family, seed=0)
+        trained += _trained_bytes(split, lm.params)
+    refreshes = refresh.bytes_on_disk if refresh else 0
     return Cost(
         documents=size * encodings,
         lm_forwards=int(prompts + answered * _PROMPTS * texts.prompts_of(read)),
         seconds=seconds,
-        bytes_on_disk=index_bytes + checkpoint_bytes + (refresh.bytes_on_disk if refresh else 0),
+        bytes_on_disk=index_bytes + trained * _CHECKPOINT_COPIES + refreshes,
         free_bytes=free_bytes,
         refresh=refresh,
     )
@@ -337,15 +323,15 @@ def _refreshes(texts: _Texts, steps: int, step_seconds: float, free_bytes: int) 
     return forecast_refresh(work)
 
 
-def _backward(config: LearningConfig, sizes: Any, whole: float) -> float:
+def _backward(config: LearningConfig, num_layers: int, whole: float) -> float:
     """Returns a backward pass in forward passes, given that through all layers and weights."""
-    depth = config.train_layers / sizes.num_layers if config.train_layers else 1.0
+    depth = config.train_layers / num_layers if config.train_layers else 1.0
     return depth * (whole * (_ADAPTER_SHARE if config.lora_rank else 1.0) + config.remat)
 
 
-def _num_bytes(make: Callable[..., Any], *trees: Any) -> int:
-    """Returns the bytes of the arrays that `make` would return, without computing them."""
-    return _tree_bytes(jax.eval_shape(make, *trees))
+def _trained_bytes(split: Callable[[Any], Any], params: Any) -> int:
+    """Returns the bytes of the trainable parameters that `split` would return."""
+    return _tree_bytes(jax.eval_shape(lambda params: split(params).trainable, params))
 
 
 def _tree_bytes(tree: Any) -> int:

@@ -6,6 +6,7 @@ B questions a step, K retrieved documents, S document slots, M = B * S.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +28,13 @@ _CONTEXT_MULTIPLE = 32
 
 
 class RagBatches:
-    """Turns the results of a step into its batch; every step has the same shapes."""
+    """Turns the results of a step into its batch; every step has the same shapes.
+
+    Attributes:
+        num_retrieved: K without the null document.
+        context_tokens: Tokens of a context and its target, padding included.
+        doc_tokens: Tokens of a document for the encoder, padding included.
+    """
 
     def __init__(
         self,
@@ -47,122 +54,97 @@ class RagBatches:
                 None: they are as any other.
         """
         self._workspace, self._config, self._place = workspace, config, place
-        encoder = workspace.encoder
+        encoder, query_ids = workspace.encoder, workspace.train_query_ids
         self._questions = workspace.questions["train"]
         self._prompts = training_prompts(workspace.config.prompt, workspace.lm)
-        self._targets = [self._prompts.target(question.answers[0]) for question in self._questions]
-        self._query_ids = workspace.train_query_ids
-        self._relevant = workspace.relevant_rows("train")
-        self._sources = sources
-        length = int(workspace.doc_tokens.lengths.max())
-        self._query_length = bucket_of(encoder, max(map(len, self._query_ids)))
-        self._doc_length = bucket_of(encoder, min(config.retriever.doc_tokens, length))
+        self._queries = pad_right(
+            query_ids, length=bucket_of(encoder, max(map(len, query_ids))), pad_id=encoder.pad_id
+        )
+        self._targets = pad_right(
+            [self._prompts.target(question.answers[0]) for question in self._questions],
+            length=self._prompts.max_target_length,
+            pad_id=self._prompts.pad_id,
+        )
+        self._relevant, self._sources = workspace.relevant_rows("train"), sources
         self._context_length = self._longest_context()
         self._null_ids = encode_texts(
             encoder.tokenizer, [encoder.doc_prefix], max_length=encoder.max_length
         ).ids[0]
         self.num_retrieved = min(config.training.documents, len(workspace.doc_tokens))
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens of a context and its target, padding included."""
-        return self._context_length + self._prompts.max_target_length
-
-    @property
-    def doc_tokens(self) -> int:
-        """Tokens of a document for the encoder, padding included."""
-        return self._doc_length
+        self.context_tokens = self._context_length + self._prompts.max_target_length
+        longest = int(workspace.doc_tokens.lengths.max())
+        self.doc_tokens = bucket_of(encoder, min(config.retriever.doc_tokens, longest))
 
     def prepare(self, retrieved: StepDocuments) -> tuple[RagBatch, Mapping[str, float]]:
         """Returns the batch of a step and the recall of its candidates."""
         rows, results = retrieved.rows, retrieved.found
         doc_ids, mask = self._candidates(results)
         contexts = [
-            context
-            for row, docs, real in zip(rows, doc_ids, mask, strict=True)
-            for context in self._contexts(int(row), docs, real)
+            self._context(row, doc)
+            for row, docs in zip(rows, np.where(mask, doc_ids, NULL_DOC).tolist(), strict=True)
+            for doc in docs
         ]
         packed = self._prompts.pack(
             contexts, [[]] * len(contexts), context_length=self._context_length
         )
-        targets = pad_right(
-            [self._targets[row] for row in rows],
-            length=self._prompts.max_target_length,
-            pad_id=self._prompts.pad_id,
-        )
         shape = (*mask.shape, self._context_length)
+        target_ids, target_mask = (part[rows] for part in self._targets)
         positive, relevant, slots = self._slots(rows, doc_ids, mask)
-        batch = RagBatch(
-            queries=pad_tokens(
-                self._workspace.encoder,
-                [self._query_ids[row] for row in rows],
-                self._query_length,
-            ),
+        arrays = dict(
+            queries=Tokens._make(part[rows] for part in self._queries),
             docs=self._docs(slots),
-            doc_ids=jnp.asarray(slots),
-            doc_mask=jnp.asarray(mask),
-            context_ids=jnp.asarray(packed.context_ids.reshape(shape)),
-            context_mask=jnp.asarray(packed.context_mask.reshape(shape)),
-            target_ids=jnp.asarray(targets.ids),
-            target_mask=jnp.asarray(targets.mask),
+            doc_ids=slots,
+            doc_mask=mask,
+            context_ids=packed.context_ids.reshape(shape),
+            context_mask=packed.context_mask.reshape(shape),
+            target_ids=target_ids,
+            target_mask=target_mask,
             positive=positive,
             relevant=relevant,
         )
+        batch = RagBatch(**jax.tree.map(jnp.asarray, arrays))
         return self._place(batch), self._recall(rows, results)
 
     def _candidates(self, results: SearchResult) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask `[B, K]`, the null document last."""
         doc_ids = np.where(results.mask, results.doc_ids, NO_SLOT).astype(np.int32)
-        mask = results.mask
-        if self._config.training.null_document:
-            rows = len(doc_ids)
-            doc_ids = np.concatenate([doc_ids, np.full((rows, 1), NULL_DOC, np.int32)], axis=1)
-            mask = np.concatenate([mask, np.ones((rows, 1), bool)], axis=1)
-        return doc_ids, mask
+        if not self._config.training.null_document:
+            return doc_ids, results.mask
+        return _with_column(doc_ids, NULL_DOC), _with_column(results.mask, True)
 
-    def _contexts(self, row: int, docs: np.ndarray, mask: np.ndarray) -> list[list[int]]:
-        question = self._questions[row].text
-        return [
-            self._prompts.context(question, self._workspace.documents.get([doc]))
-            if real and doc != NULL_DOC
-            else self._prompts.context(question)
-            for doc, real in zip(docs.tolist(), mask.tolist(), strict=True)
-        ]
+    def _context(self, row: int, doc: int) -> list[int]:
+        documents = [] if doc == NULL_DOC else self._workspace.documents.get([doc])
+        return self._prompts.context(self._questions[row].text, documents)
 
-    def _slots(
-        self, rows: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray
-    ) -> tuple[Any, Any, np.ndarray]:
+    def _slots(self, rows: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray) -> tuple[Any, ...]:
         """Returns the slot of a relevant document of each question, non-negatives, and all slots.
 
         Without the contrastive term the slots are the candidates, and labels are not used.
         """
         sources = [self._sources[row] if self._sources else frozenset() for row in rows]
         if not self._config.objective.contrastive_weight:
-            relevant = _members(doc_ids, sources) if self._sources else None
-            return None, relevant, doc_ids
-        extra = np.full((len(rows), 1), NO_SLOT, np.int32)
+            return None, _members(doc_ids, sources) if self._sources else None, doc_ids
+        slots = _with_column(doc_ids, NO_SLOT)
         positive = np.full(len(rows), -1, np.int32)
-        gold = [self._relevant[row] for row in rows]
-        for number, relevant in enumerate(gold):
-            there = [k for k in np.flatnonzero(mask[number]) if int(doc_ids[number, k]) in relevant]
-            if there:
-                positive[number] = there[0]
-            elif relevant:
-                extra[number, 0] = min(relevant)
-                positive[number] = doc_ids.shape[1]
-        slots = np.concatenate([doc_ids, extra], axis=1)
-        no_negatives = [*map(frozenset.union, gold, sources)]
-        return jnp.asarray(positive), _members(slots, no_negatives), slots
+        relevant = [self._relevant[row] for row in rows]
+        for row, docs in enumerate(relevant):
+            there = np.flatnonzero(mask[row] & np.isin(doc_ids[row], list(docs)))
+            if there.size:
+                positive[row] = there[0]
+            elif docs:
+                slots[row, -1] = min(docs)
+                positive[row] = doc_ids.shape[1]
+        return positive, _members(slots, list(map(frozenset.union, relevant, sources))), slots
 
     def _docs(self, slots: np.ndarray) -> Tokens:
         special: dict[int, list[int]] = {NULL_DOC: self._null_ids, NO_SLOT: []}
         ids = [
             special[doc]
             if doc in special
-            else truncated(self._workspace.doc_tokens[doc], self._doc_length)
+            else truncated(self._workspace.doc_tokens[doc], self.doc_tokens)
             for doc in slots.reshape(-1).tolist()
         ]
-        tokens = pad_tokens(self._workspace.encoder, ids, self._doc_length)
+        tokens = pad_tokens(self._workspace.encoder, ids, self.doc_tokens)
         return Tokens(*(leaf.reshape(*slots.shape, -1) for leaf in tokens))
 
     def _longest_context(self) -> int:
@@ -184,6 +166,10 @@ class RagBatches:
         return {"retrieval/recall": float(np.mean(hits))} if hits else {}
 
 
-def _members(slots: np.ndarray, sets: Sequence[frozenset[int]]) -> Any:
+def _with_column(array: np.ndarray, value: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, 1)), constant_values=value)
+
+
+def _members(slots: np.ndarray, sets: Sequence[frozenset[int]]) -> np.ndarray:
     """Returns which documents of the batch are in each question's set, `[B, M]` bool."""
-    return jnp.asarray(np.stack([np.isin(slots.reshape(-1), list(members)) for members in sets]))
+    return np.stack([np.isin(slots.reshape(-1), list(members)) for members in sets])

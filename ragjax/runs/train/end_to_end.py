@@ -23,6 +23,12 @@ from ragjax.runs.workspace import Workspace
 from ragjax.training import end_to_end
 from ragjax.training.ahead import AheadRetrieval
 
+_MARGINALS = {
+    "sequence": end_to_end.sequence_term,
+    "token": end_to_end.token_term,
+    "emdr2": end_to_end.emdr2_term,
+}
+
 
 class Devices(NamedTuple):
     """Where a step runs: one device, or a mesh that shares the questions."""
@@ -46,9 +52,8 @@ def choose_devices(config: RagConfig) -> Devices:
             f"--training.devices {asked}: there are {len(local)} local devices, and"
             f" {config.refresh.devices} of them encode (--refresh.devices)"
         )
-    batch = config.training.batch_size
     # Each part of an accumulated step is shared as well.
-    part = batch // config.training.accumulate
+    part = config.training.batch_size // config.training.accumulate
     if asked and part % asked:
         raise ValueError(
             f"--training.devices {asked} does not divide the {part} questions of a part"
@@ -60,11 +65,8 @@ def choose_devices(config: RagConfig) -> Devices:
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=spare[:count])
     rows = NamedSharding(mesh, PartitionSpec("data"))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return Devices(
-        count,
-        lambda batch: jax.device_put(batch, rows),
-        lambda tree: jax.device_put(tree, everywhere),
-    )
+    put = jax.device_put
+    return Devices(count, lambda batch: put(batch, rows), lambda tree: put(tree, everywhere))
 
 
 def train_end_to_end(
@@ -173,29 +175,18 @@ def make_terms(
         objective: Weights and forms.
         fusion: The reader sees all documents at once.
     """
-    marginals = {
-        "sequence": end_to_end.sequence_term,
-        "token": end_to_end.token_term,
-        "emdr2": end_to_end.emdr2_term,
-    }
-    distilled = (
-        end_to_end.make_attention_term(objective.temperature)
-        if objective.score == "attention"
-        else end_to_end.make_lsr_term(SCORES[objective.score], objective.temperature)
-    )
+    lm_term = end_to_end.fused_lm_term if fusion else end_to_end.lm_term
+    if objective.score == "attention":
+        lsr_term = end_to_end.make_attention_term(objective.temperature)
+    else:
+        lsr_term = end_to_end.make_lsr_term(SCORES[objective.score], objective.temperature)
     compared = objective.marginal_weight + objective.lsr_weight
     terms = {
-        "marginal": (objective.marginal_weight, marginals[objective.marginal]),
-        "lm": (
-            objective.lm_weight,
-            end_to_end.fused_lm_term if fusion else end_to_end.lm_term,
-        ),
-        "lsr": (objective.lsr_weight, distilled),
+        "marginal": (objective.marginal_weight, _MARGINALS[objective.marginal]),
+        "lm": (objective.lm_weight, lm_term),
+        "lsr": (objective.lsr_weight, lsr_term),
         "contrastive": (objective.contrastive_weight, end_to_end.contrastive_term),
-        "negatives": (
-            compared if objective.negatives == "batch" else 0.0,
-            end_to_end.negatives_term,
-        ),
+        "negatives": (compared * (objective.negatives == "batch"), end_to_end.negatives_term),
     }
     return {name: (weight, term) for name, (weight, term) in terms.items() if weight}
 
