@@ -190,6 +190,10 @@ class PromptBuilder:
                 ids += [int(id) for id in document[:budget]]
         return ids + tail
 
+    def document_start(self, question: str) -> int:
+        """Returns how many tokens of `context` stand before the first document."""
+        return len(self._bos) + len(self._around(question)[0])
+
     def target(self, answer: str) -> list[int]:
         """Returns the token ids of an answer, cut to `max_answer_tokens`, then `end_id` if uncut.
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from ragjax.data import Corpus, DataError, DocumentTokens, PromptBuilder
 from ragjax.models.language_model import LanguageModel
+from ragjax.runs.options.checks import at_least
 from ragjax.runs.options.shared import PromptConfig
 from ragjax.runs.workspace import make_prompts
 
@@ -43,9 +44,7 @@ class ReaderOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
-        for name in self.__dataclass_fields__:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, *self.__dataclass_fields__)
 
 
 class Prompt(NamedTuple):
@@ -128,7 +127,8 @@ class ShapedPrompts:
         docs = tuple(int(doc) for doc in docs[: self.rows])
         tokens = self.documents.get(docs)
         contexts = [self.builder.context(question, [ids]) for ids in tokens]
-        around = self.builder.context(question, [[]])
+        around = len(self.builder.context(question, [[]]))
+        start = self.builder.document_start(question)
         weights = np.full(self.rows, -np.inf, np.float32)
         if docs:
             scores = np.asarray(doc_scores[: len(docs)], np.float32)
@@ -138,10 +138,7 @@ class ShapedPrompts:
             question=question,
             docs=docs,
             contexts=contexts,
-            places=[
-                _document_place(context, around, ids)
-                for context, ids in zip(contexts, tokens, strict=True)
-            ],
+            places=[(start, len(context) - around) for context in contexts],
             joined=self._joined(question, tokens),
             closed_book=closed,
             log_weights=weights,
@@ -235,18 +232,3 @@ def _ladder(short: Sequence[int], others: Sequence[int], limit: int) -> tuple[in
     lengths = {min(length, limit) for length in others}
     lowest = min(lengths)
     return tuple(sorted(lengths | {length for length in short if length < lowest - 8}))
-
-
-def _document_place(
-    context: Sequence[int], without: Sequence[int], document: np.ndarray
-) -> tuple[int, int]:
-    """Returns where a document's tokens begin in a context, and how many of them are there."""
-    size = len(context) - len(without)
-    wanted = [int(index) for index in document[:size]]
-    for start in range(len(without) + 1):
-        if list(context[start : start + size]) == wanted and [
-            *context[:start],
-            *context[start + size :],
-        ] == list(without):
-            return start, size
-    raise AssertionError("a context is its document between two parts of the template")
