@@ -27,7 +27,7 @@ from ragjax.data.fields import parse_fields
 from ragjax.models.encoder import load_encoder
 from ragjax.refresh import WorkerOptions, run_worker
 from ragjax.runs.options.dual import AdaptConfig
-from ragjax.runs.workspace import corpus_task
+from ragjax.runs.tokens import corpus_task
 from ragjax.training.loop import graceful_stop
 
 

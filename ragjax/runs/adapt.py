@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
 from ragjax.runs.compare.results import evaluate_run
+from ragjax.runs.data import Log
 from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers
@@ -28,7 +29,7 @@ from ragjax.runs.train.retriever import (
     train_live,
     train_retriever,
 )
-from ragjax.runs.workspace import FrozenLM, Log, Workspace, open_workspace, tower_params
+from ragjax.runs.workspace import FrozenLM, Workspace, open_workspace, tower_params
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score

@@ -16,6 +16,7 @@ from ragjax.runs.compare.systems import (
     make_columns,
     retrieve_documents,
 )
+from ragjax.runs.data import Log, read_data, shuffled
 from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_evaluation
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever
@@ -28,7 +29,7 @@ from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
-from ragjax.runs.workspace import Log, Workspace, make_workspace, read_data, shuffled
+from ragjax.runs.workspace import Workspace, make_workspace
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 

@@ -25,10 +25,11 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LearningConfig, RunConfig
 from ragjax.runs.teacher import context_batches
+from ragjax.runs.tokens import bucket_of, buckets
 from ragjax.runs.train.batches import RagBatches
 from ragjax.runs.train.stages import stage_steps
 from ragjax.runs.trainable import split_lm, split_towers
-from ragjax.runs.workspace import Workspace, bucket_of, buckets, tower_params
+from ragjax.runs.workspace import Workspace, tower_params
 
 # A training step in forward passes. The encoder: one forward pass, one more for its chunks, and a
 # backward pass that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the

@@ -24,9 +24,7 @@ from ragjax.index import (
 from ragjax.index.base import NO_DOC
 from ragjax.refresh import encode_to_store, tqdm_progress
 from ragjax.refresh.task import params_digest
-from ragjax.runs.workspace import (
-    Workspace,
-)
+from ragjax.runs.workspace import Workspace
 from ragjax.training.live import StepQueries, StepSearch, search_dense, search_reranked
 from ragjax.training.lsr import towers
 

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ragjax.runs.adapt import open_adapt
+from ragjax.runs.data import Log
 from ragjax.runs.evaluate import describe_cost, open_evaluation
 from ragjax.runs.forecast import estimate_cost, estimate_rag_cost
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.train_rag import open_rag
-from ragjax.runs.workspace import Log
 from ragjax.training.loop import StopFlag, graceful_stop
 
 

@@ -18,10 +18,11 @@ from ragjax.data import Corpus, Dataset, Question
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
 from ragjax.refresh import encode_corpus
+from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import Models, open_run
-from ragjax.runs.workspace import Log, Workspace, choose_questions, make_workspace, read_data
+from ragjax.runs.workspace import Workspace, make_workspace
 from ragjax.training.loop import StopFlag
 
 

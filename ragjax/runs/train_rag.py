@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ragjax.runs.compare.dev import Side, evaluate_dev
 from ragjax.runs.compare.results import evaluate_run
+from ragjax.runs.data import Log
 from ragjax.runs.folder import CONFIG, claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_rag_cost
 from ragjax.runs.indexes import build_bm25, build_towers, source_rows
@@ -12,7 +13,7 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
-from ragjax.runs.workspace import Log, Workspace, open_workspace, tower_params
+from ragjax.runs.workspace import Workspace, open_workspace, tower_params
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 

@@ -11,44 +11,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ragjax.data import (
-    Corpus,
     CorpusTokens,
     Dataset,
     DocumentTokens,
-    Passage,
     PromptBuilder,
-    PromptTemplate,
     Question,
-    batch_rows,
-    buckets_up_to,
-    encode_texts,
-    leaked_questions,
-    pad_right,
     passage_text,
-    read_beir,
-    write_python_docs,
 )
-from ragjax.data.fields import parse_fields
 from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_options
-from ragjax.models.inputs import Tokens
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.refresh import EncodeTask, encode_corpus
-from ragjax.refresh.batches import DEFAULT_BUCKETS, EncodeOptions
 from ragjax.refresh.task import params_digest
+from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.folder import add_seconds
-from ragjax.runs.options.shared import PromptConfig, RunConfig
+from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
 from ragjax.training.loop import MetricsLog, StopFlag
-
-Log = Callable[[str], None]
-_SHOWN = 3  # ids in a note
 
 
 class FrozenLM(NamedTuple):
@@ -132,12 +117,10 @@ class Workspace:
     @functools.cached_property
     def task(self) -> EncodeTask:
         """The corpus as the encoder encodes it, whatever its parameters become."""
-        return corpus_task(
-            self.encoder,
-            self.doc_tokens,
-            encode_tokens=self.config.encode_tokens,
-            corpus_fingerprint=self.dataset.corpus.fingerprint,
+        task = corpus_task(
+            self.encoder, self.dataset.corpus, encode_tokens=self.config.encode_tokens
         )
+        return dataclasses.replace(task, documents=self.doc_tokens, tokenize=list)
 
     def in_compute_dtype(self, params: Any) -> Any:
         """Returns the language model's parameters in the dtype that it computes in."""
@@ -168,46 +151,6 @@ class Workspace:
             return self.encoder.encode
         dtype = _cast_dtype(self.config)
         return with_options(self.encoder, remat=True, compute_dtype=dtype).encode
-
-
-def corpus_task(
-    encoder: TextEncoder,
-    corpus: Corpus | CorpusTokens,
-    *,
-    encode_tokens: int,
-    corpus_fingerprint: str = "",
-) -> EncodeTask:
-    """Returns the task of encoding a corpus with an encoder, whatever its weights become.
-
-    A trainer and its worker processes must agree on it.
-
-    Args:
-        encoder: The un-adapted encoder; its fingerprint says where the weights started.
-        corpus: Passages, tokenised when they are encoded, or the encoder's token ids of each.
-        encode_tokens: Tokens in a batch, padding included.
-        corpus_fingerprint: Of the corpus that token ids come from; "" takes that of `corpus`.
-    """
-    longest = encoder.max_length
-    task = EncodeTask(
-        encode=encoder.encode,
-        documents=cast(Sequence[Any], corpus),  # read by index only
-        pad_id=encoder.pad_id,
-        make_tokens=Tokens,
-        options=EncodeOptions(
-            batch_tokens=encode_tokens, buckets=buckets_up_to(longest, DEFAULT_BUCKETS)
-        ),
-        corpus_fingerprint=corpus_fingerprint,
-        model_fingerprint=encoder.fingerprint,
-    )
-    if not isinstance(corpus, Corpus):
-        return task
-
-    def tokenize(passages: Sequence[Passage]) -> list[list[int]]:
-        texts = [encoder.doc_prefix + passage_text(passage) for passage in passages]
-        return encode_texts(encoder.tokenizer, texts, max_length=longest).ids
-
-    fingerprint = corpus_fingerprint or corpus.fingerprint
-    return dataclasses.replace(task, tokenize=tokenize, corpus_fingerprint=fingerprint)
 
 
 def open_workspace(
@@ -304,128 +247,11 @@ def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
         )
 
 
-def read_data(config: RunConfig, folder: Path, log: Log) -> Dataset:
-    """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
-    options = config.data_options
-    source = Path(config.data) if config.data else folder / "data" / "python-docs"
-    if not config.data and not (source / "corpus.jsonl").is_file():
-        write_python_docs(source)
-    dataset = read_beir(
-        source,
-        cache=folder / "data" / "cache",
-        fields=parse_fields(options.fields, flag="--data_options.fields"),
-        on_bad_row=options.on_bad_row,
-        dev_fraction=config.dev_fraction,
-    )
-    for note in dataset.notes:
-        log(f"note: {note}")
-    for split in ("dev", "test"):
-        if leaked := leaked_questions(dataset, split=split):
-            log(
-                f"note: {len(leaked)} of the {len(dataset.questions[split])} {split} questions are"
-                f" also asked in train: {', '.join(leaked[:_SHOWN])}"
-                f"{', ...' if len(leaked) > _SHOWN else ''}"
-            )
-    return dataset
-
-
-def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
-    """Returns the questions of a run by split, after its caps.
-
-    Raises:
-        ValueError: There are none to train on, or none to test on.
-    """
-    caps = config.data_options
-    limits = {"train": caps.train_questions, "dev": caps.dev_questions, "test": caps.test_questions}
-    chosen: dict[str, tuple[Question, ...]] = {}
-    for split, limit in limits.items():
-        known = dataset.questions.get(split, ())
-        if split == "train":
-            # p_LM(y|c∘x) of a question without an answer has no y to train on.
-            known = tuple(question for question in known if question.answers)
-        if not known and split != "dev":
-            need = "answers and " if split == "train" else ""
-            raise ValueError(
-                f"{dataset.name}: no {split} questions with {need}relevance judgements; add"
-                f" qrels/{split}.tsv and answers in queries.jsonl"
-            )
-        # A seeded order, so that a cap takes a fair sample and a larger cap a larger one.
-        count = None if split == "test" and limit == 0 else limit
-        chosen[split] = shuffled(known, config.seed)[:count]
-    return chosen
-
-
-def shuffled(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
-    """Returns the questions in the order of a run with this seed."""
-    if not questions:
-        return ()
-    order = batch_rows(seed, 0, num_examples=len(questions), batch_size=len(questions))
-    return tuple(questions[row] for row in order)
-
-
-def make_prompts(
-    config: PromptConfig, lm: LanguageModel, *, end_id: int | None = None
-) -> PromptBuilder:
-    """Returns a language model's prompt builder; with `end_id`, targets end with that token."""
-    return PromptBuilder(
-        lm.tokenizer,
-        template=PromptTemplate(
-            max_document_tokens=config.document_tokens, max_answer_tokens=config.answer_tokens
-        ),
-        max_length=lm.max_length,
-        pad_id=lm.pad_id,
-        bos_id=lm.bos_id,
-        end_id=end_id,
-        context_end_ids=lm.text_format.context_end_ids,
-        target_start_ids=lm.text_format.target_start_ids,
-    )
-
-
-def training_prompts(config: PromptConfig, lm: LanguageModel) -> PromptBuilder:
-    """Returns the prompt builder of training, whose targets end where generation stops."""
-    return make_prompts(config, lm, end_id=answer_end_id(lm))
-
-
 def _size(params: Any) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return f"{count / 1e6:.0f} M parameters"
 
 
-def answer_end_id(lm: LanguageModel) -> int | None:
-    """Returns the token that ends trained targets, else a newline, if that is one token."""
-    if (end_id := lm.text_format.target_end_id) is not None:
-        return end_id
-    ids = lm.tokenizer.encode("\n", add_special_tokens=False).ids
-    return ids[0] if len(ids) == 1 else None
-
-
 def tower_params(workspace: Workspace) -> dict[str, Any]:
     """Returns the base towers by name: one `shared` tower, or `query` and `doc` apart."""
     return dict.fromkeys(workspace.config.retriever.tower_names, workspace.encoder.params)
-
-
-def query_ids(encoder: TextEncoder, questions: Sequence[Question]) -> list[list[int]]:
-    """Returns the encoder's token ids of questions, with its query prefix."""
-    texts = [encoder.query_prefix + question.text for question in questions]
-    return encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length).ids
-
-
-def truncated(ids: list[int], length: int) -> list[int]:
-    """Returns the first token ids and the last one: an encoder expects its closing [SEP]."""
-    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
-
-
-def buckets(encoder: TextEncoder) -> tuple[int, ...]:
-    """Returns the lengths, in tokens, that inputs of the encoder are padded to."""
-    return buckets_up_to(encoder.max_length, EncodeOptions().buckets)
-
-
-def bucket_of(encoder: TextEncoder, length: int) -> int:
-    """Returns the length that a batch of the encoder is padded to."""
-    return next(bucket for bucket in buckets(encoder) if bucket >= length)
-
-
-def pad_tokens(encoder: TextEncoder, ids: Sequence[Sequence[int]], length: int) -> Tokens:
-    """Returns token ids padded to one length, as the encoder takes them."""
-    padded = pad_right(ids, length=length, pad_id=encoder.pad_id)
-    return Tokens(jnp.asarray(padded.ids), jnp.asarray(padded.mask))

@@ -11,7 +11,8 @@ from ragjax.models.testing import write_tiny_language_model
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.options.shared import DataConfig
 from ragjax.runs.teacher import score_candidates
-from ragjax.runs.workspace import answer_end_id, open_workspace
+from ragjax.runs.tokens import answer_end_id
+from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 

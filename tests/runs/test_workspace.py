@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from ragjax.runs.data import read_data
 from ragjax.runs.options.dual import AdaptConfig
-from ragjax.runs.workspace import read_data
 
 
 @pytest.mark.parametrize("leaks", [0, 1, 5])

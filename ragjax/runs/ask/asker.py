@@ -22,7 +22,7 @@ from ragjax.runs.ask.prompts import Prompt, ReaderOptions
 from ragjax.runs.ask.reader import Reader
 from ragjax.runs.ask.spans import Span, SpanFinder
 from ragjax.runs.system import Search, System, by_hybrid, encode_query_of, retrieve
-from ragjax.runs.workspace import buckets
+from ragjax.runs.tokens import buckets
 
 # Longer questions are compiled for when the first one comes.
 _WARM_QUERY_TOKENS = 256

@@ -14,7 +14,7 @@ from ragjax.data import Corpus, DataError, DocumentTokens, PromptBuilder
 from ragjax.models.language_model import LanguageModel
 from ragjax.runs.options.checks import at_least
 from ragjax.runs.options.shared import PromptConfig
-from ragjax.runs.workspace import make_prompts
+from ragjax.runs.tokens import make_prompts
 
 # Question lengths, in tokens, that have a shape of their own, beside `question_tokens`.
 _QUESTION_TOKENS = (24, 40)

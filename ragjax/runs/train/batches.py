@@ -14,13 +14,8 @@ from ragjax.data import encode_texts, pad_right
 from ragjax.index import SearchResult
 from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
-from ragjax.runs.workspace import (
-    Workspace,
-    bucket_of,
-    pad_tokens,
-    training_prompts,
-    truncated,
-)
+from ragjax.runs.tokens import bucket_of, pad_tokens, training_prompts, truncated
+from ragjax.runs.workspace import Workspace
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, RagBatch
 from ragjax.training.live import StepDocuments
 

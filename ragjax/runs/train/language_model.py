@@ -10,9 +10,10 @@ from ragjax.data import batch_rows
 from ragjax.index import SearchResult
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.options.dual import LMConfig
+from ragjax.runs.tokens import training_prompts
 from ragjax.runs.train.stages import Stage, run_stage, stage_steps
 from ragjax.runs.trainable import split_lm
-from ragjax.runs.workspace import Workspace, training_prompts
+from ragjax.runs.workspace import Workspace
 from ragjax.training.lm import answer_tokens, make_lm_loss
 
 

@@ -17,10 +17,11 @@ from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.teacher import score_step, target_log_probs
+from ragjax.runs.tokens import bucket_of, pad_tokens, truncated
 from ragjax.runs.train.live import open_retrieval
 from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates
 from ragjax.runs.trainable import split_towers
-from ragjax.runs.workspace import FrozenLM, Workspace, bucket_of, pad_tokens, truncated
+from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.live import LiveRetrieval
 from ragjax.training.loop import HostWork
 from ragjax.training.lsr import LsrBatch, make_lsr_loss

@@ -1,0 +1,112 @@
+"""Texts of a run as token ids, for its encoder and its language model.
+
+N documents, D embedding size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax.numpy as jnp
+
+from ragjax.data import (
+    Corpus,
+    Passage,
+    PromptBuilder,
+    PromptTemplate,
+    Question,
+    buckets_up_to,
+    encode_texts,
+    pad_right,
+    passage_text,
+)
+from ragjax.models.encoder import TextEncoder
+from ragjax.models.inputs import Tokens
+from ragjax.models.language_model import LanguageModel
+from ragjax.refresh import EncodeTask
+from ragjax.refresh.batches import EncodeOptions
+from ragjax.runs.options.shared import PromptConfig
+
+
+def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> EncodeTask:
+    """Returns the task of encoding a corpus with an encoder, whatever its parameters become.
+
+    A trainer and its worker processes must agree on it.
+
+    Args:
+        encoder: The base encoder; its fingerprint identifies the initial parameters.
+        corpus: Passages, tokenised when they are encoded.
+        encode_tokens: Tokens in a batch, padding included.
+    """
+
+    def tokenize(passages: Sequence[Passage]) -> list[list[int]]:
+        texts = [encoder.doc_prefix + passage_text(passage) for passage in passages]
+        return encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length).ids
+
+    return EncodeTask(
+        encode=encoder.encode,
+        documents=cast(Sequence[Any], corpus),  # read by index only
+        pad_id=encoder.pad_id,
+        tokenize=tokenize,
+        make_tokens=Tokens,
+        options=EncodeOptions(batch_tokens=encode_tokens, buckets=buckets(encoder)),
+        corpus_fingerprint=corpus.fingerprint,
+        model_fingerprint=encoder.fingerprint,
+    )
+
+
+def query_ids(encoder: TextEncoder, questions: Sequence[Question]) -> list[list[int]]:
+    """Returns the encoder's token ids of questions, with its query prefix."""
+    texts = [encoder.query_prefix + question.text for question in questions]
+    return encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length).ids
+
+
+def truncated(ids: list[int], length: int) -> list[int]:
+    """Returns the first token ids and the last one: an encoder expects its closing [SEP]."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+def buckets(encoder: TextEncoder) -> tuple[int, ...]:
+    """Returns the lengths, in tokens, that inputs of the encoder are padded to."""
+    return buckets_up_to(encoder.max_length, EncodeOptions().buckets)
+
+
+def bucket_of(encoder: TextEncoder, length: int) -> int:
+    """Returns the length that a batch of the encoder is padded to."""
+    return next(bucket for bucket in buckets(encoder) if bucket >= length)
+
+
+def pad_tokens(encoder: TextEncoder, ids: Sequence[Sequence[int]], length: int) -> Tokens:
+    """Returns token ids padded to one length, as the encoder takes them."""
+    padded = pad_right(ids, length=length, pad_id=encoder.pad_id)
+    return Tokens(jnp.asarray(padded.ids), jnp.asarray(padded.mask))
+
+
+def make_prompts(
+    config: PromptConfig, lm: LanguageModel, *, end_id: int | None = None
+) -> PromptBuilder:
+    """Returns a language model's prompt builder; with `end_id`, targets end with that token."""
+    return PromptBuilder(
+        lm.tokenizer,
+        template=PromptTemplate(
+            max_document_tokens=config.document_tokens, max_answer_tokens=config.answer_tokens
+        ),
+        max_length=lm.max_length,
+        pad_id=lm.pad_id,
+        bos_id=lm.bos_id,
+        end_id=end_id,
+        context_end_ids=lm.text_format.context_end_ids,
+        target_start_ids=lm.text_format.target_start_ids,
+    )
+
+
+def training_prompts(config: PromptConfig, lm: LanguageModel) -> PromptBuilder:
+    """Returns the prompt builder of training, whose targets end where generation stops."""
+    return make_prompts(config, lm, end_id=answer_end_id(lm))
+
+
+def answer_end_id(lm: LanguageModel) -> int | None:
+    """Returns the token that ends trained targets, else a newline, if that is one token."""
+    if (end_id := lm.text_format.target_end_id) is not None:
+        return end_id
+    ids = lm.tokenizer.encode("\n", add_special_tokens=False).ids
+    return ids[0] if len(ids) == 1 else None
