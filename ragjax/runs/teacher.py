@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ragjax import losses
 from ragjax.data import (
     LengthBatch,
     PromptBuilder,
@@ -19,13 +20,6 @@ from ragjax.data import (
     passage_text,
 )
 from ragjax.index import SearchResult
-from ragjax.losses import (
-    log_prob,
-    log_prob_per_token,
-    lsr_target,
-    prob,
-    prob_per_token,
-)
 from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_row
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
@@ -39,10 +33,10 @@ _CONTEXT_BUCKETS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 102
 # Slots of a row that packs several questions behind their document, at most.
 _PACKED_SLOTS = 384
 SCORES = {
-    "prob": prob,
-    "prob_per_token": prob_per_token,
-    "log_prob": log_prob,
-    "log_prob_per_token": log_prob_per_token,
+    "prob": losses.prob,
+    "prob_per_token": losses.prob_per_token,
+    "log_prob": losses.log_prob,
+    "log_prob_per_token": losses.log_prob_per_token,
 }
 
 
@@ -124,7 +118,7 @@ def target_log_probs(
     if target.prior_weight:
         g = g + np.float32(target.prior_weight) * _z_scores(candidates)
     return np.asarray(
-        lsr_target(g, temperature=target.temperature, doc_mask=candidates.mask), np.float32
+        losses.lsr_target(g, temperature=target.temperature, doc_mask=candidates.mask), np.float32
     )
 
 

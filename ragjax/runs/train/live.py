@@ -11,19 +11,9 @@ from typing import Any
 
 import jax
 
+from ragjax import refresh
 from ragjax.data import batch_rows
 from ragjax.index import Bm25Index, EmbeddingStore
-from ragjax.refresh import (
-    BuildOptions,
-    EmbeddingDrift,
-    Executor,
-    OnDrift,
-    PartialPolicy,
-    ProcessExecutor,
-    Refresher,
-    RefreshOptions,
-    ThreadExecutor,
-)
 from ragjax.runs.indexes import live_search, search_without_sources
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.trainable import SplitTowers
@@ -81,7 +71,7 @@ def open_retrieval(
     )
 
 
-def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> Refresher:
+def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> refresh.Refresher:
     """Opens the refresher of a run in its folder `refresh`, as the options say.
 
     Args:
@@ -95,12 +85,14 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> Ref
     if config.mode == "off":
         raise ValueError("refresh.mode is off: there is nothing to refresh")
     trigger = config.trigger
-    if isinstance(trigger, OnDrift):
-        drift = EmbeddingDrift(workspace.task, num_probes=_DRIFT_PROBES, seed=workspace.config.seed)
+    if isinstance(trigger, refresh.OnDrift):
+        drift = refresh.EmbeddingDrift(
+            workspace.task, num_probes=_DRIFT_PROBES, seed=workspace.config.seed
+        )
         trigger = dataclasses.replace(trigger, measure=drift)
     probes = (workspace.questions["dev"] or workspace.questions["train"])[:_PROBES]
     folder = workspace.folder / "refresh"
-    return Refresher(
+    return refresh.Refresher(
         folder,
         workspace.task,
         executor=_executor(config, folder),
@@ -112,12 +104,14 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> Ref
     )
 
 
-def refresh_options(config: RefreshConfig) -> RefreshOptions:
+def refresh_options(config: RefreshConfig) -> refresh.RefreshOptions:
     """Returns the refresher's options for those of a run."""
-    partial = PartialPolicy(config.partial, config.full_every) if config.partial < 1 else None
-    return RefreshOptions(
+    partial = (
+        refresh.PartialPolicy(config.partial, config.full_every) if config.partial < 1 else None
+    )
+    return refresh.RefreshOptions(
         index=config.index,
-        build=BuildOptions(deadline_seconds=config.deadline_seconds),
+        build=refresh.BuildOptions(deadline_seconds=config.deadline_seconds),
         keep=config.keep,
         on_failure=config.on_failure,
         max_index_lag_steps=config.max_lag,
@@ -127,15 +121,15 @@ def refresh_options(config: RefreshConfig) -> RefreshOptions:
     )
 
 
-def _executor(config: RefreshConfig, folder: Path) -> Executor:
+def _executor(config: RefreshConfig, folder: Path) -> refresh.Executor:
     if config.workers:
-        return ProcessExecutor(folder)
+        return refresh.ProcessExecutor(folder)
     if not config.devices:
-        return ThreadExecutor()
+        return refresh.ThreadExecutor()
     local = jax.local_devices()
     if config.devices >= len(local):
         raise ValueError(
             f"--refresh.devices {config.devices}: there are {len(local)} local devices and training"
             " needs one; use 0 to encode beside training"
         )
-    return ThreadExecutor(local[-config.devices :])
+    return refresh.ThreadExecutor(local[-config.devices :])
