@@ -1,5 +1,6 @@
 """Worker processes that are killed, stopped and started again; nothing half done is ever used."""
 
+import dataclasses
 import importlib
 import os
 import random
@@ -29,7 +30,7 @@ from ragjax.models.encoder import load_encoder
 from ragjax.models.testing import write_tiny_encoder
 from ragjax.refresh import ProcessExecutor
 from ragjax.refresh.leases import read_holder
-from ragjax.runs.indexes import corpus_task
+from ragjax.runs.workspace import corpus_task
 
 SECONDS = 0.05  # of a shard
 
@@ -168,7 +169,8 @@ def test_the_script_encodes_for_a_trainer_and_leaves_on_a_signal(
     write_tiny_encoder(tmp_path / "encoder")
     encoder = load_encoder(str(tmp_path / "encoder"))
     corpus = Corpus.open(data, cache=tmp_path / "cache")
-    task = corpus_task(encoder, corpus, encode_tokens=256, rows_per_shard=8)
+    task = corpus_task(encoder, corpus, encode_tokens=256)
+    task = dataclasses.replace(task, rows_per_shard=8)
     executor = ProcessExecutor(root, worker_timeout=60, poll_seconds=0.05)
     request = make_request(root / "store", task, encoder.params)
     command = [
