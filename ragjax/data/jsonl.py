@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from gzip import BadGzipFile, GzipFile
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 from ragjax.storage import nearest_path, unique_name
@@ -87,12 +86,7 @@ class RejectedRows:
         """Returns itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         """Publishes the file, or removes that of an earlier reading."""
         if self._file is not None:
             self._file.close()

@@ -12,7 +12,6 @@ import logging
 import re
 import shutil
 import string
-import tempfile
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 from ragjax.data.corpus import Passage
 from ragjax.data.docstrings import clean_docstring, cut_text
-from ragjax.storage import write_jsonl
+from ragjax.storage import new_folder, write_jsonl
 
 MAX_WORDS = 120
 MIN_WORDS = 14
@@ -142,16 +141,10 @@ def write_python_docs(folder: Path | str) -> None:
     questions = [question for question in read_questions() if question["id"] not in missing]
     if missing:
         _logger.info("%d questions have no gold passage here and are left out", len(missing))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as scratch:
         _write_folder(scratch, corpus, questions)
-        scratch.chmod(0o755)  # mkdtemp hides it from everyone else
         if folder.exists():
             shutil.rmtree(folder)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_replaceable(folder: Path) -> bool:

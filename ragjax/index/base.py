@@ -6,6 +6,7 @@ B = queries, K = results per query, N = documents, D = embedding size.
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -63,8 +64,11 @@ class IndexSnapshot:
         version: counts the builds of a run, from 0.
         encoder_step: training step of the document encoder that made the embeddings.
         corpus_hash: fingerprint of the corpus that was encoded.
+        params_digest: of the parameters that encoded it; "" where that is not known.
         built_at: when the build ended, in seconds since the epoch.
         recall: fraction of the exact best documents that the index finds, measured at the build.
+        overlap: share of the top 10 of some real queries that the index before it found too; NaN
+            where that was not measured.
         encode_seconds: what encoding the documents took.
         build_seconds: what building the index from the embeddings took.
         fresh_fraction: share of the documents that this encoder step encoded; the others are as an
@@ -78,7 +82,9 @@ class IndexSnapshot:
     encoder_step: int
     corpus_hash: str
     built_at: float
+    params_digest: str = ""
     recall: float = 1.0
+    overlap: float = math.nan
     encode_seconds: float = 0.0
     build_seconds: float = 0.0
     fresh_fraction: float = 1.0

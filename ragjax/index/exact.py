@@ -12,7 +12,7 @@ B = queries, N = documents, D = embedding size, documents in C blocks of M rows.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -144,9 +144,9 @@ class ExactIndex:
         """
         if self._host_shards is None:
             self._host_shards = _to_host(self._blocks)
-        shards = self._host_shards
+        blocks = [block for shard in self._host_shards for block in shard]
         return self._search(
-            queries, k, lambda block, k: _search_shards_on_host(block, shards, self._size, k)
+            queries, k, lambda part, k: search_blocks_on_host(part, blocks, self._size, k)
         )
 
     def _search(self, queries: ArrayLike, k: int, search_block: _SearchBlock) -> base.SearchResult:
@@ -264,14 +264,14 @@ def _to_host(blocks: Array) -> list[NDArray[np.float32]]:
     return [np.asarray(shard.data) for shard in shards]
 
 
-def _search_shards_on_host(
-    queries: NDArray[np.float32], shards: Sequence[NDArray[np.float32]], size: int, k: int
+def search_blocks_on_host(
+    queries: NDArray[np.float32], blocks: Iterable[NDArray[np.float32]], size: int, k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
-    """Returns the best k scores and ids `[B, k]` of shards `[C, M, D]` with numpy; k <= size."""
+    """Returns the best k scores and ids `[B, k]` of blocks `[M, D]` with numpy; k <= size."""
     scores = np.zeros((len(queries), 0), np.float32)
     ids = np.zeros((len(queries), 0), np.int64)
     first = 0
-    for block in (block for shard in shards for block in shard):
+    for block in blocks:
         real = min(len(block), size - first)
         if real <= 0:
             break

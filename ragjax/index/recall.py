@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ragjax.index import base
+from ragjax.index import base, exact
 
 _DOC_ROWS = 65_536
 
@@ -39,7 +39,9 @@ def recall_against_exact(
         embeddings = np.asarray(queries, np.float32)
         extra = 0
     wanted = min(k + extra, size)
-    truth = exact_doc_ids(embeddings, doc_embeddings, wanted)
+    starts = range(0, size, _DOC_ROWS)
+    blocks = [doc_embeddings[start : start + _DOC_ROWS] for start in starts]
+    _, truth = exact.search_blocks_on_host(embeddings, blocks, size, wanted)
     found = index.search(embeddings, wanted)
     fractions = []
     for row in range(len(embeddings)):
@@ -49,20 +51,3 @@ def recall_against_exact(
         if expected:
             fractions.append(sum(doc in returned for doc in expected) / len(expected))
     return float(np.mean(fractions)) if fractions else 1.0
-
-
-def exact_doc_ids(
-    queries: NDArray[np.float32], doc_embeddings: NDArray[np.float32], k: int
-) -> NDArray[np.int64]:
-    """Returns ids `[P, k]` of the k largest inner products, by numpy, in blocks of documents."""
-    ids = np.zeros((len(queries), 0), np.int64)
-    scores = np.zeros((len(queries), 0), np.float32)
-    for start in range(0, len(doc_embeddings), _DOC_ROWS):
-        block = queries @ doc_embeddings[start : start + _DOC_ROWS].T
-        block_ids = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
-        scores = np.concatenate([scores, block], axis=1)
-        ids = np.concatenate([ids, block_ids], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores = np.take_along_axis(scores, order, axis=1)
-        ids = np.take_along_axis(ids, order, axis=1)
-    return ids

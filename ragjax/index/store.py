@@ -172,6 +172,15 @@ class EmbeddingStore:
                 storage.link_or_copy(path, building / path.name)
         return EmbeddingStore(Path(folder), self.spec)
 
+    def read_rows(self, rows: ArrayLike) -> NDArray[np.float32]:
+        """Returns the embeddings `[R, D]` of some documents, in the order asked for."""
+        shards, places = np.divmod(np.asarray(rows, np.int64), self.spec.rows_per_shard)
+        embeddings = np.empty((len(shards), self.spec.dim), np.float32)
+        for shard in np.unique(shards):
+            here = shards == shard
+            embeddings[here] = self.read_shard(int(shard))[places[here]]
+        return embeddings
+
     def read_shard(self, shard: int) -> NDArray[np.floating]:
         """Returns the embeddings of one shard `[rows, D]`, memory-mapped, in the stored dtype."""
         return _load_shard(self.folder / _shard_name(shard), self.spec, shard)

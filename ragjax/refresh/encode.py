@@ -293,18 +293,13 @@ class _Job:
         """Tells the caller how far the work is; `work` is in documents of average length."""
         if self._progress is None:
             return
-        seconds = time.monotonic() - self._started
+        seconds, num_shapes = time.monotonic() - self._started, len(self._shapes)
         self._progress(
-            EncodeProgress(
-                done=self._done,
-                total=self.total,
-                fraction=work / self.total,
-                seconds=seconds,
-                texts_per_second=(self._done - self._already) / max(seconds, 1e-9),
-                remaining_seconds=(self.total - work) * seconds / max(work - self._already, 1e-9),
-                num_shapes=len(self._shapes),
+            EncodeProgress.measured(
+                self._already, self._done, self.total,
+                work=work, seconds=seconds, num_shapes=num_shapes,
             )
-        )
+        )  # fmt: skip
 
 
 def _submit(

@@ -20,7 +20,6 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ragjax import storage
@@ -95,12 +94,7 @@ class Generation:
         """Returns the generation."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Releases it."""
         self.release()
 
@@ -216,15 +210,12 @@ class GenerationStore:
         self,
         *,
         expected: Expected | None = None,
-        report_mismatch: bool = True,
         numbers: Sequence[int] | None = None,
     ) -> Generation | None:
-        """Opens the newest generation that is whole and fits, saying why newer ones do not.
+        """Opens the newest generation that is whole and fits; what is damaged is reported.
 
         Args:
             expected: what it must have been made from.
-            report_mismatch: False passes over what does not fit without a word, for callers that
-                look for one among several; damage is reported all the same.
             numbers: of the generations looked at, oldest first; None: all.
 
         Returns:
@@ -237,11 +228,9 @@ class GenerationStore:
                 # Removed between the look-up and the lock: a newer one was there, so go on.
                 if self.path(number).is_dir():
                     self._tell(f"generation {number} is passed over: {error}")
-            except MismatchError as error:
-                if report_mismatch:
-                    self._tell(f"generation {number} is passed over: {error}")
             except ValueError as error:
-                self._tell(f"generation {number} is passed over: {error}")
+                if not isinstance(error, MismatchError):
+                    self._tell(f"generation {number} is passed over: {error}")
         return None
 
     def descriptions(self) -> dict[int, Description]:

@@ -95,8 +95,6 @@ class Pipeline:
         self._refreshes = 0  # since the start; the first index is number 0
         self._pinned: frozenset[int] = frozenset()
         self._pinned_exports: frozenset[int] = frozenset()
-        self._digests: dict[int, str] = {}  # of the parameters, by number of the generation
-        self._overlaps: dict[int, float] = {}
         self._process: ScannBuild | None = None
         self.building = False
         self.exported: dict[int, str] = {}  # digests of the parameters on disk, by step
@@ -106,14 +104,6 @@ class Pipeline:
         """Process that builds an index at the moment, 0 where none does."""
         process = self._process
         return 0 if process is None else process.pid
-
-    def digest_of(self, number: int) -> str:
-        """Returns the digest of the parameters that made a generation opened by this pipeline."""
-        return self._digests[number]
-
-    def overlap_of(self, number: int) -> float:
-        """Returns the share of the probe queries' top 10 that a generation left alone, or NaN."""
-        return self._overlaps.get(number, float("nan"))
 
     def clean(self) -> None:
         """Removes what a killed export or removal left behind; before anything is under way."""
@@ -139,22 +129,14 @@ class Pipeline:
             number: a generation that may also hold documents encoded earlier, because a
                 checkpoint names it; any other must have been encoded as a whole.
         """
-        expected = self._expected(digest)
-        generation = None
-        if number is not None and number in self._generations.numbers():
-            generation = self._generations.newest(
-                expected=expected, report_mismatch=False, numbers=[number]
-            )
-        if generation is None:
-            generation = self._generations.newest(
-                expected=dataclasses.replace(expected, whole=True), report_mismatch=False
-            )
-        if generation is None:
-            return None
-        snapshot = load_snapshot(generation)
-        self._digests[generation.number] = digest
-        self._latest = snapshot
-        return snapshot
+        generations, expected = self._generations, self._expected(digest)
+        named = [number] if number in generations.numbers() else []
+        generation = generations.newest(expected=expected, numbers=named) or generations.newest(
+            expected=dataclasses.replace(expected, whole=True)
+        )
+        if generation is not None:
+            self._latest = load_snapshot(generation)
+        return None if generation is None else self._latest
 
     def mismatch(self) -> str:
         """Says what the newest generation was made from if not from this corpus and encoder."""
@@ -332,10 +314,13 @@ class Pipeline:
         number = self._generations.publish(folder, description)
         generation = self._generations.open(number, expected=self._expected(digest))
         snapshot = load_snapshot(generation)
-        self._digests[number] = digest
-        if export.probe_queries is not None and self._latest is not None:
-            self._overlaps = {number: self._measure_overlap(snapshot, export.probe_queries)}
-        return snapshot
+        if export.probe_queries is None or self._latest is None:
+            return snapshot
+        k = min(_OVERLAP_K, snapshot.index.size)
+        before, after = (
+            each.index.search(export.probe_queries, k) for each in (self._latest, snapshot)
+        )
+        return dataclasses.replace(snapshot, overlap=top_k_overlap(before, after))
 
     def _build_scann(self, export: Submission, plan: _Plan, folder: Path) -> float:
         """Builds the ScaNN index in its own process and returns its recall."""
@@ -353,11 +338,6 @@ class Pipeline:
         self._process.wait(self._cancelled)
         details = json.loads((folder / INDEX / "ragjax.json").read_text("utf-8"))["details"]
         return float(details["recall"])
-
-    def _measure_overlap(self, snapshot: IndexSnapshot, probes: NDArray[np.floating]) -> float:
-        assert self._latest is not None, "checked by the caller"
-        k = min(_OVERLAP_K, len(self._task.documents))
-        return top_k_overlap(self._latest.index.search(probes, k), snapshot.index.search(probes, k))
 
     def _note_encoded(self, export: Submission, plan: _Plan, snapshot: IndexSnapshot) -> None:
         """Remembers what was encoded and how much it had changed, for the next partial refresh."""
@@ -439,15 +419,7 @@ def _checked(store: EmbeddingStore, spec: StoreSpec) -> EmbeddingStore:
 def _part_spec(spec: StoreSpec, rows: NDArray[np.int64]) -> StoreSpec:
     """Returns the spec of a store that holds some documents only."""
     digest = hashlib.sha256(rows.tobytes()).hexdigest()
-    return StoreSpec(
-        size=len(rows),
-        dim=spec.dim,
-        model_fingerprint=spec.model_fingerprint,
-        corpus_fingerprint=spec.corpus_fingerprint,
-        settings={**spec.settings, "rows": digest},
-        dtype=spec.dtype,
-        rows_per_shard=spec.rows_per_shard,
-    )
+    return dataclasses.replace(spec, size=len(rows), settings={**spec.settings, "rows": digest})
 
 
 def _versions() -> dict[str, str]:

@@ -115,11 +115,20 @@ class ProcessExecutor:
         already = _documents(writer, set(writer.missing()))
         before, started = already, self._clock()
         warned = False
+
+        def show(done: int) -> None:
+            seconds = self._clock() - started
+            request.progress(
+                EncodeProgress.measured(
+                    already, done, writer.spec.size, work=done, seconds=seconds, num_shapes=0
+                )
+            )
+
         while missing := writer.rescan():
             done = _documents(writer, set(missing))
             if done != before:
                 before = done
-                request.progress(self._progress(writer, already, done, started))
+                show(done)
             self._check(read_errors(job))
             silent = workers.silent_seconds()
             if silent > self._worker_timeout:
@@ -134,7 +143,7 @@ class ProcessExecutor:
                 _LOG.warning("waiting for a worker in %s", self.root)
             if request.cancelled.wait(self._poll_seconds):
                 raise Cancelled("The encoding was cancelled.")
-        request.progress(self._progress(writer, already, writer.spec.size, started))
+        show(writer.spec.size)
 
     def _check(self, errors: list[JobError]) -> None:
         """Raises what workers cannot get over."""
@@ -150,22 +159,6 @@ class ProcessExecutor:
                     f"Shard {error.shard} failed {failures[error.shard]} times; {error.kind} in "
                     f"{told}"
                 )
-
-    def _progress(
-        self, writer: EmbeddingWriter, already: int, done: int, started: float
-    ) -> EncodeProgress:
-        """Returns how far the workers are; `already` documents were there at the start."""
-        total, seconds = writer.spec.size, self._clock() - started
-        rate = (done - already) / max(seconds, 1e-9)
-        return EncodeProgress(
-            done=done,
-            total=total,
-            fraction=done / total,
-            seconds=seconds,
-            texts_per_second=rate,
-            remaining_seconds=(total - done) / max(rate, 1e-9),
-            num_shapes=0,
-        )
 
 
 class _Workers:

@@ -24,7 +24,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -118,7 +117,6 @@ class Refresher:
         self._pinned: deque[tuple[int, frozenset[int]]] = deque(maxlen=_PINNED)
         self._lag_told = False
         self._clock = StepClock()
-        self._overlap = float("nan")
         self._swap_seconds = 0.0
         self._at_exit = functools.partial(_call_weakly, weakref.WeakMethod(self.close))
         atexit.register(self._at_exit)
@@ -286,18 +284,13 @@ class Refresher:
             # Closing again does no harm; the folder must not stay locked for want of a thread.
             atexit.unregister(self._at_exit)
             self._executor.close()
-            self._lock.__exit__(None, None, None)
+            self._lock.__exit__()
 
     def __enter__(self) -> Self:
         """Returns the refresher."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes it."""
         self.close()
 
@@ -365,7 +358,7 @@ class Refresher:
             "version": snapshot.version,
             "staleness_steps": snapshot.staleness_steps(step),
             "staleness_seconds": max(0.0, time.time() - snapshot.built_at),
-            "overlap": self._overlap,
+            "overlap": snapshot.overlap,
             "recall": snapshot.recall,
             "fresh_fraction": snapshot.fresh_fraction,
             "encode_seconds": snapshot.encode_seconds,
@@ -400,7 +393,7 @@ class Refresher:
         return {
             "generation": snapshot.version,
             "encoder_step": snapshot.encoder_step,
-            "params_digest": self._pipeline.digest_of(snapshot.version),
+            "params_digest": snapshot.params_digest,
             "pending": pending,
         }
 
@@ -472,7 +465,6 @@ class Refresher:
         old, self._snapshot = self._snapshot, snapshot
         if old is not None:
             self._background.retire(old)
-        self._overlap = self._pipeline.overlap_of(snapshot.version)
         self._swap_seconds = time.perf_counter() - started
 
     def _adopt_scheduled(self) -> None:

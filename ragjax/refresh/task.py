@@ -42,6 +42,30 @@ class EncodeProgress(NamedTuple):
     remaining_seconds: float  # estimate
     num_shapes: int  # different [rows, length] run by this call
 
+    @classmethod
+    def measured(
+        cls, already: int, done: int, total: int, *, work: float, seconds: float, num_shapes: int
+    ) -> "EncodeProgress":
+        """Returns the progress of a call that began when `already` documents were done.
+
+        Args:
+            already: Documents that were done at the start.
+            done: Documents that are done.
+            total: Documents in all.
+            work: What is done, in documents of average length.
+            seconds: Since the start.
+            num_shapes: Different [rows, length] run so far.
+        """
+        return cls(
+            done=done,
+            total=total,
+            fraction=work / total,
+            seconds=seconds,
+            texts_per_second=(done - already) / max(seconds, 1e-9),
+            remaining_seconds=(total - work) * seconds / max(work - already, 1e-9),
+            num_shapes=num_shapes,
+        )
+
 
 OnProgress = Callable[[EncodeProgress], None]
 DocRows = range | NDArray[np.int64]

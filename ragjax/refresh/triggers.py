@@ -49,10 +49,6 @@ class Trigger(Protocol):
         """Returns True where a refresh is due."""
         ...
 
-    def describe(self) -> str:
-        """Says when, for a line such as "the index is refreshed every 500 steps"."""
-        ...
-
     def steps_between(self, num_steps: int) -> float | None:
         """Returns the mean steps from one refresh of a run to the next, the first from step 0.
 
@@ -82,10 +78,6 @@ class EveryNSteps:
     def __call__(self, context: TriggerContext) -> bool:
         """Tells whether a multiple of n was reached since the last export."""
         return context.step // self.n > context.last_export_step // self.n
-
-    def describe(self) -> str:
-        """Says when, in a few words."""
-        return _every(self.n)
 
     def steps_between(self, num_steps: int) -> float | None:
         """Returns n, or infinity where the run ends before."""
@@ -147,14 +139,6 @@ class StepRanges:
                 return item.num_due(context.step) > item.num_due(context.last_export_step)
         return False
 
-    def describe(self) -> str:
-        """Says when, in a few words."""
-        return ", ".join(
-            f"{_every(item.every)} from step {item.start:,} "
-            + ("on" if item.stop is None else f"to {item.stop:,}")
-            for item in self.ranges
-        )
-
     def steps_between(self, num_steps: int) -> float | None:
         """Returns the mean over the steps up to the last refresh of the run."""
         count, last = 0, 0
@@ -176,10 +160,6 @@ class AsSoonAsPossible:
         """Tells whether a refresh could start and would change something."""
         return not context.busy and context.step > context.last_export_step
 
-    def describe(self) -> str:
-        """Says when, in a few words."""
-        return "as soon as the last refresh is done"
-
     def steps_between(self, num_steps: int) -> float | None:
         """Returns None: it depends on how long a refresh takes."""
         del num_steps
@@ -193,10 +173,6 @@ class Never:
         """Returns False."""
         del context
         return False
-
-    def describe(self) -> str:
-        """Says when, in a few words."""
-        return "never"
 
     def steps_between(self, num_steps: int) -> float | None:
         """Returns infinity."""
@@ -217,13 +193,11 @@ class OnDrift:
             `ragjax.refresh.drift`.
         threshold: least drift that is refreshed.
         check_every: steps from one measurement to the next.
-        last_value: what was measured last, for the metrics; NaN before that.
     """
 
     measure: DriftMeasure
     threshold: float
     check_every: int = DEFAULT_CHECK_EVERY
-    last_value: float = dataclasses.field(default=math.nan, init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuses a threshold that always or never fires, and less than a step."""
@@ -249,13 +223,7 @@ class OnDrift:
                 f"The drift measured at step {context.step} is not a number; look for embeddings "
                 "that are not finite."
             )
-        # The rule is frozen; what it last saw is a note for the metrics and decides nothing.
-        object.__setattr__(self, "last_value", value)
         return value >= self.threshold
-
-    def describe(self) -> str:
-        """Says when, in a few words."""
-        return f"at a drift of {self.threshold:g}, measured {_every(self.check_every)}"
 
     def steps_between(self, num_steps: int) -> float | None:
         """Returns None, or infinity where the run ends before the first measurement."""
@@ -340,11 +308,6 @@ def _check_steps(name: str, value: int) -> None:
     """Refuses what is not a positive number of steps."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}.")
-
-
-def _every(steps: int) -> str:
-    """Says how often."""
-    return "every step" if steps == 1 else f"every {steps:,} steps"
 
 
 def _span(item: StepRange) -> str:

@@ -41,7 +41,8 @@ def test_exact_ids_do_not_depend_on_the_block_size(rng, monkeypatch):
     expected = np.argsort(-(docs[:5] @ docs.T), axis=1, kind="stable")[:, :7]
     for rows in (1, 7, 64):
         monkeypatch.setattr(recall, "_DOC_ROWS", rows)
-        np.testing.assert_array_equal(recall.exact_doc_ids(docs[:5], docs, 7), expected)
+        assert recall_against_exact(Fixed(expected, size=50), docs, docs[:5], k=7) == 1.0
+        assert recall_against_exact(Fixed(expected[::-1], size=50), docs, docs[:5], k=7) < 1.0
 
 
 def test_exact_while_it_fits_a_quarter_of_the_memory():
