@@ -103,6 +103,18 @@ def test_bos_head_and_end(build, tokenizer):
     assert builder.target("tokens") == [*plain_ids(tokenizer, " tokens"), END]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"bos_id": BOS, "context": "Read this: {document} {question}"}]
+)
+def test_the_first_document_starts_where_the_builder_says(build, tokenizer, options):
+    builder = build(**options)
+    document = plain_ids(tokenizer, DOCUMENT)
+    start = builder.document_start(QUESTION)
+    context = builder.context(QUESTION, [document])
+    assert context[start : start + len(document)] == document
+    assert context[:start] == builder.context(QUESTION, [[]])[:start]
+
+
 def test_a_cut_answer_has_no_end(build, tokenizer):
     whole = plain_ids(tokenizer, " the lexer reads")
     exact = build(end_id=END, max_answer_tokens=len(whole))
