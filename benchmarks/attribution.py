@@ -177,26 +177,27 @@ def _rows(flags: Flags, system: System, questions: Sequence[Question]) -> Iterat
             if gold & set(docs):
                 scores = retrieved.doc_scores[row][kept].tolist()
                 given = question.answers[0] if flags.answers == "gold" else None
-                answer, attribution = asker.attributions(question.text, docs, scores, given)
+                answer = asker.answer_from(question.text, docs, scores, given)
+                reply = asker.explain(answer, span=False)
                 ways = {
                     RANKED_FIRST: 0,
-                    "highest p_R": np.argmax(attribution.prior[0]),
-                    "highest posterior": np.argmax(attribution.posterior[0]),
-                    "largest leave-one-out": np.argmax(attribution.without[0][: len(docs)]),
-                    "highest p_LM(y|c,x)": np.argmax(attribution.doc_log_probs[0]),
+                    "highest p_R": np.argmax([source.prior for source in reply.sources]),
+                    "highest posterior": np.argmax([source.posterior for source in reply.sources]),
+                    "largest leave-one-out": np.argmax([source.change for source in reply.sources]),
+                    "highest p_LM(y|c,x)": np.argmax([s.log_prob for s in reply.sources]),
                 }
-                result["answer"] = answer
+                result["answer"] = reply.answer
                 result["docs"] = [
                     {
-                        "id": corpus.id_of(doc),
+                        "id": source.id,
                         "gold": doc in gold,
-                        "p_r": float(attribution.prior[0, place]),
-                        "posterior": float(attribution.posterior[0, place]),
-                        "log_prob": float(attribution.doc_log_probs[0, place]),
+                        "p_r": source.prior,
+                        "posterior": source.posterior,
+                        "log_prob": source.log_prob,
                     }
-                    for place, doc in enumerate(docs)
+                    for doc, source in zip(docs, reply.sources, strict=True)
                 ]
-                result["no_document_log_prob"] = float(attribution.no_doc_log_probs[0])
+                result["no_document_log_prob"] = reply.no_doc_log_prob
                 result["gold"] = {name: docs[int(place)] in gold for name, place in ways.items()}
             known[key] = result
             if flags.output:

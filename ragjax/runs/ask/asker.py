@@ -207,22 +207,18 @@ class Asker:
             seconds=time.perf_counter() - answer.started,
         )
 
-    def attributions(
+    def answer_from(
         self, question: str, docs: Sequence[int], doc_scores: Sequence[float], answer: str | None
-    ) -> tuple[str, Attribution]:
-        """Attributes an answer to given documents, without looking for a span.
+    ) -> Answer:
+        """Answers a question from given documents.
 
         Args:
             question: Its text.
             docs: Corpus rows, best first.
             doc_scores: Logits of p_R.
-            answer: The answer; None: write one.
-
-        Returns:
-            The answer, and its attribution over K documents.
+            answer: Take this answer; None: write one.
         """
-        written = self._answer(self.reader.prompts.make(question, docs, doc_scores), answer)
-        return written.text, self._attribution(written)
+        return self._answer(self.reader.prompts.make(question, docs, doc_scores), answer)
 
     def _answer(
         self,
