@@ -125,8 +125,8 @@ class Pipeline:
         """Opens the newest generation that was made from these parameters, if there is one.
 
         Args:
-            digest: of the parameters.
-            number: a generation that may also hold documents encoded earlier, because a
+            digest: Of the parameters.
+            number: A generation that may also hold documents encoded earlier, because a
                 checkpoint names it; any other must have been encoded as a whole.
         """
         generations, expected = self._generations, self._expected(digest)
@@ -151,10 +151,10 @@ class Pipeline:
         """Makes a generation of the parameters, or opens the one there is, and loads it.
 
         Raises:
-            Cancelled: the refresher is closed.
-            ValueError: embeddings that are not finite; the message names the documents.
-            OSError: the disk is full, or gone.
-            BuildError: the process that builds the index failed.
+            Cancelled: The refresher is closed.
+            ValueError: Embeddings that are not finite; the message names the documents.
+            OSError: The disk is full, or gone.
+            BuildError: The process that builds the index failed.
         """
         digest = params_digest(export.params)
         self._write_export(export, digest)

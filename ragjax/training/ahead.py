@@ -47,10 +47,10 @@ class AheadRetrieval:
         """Takes its parts.
 
         Args:
-            retrieval: finds the documents; whoever made it closes its refresher.
-            prepare: makes the batch of a step, and its metrics, of what was retrieved; called in
+            retrieval: Finds the documents; whoever made it closes its refresher.
+            prepare: Makes the batch of a step, and its metrics, of what was retrieved; called in
                 the thread.
-            num_steps: steps of the stage; nothing is retrieved for more.
+            num_steps: Steps of the stage; nothing is retrieved for more.
             overlap: False: each step's documents are retrieved just before it, with its own
                 parameters. Needed where the search uses live parameters (`search_reranked`).
         """
@@ -64,10 +64,10 @@ class AheadRetrieval:
         """Returns the batch that `before_step(step)` got ready.
 
         Raises:
-            RuntimeError: another step was prepared.
+            RuntimeError: Another step was prepared.
         """
         if self._prepared is None or self._prepared.retrieved.step != step:
-            raise RuntimeError(f"Step {step} was not prepared; run_steps(host=...) does that.")
+            raise RuntimeError(f"Step {step} was not prepared; run_steps(host=...) does that")
         return self._prepared.batch
 
     def resume(self, step: int, state: TrainState, saved: Mapping[str, Any] | None) -> None:
