@@ -76,6 +76,15 @@ class StoreSpec:
             ) from error
         object.__setattr__(self, "settings", settings)
 
+    def differences(self, wanted: Mapping[str, Any]) -> str:
+        """Names the fields, or entries of `settings`, that are not as wanted; "" if all are."""
+        found = {**dataclasses.asdict(self), **self.settings}
+        return "; ".join(
+            f"{name} {found.get(name)!r}, expected {value!r}"
+            for name, value in json.loads(json.dumps(dict(wanted))).items()
+            if found.get(name) != value
+        )
+
     @property
     def num_shards(self) -> int:
         """Number of shards."""
@@ -134,16 +143,13 @@ class EmbeddingStore:
             raise ValueError(f"{path / _MANIFEST} does not list its {spec.num_shards} shards")
         if not verified:
             storage.verify_folder(path, digests, also=(_MANIFEST,))
-        for name, found, wanted in (
-            ("encoder", spec.model_fingerprint, model_fingerprint),
-            ("corpus", spec.corpus_fingerprint, corpus_fingerprint),
-        ):
-            if wanted is not None and found != wanted:
-                raise ValueError(
-                    f"The embeddings in {path} were made with another {name} (fingerprint "
-                    f"{found}, expected {wanted}); encode the corpus again into a new folder"
-                )
-        _check_settings(spec.settings, settings or {}, path)
+        wanted = {"model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        if problem := spec.differences({**wanted, **(settings or {})}):
+            raise ValueError(
+                f"the embeddings in {path} are not those of this encoder and corpus ({problem}); "
+                "encode the corpus again into a new folder"
+            )
         store = cls(path, spec)
         for shard in range(spec.num_shards):
             _load_shard(path / _shard_name(shard), spec, shard)
@@ -488,27 +494,10 @@ def _check_same(building: Path, spec: StoreSpec) -> None:
     """Refuses to mix the embeddings of two specs."""
     path = building / _SPEC
     started = _read_spec(storage.read_json(path, what=_WHAT, version=_FORMAT), path)
-    old, new = _as_json(started), _as_json(spec)
-    differing = [name for name in new if old[name] != new[name]]
-    if differing:
-        changes = "; ".join(f"{name}: {old[name]!r}, now {new[name]!r}" for name in differing)
+    if problem := started.differences(dataclasses.asdict(spec)):
         raise ValueError(
-            f"{building} was started for other embeddings ({changes}); remove it or choose "
-            "another folder"
-        )
-
-
-def _check_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Refuses embeddings made with other settings."""
-    changes = [
-        f"{name}: {found.get(name)!r}, expected {value!r}"
-        for name, value in json.loads(json.dumps(dict(wanted))).items()
-        if found.get(name) != value
-    ]
-    if changes:
-        raise ValueError(
-            f"The embeddings in {path} were made with other settings ({'; '.join(changes)}); "
-            "encode the corpus again into a new folder"
+            f"{building} was started for other embeddings ({problem}); remove it or choose another"
+            " folder"
         )
 
 

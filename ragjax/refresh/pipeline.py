@@ -236,7 +236,11 @@ class Pipeline:
         if finished := self._open_finished(target, spec):
             return finished
         if export.store is not None:
-            return _checked(export.store, spec).linked(target)
+            names = ("size", "dim", "model_fingerprint", "corpus_fingerprint", "dtype")
+            wanted = {name: getattr(spec, name) for name in names}
+            if problem := export.store.spec.differences(wanted):
+                raise ValueError(f"the embeddings in {export.store.folder} have {problem}")
+            return export.store.linked(target)
         if plan.rows is None:
             return self._request(export, target, spec, None)
         part = _part_spec(spec, plan.rows)
@@ -402,18 +406,6 @@ def _write_store(folder: Path, spec: StoreSpec, embeddings: NDArray[np.float32])
         rows = writer.rows(shard)
         writer.write(shard, embeddings[rows.start : rows.stop])
     return writer.publish()
-
-
-def _checked(store: EmbeddingStore, spec: StoreSpec) -> EmbeddingStore:
-    """Refuses embeddings of other documents or parameters than those that were handed over."""
-    for name in ("size", "dim", "corpus_fingerprint", "model_fingerprint", "dtype"):
-        found, wanted = getattr(store.spec, name), getattr(spec, name)
-        if found != wanted:
-            raise ValueError(
-                f"the embeddings in {store.folder} have {name} {found!r}, expected {wanted!r}; "
-                "encode the corpus again, or start without them"
-            )
-    return store
 
 
 def _part_spec(spec: StoreSpec, rows: NDArray[np.int64]) -> StoreSpec:

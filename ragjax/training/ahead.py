@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.index import SearchResult
-from ragjax.index.base import NO_DOC
+from ragjax.index.base import NO_DOC, pad_result
 from ragjax.training.live import LiveRetrieval, StepDocuments
 from ragjax.training.steps import TrainState
 
@@ -138,7 +137,5 @@ def _to_json(retrieved: StepDocuments) -> dict[str, Any]:
 
 def _from_json(saved: Mapping[str, Any]) -> StepDocuments:
     doc_ids = np.asarray(saved["doc_ids"], np.int32)
-    mask = doc_ids != NO_DOC
-    scores = np.where(mask, np.asarray(saved["scores"], np.float32), -np.inf).astype(np.float32)
-    rows = np.asarray(saved["rows"], np.int64)
-    return StepDocuments(int(saved["step"]), rows, SearchResult(doc_ids, scores, mask))
+    found = pad_result(doc_ids, np.asarray(saved["scores"], np.float32), doc_ids.shape[1])
+    return StepDocuments(int(saved["step"]), np.asarray(saved["rows"], np.int64), found)
