@@ -38,7 +38,7 @@ class Corpus:
     """Passages by row or id, read from disk when asked for; safe to share between threads.
 
     Attributes:
-        fingerprint: sha256 (hex) over ids, titles and texts in order; the same for the plain and
+        fingerprint: Sha256 (hex) over ids, titles and texts in order; the same for the plain and
             the compressed file, and whatever the field names.
         report: What became of the rows of the source file.
     """

@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from gzip import BadGzipFile, GzipFile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
-from ragjax.storage import nearest_path, unique_name
+from ragjax.storage import nearest_path, replacing
 
 BadRowPolicy = Literal["stop", "skip"]
 ReadProgress = Callable[[int, int], None]  # (bytes read, bytes in all)
@@ -61,8 +61,8 @@ class RejectedRows:
         self.policy = policy
         self.count = 0
         self.first_reason: str | None = None
-        self._part = path.with_name(f"{unique_name(path.name)}.tmp")
-        self._file: io.TextIOWrapper | None = None
+        self._opened = contextlib.ExitStack()
+        self._file: BinaryIO | None = None
 
     def add(self, source: Path, line: int, reason: str, raw: bytes = b"") -> None:
         """Refuses one row.
@@ -76,25 +76,21 @@ class RejectedRows:
         self.first_reason = self.first_reason or message
         self.count += 1
         if self._file is None:
-            self._part.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._part, "w", encoding="utf-8")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._opened.enter_context(replacing(self.path, shared=True))
         excerpt = raw[:_REJECTED_EXCERPT_BYTES].decode("utf-8", errors="replace")
         row = {"file": str(source), "line": line, "reason": reason, "row": excerpt}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        text = json.dumps(row, ensure_ascii=False) + "\n"
+        self._file.write(text.encode("utf-8", "backslashreplace"))
 
     def __enter__(self) -> Self:
         """Returns itself."""
         return self
 
-    def __exit__(self, kind: object, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Publishes the file, or removes that of an earlier reading."""
-        if self._file is not None:
-            self._file.close()
-        if kind is not None:
-            self._part.unlink(missing_ok=True)
-        elif self.count:
-            os.replace(self._part, self.path)
-        else:
+        self._opened.__exit__(*error)
+        if not self.count and error[0] is None:
             self.path.unlink(missing_ok=True)
 
 

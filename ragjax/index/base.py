@@ -60,18 +60,18 @@ class IndexSnapshot:
     """An index and where it came from; never changed after it is made.
 
     Attributes:
-        index: what answers the queries. `Any`, since query types differ; see `Index`.
-        version: counts the builds of a run, from 0.
-        encoder_step: training step of the document encoder that made the embeddings.
-        corpus_hash: fingerprint of the corpus that was encoded.
-        params_digest: of the parameters that encoded it; "" where that is not known.
-        built_at: when the build ended, in seconds since the epoch.
-        recall: fraction of the exact best documents that the index finds, measured at the build.
-        overlap: share of the top 10 of some real queries that the index before it found too; NaN
+        index: What answers the queries. `Any`, since query types differ; see `Index`.
+        version: Counts the builds of a run, from 0.
+        encoder_step: Training step of the document encoder that made the embeddings.
+        corpus_hash: Fingerprint of the corpus that was encoded.
+        params_digest: Of the parameters that encoded it; "" where that is not known.
+        built_at: When the build ended, in seconds since the epoch.
+        recall: Fraction of the exact best documents that the index finds, measured at the build.
+        overlap: Share of the top 10 of some real queries that the index before it found too; NaN
             where that was not measured.
-        encode_seconds: what encoding the documents took.
-        build_seconds: what building the index from the embeddings took.
-        fresh_fraction: share of the documents that this encoder step encoded; the others are as an
+        encode_seconds: What encoding the documents took.
+        build_seconds: What building the index from the embeddings took.
+        fresh_fraction: Share of the documents that this encoder step encoded; the others are as an
             earlier one left them.
         doc_embeddings: `rows [R] -> [R, D]`, the embeddings as they were indexed, to measure how
             far an encoder has moved and to encode only some documents again; None if not kept.
@@ -102,21 +102,21 @@ def check_embeddings(
 
     Args:
         embeddings: `[N, D]` real numbers; 16- and 64-bit floats are converted.
-        name: what to call them in a message, for example "document embeddings".
-        rows: what the rows are called in a message, where they are a part of something longer.
+        name: What to call them in a message, for example "document embeddings".
+        rows: What the rows are called in a message, where they are a part of something longer.
 
     Returns:
         `[N, D]` float32, C-contiguous; the input itself where it is that already.
 
     Raises:
-        ValueError: not a matrix of numbers, no columns, or a value that is not finite (also one
+        ValueError: Not a matrix of numbers, no columns, or a value that is not finite (also one
             that overflows float32); the message names the rows.
     """
     array = np.asarray(embeddings)
     if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(f"{name} must be a matrix [rows, size], got shape {array.shape}.")
+        raise ValueError(f"{name} must be a matrix [rows, size], got shape {array.shape}")
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise ValueError(f"{name} must be numbers, got dtype {array.dtype}.")
+        raise ValueError(f"{name} must be numbers, got dtype {array.dtype}")
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(array, dtype=np.float32)
     bad = bad_rows(array)
@@ -125,7 +125,7 @@ def check_embeddings(
         more = f" and {bad.size - _SHOWN_ROWS} more" if bad.size > _SHOWN_ROWS else ""
         raise ValueError(
             f"{name} hold NaN or infinite values in {bad.size} of {len(array)} rows (row {shown}"
-            f"{more}); encode these rows again in float32 or remove them."
+            f"{more}); encode these rows again in float32 or remove them"
         )
     return array
 
@@ -142,7 +142,7 @@ def check_documents(embeddings: ArrayLike) -> NDArray[np.float32]:
     """Returns document embeddings as `check_embeddings` does, and refuses an empty matrix."""
     array = check_embeddings(embeddings, name="document embeddings")
     if not len(array):
-        raise ValueError("An index needs at least 1 document embedding, got 0.")
+        raise ValueError("An index needs at least 1 document embedding, got 0")
     return array
 
 
@@ -150,14 +150,14 @@ def check_query_embeddings(embeddings: ArrayLike, *, dim: int) -> NDArray[np.flo
     """Returns query embeddings `[B, D]` as float32, checked against the index.
 
     Raises:
-        ValueError: as `check_embeddings`, or D differs from `dim` (the message has the query
+        ValueError: As `check_embeddings`, or D differs from `dim` (the message has the query
             size, the index size and the number of queries).
     """
     array = np.asarray(embeddings)
     if array.ndim == 2 and array.shape[1] != dim:
         raise ValueError(
             f"Query embeddings have size {array.shape[1]} but the index was built with size {dim} "
-            f"({len(array)} queries); encode queries and documents with the same model."
+            f"({len(array)} queries); encode queries and documents with the same model"
         )
     return check_embeddings(array, name="query embeddings")
 
@@ -171,7 +171,7 @@ def check_k(k: int, *, size: int) -> int:
         ValueError: `k` is not a positive integer.
     """
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k <= 0:
-        raise ValueError(f"k must be a positive integer, got {k!r}.")
+        raise ValueError(f"k must be a positive integer, got {k!r}")
     if k > size:
         _note_masked_slots(int(k), size)
     return min(int(k), size)
@@ -183,7 +183,7 @@ def pad_result(doc_ids: NDArray[np.integer], scores: NDArray[np.floating], k: in
     Args:
         doc_ids: `[B, M]` with M <= k; a negative id marks an empty slot.
         scores: `[B, M]`; NaN and -inf mark an empty slot too.
-        k: columns of the result.
+        k: Columns of the result.
 
     Returns:
         The result with id -1 and score -inf in every empty slot.

@@ -51,24 +51,24 @@ class Bm25Index:
         """Counts the words of every document.
 
         Args:
-            texts: the documents in the order of their ids; read once.
-            titles: a title for each text, counted as part of it.
-            k1: how soon repeating a word stops paying, >= 0.
-            b: how much long documents are discounted, 0 to 1.
+            texts: The documents in the order of their ids; read once.
+            titles: A title for each text, counted as part of it.
+            k1: How soon repeating a word stops paying, >= 0.
+            b: How much long documents are discounted, 0 to 1.
 
         Raises:
-            ValueError: no documents, no words in any of them, titles and texts of different
+            ValueError: No documents, no words in any of them, titles and texts of different
                 number, or k1 or b out of range.
         """
         if k1 < 0 or not 0 <= b <= 1:
-            raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1} and b={b}.")
+            raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1} and b={b}")
         # Imported here: bm25s initialises a jax backend at import.
         import bm25s
 
         analyzer = _Analyzer()
         token_ids = [analyzer.learn(text) for text in _join(texts, titles)]
         if not analyzer.vocabulary:
-            raise ValueError(f"BM25 found no words in {len(token_ids)} documents.")
+            raise ValueError(f"BM25 found no words in {len(token_ids)} documents")
         scorer = bm25s.BM25(k1=k1, b=b, method="lucene")
         scorer.index(
             (token_ids, analyzer.vocabulary), create_empty_token=False, show_progress=False
@@ -85,17 +85,17 @@ class Bm25Index:
 
         Args:
             queries: B questions.
-            k: results per query.
+            k: Results per query.
 
         Returns:
             `[B, k]` ids, BM25 scores (> 0) and mask, best first.
 
         Raises:
-            ValueError: k is not positive, or `queries` is one string.
+            ValueError: `k` is not positive, or `queries` is one string.
         """
         base.check_k(k, size=self._size)
         if isinstance(queries, str):
-            raise ValueError("queries must be a sequence of strings, got one string.")
+            raise ValueError("queries must be a sequence of strings, got one string")
         result = base.empty_result(len(queries), k)
         for row, query in enumerate(queries):
             token_ids = self._analyzer.look_up(query)
@@ -148,7 +148,7 @@ def _join(texts: Iterable[str], titles: Iterable[str] | None) -> Iterator[str]:
         for title, text in zip(titles, texts, strict=True):
             yield f"{title} {text}"
     except ValueError as error:
-        raise ValueError("BM25 needs one title for each text; their numbers differ.") from error
+        raise ValueError("BM25 needs one title for each text; their numbers differ") from error
 
 
 def _best(scores: NDArray[np.float32], k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:

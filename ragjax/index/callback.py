@@ -52,9 +52,9 @@ def make_jit_search(
     pass `ExactIndex.blocks` to `exact_search`.
 
     Args:
-        current_snapshot: returns the snapshot to search; called once for each search, from
+        current_snapshot: Returns the snapshot to search; called once for each search, from
             another thread.
-        k: results per query.
+        k: Results per query.
 
     Returns:
         A function from query embeddings `[B, D]` to a `JitSearchResult`. What the search raises,
@@ -69,12 +69,12 @@ def make_jit_search(
         ValueError: `k` is not a positive integer; when called: the queries are no matrix.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k <= 0:
-        raise ValueError(f"k must be a positive integer, got {k!r}.")
+        raise ValueError(f"k must be a positive integer, got {k!r}")
 
     def search(queries: Array) -> JitSearchResult:
         """Returns the k best documents of query embeddings `[B, D]`."""
         if jnp.ndim(queries) != 2:
-            raise ValueError(f"Queries must be [B, D], got shape {jnp.shape(queries)}.")
+            raise ValueError(f"Queries must be [B, D], got shape {jnp.shape(queries)}")
         num_queries, dim = queries.shape
         values = jax.lax.stop_gradient(queries).astype(jnp.float32).reshape(-1)
         cuts = list(range(_PIECE_VALUES, values.size, _PIECE_VALUES))

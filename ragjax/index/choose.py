@@ -24,8 +24,8 @@ class IndexChoice:
 
     Attributes:
         name: "exact" or "scann".
-        build: makes the index from `[N, D]` document embeddings.
-        reason: one sentence to print.
+        build: Makes the index from `[N, D]` document embeddings.
+        reason: One sentence to print.
     """
 
     name: str
@@ -40,16 +40,16 @@ def choose_index(size: int, dim: int, *, memory_bytes: int | None = None) -> Ind
     the embeddings fill at most a quarter of the memory.
 
     Args:
-        size: number of documents.
-        dim: size of an embedding.
-        memory_bytes: memory of the device that searches; default: asked of the device, or for a
+        size: Number of documents.
+        dim: Size of an embedding.
+        memory_bytes: Memory of the device that searches; default: asked of the device, or for a
             CPU of the operating system.
 
     Raises:
         ValueError: `size` or `dim` is not positive.
     """
     if size < 1 or dim < 1:
-        raise ValueError(f"An index needs documents and dimensions, got {size} and {dim}.")
+        raise ValueError(f"An index needs documents and dimensions, got {size} and {dim}")
     memory = _device_memory() if memory_bytes is None else memory_bytes
     needed = size * dim * _FLOAT_BYTES
     facts = f"{size:,} documents x {dim} dimensions = {needed / 2**20:,.0f} MiB"

@@ -52,22 +52,22 @@ class ExactIndex:
 
         Args:
             doc_embeddings: `[N, D]`; row i is document i.
-            doc_rows: documents scored at a time on a device; bounds the score matrix to
+            doc_rows: Documents scored at a time on a device; bounds the score matrix to
                 256 x `doc_rows` x 4 bytes.
-            device: where to search; default: the first device.
-            devices: devices of this process that hold and search an equal part of the documents
+            device: Where to search; default: the first device.
+            devices: Devices of this process that hold and search an equal part of the documents
                 each, instead of `device`. The results are those of one device.
 
         Raises:
-            ValueError: the embeddings are no finite matrix, there are none, `doc_rows` < 1, no
+            ValueError: The embeddings are no finite matrix, there are none, `doc_rows` < 1, no
                 devices, or both `device` and `devices`.
         """
         if doc_rows < 1:
-            raise ValueError(f"doc_rows must be at least 1, got {doc_rows}.")
+            raise ValueError(f"doc_rows must be at least 1, got {doc_rows}")
         if devices is not None and (device is not None or not len(devices)):
             raise ValueError(
                 f"Give one device, or at least one in devices, got device={device} and "
-                f"devices={devices}."
+                f"devices={devices}"
             )
         embeddings = base.check_documents(np.asarray(doc_embeddings))
         self._size, self._dim = embeddings.shape
@@ -115,13 +115,13 @@ class ExactIndex:
 
         Args:
             queries: `[B, D]` query embeddings.
-            k: results per query; slots beyond the number of documents are masked.
+            k: Results per query; slots beyond the number of documents are masked.
 
         Returns:
             `[B, k]` ids, inner products (float32) and mask, best first.
 
         Raises:
-            ValueError: k is not positive, a query is not finite, or its size is not the index's.
+            ValueError: `k` is not positive, a query is not finite, or its size is not the index's.
         """
         return self._search(queries, k, self._search_block)
 
@@ -134,13 +134,13 @@ class ExactIndex:
 
         Args:
             queries: `[B, D]` query embeddings; an array of numpy.
-            k: results per query; slots beyond the number of documents are masked.
+            k: Results per query; slots beyond the number of documents are masked.
 
         Returns:
             As `search`, the scores equal up to rounding.
 
         Raises:
-            ValueError: as `search`.
+            ValueError: As `search`.
         """
         if self._host_shards is None:
             self._host_shards = _to_host(self._blocks)
@@ -191,8 +191,8 @@ def exact_search(queries: Array, blocks: Array, size: ArrayLike, k: int) -> tupl
         queries: `[B, D]` float32.
         blocks: `[C, M, D]` float32, such as `ExactIndex.blocks` of an index on one device; rows
             from `size` on are padding.
-        size: number of documents, scalar int32; may be traced.
-        k: results per query, static.
+        size: Number of documents, scalar int32; may be traced.
+        k: Results per query, static.
 
     Returns:
         Scores `[B, k]` float32 and document ids `[B, k]` int32, best first; -inf and -1 in the

@@ -33,9 +33,9 @@ class DenseWeight:
     """The weight chosen on held-out questions, with what every candidate weight reached.
 
     Attributes:
-        weight: the chosen weight of the dense side, 0 to 1.
-        grid: the weights tried.
-        mrr: mean reciprocal rank (at most rank 10) of the best gold document for each of them.
+        weight: The chosen weight of the dense side, 0 to 1.
+        grid: The weights tried.
+        mrr: Mean reciprocal rank (at most rank 10) of the best gold document for each of them.
     """
 
     weight: float
@@ -57,22 +57,22 @@ class HybridIndex:
         """Joins two indexes over the same documents.
 
         Args:
-            dense: searched with the embeddings.
-            lexical: searched with the texts.
-            dense_weight: weight of the dense side, 0 (lexical alone) to 1 (dense alone).
-            depth: candidates taken from each side (at least k are taken).
+            dense: Searched with the embeddings.
+            lexical: Searched with the texts.
+            dense_weight: Weight of the dense side, 0 (lexical alone) to 1 (dense alone).
+            depth: Candidates taken from each side (at least k are taken).
 
         Raises:
-            ValueError: the indexes differ in size, the weight is outside [0, 1] or depth < 1.
+            ValueError: The indexes differ in size, the weight is outside [0, 1] or depth < 1.
         """
         if dense.size != lexical.size:
             raise ValueError(
                 f"The dense index holds {dense.size} documents and the lexical one {lexical.size}; "
-                "both must be built from the same corpus."
+                "both must be built from the same corpus"
             )
         _check_weight(dense_weight)
         if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}.")
+            raise ValueError(f"depth must be at least 1, got {depth}")
         self._dense = dense
         self._lexical = lexical
         self._weight = dense_weight
@@ -100,13 +100,13 @@ class HybridIndex:
 
         Args:
             queries: B queries in both forms.
-            k: results per query.
+            k: Results per query.
 
         Returns:
             `[B, k]` ids, combined z-scores and mask, best first; ties by the lower id.
 
         Raises:
-            ValueError: k is not positive, or the two forms differ in number.
+            ValueError: `k` is not positive, or the two forms differ in number.
         """
         base.check_k(k, size=self.size)
         dense, lexical = _search_both(self._dense, self._lexical, queries, self.depth_of(k))
@@ -134,20 +134,20 @@ def choose_dense_weight(
     Each index is searched once. Of equally good weights the one nearest to 1/2 is taken.
 
     Args:
-        dense: searched with the embeddings.
-        lexical: searched with the texts.
+        dense: Searched with the embeddings.
+        lexical: Searched with the texts.
         queries: B held-out questions, used for nothing else.
-        gold_doc_ids: for each question the rows of its relevant documents.
-        grid: weights to try; 0 is the lexical index alone and 1 the dense one alone.
-        depth: candidates taken from each side, as in `HybridIndex`.
+        gold_doc_ids: For each question the rows of its relevant documents.
+        grid: Weights to try; 0 is the lexical index alone and 1 the dense one alone.
+        depth: Candidates taken from each side, as in `HybridIndex`.
 
     Raises:
-        ValueError: no questions, no grid, or numbers that do not match.
+        ValueError: No questions, no grid, or numbers that do not match.
     """
     if not grid or not gold_doc_ids or len(gold_doc_ids) != len(queries.texts):
         raise ValueError(
             f"Choosing a weight needs weights and as many gold sets as questions, got {len(grid)} "
-            f"weights, {len(gold_doc_ids)} gold sets and {len(queries.texts)} questions."
+            f"weights, {len(gold_doc_ids)} gold sets and {len(queries.texts)} questions"
         )
     for weight in grid:
         _check_weight(weight)
@@ -167,7 +167,7 @@ def choose_dense_weight(
 def _check_weight(weight: float) -> None:
     """Refuses a weight outside [0, 1]."""
     if not 0 <= weight <= 1:
-        raise ValueError(f"dense_weight must be between 0 and 1, got {weight}.")
+        raise ValueError(f"dense_weight must be between 0 and 1, got {weight}")
 
 
 def _search_both(
@@ -181,7 +181,7 @@ def _search_both(
     if len(embeddings) != len(queries.texts):
         raise ValueError(
             f"Got {len(embeddings)} query embeddings and {len(queries.texts)} query texts; "
-            "they must be the same queries."
+            "they must be the same queries"
         )
     return dense.search(embeddings, depth), lexical.search(queries.texts, depth)
 

@@ -19,12 +19,12 @@ def recall_against_exact(
     """Returns the mean fraction of the exact best k that an index finds.
 
     Args:
-        index: the index over `doc_embeddings`.
+        index: The index over `doc_embeddings`.
         doc_embeddings: `[N, D]`.
         queries: `[P, D]` real queries. Default: evenly spaced documents, whose own row is left
             out of both results, since any index finds it.
-        k: neighbours compared (fewer where the corpus is smaller).
-        num_probes: documents taken where no queries are given.
+        k: Neighbours compared (fewer where the corpus is smaller).
+        num_probes: Documents taken where no queries are given.
 
     Returns:
         A fraction; 1.0 where there is no neighbour to find.

@@ -41,12 +41,12 @@ class ScannOptions:
     """How an index is built and searched.
 
     Attributes:
-        num_leaves: partitions of the documents; 0 searches them all.
-        leaves_to_search: partitions looked into for each query; 0 with `num_leaves` 0.
-        dimensions_per_block: dimensions coded together in 4 bits; 0 scores exactly instead.
-        reorder: candidates scored again with the full vectors, for each query.
+        num_leaves: Partitions of the documents; 0 searches them all.
+        leaves_to_search: Partitions looked into for each query; 0 with `num_leaves` 0.
+        dimensions_per_block: Dimensions coded together in 4 bits; 0 scores exactly instead.
+        reorder: Candidates scored again with the full vectors, for each query.
         anisotropic_threshold: T of the anisotropic quantisation loss.
-        threads: of the build and of the search; 0 takes ScaNN's own choice (every core).
+        threads: Of the build and of the search; 0 takes ScaNN's own choice (every core).
 
     References:
         Guo et al., "Accelerating Large-Scale Inference with Anisotropic Vector Quantization", 2020.
@@ -63,7 +63,7 @@ class ScannOptions:
         """Refuses negative numbers."""
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 0:
-                raise ValueError(f"{field.name} must not be negative: {getattr(self, field.name)}.")
+                raise ValueError(f"{field.name} must not be negative: {getattr(self, field.name)}")
 
 
 def scann_options(size: int, *, threads: int = 0) -> ScannOptions:
@@ -85,13 +85,13 @@ class ScannDetails:
     """What is known of a built index, also saved beside it.
 
     Attributes:
-        size: number of documents.
-        dim: size of an embedding.
-        options: as used, after what did not fit the corpus was adjusted.
-        notes: one sentence for each adjustment.
-        recall: fraction of the exact best 10 found, measured at the build.
-        build_seconds: what the build took, without measuring the recall.
-        doc_norms: smallest and largest norm of a sample of the documents.
+        size: Number of documents.
+        dim: Size of an embedding.
+        options: As used, after what did not fit the corpus was adjusted.
+        notes: One sentence for each adjustment.
+        recall: Fraction of the exact best 10 found, measured at the build.
+        build_seconds: What the build took, without measuring the recall.
+        doc_norms: Smallest and largest norm of a sample of the documents.
     """
 
     size: int
@@ -126,12 +126,12 @@ class ScannIndex:
 
         Args:
             doc_embeddings: `[N, D]`; row i is document i.
-            options: default: `scann_options(N)`.
+            options: Default: `scann_options(N)`.
             probe_queries: `[P, D]` real queries for the recall; default: 100 of the documents.
 
         Raises:
-            ValueError: the embeddings are no finite matrix, or there are none.
-            ImportError: scann does not work here; the message says why.
+            ValueError: The embeddings are no finite matrix, or there are none.
+            ImportError: ScaNN does not work here; the message says why.
         """
         embeddings = base.check_documents(doc_embeddings)
         size, dim = embeddings.shape
@@ -167,13 +167,13 @@ class ScannIndex:
 
         Args:
             queries: `[B, D]` query embeddings.
-            k: results per query; slots that the searched leaves cannot fill are masked.
+            k: Results per query; slots that the searched leaves cannot fill are masked.
 
         Returns:
             `[B, k]` ids, inner products (float32) and mask, best first.
 
         Raises:
-            ValueError: k is not positive, a query is not finite, or its size is not the index's.
+            ValueError: `k` is not positive, a query is not finite, or its size is not the index's.
         """
         found = base.check_k(k, size=self.size)
         embeddings = base.check_query_embeddings(queries, dim=self.dim)
@@ -194,7 +194,7 @@ class ScannIndex:
         """Writes the index to a new folder, complete or not at all.
 
         Raises:
-            FileExistsError: something is there already.
+            FileExistsError: Something is there already.
         """
         with storage.new_folder(Path(folder)) as building:
             self._searcher.serialize(str(building), relative_path=True)
@@ -216,15 +216,15 @@ class ScannIndex:
         """Opens an index that `save` wrote, after every file passed its checksum.
 
         Args:
-            folder: where it was saved.
-            threads: of the search; default: as the index was built.
-            verified: the caller has compared the checksums a moment ago, for example of a larger
+            folder: Where it was saved.
+            threads: Of the search; default: as the index was built.
+            verified: The caller has compared the checksums a moment ago, for example of a larger
                 folder around this one; only what lies in the folder is checked again.
 
         Raises:
-            FileNotFoundError: no complete index there.
-            ValueError: a file is missing, changed or does not belong there.
-            ImportError: scann does not work here; the message says why.
+            FileNotFoundError: No complete index there.
+            ValueError: A file is missing, changed or does not belong there.
+            ImportError: ScaNN does not work here; the message says why.
         """
         source = Path(folder)
         manifest = storage.read_json(source / _MANIFEST, what="ScaNN index")
@@ -238,9 +238,7 @@ class ScannIndex:
             values["doc_norms"] = tuple(values["doc_norms"])
             details = ScannDetails(**values)
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{source / _MANIFEST} is no ScaNN index manifest: {error}."
-            ) from error
+            raise ValueError(f"{source / _MANIFEST} is no ScaNN index manifest: {error}") from error
         if threads is not None:
             options = dataclasses.replace(details.options, threads=threads)
             details = dataclasses.replace(details, options=options)
@@ -266,30 +264,30 @@ class ScannIndex:
         have moved: `details.recall` tells, and `build` starts afresh.
 
         Args:
-            folder: where the index was saved.
+            folder: Where the index was saved.
             rows: `[R]` different documents whose embeddings have changed.
             doc_embeddings: `[N, D]`, all documents as they shall be found: the new embeddings in
                 `rows`, and in the others those that were indexed, against which the recall is
                 measured.
             probe_queries: `[P, D]` real queries for the recall; default: 100 of the documents.
-            threads: of the update and the search; default: as the index was built.
-            verified: as in `load`.
+            threads: Of the update and the search; default: as the index was built.
+            verified: As in `load`.
 
         Returns:
             The index; `details.build_seconds` is what the update took.
 
         Raises:
-            FileNotFoundError: no complete index there.
-            ValueError: the folder as in `load`; the embeddings are not finite or not of the
+            FileNotFoundError: No complete index there.
+            ValueError: The folder as in `load`; the embeddings are not finite or not of the
                 index's size; or rows that are no document or listed twice.
-            ImportError: scann does not work here; the message says why.
+            ImportError: ScaNN does not work here; the message says why.
         """
         embeddings = base.check_documents(doc_embeddings)
         index = cls.load(folder, threads=threads, verified=verified)
         if embeddings.shape != (index.size, index.dim):
             raise ValueError(
                 f"Document embeddings are {embeddings.shape} but the index in {folder} holds "
-                f"{(index.size, index.dim)}; build a new index for another corpus or encoder."
+                f"{(index.size, index.dim)}; build a new index for another corpus or encoder"
             )
         positions = _check_rows(rows, index.size)
         started = time.monotonic()
@@ -298,7 +296,7 @@ class ScannIndex:
             positions.tolist(), embeddings[positions], _UPSERT_ROWS
         )
         if list(changed) != positions.tolist():
-            raise RuntimeError("ScaNN moved documents while updating them; build a new index.")
+            raise RuntimeError("ScaNN moved documents while updating them; build a new index")
         details = dataclasses.replace(
             index.details,
             build_seconds=time.monotonic() - started,
@@ -313,15 +311,15 @@ def _check_rows(rows: ArrayLike, size: int) -> NDArray[np.int64]:
     positions = np.asarray(rows)
     if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
         raise ValueError(
-            f"rows must be whole numbers [R], got {positions.dtype} of shape {positions.shape}."
+            f"rows must be whole numbers [R], got {positions.dtype} of shape {positions.shape}"
         )
     positions = positions.astype(np.int64)
     # ScaNN would append what lies beyond the end and keep either one of two equal rows.
     outside = positions[(positions < 0) | (positions >= size)]
     if outside.size:
-        raise ValueError(f"rows must be 0 to {size - 1}, got {outside[0]}.")
+        raise ValueError(f"rows must be 0 to {size - 1}, got {outside[0]}")
     if len(np.unique(positions)) != len(positions):
-        raise ValueError(f"rows must be different, got {len(positions)} with repetitions.")
+        raise ValueError(f"rows must be different, got {len(positions)} with repetitions")
     return positions
 
 

@@ -42,14 +42,14 @@ class StoreSpec:
     """What a store holds; two stores with equal specs hold the same embeddings.
 
     Attributes:
-        size: number of documents N.
-        dim: size of an embedding D.
-        model_fingerprint: of the encoder's configuration, weights and tokenizer.
-        corpus_fingerprint: of the documents in their order.
-        settings: what else changes an embedding, such as the longest length in tokens, the
+        size: Number of documents N.
+        dim: Size of an embedding D.
+        model_fingerprint: Of the encoder's configuration, weights and tokenizer.
+        corpus_fingerprint: Of the documents in their order.
+        settings: What else changes an embedding, such as the longest length in tokens, the
             pooling or a prefix; JSON values, kept as they read back (a tuple becomes a list).
-        dtype: of the files, "float32" or "float16".
-        rows_per_shard: rows of every shard but the last.
+        dtype: Of the files, "float32" or "float16".
+        rows_per_shard: Rows of every shard but the last.
     """
 
     size: int
@@ -65,16 +65,25 @@ class StoreSpec:
         for name in ("size", "dim", "rows_per_shard"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         try:
             settings = json.loads(json.dumps(dict(self.settings)))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"settings must be values that JSON has, got {self.settings!r}: {error}."
+                f"settings must be values that JSON has, got {self.settings!r}: {error}"
             ) from error
         object.__setattr__(self, "settings", settings)
+
+    def differences(self, wanted: Mapping[str, Any]) -> str:
+        """Names the fields, or entries of `settings`, that are not as wanted; "" if all are."""
+        found = {**dataclasses.asdict(self), **self.settings}
+        return "; ".join(
+            f"{name} {found.get(name)!r}, expected {value!r}"
+            for name, value in json.loads(json.dumps(dict(wanted))).items()
+            if found.get(name) != value
+        )
 
     @property
     def num_shards(self) -> int:
@@ -113,16 +122,16 @@ class EmbeddingStore:
         """Opens a store after every shard passed its checksum.
 
         Args:
-            folder: where it was published.
-            model_fingerprint: the encoder that must have made it; None accepts any.
-            corpus_fingerprint: the corpus that must have been encoded; None accepts any.
-            settings: entries that the settings of the store must have; None accepts any.
+            folder: Where it was published.
+            model_fingerprint: The encoder that must have made it; None accepts any.
+            corpus_fingerprint: The corpus that must have been encoded; None accepts any.
+            settings: Entries that the settings of the store must have; None accepts any.
             verified: True = the caller has verified every file of this folder; the shards are
                 not read again.
 
         Raises:
-            FileNotFoundError: no complete store there.
-            ValueError: a shard is missing or changed, something else lies there, or the store
+            FileNotFoundError: No complete store there.
+            ValueError: A shard is missing or changed, something else lies there, or the store
                 belongs to another encoder, corpus or settings.
         """
         path = Path(folder)
@@ -131,19 +140,16 @@ class EmbeddingStore:
         expected = {_shard_name(shard) for shard in range(spec.num_shards)}
         digests = manifest.get("sha256")
         if not isinstance(digests, dict) or set(digests) != expected:
-            raise ValueError(f"{path / _MANIFEST} does not list its {spec.num_shards} shards.")
+            raise ValueError(f"{path / _MANIFEST} does not list its {spec.num_shards} shards")
         if not verified:
             storage.verify_folder(path, digests, also=(_MANIFEST,))
-        for name, found, wanted in (
-            ("encoder", spec.model_fingerprint, model_fingerprint),
-            ("corpus", spec.corpus_fingerprint, corpus_fingerprint),
-        ):
-            if wanted is not None and found != wanted:
-                raise ValueError(
-                    f"The embeddings in {path} were made with another {name} (fingerprint "
-                    f"{found}, expected {wanted}); encode the corpus again into a new folder."
-                )
-        _check_settings(spec.settings, settings or {}, path)
+        wanted = {"model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        if problem := spec.differences({**wanted, **(settings or {})}):
+            raise ValueError(
+                f"the embeddings in {path} are not those of this encoder and corpus ({problem}); "
+                "encode the corpus again into a new folder"
+            )
         store = cls(path, spec)
         for shard in range(spec.num_shards):
             _load_shard(path / _shard_name(shard), spec, shard)
@@ -203,12 +209,12 @@ class ShardWriter:
         """Joins a store under construction.
 
         Args:
-            folder: where the store will be published.
-            spec: what it will hold.
+            folder: Where the store will be published.
+            spec: What it will hold.
 
         Raises:
-            FileNotFoundError: no such store is under construction (any more).
-            ValueError: it was started with another spec; the message names what differs.
+            FileNotFoundError: No such store is under construction (any more).
+            ValueError: It was started with another spec; the message names what differs.
         """
         target = Path(folder)
         building = _building_folder(target)
@@ -232,14 +238,14 @@ class ShardWriter:
         """Writes one shard, unless another process was faster; it is on disk when this returns.
 
         Args:
-            shard: its number.
+            shard: Its number.
             embeddings: `[rows of the shard, D]`, cast to the stored dtype.
 
         Raises:
-            ValueError: no such shard, another shape than the spec's, or values that are not
+            ValueError: No such shard, another shape than the spec's, or values that are not
                 finite (also: that overflow the stored dtype); the message names the documents.
-            FileNotFoundError: the store was published or removed meanwhile.
-            DiskFullError: there is no room; nothing of the shard is left.
+            FileNotFoundError: The store was published or removed meanwhile.
+            DiskFullError: There is no room; nothing of the shard is left.
         """
         array = self._checked(shard, embeddings)
         path = self._building / _shard_name(shard)
@@ -265,14 +271,14 @@ class ShardWriter:
     def _checked(self, shard: int, embeddings: ArrayLike) -> NDArray[np.floating]:
         """Returns the embeddings of a shard as they are stored."""
         if not 0 <= shard < self.spec.num_shards:
-            raise ValueError(f"There is no shard {shard} of {self.spec.num_shards}.")
+            raise ValueError(f"There is no shard {shard} of {self.spec.num_shards}")
         rows = self.rows(shard)
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(embeddings, dtype=self.spec.dtype)
         if array.shape != (len(rows), self.spec.dim):
             raise ValueError(
                 f"Shard {shard} must be {(len(rows), self.spec.dim)} [rows, size], got "
-                f"{array.shape}."
+                f"{array.shape}"
             )
         base.check_embeddings(array, name=f"embeddings in shard {shard}", rows=rows)
         return array
@@ -325,17 +331,17 @@ class EmbeddingWriter(ShardWriter):
         """Starts a store, or goes on with the one a killed run left.
 
         Args:
-            folder: where the store will be published.
-            spec: what it will hold.
+            folder: Where the store will be published.
+            spec: What it will hold.
 
         Raises:
-            FileExistsError: a complete store is there already.
-            ValueError: the unfinished store there was started with another spec; the message
+            FileExistsError: A complete store is there already.
+            ValueError: The unfinished store there was started with another spec; the message
                 names what differs.
         """
         target = Path(folder)
         if target.exists():
-            raise FileExistsError(f"{target} exists; open it, or choose another folder.")
+            raise FileExistsError(f"{target} exists; open it, or choose another folder")
         building = _building_folder(target)
         building.mkdir(parents=True, exist_ok=True)
         _undo_publish(building)
@@ -376,13 +382,13 @@ class EmbeddingWriter(ShardWriter):
         """Writes the manifest and renames the folder to its final name.
 
         Raises:
-            ValueError: shards are missing.
-            FileExistsError: the final name was taken meanwhile.
+            ValueError: Shards are missing.
+            FileExistsError: The final name was taken meanwhile.
         """
         if self.missing():
             raise ValueError(
                 f"{len(self.missing())} of {self.spec.num_shards} shards are not written yet, "
-                f"first {self.missing()[0]}."
+                f"first {self.missing()[0]}"
             )
         digests = {_shard_name(shard): self._digests[shard] for shard in sorted(self._digests)}
         manifest = {"format": _FORMAT, "spec": _as_json(self.spec), "sha256": digests}
@@ -425,7 +431,7 @@ def _building_folder(target: Path) -> Path:
     """Returns the folder of a store under construction."""
     building = target.with_name(f"{target.name}.building")
     if building.is_symlink():
-        raise ValueError(f"{building} is a symbolic link; remove it.")
+        raise ValueError(f"{building} is a symbolic link; remove it")
     return building
 
 
@@ -481,34 +487,17 @@ def _read_spec(value: Mapping[str, Any], path: Path) -> StoreSpec:
     try:
         return StoreSpec(**value["spec"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} describes no embedding store: {error}.") from error
+        raise ValueError(f"{path} describes no embedding store: {error}") from error
 
 
 def _check_same(building: Path, spec: StoreSpec) -> None:
     """Refuses to mix the embeddings of two specs."""
     path = building / _SPEC
     started = _read_spec(storage.read_json(path, what=_WHAT, version=_FORMAT), path)
-    old, new = _as_json(started), _as_json(spec)
-    differing = [name for name in new if old[name] != new[name]]
-    if differing:
-        changes = "; ".join(f"{name}: {old[name]!r}, now {new[name]!r}" for name in differing)
+    if problem := started.differences(dataclasses.asdict(spec)):
         raise ValueError(
-            f"{building} was started for other embeddings ({changes}); remove it or choose "
-            "another folder."
-        )
-
-
-def _check_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Refuses embeddings made with other settings."""
-    changes = [
-        f"{name}: {found.get(name)!r}, expected {value!r}"
-        for name, value in json.loads(json.dumps(dict(wanted))).items()
-        if found.get(name) != value
-    ]
-    if changes:
-        raise ValueError(
-            f"The embeddings in {path} were made with other settings ({'; '.join(changes)}); "
-            "encode the corpus again into a new folder."
+            f"{building} was started for other embeddings ({problem}); remove it or choose another"
+            " folder"
         )
 
 
@@ -517,7 +506,5 @@ def _load_shard(path: Path, spec: StoreSpec, shard: int) -> NDArray[np.floating]
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     shape = (len(spec.rows(shard)), spec.dim)
     if array.shape != shape or array.dtype != spec.dtype:
-        raise ValueError(
-            f"{path} holds {array.shape} {array.dtype}, expected {shape} {spec.dtype}."
-        )
+        raise ValueError(f"{path} holds {array.shape} {array.dtype}, expected {shape} {spec.dtype}")
     return array

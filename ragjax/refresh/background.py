@@ -29,11 +29,11 @@ class Background:
         """Starts no thread before there is work.
 
         Args:
-            run: makes an index of an export; called in the thread.
-            cancelled: set by `close`, for `run` to look at.
-            max_retries: times that a failed export is tried again.
-            backoff_seconds: wait before the first retry; it doubles each time.
-            report: called with one sentence before each retry.
+            run: Makes an index of an export; called in the thread.
+            cancelled: Set by `close`, for `run` to look at.
+            max_retries: Times that a failed export is tried again.
+            backoff_seconds: Wait before the first retry; it doubles each time.
+            report: Called with one sentence before each retry.
         """
         self._run, self._cancelled, self._report = run, cancelled, report
         self._max_retries, self._backoff_seconds = max_retries, backoff_seconds
@@ -58,11 +58,11 @@ class Background:
         """Takes an export in the place of one that waits; True where none is worked on.
 
         Raises:
-            RuntimeError: it is closed.
+            RuntimeError: It is closed.
         """
         with self._condition:
             if self._closed:
-                raise RuntimeError("The refresher is closed.")
+                raise RuntimeError("The refresher is closed")
             idle = not self.busy
             self.waiting = export
             if self._thread is None:
@@ -105,9 +105,9 @@ class Background:
         """Waits until nothing is worked on or waits.
 
         Args:
-            timeout: in seconds; None: as long as it takes.
-            check: called about once a second; what it raises ends the waiting.
-            tell: called now and then.
+            timeout: In seconds; None: as long as it takes.
+            check: Called about once a second; what it raises ends the waiting.
+            tell: Called now and then.
 
         Returns:
             False after `timeout` seconds, or where it was closed.

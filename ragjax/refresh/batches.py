@@ -20,13 +20,13 @@ class EncodeOptions:
     """How documents are grouped; none of it changes an embedding beyond rounding.
 
     Attributes:
-        buckets: lengths in tokens that batches are padded to, ascending; the last is the longest
+        buckets: Lengths in tokens that batches are padded to, ascending; the last is the longest
             document accepted.
-        batch_tokens: tokens in a batch for each device, padding included: a batch of length L
+        batch_tokens: Tokens in a batch for each device, padding included: a batch of length L
             has about `batch_tokens` / L rows. The default keeps a batch in the cache of a CPU
             core; an accelerator wants many times more.
-        max_rows: most rows in a batch for each device.
-        window: documents tokenised and sorted by length at a time; bounds the host memory.
+        max_rows: Most rows in a batch for each device.
+        window: Documents tokenised and sorted by length at a time; bounds the host memory.
         compute_dtype: "float32", or "bfloat16" for half the memory and, on an accelerator, more
             speed at a precision of about two decimals; a CPU is slower with it. The floating
             parameters are cast once per call; embeddings are returned as float32 either way.
@@ -43,14 +43,14 @@ class EncodeOptions:
         if self.compute_dtype not in _COMPUTE_DTYPES:
             raise ValueError(
                 f"compute_dtype must be one of {', '.join(_COMPUTE_DTYPES)}, got "
-                f"{self.compute_dtype!r}."
+                f"{self.compute_dtype!r}"
             )
         if min(self.batch_tokens, self.max_rows, self.window) < 1:
-            raise ValueError("batch_tokens, max_rows and window must be positive.")
+            raise ValueError("batch_tokens, max_rows and window must be positive")
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
-            raise ValueError(f"buckets must be ascending lengths, got {self.buckets}.")
+            raise ValueError(f"buckets must be ascending lengths, got {self.buckets}")
         if self.buckets[0] < 1:
-            raise ValueError(f"buckets must be positive lengths, got {self.buckets}.")
+            raise ValueError(f"buckets must be positive lengths, got {self.buckets}")
 
 
 class Batch(NamedTuple):
@@ -80,16 +80,16 @@ def plan_batches(
     """Groups documents by length, longest first, so that little of a batch is padding.
 
     Args:
-        lengths: of each document in tokens.
-        options: sizes of batches.
-        rows: of the corpus that they are, for messages; None: the first ones.
-        num_devices: what the rows of each batch are a multiple of.
+        lengths: Of each document in tokens.
+        options: Sizes of batches.
+        rows: Of the corpus that they are, for messages; None: the first ones.
+        num_devices: What the rows of each batch are a multiple of.
 
     Returns:
         Batches that hold every document once. Only the last has rows to spare.
 
     Raises:
-        ValueError: a document is longer than the last bucket.
+        ValueError: A document is longer than the last bucket.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     batches = []
@@ -125,17 +125,17 @@ def prepare_window(
     """Plans the batches of one window and makes one padded array of its token ids.
 
     Args:
-        token_ids: of each document of the window, at least one.
-        rows: of the corpus that they are.
-        options: sizes of batches.
-        pad_id: id that fills up a row.
-        num_devices: what the rows of each batch are a multiple of.
+        token_ids: Of each document of the window, at least one.
+        rows: Of the corpus that they are.
+        options: Sizes of batches.
+        pad_id: Id that fills up a row.
+        num_devices: What the rows of each batch are a multiple of.
 
     Raises:
-        ValueError: another number of documents than rows, or one longer than the last bucket.
+        ValueError: Another number of documents than rows, or one longer than the last bucket.
     """
     if len(token_ids) != len(rows):
-        raise ValueError(f"tokenize returned {len(token_ids)} rows for {len(rows)} texts.")
+        raise ValueError(f"tokenize returned {len(token_ids)} rows for {len(rows)} texts")
     lengths = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
     batches = plan_batches(lengths, options, rows=rows, num_devices=num_devices)
     longest = batches[0].length

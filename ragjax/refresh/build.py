@@ -46,9 +46,9 @@ class BuildOptions:
     """How an index is built from embeddings.
 
     Attributes:
-        scann: options of the index; None: ScaNN's advice for the number of documents.
-        threads: of the build; 0: half of the cores, so that training keeps the others.
-        deadline_seconds: longest build; after it the process is ended and the build has failed. 0:
+        scann: Options of the index; None: ScaNN's advice for the number of documents.
+        threads: Of the build; 0: half of the cores, so that training keeps the others.
+        deadline_seconds: Longest build; after it the process is ended and the build has failed. 0:
             no limit.
     """
 
@@ -61,7 +61,7 @@ class BuildOptions:
         if self.threads < 0 or self.deadline_seconds < 0:
             raise ValueError(
                 f"threads and deadline_seconds must not be negative, got {self.threads} and "
-                f"{self.deadline_seconds}."
+                f"{self.deadline_seconds}"
             )
 
     @property
@@ -85,10 +85,10 @@ class ScannBuild:
         """Starts the process.
 
         Args:
-            building: folder with finished `embeddings`; `index` is written into it.
-            options: of the build.
+            building: Folder with finished `embeddings`; `index` is written into it.
+            options: Of the build.
             probe_queries: `[P, D]` real queries to measure the recall with; None: documents.
-            base: index of an earlier generation that `rows` are upserted into, instead of a full
+            base: Index of an earlier generation that `rows` are upserted into, instead of a full
                 build.
             rows: `[R]` int64, documents whose embeddings differ from those in `base`.
         """
@@ -130,7 +130,7 @@ class ScannBuild:
         """Waits for the index.
 
         Raises:
-            BuildError: the process failed or ran out of time; the message has its exit code and
+            BuildError: The process failed or ran out of time; the message has its exit code and
                 the last line it wrote.
             Cancelled: `cancelled` was set; the process is gone.
         """

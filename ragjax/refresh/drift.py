@@ -32,12 +32,12 @@ def top_k_overlap(before: base.SearchResult, after: base.SearchResult) -> float:
         A fraction; queries without any result are left out, and 1.0 if all are.
 
     Raises:
-        ValueError: the results are not of the same queries and k.
+        ValueError: The results are not of the same queries and k.
     """
     if before.mask.shape != after.mask.shape:
         raise ValueError(
             f"Results {before.mask.shape} and {after.mask.shape} cannot be compared; search for "
-            "the same queries and the same k."
+            "the same queries and the same k"
         )
     same = before.doc_ids[:, :, None] == after.doc_ids[:, None, :]  # [B, K, K]
     same &= before.mask[:, :, None] & after.mask[:, None, :]
@@ -58,30 +58,30 @@ def rerank(
     Args:
         result: `[B, C]` candidates; masked slots are ignored.
         query_embeddings: `[B, D]` live query embeddings.
-        doc_embeddings: encodes documents; called at most once, with the distinct candidates of
+        doc_embeddings: Encodes documents; called at most once, with the distinct candidates of
             all queries in ascending order.
-        k: documents kept for each query.
+        k: Documents kept for each query.
 
     Returns:
         Exactly k columns, best first, equal scores ordered by the lower id; scores are inner
         products in float32. Slots beyond a query's candidates are masked.
 
     Raises:
-        ValueError: k is not positive, the numbers of queries or rows differ, or an embedding is
+        ValueError: `k` is not positive, the numbers of queries or rows differ, or an embedding is
             not finite.
     """
     num_queries = len(result.mask)
     queries = np.asarray(query_embeddings)
     if len(queries) != num_queries:
-        raise ValueError(f"Got {len(queries)} query embeddings for {num_queries} results.")
+        raise ValueError(f"Got {len(queries)} query embeddings for {num_queries} results")
     if k < 1:
-        raise ValueError(f"k must be a positive integer, got {k!r}.")
+        raise ValueError(f"k must be a positive integer, got {k!r}")
     rows = np.unique(result.doc_ids[result.mask]).astype(np.int64)
     if not len(rows):
         return base.empty_result(num_queries, k)
     documents = base.check_embeddings(doc_embeddings(rows), name="live document embeddings")
     if len(documents) != len(rows):
-        raise ValueError(f"Got {len(documents)} live embeddings for {len(rows)} documents.")
+        raise ValueError(f"Got {len(documents)} live embeddings for {len(rows)} documents")
     queries = base.check_query_embeddings(queries, dim=documents.shape[1])
     scores = np.full(result.mask.shape, -np.inf, np.float32)
     for query, (doc_ids, real) in enumerate(zip(result.doc_ids, result.mask, strict=True)):
@@ -104,12 +104,12 @@ def indexed_embeddings(
     """Returns the embeddings `[R, D]` of some documents as they were indexed.
 
     Raises:
-        ValueError: the snapshot does not give its embeddings back.
+        ValueError: The snapshot does not give its embeddings back.
     """
     if snapshot.doc_embeddings is None:
         raise ValueError(
             f"Index version {snapshot.version} has no doc_embeddings to compare live ones with; "
-            "make the IndexSnapshot with them, or measure TopKDrift."
+            "make the IndexSnapshot with them, or measure TopKDrift"
         )
     return snapshot.doc_embeddings(rows)
 
@@ -132,17 +132,17 @@ class EmbeddingDrift:
         """Draws the documents.
 
         Args:
-            task: the corpus and the document encoder.
-            indexed: reads embeddings `[P, D]` of the given rows out of a snapshot; called once
+            task: The corpus and the document encoder.
+            indexed: Reads embeddings `[P, D]` of the given rows out of a snapshot; called once
                 for each version.
-            num_probes: documents to draw, or all where there are fewer.
-            seed: of the sample.
+            num_probes: Documents to draw, or all where there are fewer.
+            seed: Of the sample.
 
         Raises:
-            ValueError: no probes.
+            ValueError: No probes.
         """
         if num_probes < 1:
-            raise ValueError(f"num_probes must be at least 1, got {num_probes}.")
+            raise ValueError(f"num_probes must be at least 1, got {num_probes}")
         size = len(task.documents)
         sample = np.random.default_rng(seed).choice(size, min(num_probes, size), replace=False)
         self.rows: NDArray[np.int64] = np.sort(sample).astype(np.int64)
@@ -154,11 +154,11 @@ class EmbeddingDrift:
         """Returns the drift, from 0 to 2 (up to rounding).
 
         Args:
-            params: live parameters of the document encoder.
-            snapshot: the index that serves.
+            params: Live parameters of the document encoder.
+            snapshot: The index that serves.
 
         Raises:
-            ValueError: the snapshot's embeddings are not `[P, D]`, or an embedding is not finite.
+            ValueError: The snapshot's embeddings are not `[P, D]`, or an embedding is not finite.
         """
         live = live_embeddings(self._task, params)(self.rows)
         if self._cached is None or self._cached[0] != snapshot.version:
@@ -171,7 +171,7 @@ class EmbeddingDrift:
         if indexed.shape != live.shape:
             raise ValueError(
                 f"The index gave embeddings {indexed.shape} of {live.shape[0]} documents that the "
-                f"encoder embeds as {live.shape}; both must be of the same corpus and encoder."
+                f"encoder embeds as {live.shape}; both must be of the same corpus and encoder"
             )
         return float(np.mean(_cosine_distances(live, indexed)))
 
@@ -195,17 +195,17 @@ class TopKDrift:
         """Takes the probes.
 
         Args:
-            task: the corpus and the document encoder.
-            encode_queries: returns live embeddings `[P, D]` of the probe queries. It takes no
+            task: The corpus and the document encoder.
+            encode_queries: Returns live embeddings `[P, D]` of the probe queries. It takes no
                 parameters, since those of the query encoder may live elsewhere.
-            k: documents compared for each query.
-            factor: candidates for each of them.
+            k: Documents compared for each query.
+            factor: Candidates for each of them.
 
         Raises:
             ValueError: `k` is not positive, or `factor` leaves nothing to choose from.
         """
         if k < 1 or factor < 2:
-            raise ValueError(f"k must be at least 1 and factor at least 2, got {k} and {factor}.")
+            raise ValueError(f"k must be at least 1 and factor at least 2, got {k} and {factor}")
         self._task = task
         self._encode_queries = encode_queries
         self._k = k
@@ -215,8 +215,8 @@ class TopKDrift:
         """Returns the drift, from 0 to 1.
 
         Args:
-            params: live parameters of the document encoder.
-            snapshot: the index that serves; its queries are embeddings.
+            params: Live parameters of the document encoder.
+            snapshot: The index that serves; its queries are embeddings.
         """
         queries = np.asarray(self._encode_queries(), np.float32)
         size = snapshot.index.size

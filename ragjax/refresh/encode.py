@@ -172,7 +172,7 @@ class _Placement(NamedTuple):
         if devices is None:
             return cls(None, 1)
         if not devices or len(set(devices)) != len(devices):
-            raise ValueError(f"devices must be distinct and at least one, got {list(devices)}.")
+            raise ValueError(f"devices must be distinct and at least one, got {list(devices)}")
         mesh = Mesh(np.asarray(devices), ("rows",), axis_types=(AxisType.Auto,))
         return cls(mesh, len(devices))
 

@@ -40,17 +40,17 @@ def write_export(folder: Path, params: Any, *, step: int, info: Mapping[str, Any
     """Writes parameters beside the folder and renames them to it.
 
     Args:
-        folder: does not exist yet.
-        params: tree of arrays.
-        step: training step of the parameters.
+        folder: Does not exist yet.
+        params: Tree of arrays.
+        step: Training step of the parameters.
         info: JSON values for the reader.
 
     Returns:
         The digest of the parameters.
 
     Raises:
-        FileExistsError: the folder exists.
-        DiskFullError: there is no room; nothing is left.
+        FileExistsError: The folder exists.
+        DiskFullError: There is no room; nothing is left.
     """
     digest = params_digest(params)
     with storage.new_folder(Path(folder)) as building:
@@ -71,12 +71,12 @@ def read_export(folder: Path, template: Any) -> Export:
     """Reads parameters that must fit a template.
 
     Args:
-        folder: written by `write_export`.
-        template: tree of arrays or `jax.ShapeDtypeStruct`.
+        folder: Written by `write_export`.
+        template: Tree of arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-        FileNotFoundError: no complete export there.
-        ValueError: a file was changed or is a link, or names, shapes or dtypes are not those of
+        FileNotFoundError: No complete export there.
+        ValueError: A file was changed or is a link, or names, shapes or dtypes are not those of
             the template; the message lists what differs.
     """
     folder = Path(folder)
@@ -91,7 +91,7 @@ def read_export(folder: Path, template: Any) -> Export:
     if digest != manifest.get("params_digest"):
         raise ValueError(
             f"The parameters in {folder} have the digest {digest}, its manifest says "
-            f"{manifest.get('params_digest')}; write them again."
+            f"{manifest.get('params_digest')}; write them again"
         )
     return Export(params, int(manifest["step"]), manifest["info"], digest)
 
@@ -148,5 +148,5 @@ def _check_fits(tensors: Mapping[str, Any], wanted: Mapping[str, Any], folder: P
         more = len(problems) - _MAX_LISTED
         raise ValueError(
             f"The parameters in {folder} are of another model than the one here: {shown}"
-            f"{f'; and {more} more' if more > 0 else ''}. Use the encoder they were trained from."
+            f"{f'; and {more} more' if more > 0 else ''}. Use the encoder they were trained from"
         )

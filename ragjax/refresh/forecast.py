@@ -186,12 +186,12 @@ def estimate_build_seconds(documents: int, dim: int, kind: str) -> float:
     better than this.
 
     Args:
-        documents: number of documents.
-        dim: size of an embedding.
+        documents: Number of documents.
+        dim: Size of an embedding.
         kind: "exact" or "scann", as `IndexChoice.name`.
 
     Raises:
-        ValueError: another kind, or a size that is not positive.
+        ValueError: Another kind, or a size that is not positive.
     """
     _check_positive("documents", documents)
     _check_positive("dim", dim)

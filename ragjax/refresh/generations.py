@@ -38,21 +38,21 @@ class Description:
     """What a generation is, apart from its files.
 
     Attributes:
-        encoder_step: training step of the parameters that encoded it.
-        params_digest: sha256 of those parameters.
-        corpus_fingerprint: of the documents.
-        model_fingerprint: of everything but the weights that decides an embedding.
-        size: number of documents N.
-        dim: size of an embedding D.
-        kind: of the index, "exact" or "scann".
-        recall: against exact search, measured at the build; 1 for an exact index.
-        encode_seconds: wall-clock time of encoding.
-        build_seconds: wall-clock time from embeddings to a searchable index on disk.
-        base: the generation whose embeddings the documents that were not encoded again keep; -1
+        encoder_step: Training step of the parameters that encoded it.
+        params_digest: Sha256 of those parameters.
+        corpus_fingerprint: Of the documents.
+        model_fingerprint: Of everything but the weights that decides an embedding.
+        size: Number of documents N.
+        dim: Size of an embedding D.
+        kind: Of the index, "exact" or "scann".
+        recall: Against exact search, measured at the build; 1 for an exact index.
+        encode_seconds: Wall-clock time of encoding.
+        build_seconds: Wall-clock time from embeddings to a searchable index on disk.
+        base: The generation whose embeddings the documents that were not encoded again keep; -1
             where all were.
-        encoded: documents encoded for this generation.
-        built_at: when the build ended, in seconds since the epoch; for people only.
-        versions: of the libraries that made it.
+        encoded: Documents encoded for this generation.
+        built_at: When the build ended, in seconds since the epoch; for people only.
+        versions: Of the libraries that made it.
     """
 
     encoder_step: int
@@ -104,10 +104,10 @@ class Expected:
     """What a generation must have been made from; "" accepts anything.
 
     Attributes:
-        corpus_fingerprint: of the documents.
-        model_fingerprint: of the encoder without its weights.
-        params_digest: of the weights.
-        kind: of the index, "exact" or "scann".
+        corpus_fingerprint: Of the documents.
+        model_fingerprint: Of the encoder without its weights.
+        params_digest: Of the weights.
+        kind: Of the index, "exact" or "scann".
         whole: True = every document was encoded for it, none kept from an earlier one.
     """
 
@@ -149,16 +149,16 @@ class GenerationStore:
         """Opens the folder, which a reader need not be able to write.
 
         Args:
-            root: has the folder `generations`.
-            keep: generations kept beside those that somebody reads, at least 3, so that a reader
+            root: Has the folder `generations`.
+            keep: Generations kept beside those that somebody reads, at least 3, so that a reader
                 who has looked up the newest finds it still there.
-            report: called with one sentence for each generation that is passed over.
+            report: Called with one sentence for each generation that is passed over.
 
         Raises:
             ValueError: `keep` is less than 3.
         """
         if keep < 3:
-            raise ValueError(f"keep must be at least 3 generations, got {keep}.")
+            raise ValueError(f"keep must be at least 3 generations, got {keep}")
         self.root = Path(root)
         self._keep = keep
         self._report = report
@@ -188,8 +188,8 @@ class GenerationStore:
         """Opens a generation after every file passed its checksum.
 
         Raises:
-            FileNotFoundError: there is no such generation (any more).
-            ValueError: a file is missing, changed, a link or not listed, or the generation was
+            FileNotFoundError: There is no such generation (any more).
+            ValueError: A file is missing, changed, a link or not listed, or the generation was
                 made from something else; the message has what was found and what was expected.
         """
         lock = self._lock(number, fcntl.LOCK_SH)
@@ -199,7 +199,7 @@ class GenerationStore:
             description = _read_description(manifest, folder / _MANIFEST, number)
             problem = (expected or Expected()).problem(description)
             if problem:
-                raise MismatchError(f"Generation {number} in {folder} is refused: {problem}.")
+                raise MismatchError(f"Generation {number} in {folder} is refused: {problem}")
             storage.verify_folder(folder, manifest.get("sha256"), also=(_MANIFEST,))
         except BaseException:
             os.close(lock)
@@ -215,8 +215,8 @@ class GenerationStore:
         """Opens the newest generation that is whole and fits; what is damaged is reported.
 
         Args:
-            expected: what it must have been made from.
-            numbers: of the generations looked at, oldest first; None: all.
+            expected: What it must have been made from.
+            numbers: Of the generations looked at, oldest first; None: all.
 
         Returns:
             The generation, or None if there is none.
@@ -253,8 +253,8 @@ class GenerationStore:
         of power.
 
         Args:
-            building: a folder on the same file system with the embeddings and the index.
-            description: what it is.
+            building: A folder on the same file system with the embeddings and the index.
+            description: What it is.
         """
         numbers = self.numbers()
         number = numbers[-1] + 1 if numbers else 0
@@ -276,7 +276,7 @@ class GenerationStore:
         """Removes generations that are old, not pinned and not read; returns their numbers.
 
         Args:
-            pinned: numbers to keep, such as those that checkpoints name.
+            pinned: Numbers to keep, such as those that checkpoints name.
         """
         removed = []
         for number in self.numbers()[: -self._keep]:
@@ -311,15 +311,15 @@ class GenerationStore:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"There is no complete generation {number}: {path} is missing; there are: "
-                f"{', '.join(map(str, self.numbers())) or 'none'}."
+                f"{', '.join(map(str, self.numbers())) or 'none'}"
             ) from None
         except OSError as error:
-            raise ValueError(f"{path} cannot be opened ({error}); plain files only.") from error
+            raise ValueError(f"{path} cannot be opened ({error}); plain files only") from error
         try:
             fcntl.flock(descriptor, kind)
             # It may have been removed between opening and locking.
             if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                raise FileNotFoundError(f"Generation {number} in {self._folder} was removed.")
+                raise FileNotFoundError(f"Generation {number} in {self._folder} was removed")
         except BaseException:
             os.close(descriptor)
             raise
@@ -335,11 +335,11 @@ class GenerationStore:
 def _read_description(manifest: Mapping[str, Any], path: Path, number: int) -> Description:
     """Returns the description in a manifest."""
     if manifest.get("number") != number:
-        raise ValueError(f"{path} says it is generation {manifest.get('number')!r}.")
+        raise ValueError(f"{path} says it is generation {manifest.get('number')!r}")
     try:
         return Description(**manifest["description"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} describes no index generation: {error}.") from error
+        raise ValueError(f"{path} describes no index generation: {error}") from error
 
 
 def _known_digests(building: Path) -> dict[str, str]:

@@ -37,16 +37,16 @@ class Job:
     """What workers encode, and where to.
 
     Attributes:
-        number: of its folder; a higher one replaces it.
-        folder: of the job.
-        id: random; tells it from an earlier job of the same number.
-        step: training step of the parameters.
-        store: where the store will be published.
-        spec: of the store.
-        options: sizes of the batches.
-        corpus_fingerprint: of all documents of the trainer.
-        model_fingerprint: of the trainer's encoder without its weights.
-        lease_seconds: for how long a worker may seem dead.
+        number: Of its folder; a higher one replaces it.
+        folder: Of the job.
+        id: Random; tells it from an earlier job of the same number.
+        step: Training step of the parameters.
+        store: Where the store will be published.
+        spec: Of the store.
+        options: Sizes of the batches.
+        corpus_fingerprint: Of all documents of the trainer.
+        model_fingerprint: Of the trainer's encoder without its weights.
+        lease_seconds: For how long a worker may seem dead.
     """
 
     number: int
@@ -106,8 +106,8 @@ def write_job(root: Path, task: EncodeTask, request: EncodeRequest, *, lease_sec
     """Writes a job and gives it the next number.
 
     Raises:
-        ValueError: the store would not lie below `root`, where workers find it.
-        DiskFullError: there is no room; nothing is left.
+        ValueError: The store would not lie below `root`, where workers find it.
+        DiskFullError: There is no room; nothing is left.
     """
     store = relative_store(root, request.folder)
     beside = root / "jobs" / storage.unique_name(".writing")
@@ -151,8 +151,8 @@ def read_job(root: Path, number: int) -> Job:
     """Reads an open job.
 
     Raises:
-        FileNotFoundError: it is gone.
-        ValueError: it is damaged, of another version, or its store does not lie below `root`.
+        FileNotFoundError: It is gone.
+        ValueError: It is damaged, of another version, or its store does not lie below `root`.
     """
     folder = root / "jobs" / f"{number:06d}"
     note = storage.read_json(folder / _JOB, what=_WHAT, version=_FORMAT)
@@ -174,7 +174,7 @@ def read_job(root: Path, number: int) -> Job:
             lease_seconds=float(note["lease_seconds"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / _JOB} describes no {_WHAT}: {error}.") from error
+        raise ValueError(f"{folder / _JOB} describes no {_WHAT}: {error}") from error
 
 
 def remove_job(folder: Path) -> None:
@@ -191,12 +191,12 @@ def relative_store(root: Path, folder: Path) -> str:
     """Returns where a store lies below the root, the same on every host.
 
     Raises:
-        ValueError: it does not lie there.
+        ValueError: It does not lie there.
     """
     inside = Path(os.path.relpath(folder.resolve(), root.resolve()))
     if ".." in inside.parts or inside == Path("."):
         raise ValueError(
-            f"The store {folder} must lie below {root}, the folder that trainer and workers share."
+            f"The store {folder} must lie below {root}, the folder that trainer and workers share"
         )
     return inside.as_posix()
 

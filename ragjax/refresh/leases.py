@@ -68,7 +68,7 @@ class Beacon:
         """Creates the file.
 
         Raises:
-            FileExistsError: the name is taken.
+            FileExistsError: The name is taken.
         """
         self.path = path
         self._token = secrets.token_hex(16)
@@ -157,9 +157,9 @@ class Leases:
         """Names the folder.
 
         Args:
-            folder: where the leases are files.
-            lease_seconds: a lease whose counter was seen unchanged for longer may be taken over.
-            clock: monotonic, in seconds.
+            folder: Where the leases are files.
+            lease_seconds: A lease whose counter was seen unchanged for longer may be taken over.
+            clock: Monotonic, in seconds.
         """
         self._folder = folder
         self._lease_seconds = lease_seconds
@@ -172,7 +172,7 @@ class Leases:
         nothing else: the first one to finish gives the shard its name.
 
         Raises:
-            FileNotFoundError: the folder is gone.
+            FileNotFoundError: The folder is gone.
         """
         path = self._folder / f"shard-{shard:06d}.lease"
         with contextlib.suppress(FileExistsError):

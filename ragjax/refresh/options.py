@@ -35,20 +35,20 @@ class RefreshOptions:
     """How an index is refreshed.
 
     Attributes:
-        index: kind of index; "auto" decides by size and memory.
-        build: of a ScaNN index.
-        keep: generations kept on disk, at least 3.
-        max_retries: times that a failed refresh is tried again before it counts as failed.
-        backoff_seconds: wait before the first retry; it doubles each time.
-        on_failure: what a failed refresh does to training: "stop" raises at the next `update` or
+        index: Kind of index; "auto" decides by size and memory.
+        build: Of a ScaNN index.
+        keep: Generations kept on disk, at least 3.
+        max_retries: Times that a failed refresh is tried again before it counts as failed.
+        backoff_seconds: Wait before the first retry; it doubles each time.
+        on_failure: What a failed refresh does to training: "stop" raises at the next `update` or
             `poll`, "warn" says so and goes on with the earlier generation.
-        max_index_lag_steps: most steps that the index may lag behind the encoder; 0: no limit.
-        on_lag: what happens beyond it: "wait" for a fresher index, "warn", or "stop".
-        adopt_after: steps from an export until its index serves. -1: as soon as it is ready,
+        max_index_lag_steps: Most steps that the index may lag behind the encoder; 0: no limit.
+        on_lag: What happens beyond it: "wait" for a fresher index, "warn", or "stop".
+        adopt_after: Steps from an export until its index serves. -1: as soon as it is ready,
             which depends on the speed of the machine. 0: training waits for it (synchronous).
             More: the index serves from exactly that step on, so that a repeated or resumed run is
             the same; the next export waits until then.
-        partial: encode only a part of the documents in most refreshes; None encodes all. What is
+        partial: Encode only a part of the documents in most refreshes; None encodes all. What is
             encoded depends on what was retrieved since the start of this process, so a resumed run
             is another one: not with `adopt_after` above 0.
     """
@@ -69,17 +69,17 @@ class RefreshOptions:
         for name, low in (("keep", 3), ("max_retries", 0), ("backoff_seconds", 0),
                           ("max_index_lag_steps", 0), ("adopt_after", -1)):  # fmt: skip
             if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name, known in (("index", ("auto", "exact", "scann")), ("on_failure", ("stop", "warn")),
                             ("on_lag", ("wait", "warn", "stop"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}."
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
         if self.partial is not None and self.adopt_after > 0:
             raise ValueError(
                 "partial refreshes are not the same in a resumed run, which adopt_after="
-                f"{self.adopt_after} promises; use adopt_after=-1 or 0, or encode all documents."
+                f"{self.adopt_after} promises; use adopt_after=-1 or 0, or encode all documents"
             )
 
 

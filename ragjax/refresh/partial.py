@@ -21,7 +21,7 @@ class RetrievalCounts:
     def __init__(self, size: int) -> None:
         """Starts at zero for `size` documents."""
         if size < 1:
-            raise ValueError(f"Counts need at least 1 document, got {size}.")
+            raise ValueError(f"Counts need at least 1 document, got {size}")
         self.counts: NDArray[np.int64] = np.zeros(size, np.int64)
         self._lock = threading.Lock()
 
@@ -33,11 +33,11 @@ class RetrievalCounts:
             mask: `[B, K]`, True = a real result; the other slots are not counted.
 
         Raises:
-            ValueError: the shapes differ, or a document is not of this corpus.
+            ValueError: The shapes differ, or a document is not of this corpus.
         """
         ids, real = np.asarray(doc_ids), np.asarray(mask, np.bool_)
         if ids.shape != real.shape:
-            raise ValueError(f"doc_ids {ids.shape} and mask {real.shape} must have one shape.")
+            raise ValueError(f"doc_ids {ids.shape} and mask {real.shape} must have one shape")
         found = _check_rows(ids[real], len(self.counts))
         with self._lock:
             np.add.at(self.counts, found, 1)
@@ -50,7 +50,7 @@ class RetrievalCounts:
             counts: `[N]` what `state` returned at that moment.
 
         Raises:
-            ValueError: a document is not of this corpus.
+            ValueError: A document is not of this corpus.
         """
         chosen = _check_rows(np.asarray(rows), len(self.counts))
         with self._lock:
@@ -67,8 +67,8 @@ class PartialPolicy:
     """How much of the corpus each refresh encodes.
 
     Attributes:
-        fraction: of the documents, in a refresh that is not full; above 0, at most 1.
-        full_every: every so many refreshes is full; 1: all of them.
+        fraction: Of the documents, in a refresh that is not full; above 0, at most 1.
+        full_every: Every so many refreshes is full; 1: all of them.
     """
 
     fraction: float
@@ -79,16 +79,16 @@ class PartialPolicy:
         if not 0 < self.fraction <= 1:
             raise ValueError(
                 f"fraction must be above 0 and at most 1, got {self.fraction}; where no document "
-                "is to be encoded, do not refresh."
+                "is to be encoded, do not refresh"
             )
         if self.full_every < 1:
-            raise ValueError(f"full_every must be at least 1, got {self.full_every}.")
+            raise ValueError(f"full_every must be at least 1, got {self.full_every}")
 
     def is_full(self, refresh: int) -> bool:
         """Tells whether a refresh encodes all documents.
 
         Args:
-            refresh: its number in the run; 0 is the initial index, which is always full.
+            refresh: Its number in the run; 0 is the initial index, which is always full.
         """
         return refresh % self.full_every == 0
 
@@ -112,28 +112,28 @@ def select_rows(
         counts: `[N]` retrievals since a document was encoded; see `RetrievalCounts`.
         drift: `[N]` last known change of its embedding; NaN = unknown.
         age: `[N]` steps since it was encoded.
-        budget: documents to choose, at most N.
+        budget: Documents to choose, at most N.
 
     Returns:
         `[budget]` distinct rows, ascending.
 
     Raises:
-        ValueError: the arrays are not of one length, counts or age are not whole, or the budget is
+        ValueError: The arrays are not of one length, counts or age are not whole, or the budget is
             not between 1 and N.
     """
     counts, drift, age = np.asarray(counts), np.asarray(drift), np.asarray(age)
     if counts.ndim != 1 or not counts.shape == drift.shape == age.shape:
         raise ValueError(
             f"counts {counts.shape}, drift {drift.shape} and age {age.shape} must each have one "
-            "value for a document."
+            "value for a document"
         )
     if counts.dtype.kind not in "iu" or age.dtype.kind not in "iu":
         raise ValueError(
-            f"counts and age must be whole numbers, got {counts.dtype} and {age.dtype}."
+            f"counts and age must be whole numbers, got {counts.dtype} and {age.dtype}"
         )
     size = len(counts)
     if not 1 <= budget <= size:
-        raise ValueError(f"budget must be between 1 and the {size} documents, got {budget}.")
+        raise ValueError(f"budget must be between 1 and the {size} documents, got {budget}")
     chosen = np.zeros(size, np.bool_)
     retrieved = np.flatnonzero(counts > 0)
     chosen[_largest(retrieved, (budget + 1) // 2, counts, age)] = True
@@ -164,5 +164,5 @@ def _check_rows(rows: NDArray, size: int) -> NDArray:
     """Returns rows of a corpus, or refuses the first that is not in it."""
     bad = rows[(rows < 0) | (rows >= size)]
     if bad.size:
-        raise ValueError(f"Document {bad.flat[0]} is not one of the {size} documents.")
+        raise ValueError(f"Document {bad.flat[0]} is not one of the {size} documents")
     return rows

@@ -125,8 +125,8 @@ class Pipeline:
         """Opens the newest generation that was made from these parameters, if there is one.
 
         Args:
-            digest: of the parameters.
-            number: a generation that may also hold documents encoded earlier, because a
+            digest: Of the parameters.
+            number: A generation that may also hold documents encoded earlier, because a
                 checkpoint names it; any other must have been encoded as a whole.
         """
         generations, expected = self._generations, self._expected(digest)
@@ -151,10 +151,10 @@ class Pipeline:
         """Makes a generation of the parameters, or opens the one there is, and loads it.
 
         Raises:
-            Cancelled: the refresher is closed.
-            ValueError: embeddings that are not finite; the message names the documents.
-            OSError: the disk is full, or gone.
-            BuildError: the process that builds the index failed.
+            Cancelled: The refresher is closed.
+            ValueError: Embeddings that are not finite; the message names the documents.
+            OSError: The disk is full, or gone.
+            BuildError: The process that builds the index failed.
         """
         digest = params_digest(export.params)
         self._write_export(export, digest)
@@ -236,7 +236,11 @@ class Pipeline:
         if finished := self._open_finished(target, spec):
             return finished
         if export.store is not None:
-            return _checked(export.store, spec).linked(target)
+            names = ("size", "dim", "model_fingerprint", "corpus_fingerprint", "dtype")
+            wanted = {name: getattr(spec, name) for name in names}
+            if problem := export.store.spec.differences(wanted):
+                raise ValueError(f"the embeddings in {export.store.folder} have {problem}")
+            return export.store.linked(target)
         if plan.rows is None:
             return self._request(export, target, spec, None)
         part = _part_spec(spec, plan.rows)
@@ -402,18 +406,6 @@ def _write_store(folder: Path, spec: StoreSpec, embeddings: NDArray[np.float32])
         rows = writer.rows(shard)
         writer.write(shard, embeddings[rows.start : rows.stop])
     return writer.publish()
-
-
-def _checked(store: EmbeddingStore, spec: StoreSpec) -> EmbeddingStore:
-    """Refuses embeddings of other documents or parameters than those that were handed over."""
-    for name in ("size", "dim", "corpus_fingerprint", "model_fingerprint", "dtype"):
-        found, wanted = getattr(store.spec, name), getattr(spec, name)
-        if found != wanted:
-            raise ValueError(
-                f"the embeddings in {store.folder} have {name} {found!r}, expected {wanted!r}; "
-                "encode the corpus again, or start without them"
-            )
-    return store
 
 
 def _part_spec(spec: StoreSpec, rows: NDArray[np.int64]) -> StoreSpec:

@@ -53,23 +53,23 @@ class ProcessExecutor:
         """Makes the shared folder.
 
         Args:
-            root: shared with the workers; every store must lie below it.
-            worker_timeout: seconds without a sign of life of any worker until an encoding fails.
-            lease_seconds: seconds without a sign of life after which a worker's shard is given
+            root: Shared with the workers; every store must lie below it.
+            worker_timeout: Seconds without a sign of life of any worker until an encoding fails.
+            lease_seconds: Seconds without a sign of life after which a worker's shard is given
                 to another one.
-            max_shard_failures: errors in one shard until the encoding fails.
-            poll_seconds: between two looks at the folder; cancelling does not wait for it.
-            clock: monotonic, in seconds.
+            max_shard_failures: Errors in one shard until the encoding fails.
+            poll_seconds: Between two looks at the folder; cancelling does not wait for it.
+            clock: Monotonic, in seconds.
 
         Raises:
-            ValueError: a number that is not positive.
-            OSError: the folder cannot be written.
+            ValueError: A number that is not positive.
+            OSError: The folder cannot be written.
         """
         numbers = (worker_timeout, lease_seconds, max_shard_failures, poll_seconds)
         if min(numbers) <= 0:
             raise ValueError(
                 "worker_timeout, lease_seconds, max_shard_failures and poll_seconds must be "
-                f"positive, got {numbers}."
+                f"positive, got {numbers}"
             )
         self.root = Path(root)
         self._worker_timeout = worker_timeout
@@ -88,9 +88,9 @@ class ProcessExecutor:
 
         Raises:
             Cancelled: `request.cancelled` was set; finished shards stay for the next call.
-            ValueError: a worker has another corpus or encoder, or embeddings are not finite.
-            RuntimeError: no worker shows a sign of life, or a shard failed too often.
-            DiskFullError: there is no room for the job, or for a worker's shard.
+            ValueError: A worker has another corpus or encoder, or embeddings are not finite.
+            RuntimeError: No worker shows a sign of life, or a shard failed too often.
+            DiskFullError: There is no room for the job, or for a worker's shard.
         """
         relative_store(self.root, request.folder)
         writer = EmbeddingWriter.open(request.folder, request.spec)
@@ -136,13 +136,13 @@ class ProcessExecutor:
                     f"No worker has shown a sign of life for {silent:.0f} s in {self.root}, "
                     f"{len(missing)} of {writer.spec.num_shards} shards are missing"
                     f"{workers.last_seen()}. Start one: python experiments/refresh_worker.py "
-                    f"--root {self.root} --data ... --encoder ... (finished shards are kept)."
+                    f"--root {self.root} --data ... --encoder ... (finished shards are kept)"
                 )
             if silent > self._worker_timeout / 10 and not warned:
                 warned = True
                 _LOG.warning("waiting for a worker in %s", self.root)
             if request.cancelled.wait(self._poll_seconds):
-                raise Cancelled("The encoding was cancelled.")
+                raise Cancelled("The encoding was cancelled")
         show(writer.spec.size)
 
     def _check(self, errors: list[JobError]) -> None:

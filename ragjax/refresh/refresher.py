@@ -72,21 +72,21 @@ class Refresher:
         """Takes the folder; nothing is encoded before `start`.
 
         Args:
-            folder: for the generations, the exports and what is being built.
-            task: the documents and their encoder.
-            executor: where documents are encoded; default: a thread on the training devices.
-            trigger: when `update` submits; default: never.
-            options: how.
-            probe_queries: returns `[P, D]` live embeddings of a few real queries; called in the
+            folder: For the generations, the exports and what is being built.
+            task: The documents and their encoder.
+            executor: Where documents are encoded; default: a thread on the training devices.
+            trigger: When `update` submits; default: never.
+            options: How.
+            probe_queries: Returns `[P, D]` live embeddings of a few real queries; called in the
                 trainer's thread at each `submit`. They measure the recall of the index and how
                 much its results have changed.
-            report: called with one sentence when something needs attention.
-            check: called about once a second while training waits for an index; may raise, for
+            report: Called with one sentence when something needs attention.
+            check: Called about once a second while training waits for an index; may raise, for
                 instance because the run was asked to stop.
 
         Raises:
-            ValueError: another process refreshes in this folder (the message says which).
-            OSError: the folder cannot be written; the message names it.
+            ValueError: Another process refreshes in this folder (the message says which).
+            OSError: The folder cannot be written; the message names it.
         """
         self._options = options or RefreshOptions()
         self._task = task
@@ -130,7 +130,7 @@ class Refresher:
         """
         snapshot = self._snapshot
         if snapshot is None:
-            raise RuntimeError("The refresher has no index yet: call start(params) first.")
+            raise RuntimeError("The refresher has no index yet: call start(params) first")
         return snapshot
 
     def start(
@@ -147,9 +147,9 @@ class Refresher:
         built again.
 
         Args:
-            params: document-encoder parameters at `step`.
-            step: training step about to be taken.
-            state: what `state_dict()` returned for the checkpoint of that step: the generation that
+            params: Document-encoder parameters at `step`.
+            step: Training step about to be taken.
+            state: What `state_dict()` returned for the checkpoint of that step: the generation that
                 served then is opened, or built again from its exported parameters, and the
                 refresh that was under way is taken up.
             store: Embeddings of the documents with these parameters, where there are any: they are
@@ -159,8 +159,8 @@ class Refresher:
             The snapshot that serves.
 
         Raises:
-            RefreshError: it cannot be built; the cause is chained.
-            ResumeError: the index of the checkpoint is lost, and `adopt_after` promises a run
+            RefreshError: It cannot be built; the cause is chained.
+            ResumeError: The index of the checkpoint is lost, and `adopt_after` promises a run
                 that continues identically.
         """
         mismatch = self._pipeline.mismatch()
@@ -190,15 +190,15 @@ class Refresher:
         Adopts an index that is ready, asks the trigger whether to export, and bounds the lag.
 
         Args:
-            step: number of the step about to be taken, counted over epochs.
-            params: live document-encoder parameters; copied where they are exported.
+            step: Number of the step about to be taken, counted over epochs.
+            params: Live document-encoder parameters; copied where they are exported.
 
         Returns:
             The snapshot to search in this step.
 
         Raises:
-            RefreshError: a refresh failed for good and `on_failure` is "stop".
-            IndexTooStaleError: the lag is beyond its bound and `on_lag` is "stop".
+            RefreshError: A refresh failed for good and `on_failure` is "stop".
+            IndexTooStaleError: The lag is beyond its bound and `on_lag` is "stop".
         """
         self._clock.end_step(self.busy)
         if self._options.adopt_after < 0:
@@ -222,8 +222,8 @@ class Refresher:
         """Hands over parameters to build the next index from; never waits for it.
 
         Args:
-            params: document-encoder parameters; copied before this returns.
-            step: their training step.
+            params: Document-encoder parameters; copied before this returns.
+            step: Their training step.
             store: Embeddings that they give, where there are any; then nothing is encoded.
 
         Returns:
@@ -231,7 +231,7 @@ class Refresher:
             place of any that waited before.
 
         Raises:
-            RuntimeError: the refresher is closed.
+            RuntimeError: The refresher is closed.
         """
         probes = None if self._probe_queries is None else np.asarray(self._probe_queries())
         counts = self._pipeline.counts.state()
@@ -245,15 +245,15 @@ class Refresher:
         Never waits.
 
         Raises:
-            RefreshError: a refresh failed for good and `on_failure` is "stop".
+            RefreshError: A refresh failed for good and `on_failure` is "stop".
         """
         ready, failure = self._background.fetch()
         if ready is not None:
             self._adopt(ready)
         if failure is not None:
             message = (
-                f"The index could not be refreshed: {_sentence(failure)} The generation of step "
-                f"{self._snapshot.encoder_step if self._snapshot else '(none)'} still serves."
+                f"the index could not be refreshed: {_text(failure)}; the generation of step "
+                f"{self._snapshot.encoder_step if self._snapshot else '(none)'} still serves"
             )
             if self._options.on_failure == "stop":
                 raise RefreshError(message) from failure
@@ -264,13 +264,13 @@ class Refresher:
         """Waits until no refresh is under way or waiting; `poll` then adopts the result.
 
         Args:
-            timeout: in seconds; None: as long as it takes.
+            timeout: In seconds; None: as long as it takes.
 
         Returns:
             True if nothing is under way any more.
 
         Raises:
-            Exception: whatever the `check` of this refresher raised.
+            Exception: Whatever the `check` of this refresher raised.
         """
         return self._background.wait(
             timeout, self._check, lambda: self._report(f"waiting for the index: {self.line()}")
@@ -341,7 +341,7 @@ class Refresher:
         """Returns figures for the log of a training step.
 
         Args:
-            step: the step about to be taken.
+            step: The step about to be taken.
 
         Returns:
             `index/version`, `index/staleness_steps`, `index/staleness_seconds` (since the build),
@@ -427,7 +427,7 @@ class Refresher:
         if self._options.adopt_after >= 0:
             raise ResumeError(
                 f"The run cannot be continued identically: {lost}. Start it again, or continue "
-                "with adopt_after=-1."
+                "with adopt_after=-1"
             )
         self._report(f"{lost}; the index is built from the parameters of step {step}.")
         return self._build_now(params, step)
@@ -440,7 +440,7 @@ class Refresher:
                 return  # the trigger fires again
             raise ResumeError(
                 f"The parameters of step {export_step}, whose index is due at step {adopt_step}, "
-                f"are gone from {self.folder}; start the run again."
+                f"are gone from {self.folder}; start the run again"
             )
         self.submit(exported, export_step)
         if self._options.adopt_after >= 0:
@@ -454,7 +454,7 @@ class Refresher:
         self.wait()
         ready, failure = self._background.fetch()
         if failure is not None:
-            raise RefreshError(f"The index could not be built: {_sentence(failure)}") from failure
+            raise RefreshError(f"the index could not be built: {_text(failure)}") from failure
         if ready is not None:
             self._adopt(ready)
         return self.snapshot
@@ -484,7 +484,7 @@ class Refresher:
         message = f"The index is {lag} steps behind the encoder, more than {bound}"
         if self._options.on_lag == "stop":
             raise IndexTooStaleError(
-                f"{message}; refresh less of it or on more devices, or let on_lag be wait or warn."
+                f"{message}; refresh less of it or on more devices, or let on_lag be wait or warn"
             )
         if self._options.on_lag == "warn":
             if not self._lag_told:
@@ -505,7 +505,7 @@ class Refresher:
             if not self.busy and step not in self._pipeline.exported:
                 raise RefreshError(
                     f"The parameters of step {step} could not be exported: "
-                    f"{self._background.last_error or 'the refresher is closed'}."
+                    f"{self._background.last_error or 'the refresher is closed'}"
                 )
             time.sleep(_POLL_SECONDS)
         return digest
@@ -525,9 +525,9 @@ class Refresher:
         self._background.free_retired()
 
 
-def _sentence(error: BaseException) -> str:
-    """Returns the message of an error with one full stop at its end."""
-    return f"{(str(error) or repr(error)).rstrip('.')}."
+def _text(error: BaseException) -> str:
+    """Returns the message of an error, or its name where it has none."""
+    return str(error).rstrip(".") or repr(error)
 
 
 def _call_weakly(method: weakref.WeakMethod) -> None:

@@ -13,7 +13,7 @@ def load_snapshot(generation: Generation) -> IndexSnapshot:
     """Loads a verified generation to search it; it stays on disk as long as the snapshot lives.
 
     Raises:
-        ValueError: its index is of a kind that this version does not know.
+        ValueError: Its index is of a kind that this version does not know.
         ImportError: ScaNN does not work here; the message says why.
     """
     what = generation.description
@@ -24,7 +24,7 @@ def load_snapshot(generation: Generation) -> IndexSnapshot:
         # The trainer waits for a search, so it may use every core; the build was capped.
         index = ScannIndex.load(generation.folder / INDEX, threads=0, verified=True)
     else:
-        raise ValueError(f"{generation.folder} holds an index of unknown kind {what.kind!r}.")
+        raise ValueError(f"{generation.folder} holds an index of unknown kind {what.kind!r}")
     return IndexSnapshot(
         index=index,
         version=generation.number,

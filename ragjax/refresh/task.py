@@ -77,18 +77,18 @@ class EncodeTask:
     """A corpus and the encoder that turns it into embeddings, given parameters.
 
     Attributes:
-        encode: pure function `(params, tokens) -> [B, D]`, not jitted.
+        encode: Pure function `(params, tokens) -> [B, D]`, not jitted.
         documents: N documents, read by index.
-        pad_id: id that fills up a row of tokens.
-        tokenize: token ids, cut to length, of a list of documents; the default takes documents
+        pad_id: Id that fills up a row of tokens.
+        tokenize: Token ids, cut to length, of a list of documents; the default takes documents
             that are token ids already.
-        make_tokens: makes what `encode` takes from ids and mask `[B, L]`.
-        options: sizes of the batches.
-        corpus_fingerprint: of the documents in their order; "" computes one from the documents.
-        model_fingerprint: of everything but the weights that decides an embedding: architecture,
+        make_tokens: Makes what `encode` takes from ids and mask `[B, L]`.
+        options: Sizes of the batches.
+        corpus_fingerprint: Of the documents in their order; "" computes one from the documents.
+        model_fingerprint: Of everything but the weights that decides an embedding: architecture,
             tokenizer, longest length, pooling, prefix.
-        dtype: in which embeddings are stored, "float32" or "float16".
-        rows_per_shard: documents in a shard; what a killed encoding repeats at most.
+        dtype: In which embeddings are stored, "float32" or "float16".
+        rows_per_shard: Documents in a shard; what a killed encoding repeats at most.
     """
 
     encode: Callable[[Any, Any], Array]
@@ -105,7 +105,7 @@ class EncodeTask:
     def __post_init__(self) -> None:
         """Refuses a corpus without documents."""
         if not len(self.documents):
-            raise ValueError("There are no documents to encode.")
+            raise ValueError("There are no documents to encode")
 
     @functools.cached_property
     def corpus_digest(self) -> str:
@@ -175,7 +175,7 @@ class Executor(Protocol):
 
         Raises:
             Cancelled: `request.cancelled` was set.
-            ValueError: embeddings that are not finite (the message names the documents).
+            ValueError: Embeddings that are not finite (the message names the documents).
         """
         ...
 

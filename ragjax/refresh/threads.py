@@ -22,17 +22,17 @@ class ThreadExecutor:
         """Chooses where to encode.
 
         Args:
-            devices: local devices to shard the batches over; None: where the parameters are.
+            devices: Local devices to shard the batches over; None: where the parameters are.
 
         Raises:
-            ValueError: an empty list, a device twice, or one of another process.
+            ValueError: An empty list, a device twice, or one of another process.
         """
         if devices is not None:
             unknown = [device for device in devices if device not in jax.local_devices()]
             if not devices or len(set(devices)) != len(devices) or unknown:
                 raise ValueError(
                     f"devices must be distinct local devices ({len(jax.local_devices())} here), "
-                    f"got {list(devices)}."
+                    f"got {list(devices)}"
                 )
         self.devices = None if devices is None else tuple(devices)
 

@@ -53,7 +53,7 @@ class Trigger(Protocol):
         """Returns the mean steps from one refresh of a run to the next, the first from step 0.
 
         Args:
-            num_steps: steps of the run, which takes the steps 0 to `num_steps` - 1.
+            num_steps: Steps of the run, which takes the steps 0 to `num_steps` - 1.
 
         Returns:
             Steps, infinite where the run never refreshes, None where only the run can tell.
@@ -66,7 +66,7 @@ class EveryNSteps:
     """Due at every multiple of n.
 
     Attributes:
-        n: steps from one refresh to the next.
+        n: Steps from one refresh to the next.
     """
 
     n: int
@@ -120,16 +120,16 @@ class StepRanges:
         """Takes the ranges and refuses what is empty, overlaps or is out of order."""
         object.__setattr__(self, "ranges", tuple(StepRange(*item) for item in ranges))
         if not self.ranges:
-            raise ValueError("A schedule needs at least one range of steps; for none use Never().")
+            raise ValueError("A schedule needs at least one range of steps; for none use Never()")
         for item in self.ranges:
             _check_steps("every", item.every)
             if item.start < 0 or item.end <= item.start:
-                raise ValueError(f"The range of steps {_span(item)} is empty or negative.")
+                raise ValueError(f"The range of steps {_span(item)} is empty or negative")
         for before, after in itertools.pairwise(self.ranges):
             if after.start < before.end:
                 raise ValueError(
                     f"The range of steps {_span(after)} starts before {_span(before)} ends; list "
-                    "the ranges in order, each from where the last one stops."
+                    "the ranges in order, each from where the last one stops"
                 )
 
     def __call__(self, context: TriggerContext) -> bool:
@@ -191,8 +191,8 @@ class OnDrift:
     Attributes:
         measure: `(params, snapshot) -> drift`, 0 for an index without any; see
             `ragjax.refresh.drift`.
-        threshold: least drift that is refreshed.
-        check_every: steps from one measurement to the next.
+        threshold: Least drift that is refreshed.
+        check_every: Steps from one measurement to the next.
     """
 
     measure: DriftMeasure
@@ -204,7 +204,7 @@ class OnDrift:
         if not 0 < self.threshold < math.inf:
             raise ValueError(
                 f"The threshold of the drift must be above 0, got {self.threshold}; to refresh "
-                "all the time use AsSoonAsPossible()."
+                "all the time use AsSoonAsPossible()"
             )
         _check_steps("check_every", self.check_every)
 
@@ -212,7 +212,7 @@ class OnDrift:
         """Measures where it is time to and tells whether the threshold is reached.
 
         Raises:
-            ValueError: the measure is not a number.
+            ValueError: The measure is not a number.
         """
         elapsed = context.step - context.last_export_step
         if context.busy or elapsed <= 0 or elapsed % self.check_every:
@@ -221,7 +221,7 @@ class OnDrift:
         if math.isnan(value):
             raise ValueError(
                 f"The drift measured at step {context.step} is not a number; look for embeddings "
-                "that are not finite."
+                "that are not finite"
             )
         return value >= self.threshold
 
@@ -238,16 +238,16 @@ def parse_trigger(text: str, *, measure: DriftMeasure | None = None) -> Trigger:
     Args:
         text: `500` or `every:500` | `0-1000:500,1000-:2000` | `asap` | `never` | `drift:0.05` or
             `drift:0.05/100`, the latter with the steps between measurements.
-        measure: what measures the drift, needed by `drift` only; see `OnDrift`.
+        measure: What measures the drift, needed by `drift` only; see `OnDrift`.
 
     Raises:
-        ValueError: none of these forms; the message lists them and says what is wrong.
+        ValueError: None of these forms; the message lists them and says what is wrong.
     """
     try:
         return _parse(text.strip().lower(), measure)
     except ValueError as error:
         raise ValueError(
-            f"Cannot read {text!r} as a time to refresh: {error} It is one of: {_FORMS}."
+            f"Cannot read {text!r} as a time to refresh: {error} It is one of: {_FORMS}"
         ) from error
 
 
@@ -263,7 +263,7 @@ def _parse(text: str, measure: DriftMeasure | None) -> Trigger:
     if kind == "every" or not colon:
         return EveryNSteps(_whole(rest if colon else text))
     if "-" not in kind:
-        raise ValueError(f"{kind!r} is not known.")
+        raise ValueError(f"{kind!r} is not known")
     return StepRanges([_parse_range(part.strip()) for part in text.split(",")])
 
 
@@ -273,11 +273,11 @@ def _parse_drift(text: str, measure: DriftMeasure | None) -> OnDrift:
     try:
         value = float(threshold)
     except ValueError:
-        raise ValueError(f"{threshold!r} is not a number.") from None
+        raise ValueError(f"{threshold!r} is not a number") from None
     if measure is None:
         raise ValueError(
             "drift needs something that measures it: pass measure=EmbeddingDrift(...) or "
-            "TopKDrift(...), or take a number of steps."
+            "TopKDrift(...), or take a number of steps"
         )
     return OnDrift(measure, value, _whole(check_every) if slash else DEFAULT_CHECK_EVERY)
 
@@ -286,7 +286,7 @@ def _parse_range(text: str) -> StepRange:
     """Reads "0-1000:500" or "1000-:2000"."""
     match = _RANGE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a range of steps.")
+        raise ValueError(f"{text!r} is not a range of steps")
     start, stop, every = match.groups()
     return StepRange(_whole(start), _whole(stop) if stop.strip() else None, _whole(every))
 
@@ -295,19 +295,19 @@ def _whole(text: str) -> int:
     """Reads a whole number such as 500, 1e3, 1.5k or 2m."""
     match = _WHOLE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text.strip()!r} is not a whole number of steps.")
+        raise ValueError(f"{text.strip()!r} is not a whole number of steps")
     digits, unit = match.groups()
     exponent = 0 if unit is None else _UNITS[unit] if unit in _UNITS else int(unit[1:])
     value = Decimal(digits) * 10**exponent
     if value != int(value):
-        raise ValueError(f"{text.strip()!r} is not a whole number of steps.")
+        raise ValueError(f"{text.strip()!r} is not a whole number of steps")
     return int(value)
 
 
 def _check_steps(name: str, value: int) -> None:
     """Refuses what is not a positive number of steps."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}")
 
 
 def _span(item: StepRange) -> str:

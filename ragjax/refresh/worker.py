@@ -75,9 +75,9 @@ def run_worker(
         The number of shards written.
 
     Raises:
-        ValueError: this worker has another corpus or encoder than the trainer, or their versions
+        ValueError: This worker has another corpus or encoder than the trainer, or their versions
             differ. The job fails with the same message.
-        OSError: the folder cannot be written.
+        OSError: The folder cannot be written.
     """
     options = options or WorkerOptions()
     worker = _Worker(Path(root), task, template_params, options, report)
@@ -171,7 +171,7 @@ class _Worker:
             writer = ShardWriter.open(job.store, job.spec)
         except ValueError as error:
             if not job.is_open():  # a folder that is being removed looks damaged
-                raise FileNotFoundError(f"{job.folder} is gone.") from error
+                raise FileNotFoundError(f"{job.folder} is gone") from error
             write_error(job, error, shard=-1, fatal=True)
             raise
         self._report(f"job {job.number}: parameters of step {job.step}")
@@ -322,7 +322,7 @@ def _check_same_task(task: EncodeTask, job: Job) -> None:
         if here != there:
             raise ValueError(
                 f"This worker has another {name} than the trainer: fingerprint {here!r} here, "
-                f"{there!r} in job {job.number}; start it with the trainer's {remedy}."
+                f"{there!r} in job {job.number}; start it with the trainer's {remedy}"
             )
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.index import SearchResult
-from ragjax.index.base import NO_DOC
+from ragjax.index.base import NO_DOC, pad_result
 from ragjax.training.live import LiveRetrieval, StepDocuments
 from ragjax.training.steps import TrainState
 
@@ -47,10 +46,10 @@ class AheadRetrieval:
         """Takes its parts.
 
         Args:
-            retrieval: finds the documents; whoever made it closes its refresher.
-            prepare: makes the batch of a step, and its metrics, of what was retrieved; called in
+            retrieval: Finds the documents; whoever made it closes its refresher.
+            prepare: Makes the batch of a step, and its metrics, of what was retrieved; called in
                 the thread.
-            num_steps: steps of the stage; nothing is retrieved for more.
+            num_steps: Steps of the stage; nothing is retrieved for more.
             overlap: False: each step's documents are retrieved just before it, with its own
                 parameters. Needed where the search uses live parameters (`search_reranked`).
         """
@@ -64,10 +63,10 @@ class AheadRetrieval:
         """Returns the batch that `before_step(step)` got ready.
 
         Raises:
-            RuntimeError: another step was prepared.
+            RuntimeError: Another step was prepared.
         """
         if self._prepared is None or self._prepared.retrieved.step != step:
-            raise RuntimeError(f"Step {step} was not prepared; run_steps(host=...) does that.")
+            raise RuntimeError(f"Step {step} was not prepared; run_steps(host=...) does that")
         return self._prepared.batch
 
     def resume(self, step: int, state: TrainState, saved: Mapping[str, Any] | None) -> None:
@@ -138,7 +137,5 @@ def _to_json(retrieved: StepDocuments) -> dict[str, Any]:
 
 def _from_json(saved: Mapping[str, Any]) -> StepDocuments:
     doc_ids = np.asarray(saved["doc_ids"], np.int32)
-    mask = doc_ids != NO_DOC
-    scores = np.where(mask, np.asarray(saved["scores"], np.float32), -np.inf).astype(np.float32)
-    rows = np.asarray(saved["rows"], np.int64)
-    return StepDocuments(int(saved["step"]), rows, SearchResult(doc_ids, scores, mask))
+    found = pad_result(doc_ids, np.asarray(saved["scores"], np.float32), doc_ids.shape[1])
+    return StepDocuments(int(saved["step"]), np.asarray(saved["rows"], np.int64), found)

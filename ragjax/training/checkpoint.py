@@ -38,12 +38,12 @@ class Checkpointer:
         """Opens (or creates) the folder of checkpoints.
 
         Args:
-          folder: Where the steps live, one sub-folder each.
-          keep: How many steps are kept; older ones are removed after a save.
-          report: Called with one sentence for each step that has to be passed over.
+            folder: Where the steps live, one sub-folder each.
+            keep: How many steps are kept; older ones are removed after a save.
+            report: Called with one sentence for each step that has to be passed over.
 
         Raises:
-          ValueError: If `keep` is less than one.
+            ValueError: If `keep` is less than one.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -55,13 +55,13 @@ class Checkpointer:
         """Writes one step; returns when it is complete on disk.
 
         Args:
-          step: Number of the step.
-          state: Tree of arrays.
-          info: JSON values to come back with it.
+            step: Number of the step.
+            state: Tree of arrays.
+            info: JSON values to come back with it.
 
         Raises:
-          ValueError: If an array holds NaN or infinity; nothing is written then, so a diverged run
-            cannot push out the last good checkpoint.
+            ValueError: If an array holds NaN or infinity; nothing is written then, so a diverged
+                run cannot push out the last good checkpoint.
         """
         bad = [
             jax.tree_util.keystr(path)

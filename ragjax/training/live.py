@@ -96,14 +96,14 @@ class LiveRetrieval:
         """Takes its parts.
 
         Args:
-            open_refresher: makes the refresher, not started, of what returns the live parameters
+            open_refresher: Makes the refresher, not started, of what returns the live parameters
                 of the query encoder; whoever opens this closes `refresher`.
-            towers: trainable parameters to those of the query and of the document encoder.
+            towers: Trainable parameters to those of the query and of the document encoder.
             encode_queries: (query parameters, examples [B]) to `[B, D]`.
-            rows_at: step to its examples `[B]`, a pure function.
-            k: documents for each question.
-            search: finds them.
-            store: embeddings of the documents with the parameters of the first step, where there
+            rows_at: Step to its examples `[B]`, a pure function.
+            k: Documents for each question.
+            search: Finds them.
+            store: Embeddings of the documents with the parameters of the first step, where there
                 are any, so that the first index needs no encoding.
         """
         self._towers, self._encode_queries = towers, encode_queries
@@ -127,10 +127,10 @@ class LiveRetrieval:
         """Returns what `before_step(step)` found, for `batch_at(step)`.
 
         Raises:
-            RuntimeError: another step was prepared.
+            RuntimeError: Another step was prepared.
         """
         if self._retrieved is None or self._retrieved.step != step:
-            raise RuntimeError(f"Step {step} was not prepared; run_steps(host=...) does that.")
+            raise RuntimeError(f"Step {step} was not prepared; run_steps(host=...) does that")
         return self._retrieved
 
     def resume(self, step: int, state: TrainState, saved: Mapping[str, Any] | None) -> None:

@@ -22,18 +22,18 @@ def make_lm_loss(
     makes the loss nats per token.
 
     Args:
-      token_log_probs: `(params, LMBatch) -> [R, T]`.
-      merge: `(trainable, frozen) -> params`; None if all parameters are trained.
+        token_log_probs: `(params, LMBatch) -> [R, T]`.
+        merge: `(trainable, frozen) -> params`; None if all parameters are trained.
 
     Returns:
-      `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`, with an
-      `LMBatch` as batch. Rows whose target mask is all False count nothing.
+        `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`, with an
+        `LMBatch` as batch. Rows whose target mask is all False count nothing.
 
     Gradients:
-      To the trainable parameters, through the answer tokens only.
+        To the trainable parameters, through the answer tokens only.
 
     References:
-      Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2023, section 2.3.
+        Lin et al., RA-DIT: Retrieval-Augmented Dual Instruction Tuning, 2023, section 2.3.
     """
 
     def loss(params: Any, frozen: Any, batch: LMBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -52,9 +52,9 @@ def answer_tokens(batch: LMBatch) -> jax.Array:
     """Returns how many tokens the loss of `make_lm_loss` is a mean over, for `make_train_step`.
 
     Args:
-      batch: Rows.
+        batch: Rows.
 
     Returns:
-      `[]` int32.
+        `[]` int32.
     """
     return batch.target_mask.sum()

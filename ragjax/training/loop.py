@@ -53,13 +53,13 @@ def graceful_stop(
     Outside the main thread no signal can be caught: the flag is then set by nobody but the caller.
 
     Args:
-      report: Shows one line to the user.
-      kill: Stop at once by ending the process; False raises KeyboardInterrupt, for a notebook whose
-        process has more to do.
+        report: Shows one line to the user.
+        kill: Stop at once by ending the process; False raises KeyboardInterrupt, for a notebook
+            whose process has more to do.
 
     Yields:
-      The flag. What is written to disk is whole at every moment, so ending at once is safe too; it
-      only costs the work since the last checkpoint.
+        The flag. What is written to disk is whole at every moment, so ending at once is safe too;
+        it only costs the work since the last checkpoint.
     """
     flag = StopFlag()
 
@@ -110,10 +110,10 @@ class LoopConfig:
     """How long a stage runs and how often it saves.
 
     Attributes:
-      stage: Name of the stage in metrics and messages.
-      num_steps: Steps of the whole stage.
-      checkpoint_every: Steps between two checkpoints; the last step is always saved.
-      max_skipped: Updates in a row that may be skipped for NaN or infinity before the run stops.
+        stage: Name of the stage in metrics and messages.
+        num_steps: Steps of the whole stage.
+        checkpoint_every: Steps between two checkpoints; the last step is always saved.
+        max_skipped: Updates in a row that may be skipped for NaN or infinity before the run stops.
     """
 
     stage: str
@@ -162,25 +162,26 @@ def run_steps(
     uninterrupted run would have taken, bit for bit.
 
     Args:
-      config: Length and cadence.
-      step_fn: `(state, batch, frozen) -> (state, metrics)` from `make_train_step`.
-      state: State before the first step; its buffers are donated.
-      batch_at: Step number to batch.
-      frozen: Passed on to `step_fn` at each step.
-      checkpointer: Where states are saved.
-      log: Where metrics go.
-      stop: Looked at after each step.
-      info: JSON values kept in each checkpoint; the one on disk must agree.
-      describe_batch: Step number to a sentence on that batch, for the error about NaN.
-      host: Called before each step, for batches that depend on the state.
+        config: Length and cadence.
+        step_fn: `(state, batch, frozen) -> (state, metrics)` from `make_train_step`.
+        state: State before the first step; its buffers are donated.
+        batch_at: Step number to batch.
+        frozen: Passed on to `step_fn` at each step.
+        checkpointer: Where states are saved.
+        log: Where metrics go.
+        stop: Looked at after each step.
+        info: JSON values kept in each checkpoint; the one on disk must agree.
+        describe_batch: Step number to a sentence on that batch, for the error about NaN.
+        host: Called before each step, for batches that depend on the state.
 
     Returns:
-      The state after the last step.
+        The state after the last step.
 
     Raises:
-      Interrupted: After saving, if a signal came.
-      NonFiniteError: If more than `max_skipped` updates in a row were skipped.
-      ValueError: If the checkpoint was written with other `info` (the message names what differs).
+        Interrupted: After saving, if a signal came.
+        NonFiniteError: If more than `max_skipped` updates in a row were skipped.
+        ValueError: If the checkpoint was written with other `info` (the message names what
+            differs).
     """
     state, first, saved = _resume(config, state, checkpointer, dict(info or {}))
     if host is not None and first < config.num_steps:

@@ -31,10 +31,10 @@ def towers(
     """Returns the parameters of the query and of the document encoder.
 
     Args:
-      trainable: Either `{"shared": ...}` or any of `{"query": ..., "doc": ...}`.
-      frozen: The towers that are not trained, by the same names; with `merge` also, under the
-        names of those that are, what of them is not trained.
-      merge: `(trainable, frozen)` of one tower to its parameters; None: towers train as a whole.
+        trainable: Either `{"shared": ...}` or any of `{"query": ..., "doc": ...}`.
+        frozen: The towers that are not trained, by the same names; with `merge` also, under the
+            names of those that are, what of them is not trained.
+        merge: `(trainable, frozen)` of one tower to its parameters; None: towers train as a whole.
     """
     known = {**(frozen or {}), **trainable}
     if merge is not None:
@@ -57,29 +57,29 @@ def make_lsr_loss(
     """Builds the LSR loss over live scores s = scale · q·d, averaged over the questions.
 
     Args:
-      encode: `(params, tokens) -> [rows, D]`, the same function for both towers.
-      objective: `lsr_loss` (KL(p_R‖p_LSR), as RA-DIT and REPLUG print it) or `pdist_loss`
-        (KL(p_LSR‖p_R), as their code and Atlas compute it).
-      scale: Factor from similarity to score (20 for cosines: 1/temperature of p_R).
-      in_batch: True: the softmax runs over every document of the batch, those that are not the
-        query's own candidates with target 0, which keeps the rest of the embedding space in place.
-        False: over the K candidates only, as the papers do. `lsr_loss` needs False: its KL to a
-        target of probability zero is infinite.
-      chunk_tokens: Documents are encoded in chunks of about this many tokens, and again in the
-        backward pass, so memory does not grow with the batch. Changes nothing else.
-      merge: `(trainable, frozen)` of one tower to its parameters, where part of a tower is frozen
-        (see `towers`); None: towers train as a whole.
+        encode: `(params, tokens) -> [rows, D]`, the same function for both towers.
+        objective: `lsr_loss` (KL(p_R‖p_LSR), as RA-DIT and REPLUG print it) or `pdist_loss`
+            (KL(p_LSR‖p_R), as their code and Atlas compute it).
+        scale: Factor from similarity to score (20 for cosines: 1/temperature of p_R).
+        in_batch: True: the softmax runs over every document of the batch, those that are not the
+            query's own candidates with target 0, which keeps the rest of the embedding space in
+            place. False: over the K candidates only, as the papers do. `lsr_loss` needs False: its
+            KL to a target of probability zero is infinite.
+        chunk_tokens: Documents are encoded in chunks of about this many tokens, and again in the
+            backward pass, so memory does not grow with the batch. Changes nothing else.
+        merge: `(trainable, frozen)` of one tower to its parameters, where part of a tower is frozen
+            (see `towers`); None: towers train as a whole.
 
     Returns:
-      `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
-      fractions of their maximum.
+        `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
+        fractions of their maximum.
 
     Gradients:
-      To the towers in the trainable parameters; none to the target, hence none to the LM.
+        To the towers in the trainable parameters; none to the target, hence none to the LM.
 
     References:
-      Lin et al., RA-DIT, 2023, section 2.4; Shi et al., REPLUG, 2023, section 4; Izacard et al.,
-      Atlas, 2022, section 2.2.
+        Lin et al., RA-DIT, 2023, section 2.4; Shi et al., REPLUG, 2023, section 4; Izacard et al.,
+        Atlas, 2022, section 2.2.
     """
 
     def loss(params: Any, frozen: Any, batch: LsrBatch, key: jax.Array) -> tuple[Any, Metrics]:

@@ -17,13 +17,13 @@ class OptimizerConfig:
     """How a tower or a language model is updated.
 
     Attributes:
-      learning_rate: Peak learning rate, reached after warm-up.
-      warmup_steps: Steps of linear warm-up from zero.
-      schedule: Course after warm-up: `linear` and `cosine` end at zero, `constant` stays.
-      weight_decay: Decoupled weight decay of matrices (not of biases and norms).
-      clip_norm: Largest global gradient norm; longer gradients are scaled down to it.
-      adam_b1: Decay of the first moment.
-      adam_b2: Decay of the second moment.
+        learning_rate: Peak learning rate, reached after warm-up.
+        warmup_steps: Steps of linear warm-up from zero.
+        schedule: Course after warm-up: `linear` and `cosine` end at zero, `constant` stays.
+        weight_decay: Decoupled weight decay of matrices (not of biases and norms).
+        clip_norm: Largest global gradient norm; longer gradients are scaled down to it.
+        adam_b1: Decay of the first moment.
+        adam_b2: Decay of the second moment.
     """
 
     learning_rate: float
@@ -50,14 +50,14 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     """Returns the learning rate as a function of the step.
 
     Args:
-      config: Peak, warm-up and course.
-      total_steps: Steps of the whole run, warm-up included.
+        config: Peak, warm-up and course.
+        total_steps: Steps of the whole run, warm-up included.
 
     Returns:
-      A function from step (int) to learning rate (float).
+        A function from step (int) to learning rate (float).
 
     Raises:
-      ValueError: If warm-up is longer than the run.
+        ValueError: If warm-up is longer than the run.
     """
     if config.warmup_steps > total_steps:
         raise ValueError(
@@ -92,13 +92,13 @@ def make_optimizer(
     by its own schedule.
 
     Args:
-      config: Options; its `learning_rate` serves the towers not named in `learning_rates`.
-      total_steps: Steps of the whole run.
-      learning_rates: Peak learning rate by top-level key of the parameters, for example
-        `{"query": 2e-5, "doc": 1e-5}`.
+        config: Options; its `learning_rate` serves the towers not named in `learning_rates`.
+        total_steps: Steps of the whole run.
+        learning_rates: Peak learning rate by top-level key of the parameters, for example
+            `{"query": 2e-5, "doc": 1e-5}`.
 
     Returns:
-      An optax transformation over the trainable parameters.
+        An optax transformation over the trainable parameters.
     """
     rates = dict(learning_rates or {})
 

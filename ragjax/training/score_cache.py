@@ -27,7 +27,7 @@ def result_key(*parts: Any) -> str:
     the question, the answer and the document.
 
     Args:
-      *parts: JSON values; their order and boundaries count.
+        *parts: JSON values; their order and boundaries count.
     """
     text = json.dumps(parts, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -50,12 +50,12 @@ class ResultCache(Generic[Value]):
         """Reads what is there; a last line torn by a killed run is dropped.
 
         Args:
-          path: The JSONL file; created at the first `put`.
-          kind: The NamedTuple of a result; its fields are the keys of a line.
-          earlier: Files of results that were complete before this cache was begun; only read.
+            path: The JSONL file; created at the first `put`.
+            kind: The NamedTuple of a result; its fields are the keys of a line.
+            earlier: Files of results that were complete before this cache was begun; only read.
 
         Raises:
-          ValueError: If a line other than the last cannot be read.
+            ValueError: If a line other than the last cannot be read.
         """
         self._log, self._kind = JsonLog(path), kind
         self._results: dict[str, Value] = {}

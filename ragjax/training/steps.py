@@ -26,9 +26,9 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) 
     """Returns the state before the first step.
 
     Args:
-      params: Trainable parameters; copied, because the step donates its state.
-      optimizer: The transformation that will update them.
-      seed: Seed of the run's random key.
+        params: Trainable parameters; copied, because the step donates its state.
+        optimizer: The transformation that will update them.
+        seed: Seed of the run's random key.
     """
     params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
     return TrainState(
@@ -54,27 +54,28 @@ def make_train_step(
     NaN after its last allowed error; here nothing but the caller decides when to stop.)
 
     Args:
-      loss_fn: `(params, frozen, batch, key) -> (loss [], metrics)`; differentiated in `params`.
-      optimizer: Transformation over `params`.
-      accumulate: N: the batch's rows (the first axis of all its arrays) are taken in N equal parts,
-        one after the other, so that the activations of one part only are in memory. Only for
-        losses in which the rows do not meet: a contrastive loss needs `losses.encode_in_chunks`.
-      weight: With N > 1: batch -> the number [] that `loss_fn` divides by, such as the answer
-        tokens or the rows. With it, the N parts together give the loss and the gradient of the
-        whole batch, however unevenly that number is spread. Metrics of an integer type are counts
-        and are added up; the others are averaged with it.
+        loss_fn: `(params, frozen, batch, key) -> (loss [], metrics)`; differentiated in `params`.
+        optimizer: Transformation over `params`.
+        accumulate: N: the batch's rows (the first axis of all its arrays) are taken in N equal
+            parts, one after the other, so that the activations of one part only are in memory. Only
+            for losses in which the rows do not meet: a contrastive loss needs
+            `losses.encode_in_chunks`.
+        weight: With N > 1: batch -> the number [] that `loss_fn` divides by, such as the answer
+            tokens or the rows. With it, the N parts together give the loss and the gradient of the
+            whole batch, however unevenly that number is spread. Metrics of an integer type are
+            counts and are added up; the others are averaged with it.
 
     Returns:
-      The step. Its metrics are those of `loss_fn` plus `loss`, `grad_norm` (before clipping) and
-      `skipped`, all float32 scalars. `frozen` is an argument and not a closure, so new values
-      (another index, another language model of the same shapes) do not recompile it.
+        The step. Its metrics are those of `loss_fn` plus `loss`, `grad_norm` (before clipping) and
+        `skipped`, all float32 scalars. `frozen` is an argument and not a closure, so new values
+        (another index, another language model of the same shapes) do not recompile it.
 
     Raises:
-      ValueError: `accumulate` is below 1 or comes without `weight`; the step, when first called,
-        if the rows of a batch cannot be divided by it.
+        ValueError: `accumulate` is below 1 or comes without `weight`; the step, when first called,
+            if the rows of a batch cannot be divided by it.
 
     Gradients:
-      Taken here, and only here; none through `frozen` or `batch`.
+        Taken here, and only here; none through `frozen` or `batch`.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")

@@ -103,9 +103,9 @@ def test_a_damaged_note_costs_its_shard_only(tmp_path, embeddings):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_fingerprint": "m2"}, "model_fingerprint: 'm1', now 'm2'"),
-        ({"settings": {"max_length": 128}}, "settings: .*256.*, now .*128"),
-        ({"rows_per_shard": 6}, "rows_per_shard: 5, now 6"),
+        ({"model_fingerprint": "m2"}, "model_fingerprint 'm1', expected 'm2'"),
+        ({"settings": {"max_length": 128}}, "settings .*256.*, expected .*128"),
+        ({"rows_per_shard": 6}, "rows_per_shard 5, expected 6"),
     ],
 )
 def test_unfinished_work_for_another_spec_is_refused(tmp_path, embeddings, change, message):
@@ -130,8 +130,8 @@ def test_a_name_taken_meanwhile_is_not_written_over(tmp_path, embeddings):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"model_fingerprint": "m2"}, r"another encoder \(fingerprint m1, expected m2\)"),
-        ({"corpus_fingerprint": "c2"}, r"another corpus \(fingerprint c1, expected c2\)"),
+        ({"model_fingerprint": "m2"}, r"\(model_fingerprint 'm1', expected 'm2'\)"),
+        ({"corpus_fingerprint": "c2"}, r"\(corpus_fingerprint 'c1', expected 'c2'\)"),
     ],
 )
 def test_embeddings_of_another_encoder_or_corpus_are_refused(folder, wanted, message):
@@ -320,7 +320,7 @@ def test_late_writers_cannot_touch_a_published_or_restarted_store(tmp_path, embe
     owner = EmbeddingWriter.open(tmp_path / "store", other)
     with pytest.raises(FileNotFoundError):
         fill(late, embeddings, [0])
-    with pytest.raises(ValueError, match="model_fingerprint: 'm2', now 'm1'"):
+    with pytest.raises(ValueError, match="model_fingerprint 'm2', expected 'm1'"):
         ShardWriter.open(tmp_path / "store", SPEC)
     assert owner.rescan() == [0, 1, 2, 3, 4]
 
@@ -382,7 +382,9 @@ def test_a_verified_folder_is_not_read_again(folder, monkeypatch):
 
 def test_other_settings_are_refused(folder):
     EmbeddingStore.open(folder, settings={"pooling": "mean"})
-    with pytest.raises(ValueError, match="other settings .pooling: 'mean', expected 'cls'; "):
+    with pytest.raises(
+        ValueError, match="encoder and corpus .pooling 'mean', expected 'cls'; prefix None, "
+    ):
         EmbeddingStore.open(folder, settings={"pooling": "cls", "prefix": "q: "})
     with pytest.raises(ValueError, match="settings must be values that JSON has"):
         dataclasses.replace(SPEC, settings={"step": np.int64(3)})
