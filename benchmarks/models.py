@@ -38,7 +38,7 @@ from ragjax.models.encoder import make_encode
 from ragjax.models.encoders import bert
 from ragjax.models.encoders.bert import BertConfig
 from ragjax.models.layers.pooling import mean_pool
-from ragjax.models.layers.stacks import abstract, cast_floats
+from ragjax.models.layers.stacks import cast_floats
 
 # Dense 16-bit multiplications of one device, 10^12 additions and multiplications a second, as its
 # vendor states them; the first name that the device's own contains counts.
@@ -252,7 +252,7 @@ def encoder_work(sizes: Sizes, mode: str, options: Options) -> Work:
 
     def make_jax() -> Callable[[], Any]:
         encode = make_encode(bert.FAMILY, config, mean_pool)
-        _, shapes = abstract(lambda: bert.FAMILY.make_module(config, _rngs()))
+        _, shapes = bert.FAMILY.abstract(config)
         tokens = Tokens(jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, bool))
         params = random_params(shapes)
         if mode == "forward":
@@ -426,12 +426,6 @@ def _implementations(
         if options.torch_compile:
             steps["PyTorch compiled"] = functools.partial(make_torch, True)
     return steps
-
-
-def _rngs() -> Any:
-    from flax import nnx
-
-    return nnx.Rngs(0)
 
 
 if __name__ == "__main__":

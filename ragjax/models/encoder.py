@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
@@ -42,7 +41,7 @@ from ragjax.models.layers.head import (
 )
 from ragjax.models.layers.pooling import POOLINGS as POOLINGS
 from ragjax.models.layers.pooling import Pool, cls_pool, concatenated, pooling_modes
-from ragjax.models.layers.stacks import Params, abstract, cast_floats, merge
+from ragjax.models.layers.stacks import Params, cast_floats, merge
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +236,7 @@ def fill_params(
     Raises:
         ValueError: A tensor is missing, left over, of another shape, or there twice.
     """
-    _, target = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
+    _, target = family.abstract(config)
     names: dict[str, str] = {}
     for name in tensors:
         if (other := names.setdefault(family.canonical_key(name), name)) != name:
@@ -296,7 +295,7 @@ def make_encode(
         `encode(params, tokens) -> [B, D']` float32. A text without tokens gives a finite embedding
         (zeros, unless `finish` adds to it), with finite gradients.
     """
-    graphdef, _ = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
+    graphdef, _ = family.abstract(config)
 
     def run(params: Params, tokens: Tokens) -> Array:
         if family.hidden_states is not None:
@@ -347,8 +346,8 @@ def _steps(
         return recipe.steps
     if is_normalized(recipe.steps) and normalize is None:
         logger.info(
-            "%s: embeddings are cut to %d dimensions after their normalisation and are then shorter"
-            " than 1, as in sentence-transformers; normalize=True scales them again",
+            "%s: embeddings are truncated to %d dimensions after their normalisation; their length "
+            "is then below 1, as in sentence-transformers; normalize=True scales them again",
             source,
             size,
         )

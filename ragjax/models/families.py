@@ -14,7 +14,7 @@ from jax import Array
 
 from ragjax.models.files.key_table import KeyRule
 from ragjax.models.inputs import LMBatch
-from ragjax.models.layers.stacks import Params
+from ragjax.models.layers.stacks import Params, abstract
 from ragjax.models.trainable import Layout
 
 
@@ -24,8 +24,8 @@ class EncoderFamily(NamedTuple):
     model_types: tuple[str, ...]  # values of `model_type` in config.json
     parse_config: Callable[[Mapping[str, Any]], Any]  # config.json -> frozen dataclass, ValueError
     format_config: Callable[[Any], dict[str, Any]]  # its inverse: the contents of a config.json
-    # config, rngs -> module: (tokens, *, remat) -> hidden states [B, L, D] of right-padded tokens
-    make_module: Callable[[Any, nnx.Rngs], Any]
+    # (config, *, rngs) -> module: (right-padded tokens, *, remat) -> hidden states [B, L, D]
+    make_module: Callable[..., Any]
     key_table: Callable[[Any], dict[str, KeyRule]]  # config -> where each tensor goes
     canonical_key: Callable[[str], str]  # tensor name in any published file -> name in the table
     ignored_keys: tuple[str, ...]  # tensors that may be there and are no part of the encoder
@@ -33,6 +33,10 @@ class EncoderFamily(NamedTuple):
     # (config, params, tokens, *, remat) -> hidden states, for models that run from their parameters
     # as they are; None: the module of `make_module` does.
     hidden_states: Callable[..., Array] | None = None
+
+    def abstract(self, config: Any) -> tuple[Any, Params]:
+        """Returns structure and parameters of the module, as `stacks.abstract` does."""
+        return abstract(lambda: self.make_module(config, rngs=nnx.Rngs(0)))
 
 
 class LMFamily(NamedTuple):

@@ -1,6 +1,6 @@
 """Low-rank adapters beside frozen weights, as ordinary nested dicts of arrays.
 
-    adapters = init_adapters(params, rank=8, alpha=16.0, key=key)       # what learns
+    adapters = init_adapters(params, rank=8, alpha=16.0, key=key)       # the trainable parameters
     loss = lambda adapters: f(attach(params, adapters))                 # starts equal to f(params)
     exported = merge(attach(params, adapters))                          # plain parameters again
 
@@ -14,7 +14,7 @@ References:
 
 import fnmatch
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,14 +53,10 @@ def init_adapters(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if not alpha > 0:
         raise ValueError(f"alpha must be greater than 0, got {alpha}")
-    names = sorted({"/".join(path) for path, _ in _linear_layers(params)})
-    for pattern in targets:
-        if not any(_fits(name, pattern) for name in names):
-            raise ValueError(
-                f"targets: {pattern!r} fits no linear layer; there are {', '.join(names) or 'none'}"
-            )
+    names: set[str] = set()
 
     def make(path: tuple[str, ...], node: Mapping[str, Any]) -> Mapping[str, Any]:
+        names.add("/".join(path))
         if not any(_fits("/".join(path), pattern) for pattern in targets):
             return {}
         *stack, inputs, outputs = node["kernel"].shape
@@ -75,7 +71,12 @@ def init_adapters(
             }
         }
 
-    return _map_linear_layers(make, params, ())
+    adapters = _map_linear_layers(make, params, ())
+    for pattern in targets:
+        if not any(_fits(name, pattern) for name in names):
+            known = ", ".join(sorted(names)) or "none"
+            raise ValueError(f"targets: {pattern!r} fits no linear layer; there are {known}")
+    return adapters
 
 
 def attach(params: Params, adapters: Adapters) -> Params:
@@ -124,24 +125,6 @@ def _fits(path: str, pattern: str) -> bool:
     )
 
 
-def _is_linear(path: tuple[str, ...], node: Mapping[str, Any]) -> bool:
-    return "layers" in path and hasattr(node.get("kernel"), "shape")
-
-
-def _linear_layers(
-    node: Any, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    if isinstance(node, tuple | list):
-        for number, part in enumerate(node):
-            yield from _linear_layers(part, (*path, str(number)))
-    elif isinstance(node, Mapping):
-        if _is_linear(path, node):
-            yield path, node
-        else:
-            for name, child in node.items():
-                yield from _linear_layers(child, (*path, name))
-
-
 def _map_linear_layers(
     make: Callable[[tuple[str, ...], Mapping[str, Any]], Mapping[str, Any]],
     node: Any,
@@ -154,7 +137,7 @@ def _map_linear_layers(
         )
     if not isinstance(node, Mapping):
         return {}
-    if _is_linear(path, node):
+    if "layers" in path and hasattr(node.get("kernel"), "shape"):
         return make(path, node)
     made = {name: _map_linear_layers(make, child, (*path, name)) for name, child in node.items()}
     return {name: child for name, child in made.items() if child}

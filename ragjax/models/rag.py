@@ -9,13 +9,12 @@ References:
     section 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from ragjax.models.encoder import EncoderOptions, TextEncoder, build_encoder, fill_params
 from ragjax.models.encoders import dpr
@@ -41,7 +40,7 @@ class RagCheckpointConfig:
         title_separator: Between a document's title and its text.
         document_separator: Between the document and the question.
         prefix: Before every context, for a generator that expects one (T5).
-        max_context_length: Tokens that contexts were cut to.
+        max_context_length: Tokens that contexts were truncated to.
         architecture: Class of the file, such as "RagSequenceForGeneration" (train it with
             `ragjax.losses.rag_sequence_loss`) or "RagTokenForGeneration" (`rag_token_loss`).
     """
@@ -97,7 +96,8 @@ def load_rag(source: str) -> RagModel:
         raise ValueError(f"{folder}: RAG checkpoints load from folders, not from GGUF files")
     settings = read_config(folder, ["rag"])
     path = folder / "config.json"
-    names, tensors = _split_names(read_safetensors(folder), folder)
+    tensors = read_safetensors(folder)
+    names = _split_names(tensors, folder)
     # Read here, as transformers does, where a sub-configuration leaves it out.
     encoder = {"model_type": "dpr", "architectures": ["DPRQuestionEncoder"]}
     encoder |= _part(settings, "question_encoder", path)
@@ -113,9 +113,7 @@ def load_rag(source: str) -> RagModel:
     )
 
 
-def _split_names(
-    tensors: Mapping[str, np.ndarray], folder: Path
-) -> tuple[dict[str, dict[str, str]], Mapping[str, np.ndarray]]:
+def _split_names(tensors: Iterable[str], folder: Path) -> dict[str, dict[str, str]]:
     """Returns, for each part, its own names of its tensors and the names in the file."""
     names: dict[str, dict[str, str]] = {_QUESTION_ENCODER: {}, _GENERATOR: {}, _CONTEXT_ENCODER: {}}
     for name in tensors:
@@ -127,7 +125,7 @@ def _split_names(
                 "rag.question_encoder. or rag.generator."
             )
         names[part][plain.removeprefix(part)] = name
-    return names, tensors
+    return names
 
 
 def _part(settings: Mapping[str, Any], field: str, path: Path) -> dict[str, Any]:
@@ -147,7 +145,9 @@ def _load_query_encoder(
     # Some files name the class that they were made from.
     settings = settings | {"architectures": ["DPRQuestionEncoder"]}
     config = parse_sizes(family.parse_config, settings, folder / "config.json")
-    tokenizer = _load_tokenizer(place, "DPRQuestionEncoderTokenizer", config.vocab_size)
+    tokenizer = load_tokenizer(
+        place, vocab_size=config.vocab_size, converter="DPRQuestionEncoderTokenizer"
+    )
     options = EncoderOptions(
         pad_id=choose_pad_token(tokenizer, place, settings).id,
         pooling=family.default_pooling,
@@ -167,7 +167,7 @@ def _load_generator(
     config = parse_sizes(family.parse_config, settings, folder / "config.json")
     place = folder / "generator_tokenizer"
     converter = {"bart": "BartTokenizer", "t5": "T5Tokenizer"}[settings["model_type"]]
-    tokenizer = _load_tokenizer(place, converter, config.vocab_size)
+    tokenizer = load_tokenizer(place, vocab_size=config.vocab_size, converter=converter)
     first, last = added_ids(tokenizer)
     end = settings.get("eos_token_id")
     return build_language_model(
@@ -188,25 +188,6 @@ def _check_kind(settings: Mapping[str, Any], field: str, kinds: Any, folder: Pat
             f"{folder / 'config.json'}: {field} is of model_type {settings['model_type']!r}, which "
             f"is not supported there; {', '.join(kinds)} is"
         )
-
-
-def _load_tokenizer(folder: Path, converter: str, vocab_size: int) -> Tokenizer:
-    """Loads a tokenizer; one in an old format through the class of transformers that reads it."""
-    if (folder / "tokenizer.json").is_file() or not folder.is_dir():
-        return load_tokenizer(folder, vocab_size=vocab_size)
-    import transformers  # lazily: it takes seconds to import
-
-    # The sub-folder has no config.json from which AutoTokenizer could tell the class.
-    try:
-        loaded = getattr(transformers, converter).from_pretrained(
-            str(folder), local_files_only=True
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{folder}: transformers cannot read the tokenizer ({error})") from error
-    tokenizer = loaded.backend_tokenizer
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _read_config(settings: Mapping[str, Any], path: Path) -> RagCheckpointConfig:

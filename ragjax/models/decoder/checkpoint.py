@@ -10,7 +10,13 @@ import numpy as np
 
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.model import init_params
-from ragjax.models.files.key_table import KeyRule, apply_key_table, named_tensors, transpose
+from ragjax.models.files.key_table import (
+    KeyRule,
+    apply_key_table,
+    named_tensors,
+    transpose,
+    unchanged,
+)
 
 # Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
 _LINEAR = {
@@ -157,15 +163,17 @@ def _key_table(config: DecoderConfig, names: _Names, *, permuted: bool) -> dict[
     biased["output"] = config.output_bias
     # GGUF files store the finished scales.
     offset = config.family.norm_offset if names is _GGUF else 0.0
-    norm = _subtract(offset) if offset else _unchanged
+    norm = (lambda tensor: tensor - np.float32(offset)) if offset else unchanged
     table = {
         names.embedding: KeyRule("embed/embedding"),
         names.final_norm: KeyRule("final_norm/scale", norm),
     }
     for name, columns in _LINEAR.items():
-        restore = _unpermute(heads[name]) if permuted and name in heads else _unchanged
+        restore = _unpermute(heads[name]) if permuted and name in heads else unchanged
         stem = names.layer + columns[names.column]
-        table[f"{stem}.weight"] = KeyRule(f"layers/{name}/kernel", _then(restore, transpose))
+        table[f"{stem}.weight"] = KeyRule(
+            f"layers/{name}/kernel", lambda tensor, restore=restore: restore(tensor).T
+        )
         if biased[name]:
             table[f"{stem}.bias"] = KeyRule(f"layers/{name}/bias", restore)
     norms = _SANDWICH_NORMS if config.family.sandwich_norms else _NORMS
@@ -175,20 +183,6 @@ def _key_table(config: DecoderConfig, names: _Names, *, permuted: bool) -> dict[
     if not config.tie_embeddings:
         table[names.unembedding] = KeyRule("unembed/kernel", transpose)
     return table
-
-
-def _subtract(offset: float) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda tensor: tensor - np.float32(offset)
-
-
-def _unchanged(tensor: np.ndarray) -> np.ndarray:
-    return tensor
-
-
-def _then(
-    first: Callable[[np.ndarray], np.ndarray], second: Callable[[np.ndarray], np.ndarray]
-) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda tensor: second(first(tensor))
 
 
 def _unpermute(num_heads: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -303,7 +303,7 @@ FAMILY = EncoderFamily(
     model_types=("bert",),
     parse_config=parse_config,
     format_config=format_config,
-    make_module=lambda config, rngs: Bert(config, rngs=rngs),
+    make_module=Bert,
     key_table=lambda config: KEY_TABLE,
     canonical_key=canonical_key,
     ignored_keys=IGNORED_KEYS,

@@ -105,7 +105,7 @@ FAMILY = EncoderFamily(
     model_types=MODEL_TYPES,
     parse_config=parse_config,
     format_config=format_huggingface_config,
-    make_module=lambda config, rngs: DecoderEncoder(config, rngs=rngs),
+    make_module=DecoderEncoder,
     key_table=huggingface_key_table,
     canonical_key=canonical_key,
     ignored_keys=("lm_head.weight", "model.layers.{}.self_attn.rotary_emb.inv_freq"),

@@ -19,7 +19,6 @@ from ragjax.models.files.config import integer_field
 from ragjax.models.files.key_table import KeyRule, transpose
 from ragjax.models.inputs import Tokens
 from ragjax.models.layers.linear import Linear
-from ragjax.models.layers.stacks import Params
 
 # Class that Hugging Face loads a tower with: what its tensors' names start with.
 _TOWERS = {"DPRQuestionEncoder": "question_encoder", "DPRContextEncoder": "ctx_encoder"}
@@ -103,26 +102,11 @@ def key_table(config: DprConfig) -> dict[str, KeyRule]:
     return table
 
 
-def as_bert(config: DprConfig, params: Params) -> tuple[BertConfig, Params]:
-    """Returns the BERT inside a DPR tower, for programs that know BERT only.
-
-    Args:
-        config: Sizes.
-        params: Parameters of `Dpr`.
-
-    Returns:
-        Configuration and parameters of `Bert`; the projection, `params["output"]`, is not in them.
-    """
-    fields = [field.name for field in dataclasses.fields(BertConfig)]
-    plain = BertConfig(**{name: getattr(config, name) for name in fields})
-    return plain, {name: leaf for name, leaf in params.items() if name != "output"}
-
-
 FAMILY = EncoderFamily(
     model_types=("dpr",),
     parse_config=parse_config,
     format_config=format_config,
-    make_module=lambda config, rngs: Dpr(config, rngs=rngs),
+    make_module=Dpr,
     key_table=key_table,
     canonical_key=bert.canonical_key,
     ignored_keys=tuple(

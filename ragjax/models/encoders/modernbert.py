@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -19,6 +20,7 @@ from ragjax.models.inputs import Tokens
 from ragjax.models.layers.attention import attend
 from ragjax.models.layers.linear import Linear
 from ragjax.models.layers.norms import layer_norm
+from ragjax.models.layers.rotary import Rotary, rotate
 from ragjax.models.layers.stacks import scan_layers, stacked
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
@@ -144,12 +146,8 @@ class ModernBert(nnx.Module):
         )
         # The first layer has no norm before its attention, so this stack is one shorter.
         self.attention_norms = (
-            stacked(
-                lambda key: _layer_norm(config, nnx.Rngs(key)),
-                rngs.params(),
-                config.num_layers - 1,
-            )
-            if config.num_layers > 1
+            stacked(lambda key: _layer_norm(config, nnx.Rngs(key)), rngs.params(), count)
+            if (count := config.num_layers - 1)
             else None
         )
         self.final_norm = _layer_norm(config, rngs)
@@ -170,23 +168,17 @@ class ModernBert(nnx.Module):
         if length > limit:
             raise ValueError(f"{length} tokens per text, but the model has {limit} positions")
         width = self.config.hidden_size // self.config.num_heads
-        everywhere = _Attention(
-            tokens.mask[:, None, None, :], *_rotary(self.config.global_theta, length, width)
-        )
-        nearby = _Attention(
-            _window(length, self.config.local_attention // 2)[None, None],
-            *_rotary(self.config.local_theta, length, width),
-        )
+        angles = [
+            _rotary(t, length, width) for t in (self.config.global_theta, self.config.local_theta)
+        ]
+        near = _window(length, self.config.local_attention // 2)[None, None]
 
         def step(layer: ModernBertLayer, hidden: Array, kind: _Kind) -> Array:
-            attention = _Attention(
-                everywhere.mask & (kind.is_global | nearby.mask),
-                *(
-                    jnp.where(kind.is_global, full, local)
-                    for full, local in zip(everywhere[1:], nearby[1:], strict=True)
-                ),
+            mask = tokens.mask[:, None, None, :] & (kind.is_global | near)
+            rotary = jax.tree.map(
+                lambda full, local: jnp.where(kind.is_global, full, local), *angles
             )
-            return layer(hidden, attention, kind)
+            return layer(hidden, mask, rotary, kind)
 
         hidden = self.embedding_norm(self.words.embedding[tokens.ids])
         hidden = scan_layers(self.layers, step, hidden, inputs=self._kinds(), remat=remat)
@@ -220,14 +212,6 @@ class _Kind(NamedTuple):
     norm_bias: Array  # [D]
 
 
-class _Attention(NamedTuple):
-    """Who attends to whom, and the rotary angles of the slots."""
-
-    mask: Array  # bool, broadcastable to [B, 1, L, L]
-    cos: Array  # [L, D / H / 2] float32
-    sin: Array  # [L, D / H / 2] float32
-
-
 class ModernBertLayer(nnx.Module):
     """Self-attention and a gated feed-forward block, each normalised before and added after."""
 
@@ -246,19 +230,19 @@ class ModernBertLayer(nnx.Module):
         self.gated = linear(size, 2 * inner, config.mlp_bias)
         self.output = linear(inner, size, config.mlp_bias)
 
-    def __call__(self, hidden: Array, attention: _Attention, kind: _Kind) -> Array:
-        """Transforms hidden states `[B, L, D]`."""
+    def __call__(self, hidden: Array, mask: Array, rotary: Rotary, kind: _Kind) -> Array:
+        """Transforms hidden states `[B, L, D]`; the mask is broadcastable to `[B, 1, L, L]`."""
         normalized = _normalize(hidden, kind.norm_scale, kind.norm_bias, self.config.norm_eps)
-        attended = self._attend(jnp.where(kind.is_first, hidden, normalized), attention)
+        attended = self._attend(jnp.where(kind.is_first, hidden, normalized), mask, rotary)
         hidden = hidden + self.attention_output(attended)
         inner, gate = jnp.split(self.gated(self.feed_forward_norm(hidden)), 2, axis=-1)
         return hidden + self.output(ACTIVATIONS[self.config.activation](inner) * gate)
 
-    def _attend(self, hidden: Array, attention: _Attention) -> Array:
+    def _attend(self, hidden: Array, mask: Array, rotary: Rotary) -> Array:
         heads = (*hidden.shape[:2], 3, self.config.num_heads, -1)
         query, key, value = jnp.moveaxis(self.query_key_value(hidden).reshape(heads), 2, 0)
-        query, key = (_rotate(x, attention.cos, attention.sin) for x in (query, key))
-        return attend(query, key, value, mask=attention.mask).reshape(hidden.shape)
+        attended = attend(rotate(query, rotary), rotate(key, rotary), value, mask=mask)
+        return attended.reshape(hidden.shape)
 
 
 def _normalize(hidden: Array, scale: Array, bias: Array, epsilon: float) -> Array:
@@ -269,19 +253,11 @@ def _normalize(hidden: Array, scale: Array, bias: Array, epsilon: float) -> Arra
     return (normalized * scale[None, None] + bias[None, None]).astype(hidden.dtype)
 
 
-def _rotary(theta: float, length: int, width: int) -> tuple[Array, Array]:
+def _rotary(theta: float, length: int, width: int) -> Rotary:
     half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None]
-    return jnp.cos(angles), jnp.sin(angles)  # [L, D / H / 2] each
-
-
-def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
-    """Turns the two halves of each head `[B, L, H, width]` by the angles of its slot."""
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[None, :, None], sin[None, :, None]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+    return Rotary(jnp.cos(angles)[None], jnp.sin(angles)[None])  # [1, L, D / H / 2] each
 
 
 def _window(length: int, reach: int) -> Array:
@@ -350,7 +326,7 @@ FAMILY = EncoderFamily(
     model_types=("modernbert",),
     parse_config=parse_config,
     format_config=format_config,
-    make_module=lambda config, rngs: ModernBert(config, rngs=rngs),
+    make_module=ModernBert,
     key_table=key_table,
     canonical_key=lambda name: name.removeprefix("model."),
     ignored_keys=("head.*", "decoder.*", "classifier.*"),

@@ -106,7 +106,7 @@ FAMILY = EncoderFamily(
     model_types=tuple(_CLASSES),
     parse_config=parse_config,
     format_config=format_config,
-    make_module=lambda config, rngs: Roberta(config, rngs=rngs),
+    make_module=Roberta,
     key_table=lambda config: bert.KEY_TABLE,
     canonical_key=canonical_key,
     ignored_keys=("embeddings.position_ids", "pooler.dense.*", "lm_head.*"),

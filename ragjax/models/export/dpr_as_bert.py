@@ -24,7 +24,9 @@ def as_bert(encoder: TextEncoder) -> TextEncoder:
     """
     if encoder.family is not dpr.FAMILY:
         return encoder
-    config, params = dpr.as_bert(encoder.config, encoder.params)
+    sizes = [field.name for field in dataclasses.fields(bert.BertConfig)]
+    config = bert.BertConfig(**{name: getattr(encoder.config, name) for name in sizes})
+    params = {name: leaf for name, leaf in encoder.params.items() if name != "output"}
     steps = encoder.steps
     if "output" in encoder.params:
         if encoder.pooling not in _LINEAR_POOLINGS:

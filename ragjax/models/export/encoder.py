@@ -11,17 +11,11 @@ from ragjax.models.export.card import Card, Use, format_card
 from ragjax.models.export.language_model import model_config
 from ragjax.models.export.tokenizer import check_tokenizer, to_json, tokenizer_files
 from ragjax.models.files.key_table import named_tensors
+from ragjax.models.files.sentence_transformers import POOLING_SWITCHES
 from ragjax.models.layers.head import Dense, Normalize, Truncate
 from ragjax.models.layers.pooling import pooling_modes
 
-_MODES = {
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "mean": "pooling_mode_mean_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
+_MODES = {mode: key for key, mode in POOLING_SWITCHES.items()}
 _OLD_MODES = 4  # modes that the first versions know; they refuse the names of the others
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from ragjax.models.export.base import BaseModel
+from ragjax.models.files.tokenizers import token_text
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _ROLES += ("mask_token",)
@@ -36,8 +37,8 @@ def tokenizer_files(
         File name → contents. The class is `PreTrainedTokenizerFast`, which takes tokenizer.json as
         it is; the classes of the model families build parts of it anew.
     """
-    declared = {role: _content(base.tokenizer_config.get(role)) for role in _ROLES}
-    declared |= {role: _content(token) for role, token in base.special_tokens.items()}
+    declared = {role: token_text(base.tokenizer_config.get(role)) for role in _ROLES}
+    declared |= {role: token_text(token) for role, token in base.special_tokens.items()}
     wanted = declared | {role: token for role, token in tokens.items() if token is not None}
     special = {
         role: token
@@ -54,7 +55,7 @@ def tokenizer_files(
     if more := config.get("additional_special_tokens"):
         # transformers would add those that the tokenizer lacks, without an embedding for them.
         known = [
-            token for token in more if tokenizer.token_to_id(_content(token) or "") is not None
+            token for token in more if tokenizer.token_to_id(token_text(token) or "") is not None
         ]
         config["additional_special_tokens"] = known
     config |= special
@@ -110,13 +111,6 @@ def with_first_token(tokenizer: Tokenizer, first_id: int | None) -> Tokenizer:
 def to_json(value: Any) -> str:
     """Formats a JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _content(token: Any) -> str | None:
-    """Returns the text of a token given as a string or as `{"content": ...}`."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _default_template(template: Any) -> str | None:

@@ -30,11 +30,16 @@ _MAX_LISTED = 10
 _KEPT_DTYPES = (np.float32, jnp.bfloat16, np.float16)
 
 
+def unchanged(tensor: np.ndarray) -> np.ndarray:
+    """Returns the tensor itself."""
+    return tensor
+
+
 class KeyRule(NamedTuple):
     """Where one checkpoint tensor goes."""
 
     path: str  # place in the nested dict, parts joined by "/"
-    transform: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor
+    transform: Callable[[np.ndarray], np.ndarray] = unchanged
     # Undoes `transform`; None: the transform is its own inverse, as a transposition is.
     inverse: Callable[[np.ndarray], np.ndarray] | None = None
     first_layer: int = 0  # number that `{}` stands for at index 0 of the stack

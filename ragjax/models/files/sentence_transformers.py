@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ragjax.models.files.config import read_json
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 _QUERY_PROMPTS = ("query",)
 _DOC_PROMPTS = ("document", "passage", "corpus")
 # Until version 5: one switch per mode. In the order in which several are concatenated.
-_OLD_POOLINGS = {
+POOLING_SWITCHES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -150,11 +151,11 @@ def _modules(file: Path) -> list[tuple[Path, str]]:
 def _read_pooling(path: Path) -> str:
     """Returns the pooling that a Pooling module is set to, modes joined by "+"."""
     config = read_json(path)
-    modes = [mode for key, mode in _OLD_POOLINGS.items() if config.get(key)]
+    modes = [mode for key, mode in POOLING_SWITCHES.items() if config.get(key)]
     unknown = [
         key
         for key, on in config.items()
-        if key.startswith("pooling_mode_") and on and key not in _OLD_POOLINGS
+        if key.startswith("pooling_mode_") and on and key not in POOLING_SWITCHES
     ]
     if mode := config.get("pooling_mode"):
         modes, unknown = (mode if isinstance(mode, list) else [mode]), []
@@ -196,26 +197,12 @@ def _read_dense(folder: Path) -> tuple[Dense, Params]:
         use_bias=bool(config.get("bias", True)),
         activation=activation,
     )
-    params = apply_key_table(
-        read_safetensors(folder), dense_key_table(dense), dense_shapes(dense), source=folder
-    )
-    return dense, params
-
-
-def dense_key_table(dense: Dense) -> dict[str, KeyRule]:
-    """Returns where each tensor of a Dense module's file goes."""
     table = {"linear.weight": KeyRule("kernel", transpose)}
-    return table | ({"linear.bias": KeyRule("bias")} if dense.use_bias else {})
-
-
-def dense_shapes(dense: Dense) -> dict[str, np.ndarray]:
-    """Returns the parameters of a Dense module as arrays of the right shape that hold nothing."""
-
-    def empty(*shape: int) -> np.ndarray:
-        return np.broadcast_to(np.float32(0), shape)
-
-    bias = {"bias": empty(dense.outputs)} if dense.use_bias else {}
-    return {"kernel": empty(dense.inputs, dense.outputs)} | bias
+    target = {"kernel": jax.ShapeDtypeStruct((dense.inputs, dense.outputs), np.float32)}
+    if dense.use_bias:
+        table["linear.bias"] = KeyRule("bias")
+        target["bias"] = jax.ShapeDtypeStruct((dense.outputs,), np.float32)
+    return dense, apply_key_table(read_safetensors(folder), table, target, source=folder)
 
 
 def _check_place(path: Path, config: Mapping[str, Any]) -> None:

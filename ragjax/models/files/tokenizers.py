@@ -22,12 +22,13 @@ class PadToken(NamedTuple):
     declared: bool  # False = ragjax chose it, as the model declares none
 
 
-def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
+def load_tokenizer(folder: Path, *, vocab_size: int, converter: str = "AutoTokenizer") -> Tokenizer:
     """Loads the tokenizer of a Hugging Face folder.
 
     Args:
         folder: Holds `tokenizer.json`, or another tokenizer that `transformers` can convert.
         vocab_size: Rows of the model's embedding table.
+        converter: Class of `transformers` that reads the other tokenizer.
 
     Returns:
         The tokenizer; it neither truncates nor pads. Tokens that were added to its vocabulary and
@@ -39,7 +40,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
             or it puts a token without an embedding around each text.
     """
     path = folder / "tokenizer.json"
-    tokenizer = _read_tokenizer(path) if path.is_file() else _convert_tokenizer(folder)
+    tokenizer = _read_tokenizer(path) if path.is_file() else _convert_tokenizer(folder, converter)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
@@ -100,7 +101,7 @@ def choose_pad_token(tokenizer: Tokenizer, folder: Path, config: dict[str, Any])
         padding is always masked.
     """
     files = ("tokenizer_config.json", "special_tokens_map.json")
-    names = [_content(read_json(folder / file).get("pad_token")) for file in files]
+    names = [token_text(read_json(folder / file).get("pad_token")) for file in files]
     for name in [*names, "[PAD]", "<pad>"]:
         if name is not None and (pad_id := tokenizer.token_to_id(name)) is not None:
             return PadToken(pad_id, name, declared=True)
@@ -120,7 +121,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
 
 
-def _convert_tokenizer(folder: Path) -> Tokenizer:
+def _convert_tokenizer(folder: Path, converter: str) -> Tokenizer:
     """Lets transformers read an older tokenizer format."""
     # Checked here, as transformers makes a tokenizer without a vocabulary out of nothing.
     if not any((folder / name).is_file() for name in _OLD_VOCABULARIES):
@@ -132,10 +133,10 @@ def _convert_tokenizer(folder: Path) -> Tokenizer:
             f"{folder / 'tokenizer_config.json'}: the tokenizer brings its own Python code "
             "(auto_map), which ragjax does not run; a tokenizer.json is read"
         )
-    from transformers import AutoTokenizer  # lazily: it takes seconds to import
+    import transformers  # lazily: it takes seconds to import
 
     try:
-        loaded = AutoTokenizer.from_pretrained(
+        loaded = getattr(transformers, converter).from_pretrained(
             str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
@@ -148,7 +149,7 @@ def _convert_tokenizer(folder: Path) -> Tokenizer:
     return backend
 
 
-def _content(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """Returns the text of a token given as a string or as `{"content": ...}`."""
     if isinstance(token, dict):
         token = token.get("content")
@@ -173,9 +174,8 @@ def with_end_token(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
         The tokenizer as it is where nothing is asked for, or its texts end so already.
     """
     settings = read_json(folder / "tokenizer_config.json")
-    token = settings.get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    token = token_text(settings.get("eos_token"))
+    number = None if token is None else tokenizer.token_to_id(token)
     if settings.get("add_eos_token") is not True or token is None or number is None:
         return tokenizer
     if tokenizer.encode("a").ids[-1:] == [number]:

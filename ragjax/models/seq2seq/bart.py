@@ -125,21 +125,6 @@ class BartConfig(Seq2SeqConfig):
         embedded = embedded + table[positions + POSITION_OFFSET]
         return apply(lambda: LayerNorm(self.hidden_size), outer["embedding_norm"], embedded)
 
-    def leave(self, outer: Params, side: str, hidden: Array) -> Array:
-        """See `Seq2SeqConfig`."""
-        return hidden
-
-    def position_bias(
-        self, outer: Params, side: str, query_slots: Array, key_slots: Array
-    ) -> Array | None:
-        """See `Seq2SeqConfig`."""
-        return None
-
-    @property
-    def output_scale(self) -> float:
-        """See `Seq2SeqConfig`."""
-        return 1.0
-
 
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
 _ATTENTIONS = {"self_attn": "attention", "encoder_attn": "cross_attention"}

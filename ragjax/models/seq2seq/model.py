@@ -97,19 +97,19 @@ class Seq2SeqConfig(abc.ABC):
     def init_outer(self, side: str, key: Array) -> Params:
         """Draws the parameters of a side that stand outside its layers."""
 
-    @abc.abstractmethod
     def enter(self, outer: Params, side: str, embedded: Array, positions: Array) -> Array:
         """Turns token embeddings `[R, T, E]` at positions `[R, T]` into the first hidden states."""
+        return embedded
 
-    @abc.abstractmethod
     def leave(self, outer: Params, side: str, hidden: Array) -> Array:
         """Turns the last layer's hidden states `[R, T, E]` into the side's output."""
+        return hidden
 
-    @abc.abstractmethod
     def position_bias(
         self, outer: Params, side: str, query_slots: Array, key_slots: Array
     ) -> Array | None:
         """Returns what positions add to self-attention's scores, `[1, H, T, S]`, or None."""
+        return None
 
     @property
     def position_limit(self) -> int | None:
@@ -117,9 +117,9 @@ class Seq2SeqConfig(abc.ABC):
         return None
 
     @property
-    @abc.abstractmethod
     def output_scale(self) -> float:
         """Factor of the decoder's output before the unembedding."""
+        return 1.0
 
 
 def init_params(config: Seq2SeqConfig, key: Array) -> Params:

@@ -121,10 +121,6 @@ class T5Config(Seq2SeqConfig):
             "final_norm": {"scale": jnp.ones(self.hidden_size)},
         }
 
-    def enter(self, outer: Params, side: str, embedded: Array, positions: Array) -> Array:
-        """See `Seq2SeqConfig`."""
-        return embedded
-
     def leave(self, outer: Params, side: str, hidden: Array) -> Array:
         """See `Seq2SeqConfig`."""
         return apply(self._make_norm, outer["final_norm"], hidden)

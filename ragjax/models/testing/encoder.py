@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -16,7 +15,7 @@ from ragjax.models.encoder import EncoderOptions, TextEncoder, build_encoder
 from ragjax.models.encoders import bert, causal, dpr, modernbert, roberta
 from ragjax.models.families import EncoderFamily
 from ragjax.models.files.key_table import named_tensors
-from ragjax.models.layers.stacks import Params, abstract
+from ragjax.models.layers.stacks import Params
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'-_()"
@@ -148,8 +147,7 @@ def random_params(family: EncoderFamily, config: Any, seed: int, *, vary: bool =
         # BERT's deviation of 0.02 leaves all embeddings almost parallel.
         return jnp.asarray(rng.normal(constant or 0.0, 0.2, leaf.shape), jnp.float32)
 
-    _, shapes = abstract(lambda: family.make_module(config, nnx.Rngs(0)))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, family.abstract(config)[1])
 
 
 def _tokenizer() -> Tokenizer:

@@ -26,7 +26,6 @@ class GgufModel(NamedTuple):
     bos_id: int | None  # None: texts start without one
     eos_ids: tuple[int, ...]
     pad_id: int | None
-    chat_template: str | None  # Jinja, as the file's author wrote it
 
 
 def read_gguf(path: Path) -> GgufModel:
@@ -53,7 +52,6 @@ def read_gguf(path: Path) -> GgufModel:
     tokenizer = build_tokenizer(path, fields)
     config = parse_config(path, architecture, fields, tensors)
     check_sizes(config, str(path))
-    template = fields.get("tokenizer.chat_template")
     return GgufModel(
         config=config,
         tensors=tensors,
@@ -62,5 +60,4 @@ def read_gguf(path: Path) -> GgufModel:
         bos_id=bos_id(path, fields),
         eos_ids=eos_ids(path, fields),
         pad_id=token_id(path, fields, "padding_token_id"),
-        chat_template=template if isinstance(template, str) else None,
     )
