@@ -1,4 +1,4 @@
-"""Answers from retrieved contexts: greedy, sampled, by beam search, streamed, or chosen."""
+"""Decoding with retrieved contexts: greedy, sampling, beam search, streaming, multiple choice."""
 
 from ragjax.generation.beam import BeamResult as BeamResult
 from ragjax.generation.beam import generate_beam as generate_beam

@@ -1,4 +1,4 @@
-"""Compiles decoding for what it waits for on a CPU: parameters and cache, from memory."""
+"""Compiles decoding functions: on a CPU, where memory is the bottleneck, with another schedule."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ def jit_decoding(
     static_argnames: str | Sequence[str] = (),
     donate_argnames: str | Sequence[str] = (),
 ) -> Callable[_P, _R]:
-    """Compiles a function as `jax.jit` does, on a CPU with the schedule that suits decoding.
+    """Compiles a function as `jax.jit` does; on a CPU with the XLA schedule that suits decoding.
 
     Inside another `jax.jit`, whose options count for all of it, and where it is differentiated,
     this is `jax.jit`.
 
     Args:
-        function: What is compiled.
+        function: The function to compile.
         static_argnames: As of `jax.jit`.
         donate_argnames: As of `jax.jit`.
     """

@@ -1,4 +1,4 @@
-"""What generation needs from a language model; `LanguageModel.decoder` is one choice."""
+"""The interface that generation needs; `LanguageModel.decoder` implements it."""
 
 from typing import Any, Protocol
 
@@ -6,7 +6,7 @@ from jax import Array
 
 
 class Prefilled(Protocol):
-    """The state after some tokens: a pytree with these two fields."""
+    """Logits and cache after some tokens: a pytree with these two fields."""
 
     @property
     def logits(self) -> Array:

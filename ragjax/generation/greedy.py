@@ -26,7 +26,7 @@ Choose = Callable[[Array, Array], Array]
 
 
 class GreedyResult(NamedTuple):
-    """The most likely next token, again and again."""
+    """One answer to each prompt, decoded greedily or sampled."""
 
     ids: Array  # [B, T] int32; 0 after the end
     lengths: Array  # [B] int32, tokens before the stop token (which is not part of the answer)
@@ -34,7 +34,7 @@ class GreedyResult(NamedTuple):
 
 
 class ScoredGeneration(NamedTuple):
-    """The score of given targets and the model's own answer, from one reading of the prompts."""
+    """The score of given targets and the generated answer, from one pass over the prompts."""
 
     token_log_probs: Array  # [B, Y] float32 nats, 0 where masked
     generated: GreedyResult

@@ -91,12 +91,12 @@ class PrefilledPrompts:
 
     @property
     def docs(self) -> int:
-        """K."""
+        """K, the documents an answer."""
         return 1 if self.log_weights is None else self.log_weights.shape[1]
 
     @property
     def answers(self) -> int:
-        """B."""
+        """B, the number of answers."""
         return self.state.logits.shape[0] // self.docs
 
     def mix(self, logits: Array, *beams: int) -> Array:

@@ -1,4 +1,4 @@
-"""Answers token by token, as they come: for one question, over one document or several.
+"""Streaming: the tokens of one answer as they are generated, over one document or several.
 
     tokens = stream_greedy(decoder, params, prompts, limits)
     for piece in decode_stream(tokenizer, tokens):
@@ -84,7 +84,7 @@ def stream_sampled(
 
 
 def decode_stream(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
-    """Turns tokens into text as they come; no character is cut where tokens cut its bytes.
+    """Decodes a stream of tokens to text; characters whose bytes span tokens come whole.
 
     Args:
         tokenizer: Of the language model.
@@ -102,7 +102,7 @@ def decode_stream(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[st
 
 
 class TextStream:
-    """The text of a growing list of tokens, given out once its characters are whole."""
+    """Decodes a growing list of tokens, returning text once its characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Begins with no tokens."""
@@ -111,13 +111,13 @@ class TextStream:
         self._given = 0
 
     def add(self, token_id: int) -> str:
-        """Returns the text that a token completes; empty where a character is still open."""
+        """Returns the text that a token completes; empty within a character."""
         self._ids.append(token_id)
         # All of it each time: what a token means may depend on those before (a leading space).
         return self._give(self._tokenizer.decode(self._ids).rstrip(_INCOMPLETE))
 
     def end(self) -> str:
-        """Returns what was held back because it might have become a character."""
+        """Returns the text held back as an incomplete character."""
         return self._give(self._tokenizer.decode(self._ids))
 
     def _give(self, text: str) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from programs import load_script
 
-from ragjax.generation import Limits, Prompts, generate_greedy
+from ragjax.generation import Prompts, generate_greedy
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.ask.decoding import DECODES
-from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests, stop_ids
+from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_limits, answer_requests
 from ragjax.runs.compare.measures import measure_answer, passages_read
 from ragjax.runs.compare.systems import answer_cache
 from ragjax.runs.evaluate import open_evaluation
@@ -101,13 +101,12 @@ def requests_of(workspace, docs, scores):
 def test_the_probability_of_an_answer_is_that_of_its_tokens(opened, tmp_path):
     workspace = in_mode(opened, tmp_path, mode="concat")
     requests = requests_of(workspace, (4, 1), (0.0, 0.0))
-    stops = stop_ids(workspace.lm)
+    limits = answer_limits(workspace.lm, 3)
     for request, answer in zip(requests, answers_in(workspace, requests), strict=True):
         documents = workspace.documents.get(request.docs)
         context = workspace.prompts.context(request.question.text, documents)
         ids, mask = jnp.array([context], jnp.int32), jnp.ones((1, len(context)), bool)
         params = workspace.lm.params
-        limits = Limits(max_new_tokens=3, stop_ids=stops, min_new_tokens=1)
         result = generate_greedy(workspace.lm.decoder, params, Prompts(ids, mask), limits)
         length = int(result.lengths[0])
         said = result.ids[0, :length].tolist()
@@ -115,7 +114,7 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(opened, tmp_path):
         # The likeliest way to end, if it ended: scored token by token with the plain model.
         total = 0.0
         for place in range(answer.num_tokens):
-            choices = [said[place]] if place < length else list(stops)
+            choices = [said[place]] if place < length else list(limits.stop_ids)
             targets = jnp.array([[*said[:place], choice] for choice in choices], jnp.int32)
             rows = len(choices)
             log_probs = workspace.lm.token_log_probs(

@@ -13,14 +13,14 @@ import numpy as np
 from jax import Array
 
 from ragjax.data import pad_left, pad_right
-from ragjax.generation import Decoder, Limits
+from ragjax.generation import Decoder
 from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Prefilled
 from ragjax.generation.streaming import prefill
 from ragjax.models.decoder.cache import KVCache
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.ask.prompts import Prompt, ReaderOptions, ShapedPrompts, fitting
-from ragjax.runs.compare.answers import stop_ids
+from ragjax.runs.compare.answers import answer_limits
 from ragjax.runs.system import System
 
 
@@ -45,12 +45,7 @@ class Reader:
         """Computes the shapes that questions of this corpus need; see `ShapedPrompts`."""
         self.lm, self.params = system.workspace.lm, system.lm_params
         self.prompts = ShapedPrompts(self.lm, system.workspace.dataset.corpus, options)
-        self.limits = Limits(
-            max_new_tokens=self.prompts.max_target,
-            stop_ids=stop_ids(self.lm),
-            # A base model often begins its answer on a new line; that is no empty answer.
-            min_new_tokens=1,
-        )
+        self.limits = answer_limits(self.lm, self.prompts.max_target)
 
     def read(self, prompt: Prompt) -> Reading:
         """Reads a question beside each of its documents, or closed book if it has none."""

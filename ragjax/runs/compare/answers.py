@@ -21,8 +21,8 @@ from ragjax.runs.teacher import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, result_key
 
-# A language model that was not adapted often begins its answer on a new line; taking that line
-# break for the end of an empty answer would make the baselines look worse than they are.
+# Base models often begin an answer on a new line: without a first token the line break would end
+# it, and the baselines would look worse than they are.
 _MIN_NEW_TOKENS = 1
 
 
@@ -79,18 +79,14 @@ def answer_requests(
     return [answer for answer in answers if answer is not None]
 
 
-def stop_ids(lm: LanguageModel) -> tuple[int, ...]:
-    """Returns the tokens that end an answer: end of text, and every token with a line break."""
+def answer_limits(lm: LanguageModel, max_new_tokens: int) -> Limits:
+    """Returns limits that end answers at the end of text and at every token with a line break."""
     vocabulary = lm.tokenizer.get_vocab(with_added_tokens=True).values()
     texts = lm.tokenizer.decode_batch([[index] for index in sorted(vocabulary)])
     breaks = [index for index, text in zip(sorted(vocabulary), texts, strict=True) if "\n" in text]
-    return tuple(sorted({*lm.eos_ids, *breaks}))
-
-
-def _limits(workspace: Workspace) -> Limits:
     return Limits(
-        max_new_tokens=workspace.config.evaluation.max_new_tokens,
-        stop_ids=stop_ids(workspace.lm),
+        max_new_tokens=max_new_tokens,
+        stop_ids=tuple(sorted({*lm.eos_ids, *breaks})),
         min_new_tokens=_MIN_NEW_TOKENS,
     )
 
@@ -159,8 +155,8 @@ def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Reque
         workspace.prompts.context(r.question.text, workspace.documents.get(r.docs))
         for r in requests
     ]
-    targets, limits = _targets(workspace, requests), _limits(workspace)
-    tokens = workspace.config.score_tokens
+    targets, tokens = _targets(workspace, requests), workspace.config.score_tokens
+    limits = answer_limits(workspace.lm, workspace.config.evaluation.max_new_tokens)
 
     def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
         chosen = [targets[row] for row in batch.rows]
@@ -181,14 +177,15 @@ def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Reques
         [workspace.prompts.context(r.question.text, workspace.documents.get([d])) for d in r.docs]
         for r in requests
     ]
-    targets, limits = _targets(workspace, requests), _limits(workspace)
+    targets = _targets(workspace, requests)
+    limits = answer_limits(workspace.lm, workspace.config.evaluation.max_new_tokens)
     score = jax.jit(workspace.lm.token_log_probs)
 
     def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
         packed, scores, mask = _pack_groups(workspace, batch, contexts, targets, requests, count)
         shape = (batch.batch_size, count, -1)
-        ids, there = (array.reshape(shape) for array in packed[:2])
-        prompts = Prompts(ids, there, scores, mask)
+        ids, ids_mask = (array.reshape(shape) for array in packed[:2])
+        prompts = Prompts(ids, ids_mask, scores, mask)
         generated = mode.generate(workspace.lm.decoder, model.params, prompts, limits, **options)
         log_probs = score(model.params, packed).reshape(shape)
         token_mask = packed.target_mask.reshape(shape)[:, 0]
