@@ -18,8 +18,8 @@ from ragjax.index.recall import recall_against_exact as recall_against_exact
 from ragjax.index.scann import ScannIndex as ScannIndex
 from ragjax.index.scann import ScannOptions as ScannOptions
 from ragjax.index.scann import scann_options as scann_options
+from ragjax.index.shards import EmbeddingWriter as EmbeddingWriter
+from ragjax.index.shards import ShardWriter as ShardWriter
 from ragjax.index.store import EmbeddingStore as EmbeddingStore
-from ragjax.index.store import EmbeddingWriter as EmbeddingWriter
-from ragjax.index.store import ShardWriter as ShardWriter
 from ragjax.index.store import StoreSpec as StoreSpec
 from ragjax.storage import DiskFullError as DiskFullError

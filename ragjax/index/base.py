@@ -254,3 +254,20 @@ def _note_masked_slots(k: int, size: int) -> None:
 def _is_unit(norms: tuple[float, float]) -> bool:
     """Tells whether a range of norms is that of normalised vectors."""
     return all(abs(norm - 1) < _UNIT_NORM_TOLERANCE for norm in norms)
+
+
+def check_rows(rows: ArrayLike, size: int) -> NDArray[np.int64]:
+    """Returns the positions of changed documents `[R]`, each once and inside the index."""
+    positions = np.asarray(rows)
+    if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
+        raise ValueError(
+            f"rows must be whole numbers [R], got {positions.dtype} of shape {positions.shape}"
+        )
+    positions = positions.astype(np.int64)
+    # ScaNN would append what lies beyond the end and keep either one of two equal rows.
+    outside = positions[(positions < 0) | (positions >= size)]
+    if outside.size:
+        raise ValueError(f"rows must be 0 to {size - 1}, got {outside[0]}")
+    if len(np.unique(positions)) != len(positions):
+        raise ValueError(f"rows must be different, got {len(positions)} with repetitions")
+    return positions

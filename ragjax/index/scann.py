@@ -289,7 +289,7 @@ class ScannIndex:
                 f"Document embeddings are {embeddings.shape} but the index in {folder} holds "
                 f"{(index.size, index.dim)}; build a new index for another corpus or encoder"
             )
-        positions = _check_rows(rows, index.size)
+        positions = base.check_rows(rows, index.size)
         started = time.monotonic()
         # Not the wrapper's method, which wants docids and would store them as a pickle.
         changed = index._searcher.searcher.upsert(
@@ -304,23 +304,6 @@ class ScannIndex:
             recall=recall.recall_against_exact(index, embeddings, probe_queries),
         )
         return cls(index._searcher, details)
-
-
-def _check_rows(rows: ArrayLike, size: int) -> NDArray[np.int64]:
-    """Returns the positions of changed documents `[R]`, each once and inside the index."""
-    positions = np.asarray(rows)
-    if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
-        raise ValueError(
-            f"rows must be whole numbers [R], got {positions.dtype} of shape {positions.shape}"
-        )
-    positions = positions.astype(np.int64)
-    # ScaNN would append what lies beyond the end and keep either one of two equal rows.
-    outside = positions[(positions < 0) | (positions >= size)]
-    if outside.size:
-        raise ValueError(f"rows must be 0 to {size - 1}, got {outside[0]}")
-    if len(np.unique(positions)) != len(positions):
-        raise ValueError(f"rows must be different, got {len(positions)} with repetitions")
-    return positions
 
 
 def _fit_options(options: ScannOptions, size: int) -> tuple[ScannOptions, tuple[str, ...]]:

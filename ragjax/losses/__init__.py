@@ -33,14 +33,10 @@ from ragjax.losses.diagnostics import retriever_entropy as retriever_entropy
 from ragjax.losses.diagnostics import target_degeneracy as target_degeneracy
 from ragjax.losses.diagnostics import target_entropy as target_entropy
 from ragjax.losses.distillation import attention_mass as attention_mass
-from ragjax.losses.distillation import log_prob as log_prob
-from ragjax.losses.distillation import log_prob_per_token as log_prob_per_token
 from ragjax.losses.distillation import loop_target as loop_target
 from ragjax.losses.distillation import lsr_loss as lsr_loss
 from ragjax.losses.distillation import lsr_target as lsr_target
 from ragjax.losses.distillation import pdist_loss as pdist_loss
-from ragjax.losses.distillation import prob as prob
-from ragjax.losses.distillation import prob_per_token as prob_per_token
 from ragjax.losses.estimators import SampledDocs as SampledDocs
 from ragjax.losses.estimators import gumbel_top_k as gumbel_top_k
 from ragjax.losses.estimators import reinforce_loss as reinforce_loss
@@ -53,3 +49,7 @@ from ragjax.losses.marginal import emdr2_loss as emdr2_loss
 from ragjax.losses.marginal import leave_one_out_log_probs as leave_one_out_log_probs
 from ragjax.losses.marginal import rag_sequence_loss as rag_sequence_loss
 from ragjax.losses.marginal import rag_token_loss as rag_token_loss
+from ragjax.losses.scores import log_prob as log_prob
+from ragjax.losses.scores import log_prob_per_token as log_prob_per_token
+from ragjax.losses.scores import prob as prob
+from ragjax.losses.scores import prob_per_token as prob_per_token

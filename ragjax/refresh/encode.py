@@ -23,7 +23,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from ragjax.index import base, store
+from ragjax.index import base, shards, store
 from ragjax.refresh.batches import Batch, EncodeOptions, PaddedWindow, prepare_window
 from ragjax.refresh.task import (
     Cancelled,
@@ -107,7 +107,7 @@ def encode_token_ids(
 def encode_to_store(
     task: EncodeTask,
     params: Any,
-    writer: store.EmbeddingWriter,
+    writer: shards.EmbeddingWriter,
     *,
     rows: DocRows | None = None,
     devices: Sequence[jax.Device] | None = None,

@@ -150,3 +150,11 @@ def _check_fits(tensors: Mapping[str, Any], wanted: Mapping[str, Any], folder: P
             f"The parameters in {folder} are of another model than the one here: {shown}"
             f"{f'; and {more} more' if more > 0 else ''}. Use the encoder they were trained from"
         )
+
+
+def is_export(folder: Path, params: Any, digest: str) -> bool:
+    """Tells whether a folder holds these parameters, whole."""
+    try:
+        return read_export(folder, params).digest == digest
+    except (OSError, ValueError):
+        return False

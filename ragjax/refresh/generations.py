@@ -12,6 +12,7 @@ kernel gives back however the reader ends; removing an old generation takes the 
 import contextlib
 import dataclasses
 import fcntl
+import importlib.metadata
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _WHAT = "index generation"
+_LIBRARIES = ("jax", "numpy", "scann")
 _NAME = re.compile(r"[0-9]{6,}")
 EMBEDDINGS = "embeddings"
 INDEX = "index"
@@ -351,3 +353,14 @@ def _known_digests(building: Path) -> dict[str, str]:
             digests = storage.read_json(path, what=part).get("sha256", {})
             known |= {f"{part}/{file}": digest for file, digest in digests.items()}
     return known
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of the libraries that decide what a generation holds."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

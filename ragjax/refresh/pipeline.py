@@ -7,7 +7,6 @@ N documents, D embedding size, P probe queries, R documents encoded again.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import shutil
 import threading
@@ -21,21 +20,22 @@ from numpy.typing import NDArray
 
 from ragjax.index import (
     EmbeddingStore,
-    EmbeddingWriter,
     IndexSnapshot,
     ShardWriter,
     StoreSpec,
     choose_index,
 )
+from ragjax.index.shards import write_store
 from ragjax.refresh.build import ScannBuild
 from ragjax.refresh.drift import top_k_overlap
-from ragjax.refresh.export import list_exports, read_export, write_export
+from ragjax.refresh.export import is_export, list_exports, write_export
 from ragjax.refresh.generations import (
     EMBEDDINGS,
     INDEX,
     Description,
     Expected,
     GenerationStore,
+    library_versions,
 )
 from ragjax.refresh.options import RefreshOptions
 from ragjax.refresh.partial import RetrievalCounts, select_rows
@@ -44,7 +44,6 @@ from ragjax.refresh.task import EncodeProgress, EncodeRequest, EncodeTask, Execu
 
 _OVERLAP_K = 10
 _CHANGED = "changed"
-_LIBRARIES = ("jax", "numpy", "scann")
 
 
 class Submission(NamedTuple):
@@ -189,7 +188,7 @@ class Pipeline:
         if self.exported.get(export.step) != digest or not folder.is_dir():
             # One that an earlier life wrote stays: a checkpoint may count on it, and the disk may
             # be full by now.
-            if not _is_export(folder, export.params, digest):
+            if not is_export(folder, export.params, digest):
                 shutil.rmtree(folder, ignore_errors=True)
                 write_export(folder, export.params, step=export.step, info={})
         self.exported[export.step] = digest
@@ -250,7 +249,7 @@ class Pipeline:
             store = self._request(export, changed, part, plan.rows)
         embeddings = self._base_embeddings(plan)
         embeddings[plan.rows] = store.read()
-        whole = _write_store(target, spec, embeddings)
+        whole = write_store(target, spec, embeddings)
         shutil.rmtree(changed)
         return whole
 
@@ -313,7 +312,7 @@ class Pipeline:
             base=-1 if plan.rows is None or plan.base is None else plan.base.version,
             encoded=store.spec.size if plan.rows is None else len(plan.rows),
             built_at=time.time(),
-            versions=_versions(),
+            versions=library_versions(),
         )
         number = self._generations.publish(folder, description)
         generation = self._generations.open(number, expected=self._expected(digest))
@@ -383,14 +382,6 @@ class Pipeline:
         )
 
 
-def _is_export(folder: Path, params: Any, digest: str) -> bool:
-    """Tells whether a folder holds these parameters, whole."""
-    try:
-        return read_export(folder, params).digest == digest
-    except (OSError, ValueError):
-        return False
-
-
 def _remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -399,27 +390,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_store(folder: Path, spec: StoreSpec, embeddings: NDArray[np.float32]) -> EmbeddingStore:
-    """Writes embeddings `[N, D]` that are at hand."""
-    writer = EmbeddingWriter.open(folder, spec)
-    for shard in writer.missing():
-        rows = writer.rows(shard)
-        writer.write(shard, embeddings[rows.start : rows.stop])
-    return writer.publish()
-
-
 def _part_spec(spec: StoreSpec, rows: NDArray[np.int64]) -> StoreSpec:
     """Returns the spec of a store that holds some documents only."""
     digest = hashlib.sha256(rows.tobytes()).hexdigest()
     return dataclasses.replace(spec, size=len(rows), settings={**spec.settings, "rows": digest})
-
-
-def _versions() -> dict[str, str]:
-    """Returns the versions of the libraries that decide what a generation holds."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ragjax.index import store
+from ragjax.index import EmbeddingStore, shards
 from ragjax.refresh.encode import encode_to_store
 from ragjax.refresh.task import EncodeRequest, EncodeTask
 
@@ -40,12 +40,12 @@ class ThreadExecutor:
         """Copies the parameters on their device; the next step may then donate the originals."""
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
 
-    def encode(self, task: EncodeTask, request: EncodeRequest) -> store.EmbeddingStore:
+    def encode(self, task: EncodeTask, request: EncodeRequest) -> EmbeddingStore:
         """Encodes the documents of the request and publishes the store; see `Executor`."""
         return encode_to_store(
             task,
             request.params,
-            store.EmbeddingWriter.open(request.folder, request.spec),
+            shards.EmbeddingWriter.open(request.folder, request.spec),
             rows=request.rows,
             devices=self.devices,
             progress=request.progress,
