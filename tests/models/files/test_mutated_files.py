@@ -18,8 +18,8 @@ from ragjax.models.files.gguf.model import read_gguf
 from ragjax.models.files.key_table import read_safetensors
 from ragjax.models.testing import write_tiny_encoder, write_tiny_language_model
 
-# Of each kind of file; RAGJAX_MUTATIONS=10000 for a thorough run.
-MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "2000"))
+# Of each kind of file; a nightly run takes RAGJAX_MUTATIONS=10000.
+MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "300"))
 INDEX = "model.safetensors.index.json"
 ENCODERS = ("bert", "dpr", "roberta", "modernbert", "qwen3")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
