@@ -24,7 +24,7 @@ from refresh_tasks import (
 
 from ragjax.index import DiskFullError, EmbeddingStore, EmbeddingWriter
 from ragjax.refresh import ProcessExecutor, jobs
-from ragjax.refresh.task import Cancelled
+from ragjax.refresh.task import Cancelled, params_digest
 
 
 @pytest.fixture
@@ -47,8 +47,7 @@ def test_workers_make_the_same_store_as_one_process(tmp_path, executor):
             store = executor.encode(task, request)
             clean = encode_here(tmp_path / f"clean-{step}", task, request)
             assert file_bytes(store.folder) == file_bytes(clean.folder)
-            digest = request.spec.model_fingerprint
-            EmbeddingStore.open(store.folder, model_fingerprint=digest)
+            EmbeddingStore.open(store.folder, model_fingerprint=params_digest(make_params(step)))
     assert worker.num_shards + second.num_shards >= 48
     assert min(worker.num_shards, second.num_shards) > 5
     assert left_over(executor.root) == []
