@@ -30,8 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ragjax.index import EmbeddingStore, IndexSnapshot
-from ragjax.refresh.background import Background
-from ragjax.refresh.clock import StepClock
+from ragjax.refresh.background import Background, StepClock
 from ragjax.refresh.export import read_export
 from ragjax.refresh.generations import GenerationStore
 from ragjax.refresh.options import (
