@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from ragjax.evaluation import bootstrap_interval, intervals, paired_difference
 
@@ -148,3 +149,17 @@ def test_bad_input_is_named(function, values, options, message):
 def test_pairs_need_equal_lengths():
     with pytest.raises(ValueError, match="got 1 and 2 values"):
         paired_difference(np.zeros(1), np.zeros(2))
+
+
+def test_intervals_and_p_values_equal_scipy(rng):
+    before, gain = rng.random(40), rng.normal(0.1, 0.3, size=40)
+    found = paired_difference(before + gain, before)
+    theirs = stats.bootstrap((gain,), np.mean, n_resamples=10_000, method="percentile", rng=1)
+    assert found.low == pytest.approx(theirs.confidence_interval.low, abs=0.005)
+    assert found.high == pytest.approx(theirs.confidence_interval.high, abs=0.005)
+    for size, tolerance in ((9, 1e-9), (40, 0.01)):  # all signs, then some of them
+        found = paired_difference((before + gain)[:size], before[:size])
+        theirs = stats.permutation_test(
+            (gain[:size],), np.mean, permutation_type="samples", n_resamples=10_000, rng=2
+        )
+        assert found.p_value == pytest.approx(theirs.pvalue, abs=tolerance)
