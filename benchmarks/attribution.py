@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
-import tyro
+from _beside import run_program
 from tqdm import tqdm
 
 from ragjax.data import Question, batch_rows
@@ -34,7 +34,6 @@ from ragjax.runs.ask.prompts import ReaderOptions
 from ragjax.runs.options.shared import DataConfig, RunConfig
 from ragjax.runs.system import SEARCHES, System, open_base_system, open_system, retrieve
 
-BAD_INPUT = 2
 RANKED_FIRST = "ranked first"
 _DEFAULTS = RunConfig()
 
@@ -57,7 +56,6 @@ class Flags:
         document_tokens: Tokens read of each passage; an answer that stands behind them is not seen.
         max_new_tokens: Tokens of an answer.
         resamples: Bootstrap resamples behind each 95 % interval.
-        debug: Show tracebacks.
     """
 
     run: str = ""
@@ -73,7 +71,6 @@ class Flags:
     document_tokens: int = 256
     max_new_tokens: int = 24
     resamples: int = 2000
-    debug: bool = False
 
     def check(self) -> None:
         """Raises ValueError naming the flag that is missing or out of range."""
@@ -86,21 +83,12 @@ class Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit code: 0, or 2 for bad input."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-    try:
-        flags = tyro.cli(Flags, args=arguments, description=__doc__)
-        flags.check()
-        _run(flags)
-        return 0
-    except (ValueError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return run_program(Flags, _run, arguments, __doc__)
 
 
 def _run(flags: Flags) -> None:
+    flags.check()
     system = _open(flags)
     questions = [q for q in system.workspace.questions["test"] if q.answers]
     if not questions:
@@ -116,7 +104,10 @@ def _run(flags: Flags) -> None:
         f" gold among the passages: {found.mean():.3f}"
     )
     print(f"{'attributed to':<28}{'is gold':>8}  95 % interval    difference to ranked first")
-    columns = {name: _column(rows, name) for name in _NAMES}
+    columns = {
+        name: np.array([float(row["gold"].get(name, False)) for row in rows])
+        for name in (RANKED_FIRST, *_FIELDS)
+    }
     baseline = columns[RANKED_FIRST]
     for name, column in columns.items():
         mean = bootstrap_interval(column, num_resamples=flags.resamples, seed=0)
@@ -127,17 +118,12 @@ def _run(flags: Flags) -> None:
         print(line)
 
 
-_NAMES = (
-    RANKED_FIRST,
-    "highest p_R",
-    "highest posterior",
-    "largest leave-one-out",
-    "highest p_LM(y|c,x)",
-)
-
-
-def _column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([float(row["gold"].get(name, False)) for row in rows])
+_FIELDS = {
+    "highest p_R": "prior",
+    "highest posterior": "posterior",
+    "largest leave-one-out": "change",
+    "highest p_LM(y|c,x)": "log_prob",
+}
 
 
 def _open(flags: Flags) -> System:
@@ -179,12 +165,9 @@ def _rows(flags: Flags, system: System, questions: Sequence[Question]) -> Iterat
                 given = question.answers[0] if flags.answers == "gold" else None
                 answer = asker.answer_from(question.text, docs, scores, given)
                 reply = asker.explain(answer, span=False)
-                ways = {
-                    RANKED_FIRST: 0,
-                    "highest p_R": np.argmax([source.prior for source in reply.sources]),
-                    "highest posterior": np.argmax([source.posterior for source in reply.sources]),
-                    "largest leave-one-out": np.argmax([source.change for source in reply.sources]),
-                    "highest p_LM(y|c,x)": np.argmax([s.log_prob for s in reply.sources]),
+                ways = {RANKED_FIRST: 0} | {
+                    name: np.argmax([getattr(source, field) for source in reply.sources])
+                    for name, field in _FIELDS.items()
                 }
                 result["answer"] = reply.answer
                 result["docs"] = [

@@ -18,6 +18,7 @@ from ragjax.data.jsonl import (
     SourceFile,
     check_encodable,
     id_field,
+    plain_or_gzipped,
     read_jsonl,
     require_path,
     string_field,
@@ -72,7 +73,7 @@ def read_beir(
     qrels_files = sorted(require_path(folder / "qrels").glob("*.tsv"))
     if not qrels_files:
         raise DataError(f"{folder / 'qrels'} holds no .tsv file; expected for example test.tsv")
-    queries_file = _queries_file(folder)
+    queries_file = plain_or_gzipped(folder, "queries.jsonl")
     corpus = Corpus.open(
         folder,
         cache=cache,
@@ -109,14 +110,6 @@ def read_beir(
     if "dev" in qrels or "train" not in qrels:
         return dataset
     return hold_out(dataset, split="train", into="dev", fraction=dev_fraction)
-
-
-def _queries_file(folder: Path) -> Path:
-    found = [folder / name for name in ("queries.jsonl", "queries.jsonl.gz")]
-    found = [file for file in found if file.is_file()]
-    if len(found) == 2:
-        raise DataError(f"{folder} holds queries.jsonl and queries.jsonl.gz; remove one of them")
-    return found[0] if found else require_path(folder / "queries.jsonl")
 
 
 def _read_questions(

@@ -24,6 +24,7 @@ from ragjax.data.jsonl import (
     RejectedRows,
     SourceFile,
     id_field,
+    plain_or_gzipped,
     read_jsonl,
     require_path,
     string_field,
@@ -97,11 +98,7 @@ def source_file(path: Path) -> Path:
     require_path(path)
     if not path.is_dir():
         return path
-    found = [path / name for name in ("corpus.jsonl", "corpus.jsonl.gz")]
-    found = [file for file in found if file.is_file()]
-    if len(found) == 2:
-        raise DataError(f"{path} holds corpus.jsonl and corpus.jsonl.gz; remove one of them")
-    return found[0] if found else require_path(path / "corpus.jsonl")
+    return plain_or_gzipped(path, "corpus.jsonl")
 
 
 def prepared_folder(
@@ -248,15 +245,15 @@ def _parse_passage(record: dict[str, Any], options: CorpusOptions) -> Passage:
 
 
 def _publish(building: Path, folder: Path) -> None:
-    if _is_complete(folder):  # another process was first
-        return
-    if folder.exists():
-        shutil.rmtree(folder)
     try:
-        os.rename(building, folder)
+        os.rename(building, folder)  # fails where there is one: nothing is looked at beforehand
     except OSError:
-        if not _is_complete(folder):
-            raise
+        if _is_complete(folder):  # another process was first
+            return
+        damaged = building.with_name(unique_name("building"))
+        os.rename(folder, damaged)
+        shutil.rmtree(damaged)
+        os.rename(building, folder)
 
 
 def _read_pointer(pointer: Path) -> tuple[str | None, list[int] | None]:

@@ -56,21 +56,21 @@ def chosen_license(card: Card, base: BaseModel) -> str:
     return card.license or base.license or UNKNOWN_LICENSE
 
 
-def format_card(card: Card, base: BaseModel, use: Use, *, title: str) -> str:
+def format_card(card: Card, base: BaseModel, use: Use, *, kind: str) -> str:
     """Writes the model card.
 
     Args:
         card: What the caller knows.
         base: What the base model's files say.
         use: How the exported model is used.
-        title: The heading.
+        kind: What it is, such as "a text encoder".
 
     Returns:
         Markdown with a YAML header.
     """
     sections = [
-        f"# {title}\n\n{use.summary}\n\nBase model: `{base.source}`. Licence: "
-        f"{_license_sentence(card, base)}",
+        f"# {base.source.rpartition('/')[2]}, {kind} exported from ragjax\n\n{use.summary}\n\n"
+        f"Base model: `{base.source}`. Licence: {_license_sentence(card, base)}",
         "## How to use it\n\n"
         + "\n\n".join(
             f"{library}:\n\n```python\n{code}\n```" for library, code in use.examples.items()

@@ -61,7 +61,7 @@ def encoder_files(
                 "similarity_fn_name": "cosine" if encoder.normalized else "dot",
             }
         ),
-        "README.md": format_card(card, base, _use(encoder, config), title=_title(base)),
+        "README.md": format_card(card, base, _use(encoder, config), kind="a text encoder"),
     }
     for place, step in _places(encoder).items():
         kinds.append((place, "Normalize" if isinstance(step, Normalize) else "Dense"))
@@ -154,10 +154,6 @@ def _dense(step: _Matrix) -> dict[str, Any]:
         "bias": step.use_bias,
         "activation_function": f"torch.nn.modules.{module}.{step.activation}",
     }
-
-
-def _title(base: BaseModel) -> str:
-    return f"{base.source.rpartition('/')[2]}, a text encoder exported from ragjax"
 
 
 def _use(encoder: TextEncoder, config: Mapping[str, Any]) -> Use:

@@ -54,7 +54,7 @@ def language_model_files(
             tokens=names,
             max_length=lm.max_length,
         ),
-        "README.md": format_card(card, base, _use(lm, config), title=_title(base)),
+        "README.md": format_card(card, base, _use(lm, config), kind="a language model"),
     }
 
 
@@ -103,10 +103,6 @@ def _token_ids(lm: LanguageModel, base: BaseModel) -> dict[str, Any]:
     if isinstance(bos, int):
         ids["bos"] = bos
     return ids
-
-
-def _title(base: BaseModel) -> str:
-    return f"{base.source.rpartition('/')[2]}, a language model exported from ragjax"
 
 
 def _use(lm: LanguageModel, config: Mapping[str, Any]) -> Use:

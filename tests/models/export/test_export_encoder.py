@@ -274,7 +274,7 @@ def test_only_an_id_on_the_hub_stands_in_the_header(tmp_path):
     text = "ORG/NAME@main"
     base = read_base("pip:nothing==1")._replace(source=text, hub_id="ORG/NAME", license="mit")
     use = Use("transformers", "text-generation", (), "A model.", {})
-    card = format_card(Card(), base, use, title="t")
+    card = format_card(Card(), base, use, kind="a model")
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "ORG/NAME"
     assert "Base model: `ORG/NAME@main`. Licence: mit, as the base model declares." in card
 
