@@ -71,7 +71,7 @@ def test_a_declared_truncation_is_honoured(folder, declared, size, caplog):
     edit_json(folder / "config_sentence_transformers.json", truncate_dim=declared)
     with caplog.at_level(logging.INFO):
         assert load_encoder(str(folder)).embedding_size == size
-    assert ("cut to 6 dimensions after their normalisation" in caplog.text) == (declared == 6)
+    assert ("truncated to 6 dimensions after their normalisation" in caplog.text) == (declared == 6)
 
 
 @pytest.mark.parametrize(
