@@ -134,7 +134,7 @@ def worker_processes(root, count, *, seconds_per_shard):
             process.wait()
 
 
-def wait_for(condition, *, seconds=20.0):
+def wait_for(condition, *, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
