@@ -199,3 +199,9 @@ def test_lsr_target_has_no_derivative(batch):
 def test_a_target_from_elsewhere_is_a_constant_too(loss, batch):
     gradient = jax.jit(jax.grad(lambda t: loss(batch.doc_scores, t).sum()))(batch.target)
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_a_masked_document_may_have_an_impossible_target():
+    scores, target = jnp.array([0.3, -0.2, 5.0]), jnp.log(jnp.array([0.4, 0.6, 0.0]))
+    got = losses.lsr_loss(scores, target, doc_mask=jnp.array([True, True, False]))
+    np.testing.assert_allclose(got, losses.lsr_loss(scores[:2], target[:2]), rtol=1e-6)
