@@ -41,7 +41,7 @@ def test_the_plot_has_a_line_for_each_arm_and_a_missing_library_is_said(
         {"arm": "un-adapted", "seed": 0, "points": [], "questions": {"mrr@10": [0.0, 0.4]}},
         {"arm": "sync:1", "seed": 0, "points": points, "questions": {"mrr@10": [0.5]}},
     ]  # fmt: skip
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the [notebooks] extra")
     script.plot_quality(results, ["sync:1"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)

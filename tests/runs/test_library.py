@@ -170,4 +170,4 @@ def test_the_version_is_that_of_the_package(monkeypatch):
     monkeypatch.setattr(metadata, "version", missing)
     assert ragjax.__version__ == "0+unknown"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        ragjax.nothing  # noqa: B018
+        ragjax.nothing  # noqa: B018  (it is to raise)

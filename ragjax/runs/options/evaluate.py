@@ -19,7 +19,7 @@ from ragjax.runs.options.shared import RunConfig
 BASE_SYSTEMS, _HALF_SYSTEMS, _RUN_SYSTEMS = (
     tuple(name for name, kind in SYSTEMS.items() if kind.num_adapted == count) for count in range(3)
 )
-SystemName = Literal[(*BASE_SYSTEMS, *_RUN_SYSTEMS, *_HALF_SYSTEMS)]  # pyrefly: ignore
+SystemName = Literal[(*BASE_SYSTEMS, *_RUN_SYSTEMS, *_HALF_SYSTEMS)]  # pyrefly: ignore  (names of a table)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,4 +39,4 @@ MODES: dict[str, Mode] = {
     "rag_sequence_fast": Mode(generate_rag_sequence_fast),
     "rag_sequence_thorough": Mode(generate_rag_sequence_thorough),
 }
-ModeName = Literal[tuple(MODES)]  # pyrefly: ignore
+ModeName = Literal[tuple(MODES)]  # pyrefly: ignore  (names of a table)

@@ -135,7 +135,7 @@ def make_batch(rng, vocab_size):
 
 
 def torch_log_probs(model, batch):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     ids = np.concatenate([batch.context_ids, batch.target_ids], axis=1)
     mask = np.concatenate([batch.context_mask, batch.target_mask], axis=1)
     scores = model(
@@ -196,7 +196,7 @@ def test_what_is_written_is_what_was_read(case, rng):
     settings = format_huggingface_config(config)
     assert parse_huggingface_config(settings) == config
     # transformers reads the written configuration as a model that computes the same.
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     read = type(reference.config)(**settings)
     again = type(reference)(read).eval()
     again.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})

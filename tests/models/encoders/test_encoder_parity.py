@@ -11,7 +11,7 @@ from ragjax.models.files.key_table import named_tensors
 from ragjax.models.testing import tiny_encoder
 
 torch = pytest.importorskip("torch", reason="needs the [parity] extra")
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
 
 VOCAB = 60
 SMALL = {

@@ -45,7 +45,7 @@ def run(params, tokens):
 @pytest.mark.slow
 def test_a_padding_token_inside_a_text_takes_no_position():
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
     params = random_params(roberta.FAMILY, CONFIG, 0, vary=True)
     settings = {name: value for name, value in HUGGINGFACE.items() if name != "model_type"}
     model = transformers.RobertaModel(

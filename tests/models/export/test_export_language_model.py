@@ -122,7 +122,7 @@ def test_transformers_computes_the_same_log_probs(tmp_path, family):
 
 
 def test_transformers_tokenises_and_knows_the_special_tokens(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
     lm = tiny_language_model()
     export_language_model(lm, tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -165,7 +165,7 @@ def make_batch(rng, slots=14):
 
 
 def torch_log_probs(model, batch):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     ids = np.concatenate([batch.context_ids, batch.target_ids], axis=1)
     mask = np.concatenate([batch.context_mask, batch.target_mask], axis=1)
     with torch.no_grad():
@@ -180,7 +180,9 @@ def torch_log_probs(model, batch):
 
 def read_with_transformers(path, model_class, config_class):
     """What `from_pretrained(..., gguf_file=...)` does, which asks for accelerate first."""
-    utils = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    utils = pytest.importorskip(
+        "transformers.modeling_gguf_pytorch_utils", reason="needs the [parity] extra"
+    )
     fields = utils.load_gguf_checkpoint(path)["config"]
     model = model_class(config_class(**fields)).eval()
     tensors = utils.load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]

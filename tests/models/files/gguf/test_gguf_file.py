@@ -76,7 +76,9 @@ def test_quantised_blocks_equal_another_implementation(tmp_path, rng, name):
         expected = plain_q5(blocks.tobytes(), with_minimum=name == "Q5_1")
     else:
         torch = pytest.importorskip("torch", reason="needs the [parity] extra")
-        other = pytest.importorskip("transformers.integrations.gguf.dequant")
+        other = pytest.importorskip(
+            "transformers.integrations.gguf.dequant", reason="needs the [parity] extra"
+        )
         expected = other.dequantize(torch.from_numpy(blocks.reshape(-1).copy()), kind.value).numpy()
     expected = expected.reshape(ROWS, COLUMNS)
     assert np.isfinite(found).all() and len(np.unique(found)) > 100

@@ -172,7 +172,9 @@ def test_sentence_piece_equals_transformers(architecture, tmp_path):
 
 def by_transformers(architecture, fields):
     """The tokenizer that transformers makes of the same metadata."""
-    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    mapping = pytest.importorskip(
+        "transformers.integrations.gguf.gguf_tokenizer_mapping", reason="needs the [parity] extra"
+    )
     names = mapping.GGUF_TOKENIZER_MAPPING["tokenizer"]
     found = {
         name: fields[f"tokenizer.{key}"]
