@@ -32,9 +32,11 @@ def environment(*folders: Path, devices: int = 1) -> dict[str, str]:
     """Returns the environment of a child: on few devices, compiled as here, with these sources."""
     count = "--xla_force_host_platform_device_count"
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
+    # What a test put there, such as a hook into its children, goes along.
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.environ | {
         "XLA_FLAGS": " ".join([*flags, f"{count}={devices}"]),
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", *folders))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", *folders, *given))),
     }
 
 

@@ -34,7 +34,6 @@ from ragjax.refresh.options import ResumeError as ResumeError
 from ragjax.refresh.partial import PartialPolicy as PartialPolicy
 from ragjax.refresh.partial import RetrievalCounts as RetrievalCounts
 from ragjax.refresh.partial import select_rows as select_rows
-from ragjax.refresh.processes import ProcessExecutor as ProcessExecutor
 from ragjax.refresh.refresher import Refresher as Refresher
 from ragjax.refresh.snapshot import load_snapshot as load_snapshot
 from ragjax.refresh.task import EncodeProgress as EncodeProgress
@@ -52,5 +51,6 @@ from ragjax.refresh.triggers import StepRanges as StepRanges
 from ragjax.refresh.triggers import Trigger as Trigger
 from ragjax.refresh.triggers import TriggerContext as TriggerContext
 from ragjax.refresh.triggers import parse_trigger as parse_trigger
-from ragjax.refresh.worker import WorkerOptions as WorkerOptions
-from ragjax.refresh.worker import run_worker as run_worker
+from ragjax.refresh.workers.processes import ProcessExecutor as ProcessExecutor
+from ragjax.refresh.workers.worker import WorkerOptions as WorkerOptions
+from ragjax.refresh.workers.worker import run_worker as run_worker

@@ -3,10 +3,7 @@
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-
-import numpy as np
 
 from ragjax.index import IndexSnapshot
 from ragjax.refresh.pipeline import Submission
@@ -155,7 +152,7 @@ class Background:
                     self.ready, failure = snapshot, self.failure
                     self.failure = None
                 if failure is not None:  # newer parameters made up for it before it was fetched
-                    self._report(f"an earlier refresh failed for good: {failure}.")
+                    self._report(f"an earlier refresh failed for good: {describe(failure)}.")
 
     def _take_export(self) -> bool:
         """Waits for the next export and makes it the active one; False when closed."""
@@ -189,14 +186,14 @@ class Background:
                 if _is_ending(error):
                     raise Cancelled("the program ends") from error
                 self.failures += 1
-                self.last_error = str(error)
+                self.last_error = describe(error)
                 # The same parameters give the same embeddings: NaN stays NaN.
                 hopeless = isinstance(error, ValueError) and self.waiting is None
                 if attempt == self._max_retries or hopeless:
                     raise
                 seconds = self._backoff_seconds * 2**attempt
                 self._report(
-                    f"a refresh failed ({error}); trying again in {seconds:g} s, "
+                    f"a refresh failed ({describe(error)}); trying again in {seconds:g} s, "
                     f"{self._max_retries - attempt} attempts left."
                 )
                 attempt += 1
@@ -213,28 +210,6 @@ def _is_ending(error: BaseException) -> bool:
     return ending and isinstance(error, RuntimeError)
 
 
-_CLOCKED_STEPS = 200
-
-
-class StepClock:
-    """Typical time between two updates, apart for steps during a refresh and others."""
-
-    def __init__(self) -> None:
-        """Starts before the first step."""
-        self._started: float | None = None
-        self._busy = False
-        # The newest ones: a compilation or a pause long ago must not colour the figure.
-        self._seconds = {busy: deque[float](maxlen=_CLOCKED_STEPS) for busy in (False, True)}
-
-    def end_step(self, busy: bool) -> None:
-        """Ends a step; one that a refresh began or ended in counts as neither."""
-        if self._started is not None and busy == self._busy:
-            self._seconds[busy].append(time.perf_counter() - self._started)
-
-    def begin_step(self, busy: bool) -> None:
-        """Begins a step: what the update itself took is not part of it."""
-        self._started, self._busy = time.perf_counter(), busy
-
-    def median(self, *, inside: bool) -> float:
-        """Returns seconds a step, NaN where there was none."""
-        return float(np.median(self._seconds[inside])) if self._seconds[inside] else float("nan")
+def describe(error: BaseException) -> str:
+    """Returns the message of an error, or its name where it has none."""
+    return str(error).rstrip(".") or repr(error)

@@ -16,12 +16,10 @@ trainers that want to decide by themselves.
 
 import atexit
 import dataclasses
-import functools
 import logging
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -30,27 +28,24 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ragjax.index import EmbeddingStore, IndexSnapshot
-from ragjax.refresh.background import Background, StepClock
-from ragjax.refresh.export import read_export
+from ragjax.refresh.background import Background, describe
+from ragjax.refresh.gauges import Gauges
 from ragjax.refresh.generations import GenerationStore
+from ragjax.refresh.kept import KeptForCheckpoints
 from ragjax.refresh.options import (
     IndexTooStaleError,
     RefreshError,
     RefreshOptions,
     RefreshState,
     RefreshStatus,
-    ResumeError,
 )
 from ragjax.refresh.pipeline import Pipeline, Submission
-from ragjax.refresh.task import EncodeProgress, EncodeTask, Executor
+from ragjax.refresh.task import EncodeTask, Executor
 from ragjax.refresh.threads import ThreadExecutor
 from ragjax.refresh.triggers import Never, Trigger, TriggerContext
 from ragjax.storage import RunLock, check_writable
 
 _LOG = logging.getLogger(__name__)
-# Generations that checkpoints name are kept; a trainer keeps a few checkpoints.
-_PINNED = 4
-_POLL_SECONDS = 0.01
 
 
 class Refresher:
@@ -101,23 +96,23 @@ class Refresher:
         cancelled = threading.Event()
         self._pipeline = Pipeline(
             self.folder, task, self._executor, self.generations, self._options,
-            cancelled=cancelled, on_progress=self._note_progress, report=report,
+            cancelled=cancelled, on_progress=lambda what: self._gauges.note(what), report=report,
         )  # fmt: skip
         self._pipeline.clean()
         self._background = Background(
             self._pipeline.run, cancelled, max_retries=self._options.max_retries,
             backoff_seconds=self._options.backoff_seconds, report=report,
         )  # fmt: skip
+        self._gauges = Gauges(self._background, self._pipeline)
+        self._kept = KeptForCheckpoints(
+            self._background, self._pipeline, report, identical=self._options.adopt_after >= 0
+        )
         self._snapshot: IndexSnapshot | None = None
-        self._progress: tuple[int, EncodeProgress] | None = None  # with the step it is of
         self._last_export_step = 0
         self._scheduled: tuple[int, int] | None = None  # (step of the export, step of adoption)
-        # (generation, steps of exported parameters) that the newest checkpoints name.
-        self._pinned: deque[tuple[int, frozenset[int]]] = deque(maxlen=_PINNED)
         self._lag_told = False
-        self._clock = StepClock()
-        self._swap_seconds = 0.0
-        self._at_exit = functools.partial(_call_weakly, weakref.WeakMethod(self.close))
+        close = weakref.WeakMethod(self.close)  # an interpreter that ends closes what is left open
+        self._at_exit = lambda: (method := close()) and method()
         atexit.register(self._at_exit)
 
     @property
@@ -127,10 +122,9 @@ class Refresher:
         Raises:
             RuntimeError: `start` has not been called.
         """
-        snapshot = self._snapshot
-        if snapshot is None:
+        if self._snapshot is None:
             raise RuntimeError("The refresher has no index yet: call start(params) first")
-        return snapshot
+        return self._snapshot
 
     def start(
         self,
@@ -168,19 +162,21 @@ class Refresher:
                 self._report(f"the index is built anew: {mismatch}.")
             return self._build_now(params, step, store)
         wanted, digest = int(state["encoder_step"]), str(state["params_digest"])
+        number, pending = int(state["generation"]), state.get("pending")
         # Kept from here on: another checkpoint may be long in coming.
-        self._pin(int(state["generation"]), wanted, state.get("pending"))
-        found = self._pipeline.open_existing(digest, number=int(state["generation"]))
+        self._kept.pin(number, wanted, pending)
+        found = self._pipeline.open_existing(digest, number=number)
         if found is not None:
             # Parameters that a step left alone make no new generation, but the index is as fresh.
             self._adopt(dataclasses.replace(found, encoder_step=wanted))
+        elif (exported := self._kept.params_of_index(params, wanted, digest, mismatch)) is None:
+            return self._build_now(params, step)
         else:
-            lost = mismatch or self._rebuild(params, wanted, digest)
-            if lost:
-                return self._start_over(lost, params, step)
+            self._build_now(exported, wanted)
         self._last_export_step = wanted
-        if pending := state.get("pending"):
-            self._take_up(params, *pending)
+        if pending and (exported := self._kept.params_under_way(params, *pending)) is not None:
+            self.submit(exported, pending[0])
+            self._scheduled = (pending[0], pending[1]) if self._options.adopt_after >= 0 else None
         return self.snapshot
 
     def update(self, step: int, params: Any) -> IndexSnapshot:
@@ -199,7 +195,7 @@ class Refresher:
             RefreshError: A refresh failed for good and `on_failure` is "stop".
             IndexTooStaleError: The lag is beyond its bound and `on_lag` is "stop".
         """
-        self._clock.end_step(self.busy)
+        self._gauges.clock.end_step(self.busy)
         if self._options.adopt_after < 0:
             self.poll()
         elif self._scheduled and step >= self._scheduled[1]:
@@ -214,7 +210,7 @@ class Refresher:
                 if self._options.adopt_after == 0:
                     self._adopt_scheduled()
         self._bound_lag(step, params)
-        self._clock.begin_step(self.busy)
+        self._gauges.clock.begin_step(self.busy)
         return self.snapshot
 
     def submit(self, params: Any, step: int, *, store: EmbeddingStore | None = None) -> bool:
@@ -251,7 +247,7 @@ class Refresher:
             self._adopt(ready)
         if failure is not None:
             message = (
-                f"the index could not be refreshed: {_text(failure)}; the generation of step "
+                f"the index could not be refreshed: {describe(failure)}; the generation of step "
                 f"{self._snapshot.encoder_step if self._snapshot else '(none)'} still serves"
             )
             if self._options.on_failure == "stop":
@@ -301,40 +297,15 @@ class Refresher:
     @property
     def state(self) -> RefreshState:
         """Where the refresh is."""
-        work = self._background
-        if work.busy:
-            building = self._pipeline.building
-            return RefreshState.BUILDING if building else RefreshState.ENCODING
-        if work.ready is not None:
-            return RefreshState.READY
-        return RefreshState.FAILED if work.failure is not None else RefreshState.IDLE
+        return self._gauges.state
 
     def status(self) -> RefreshStatus:
         """Returns what goes on."""
-        work, noted = self._background, self._progress
-        active, waiting = work.active, work.waiting
-        of_active = noted is not None and active is not None and noted[0] == active.step
-        progress = noted[1] if noted is not None and of_active else None
-        return RefreshStatus(
-            state=self.state,
-            step=-1 if active is None else active.step,
-            fraction=0.0 if progress is None else progress.fraction,
-            remaining_seconds=0.0 if progress is None else progress.remaining_seconds,
-            waiting_step=-1 if waiting is None else waiting.step,
-            builder_pid=self._pipeline.builder_pid,
-            failures=work.failures,
-            last_error=work.last_error,
-        )
+        return self._gauges.status()
 
     def line(self, step: int | None = None) -> str:
         """Returns one line for people: which index serves, how old it is, and what goes on."""
-        status, snapshot = self.status(), self._snapshot
-        served = "no index" if snapshot is None else f"index {snapshot.version}"
-        if snapshot is not None and step is not None:
-            served += f" ({snapshot.staleness_steps(step)} steps old)"
-        if status.state is RefreshState.ENCODING:
-            return f"{served}, encoding {status.fraction:.0%} {status.remaining_seconds:.0f} s left"
-        return served if status.state is RefreshState.IDLE else f"{served}, {status.state.value}"
+        return self._gauges.line(self._snapshot, step)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns figures for the log of a training step.
@@ -352,23 +323,7 @@ class Refresher:
             `index/step_seconds_inside` and `_outside` (median step during a refresh and otherwise).
             What is not known is left out.
         """
-        snapshot = self.snapshot
-        values = {
-            "version": snapshot.version,
-            "staleness_steps": snapshot.staleness_steps(step),
-            "staleness_seconds": max(0.0, time.time() - snapshot.built_at),
-            "overlap": snapshot.overlap,
-            "recall": snapshot.recall,
-            "fresh_fraction": snapshot.fresh_fraction,
-            "encode_seconds": snapshot.encode_seconds,
-            "build_seconds": snapshot.build_seconds,
-            "refreshing": float(self.busy),
-            "failures": self._background.failures,
-            "swap_seconds": self._swap_seconds,
-            "step_seconds_inside": self._clock.median(inside=True),
-            "step_seconds_outside": self._clock.median(inside=False),
-        }
-        return {f"index/{k}": float(v) for k, v in values.items() if np.isfinite(v)}
+        return self._gauges.metrics(self.snapshot, step)
 
     def note_retrieved(self, doc_ids: NDArray[np.integer], mask: NDArray[np.bool_]) -> None:
         """Counts what training retrieved `[B, K]`, which a partial refresh encodes first."""
@@ -381,69 +336,14 @@ class Refresher:
         parameters of the refresh that is under way. This waits until those are written.
         """
         snapshot = self.snapshot
-        pending = None
-        if self._scheduled is not None:
-            export_step, adopt_step = self._scheduled
-            pending = [export_step, adopt_step, self._wait_for_export(export_step)]
-        elif (under_way := self._background.newest_step()) is not None:
-            if (digest := self._pipeline.exported.get(under_way)) is not None:
-                pending = [under_way, -1, digest]
-        self._pin(snapshot.version, snapshot.encoder_step, pending)
+        pending = self._kept.pending(self._scheduled)
+        self._kept.pin(snapshot.version, snapshot.encoder_step, pending)
         return {
             "generation": snapshot.version,
             "encoder_step": snapshot.encoder_step,
             "params_digest": snapshot.params_digest,
             "pending": pending,
         }
-
-    def _pin(self, number: int, encoder_step: int, pending: Any) -> None:
-        """Keeps what a checkpoint names, for as long as it may be the one that is read."""
-        steps = frozenset([encoder_step] if pending is None else [encoder_step, int(pending[0])])
-        if (number, steps) not in self._pinned:
-            self._pinned.append((number, steps))
-        self._pipeline.pin(
-            frozenset(number for number, _ in self._pinned),
-            frozenset(step for _, steps in self._pinned for step in steps),
-        )
-
-    def _rebuild(self, template: Any, step: int, digest: str) -> str:
-        """Builds a lost index from its exported parameters; says what is lost where they are."""
-        exported = self._exported(template, step, digest)
-        if exported is None:
-            return (
-                f"the checkpoint names the index of step {step}, but neither that generation nor "
-                f"its exported parameters are left in {self.folder}"
-            )
-        self._report(
-            f"the index of step {step} that the checkpoint names is gone; it is built again from "
-            "the exported parameters."
-        )
-        self._build_now(exported, step)
-        return ""
-
-    def _start_over(self, lost: str, params: Any, step: int) -> IndexSnapshot:
-        """Goes on without the index of the checkpoint, where that was not promised."""
-        if self._options.adopt_after >= 0:
-            raise ResumeError(
-                f"The run cannot be continued identically: {lost}. Start it again, or continue "
-                "with adopt_after=-1"
-            )
-        self._report(f"{lost}; the index is built from the parameters of step {step}.")
-        return self._build_now(params, step)
-
-    def _take_up(self, template: Any, export_step: int, adopt_step: int, digest: str) -> None:
-        """Goes on with the refresh that was under way at the checkpoint."""
-        exported = self._exported(template, export_step, digest)
-        if exported is None:
-            if self._options.adopt_after < 0:
-                return  # the trigger fires again
-            raise ResumeError(
-                f"The parameters of step {export_step}, whose index is due at step {adopt_step}, "
-                f"are gone from {self.folder}; start the run again"
-            )
-        self.submit(exported, export_step)
-        if self._options.adopt_after >= 0:
-            self._scheduled = (export_step, adopt_step)
 
     def _build_now(
         self, params: Any, step: int, store: EmbeddingStore | None = None
@@ -453,7 +353,7 @@ class Refresher:
         self.wait()
         ready, failure = self._background.fetch()
         if failure is not None:
-            raise RefreshError(f"the index could not be built: {_text(failure)}") from failure
+            raise RefreshError(f"the index could not be built: {describe(failure)}") from failure
         if ready is not None:
             self._adopt(ready)
         return self.snapshot
@@ -464,7 +364,7 @@ class Refresher:
         old, self._snapshot = self._snapshot, snapshot
         if old is not None:
             self._background.retire(old)
-        self._swap_seconds = time.perf_counter() - started
+        self._gauges.swap_seconds = time.perf_counter() - started
 
     def _adopt_scheduled(self) -> None:
         """Waits for the scheduled index and adopts it."""
@@ -497,39 +397,3 @@ class Refresher:
             self._adopt_scheduled()
             if self.snapshot.staleness_steps(step) <= bound:
                 return
-
-    def _wait_for_export(self, step: int) -> str:
-        """Waits until the parameters of a step are on disk and returns their digest."""
-        while (digest := self._pipeline.exported.get(step)) is None:
-            if not self.busy and step not in self._pipeline.exported:
-                raise RefreshError(
-                    f"The parameters of step {step} could not be exported: "
-                    f"{self._background.last_error or 'the refresher is closed'}"
-                )
-            time.sleep(_POLL_SECONDS)
-        return digest
-
-    def _exported(self, template: Any, step: int, digest: str) -> Any | None:
-        """Returns the exported parameters of a step, or None where they are not left."""
-        try:
-            export = read_export(self._pipeline.export_folder(step), template)
-        except (OSError, ValueError) as error:
-            self._report(f"the exported parameters of step {step} cannot be used: {error}")
-            return None
-        return export.params if export.digest == digest else None
-
-    def _note_progress(self, progress: EncodeProgress) -> None:
-        active = self._background.active
-        self._progress = None if active is None else (active.step, progress)
-        self._background.free_retired()
-
-
-def _text(error: BaseException) -> str:
-    """Returns the message of an error, or its name where it has none."""
-    return str(error).rstrip(".") or repr(error)
-
-
-def _call_weakly(method: weakref.WeakMethod) -> None:
-    """Calls a method if its object still lives; an interpreter that ends closes what is open."""
-    if (alive := method()) is not None:
-        alive()

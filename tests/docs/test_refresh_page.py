@@ -16,6 +16,7 @@ import pytest
 from programs import ROOT, environment
 
 from ragjax import refresh
+from ragjax.refresh.gauges import Gauges
 from ragjax.training.live import Freshness
 
 EXAMPLE = ROOT / "docs" / "plain_jax_refresh.py"
@@ -99,7 +100,7 @@ def test_the_tables_have_the_states_the_modes_and_the_metrics():
     modes = [name for names, _ in first_columns("Ways to stay fresh") for name in names]
     assert modes == list(get_args(Freshness))
     figures = [name for names, _ in first_columns("Figures for the log") for name in names]
-    source = inspect.getsource(refresh.Refresher.metrics)
+    source = inspect.getsource(Gauges.metrics)
     assert figures == [f"index/{name}" for name in re.findall(r'^ +"(\w+)": ', source, re.M)]
 
 
@@ -116,7 +117,7 @@ def test_every_test_that_the_page_names_exists():
     tests = "".join(
         path.read_text("utf-8")
         for folder in ("refresh", "index", "runs")
-        for path in (ROOT / "tests" / folder).glob("test_*.py")
+        for path in (ROOT / "tests" / folder).rglob("test_*.py")
     )
     assert len(named) > 10
     assert [name for name in sorted(named) if f"def {name}(" not in tests] == []

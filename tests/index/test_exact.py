@@ -72,6 +72,7 @@ def test_can_live_on_another_device(rng):
     np.testing.assert_array_equal(index.search(docs, 3).doc_ids, reference(docs, docs, 3)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("doc_rows", [16, 10_000])
 @pytest.mark.parametrize(("size", "num_devices"), [(5, 8), (300, 1), (1500, 3), (1500, 8)])
 def test_a_sharded_search_equals_one_device(rng, doc_rows, size, num_devices):

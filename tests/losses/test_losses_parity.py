@@ -65,6 +65,7 @@ def our_rag(loss, bart, epsilon):
     return value, *slopes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "loss", "epsilon"),
     [

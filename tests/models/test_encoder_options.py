@@ -37,6 +37,7 @@ def test_rematerialisation_changes_nothing(family):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), *results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dpr", "roberta", "modernbert", "qwen3"])
 def test_bfloat16_computes_low_and_returns_float32(family):
     encoder = tiny_encoder(family=family)
@@ -125,6 +126,7 @@ def test_a_projection_behind_another_pooling_cannot_be_moved():
         as_bert(encoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "dpr", "roberta"])
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("learning", [1, None])

@@ -33,6 +33,7 @@ def change(path, **fields):
     path.write_text(json.dumps(kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "t5", "flan-t5", "bart"]
 )

@@ -92,6 +92,7 @@ def test_what_is_changed(source, expected):
     }
 
 
+@pytest.mark.slow
 def test_an_untested_guard_survives_and_the_run_continues(tmp_path, monkeypatch, capsys):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "__init__.py").write_text("")

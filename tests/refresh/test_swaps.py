@@ -180,6 +180,7 @@ while not select.select([sys.stdin], [], [], 0)[0]:
             store.open(generation.number).release()  # every byte is still there
     assert not numbers or snapshot.version >= max(numbers)
     numbers.add(snapshot.version)
+    open(f"{sys.argv[3]}/{snapshot.version}", "w").close()
     loads += 1
     del snapshot, generation
 assert told == [], told
@@ -190,10 +191,11 @@ print(len(numbers), loads, flush=True)
 @pytest.mark.slow
 def test_another_process_reads_during_a_hundred_refreshes_without_an_error(folder, tmp_path):
     np.save(tmp_path / "plain.npy", np.asarray([EMBED[ids].sum(axis=0) for ids in DOCUMENTS]))
+    (seen := tmp_path / "seen").mkdir()
     with make(folder) as refresher:
         refresher.start(params_at(0))
         reader = subprocess.Popen(
-            [sys.executable, "-c", READER, str(folder), str(tmp_path / "plain.npy")],
+            [sys.executable, "-c", READER, str(folder), str(tmp_path / "plain.npy"), str(seen)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=environment(),
         )  # fmt: skip
@@ -201,6 +203,8 @@ def test_another_process_reads_during_a_hundred_refreshes_without_an_error(folde
             assert reader.stdout.readline() == "ready\n"
             for step in range(1, 101):
                 refresh(refresher, step)
+                # However slow the machine, the reader meets several generations.
+                wait_for(lambda step=step: reader.poll() or len([*seen.iterdir()]) >= step // 15)
             answer, errors = reader.communicate("\n", timeout=60)
         finally:
             reader.kill()

@@ -51,6 +51,7 @@ def test_json_reads_questions_from_stdin_and_writes_nothing_else(ask_json, monke
     assert [value["question"] for value in objects] == ["red cat", "green cat", "elk"]
 
 
+@pytest.mark.slow
 def test_the_number_of_documents_of_documents(ask_json):
     assert len(ask_json(QUESTION)[0]["documents"]) == 3
     assert len(ask_json(QUESTION, "--documents=1")[0]["documents"]) == 1

@@ -271,6 +271,7 @@ def update_size(opened, **training):
     }
 
 
+@pytest.mark.slow
 def test_learning_rates_warm_up_and_decay_reach_the_optimizer(opened):
     usual = update_size(opened)
     assert usual["lm"] / usual["shared"] == pytest.approx(3e-4 / 5e-5, rel=0.3)

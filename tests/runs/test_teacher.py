@@ -53,6 +53,7 @@ def plain_score(workspace, question, doc):
 
 
 # Few documents share a row with many questions; many documents are read alone.
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [5, 60])
 def test_packed_scores_are_those_of_each_pair_alone(workspace, teacher, rng, tmp_path, documents):
     questions = workspace.questions["train"]

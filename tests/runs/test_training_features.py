@@ -78,6 +78,7 @@ def test_the_parts_of_a_language_model_are_merged_to_the_whole(train_layers, lor
         np.testing.assert_array_equal(whole[name], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"train_layers": 1}, {"lora_rank": 2}])
 @pytest.mark.parametrize("train", ["query", "both", "shared"])
 def test_the_parts_of_the_towers_are_merged_to_the_towers(train, options):

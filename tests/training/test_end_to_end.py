@@ -116,6 +116,7 @@ def value(term, batch, params=None, **kwargs):
     return loss_of({"only": (1.0, term)}, **kwargs)(params, FROZEN, batch, None)
 
 
+@pytest.mark.slow
 def test_the_sequence_term_is_the_marginal_over_whole_answers():
     params, batch = make_params(), make_batch()
     scores, log_probs = reference(params, batch)
@@ -233,6 +234,7 @@ def size(tree):
     return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("term", "query", "doc", "lm"),
     [
@@ -289,6 +291,7 @@ def test_what_a_masked_slot_holds_changes_nothing(garbage):
     jax.tree.map(np.testing.assert_array_equal, loss(params, clean), loss(params, dirty))
 
 
+@pytest.mark.slow
 def test_a_question_without_documents_counts_nothing_and_has_no_gradient():
     terms = {"marginal": (1.0, e2e.sequence_term), "negatives": (1.0, e2e.negatives_term)}
     batch = make_batch(questions=1)
@@ -351,6 +354,7 @@ def judged(batch):
     return batch._replace(positive=jnp.zeros(questions, jnp.int32), relevant=jnp.asarray(relevant))
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_learns():
     batch, params = judged(make_batch(questions=8)), make_params()
     loss = loss_of(ALL_TERMS, chunk_tokens=None)

@@ -55,6 +55,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 4, 5])
 def test_a_run_cut_after_any_step_continues_bit_identically(tmp_path, cut):
     whole = train(tmp_path / "whole")

@@ -51,6 +51,7 @@ def reference(encoder, query_params, doc_params, batch, scale, in_batch):
     return np.mean(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_batch", [True, False])
 def test_the_loss_is_the_mean_kl_over_questions(rng, in_batch):
     encoder, batch = tiny_encoder(), random_batch(rng)
@@ -62,6 +63,7 @@ def test_the_loss_is_the_mean_kl_over_questions(rng, in_batch):
     assert 0 <= float(metrics["retriever_entropy"]) <= 1
 
 
+@pytest.mark.slow
 def test_a_padding_question_changes_neither_loss_nor_gradient(rng):
     encoder, batch = tiny_encoder(), random_batch(rng)
     loss_fn = make_lsr_loss(encoder.encode, pdist_loss, scale=20.0, in_batch=True)
@@ -142,6 +144,7 @@ def test_no_gradient_reaches_the_target(rng):
     np.testing.assert_array_equal(jax.grad(value)(finite), 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_tokens", [1, L, 2 * L, 5 * L])
 def test_chunks_change_neither_loss_nor_gradient(rng, chunk_tokens):
     encoder, batch = tiny_encoder(), random_batch(rng)

@@ -105,6 +105,7 @@ def test_padding_on_both_sides_and_causality(model, rng):
     assert not np.any(np.asarray(found)[~batch.target_mask])
 
 
+@pytest.mark.slow
 def test_chunked_unembedding_equals_whole(model, rng, monkeypatch):
     batch = make_batch(rng)
 

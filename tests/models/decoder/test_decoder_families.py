@@ -183,6 +183,7 @@ def compare_gradients(reference, gradients):
     reference.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_written_is_what_was_read(case, rng):
     reference = torch_model(case)
@@ -306,6 +307,7 @@ def full_logits(model, ids, mask):
     return logits(model.params, hidden)
 
 
+@pytest.mark.slow
 def test_cached_steps_equal_the_full_forward(model, rng):
     batch = make_batch(rng, 258)
     steps = 7  # each window of 6 slides past the prompt

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.index import DiskFullError, EmbeddingStore, EmbeddingWriter
-from ragjax.refresh.jobs import (
+from ragjax.refresh.task import Cancelled, EncodeProgress, EncodeRequest, EncodeTask
+from ragjax.refresh.workers.jobs import (
     WORKERS,
     Job,
     JobError,
@@ -27,8 +28,7 @@ from ragjax.refresh.jobs import (
     remove_job,
     write_job,
 )
-from ragjax.refresh.leases import Watch, read_holder
-from ragjax.refresh.task import Cancelled, EncodeProgress, EncodeRequest, EncodeTask
+from ragjax.refresh.workers.leases import Watch, read_holder
 
 _LOG = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from refresh_tasks import (
 )
 
 from ragjax.index import DiskFullError, EmbeddingStore, EmbeddingWriter
-from ragjax.refresh import ProcessExecutor, jobs
+from ragjax.refresh import ProcessExecutor
 from ragjax.refresh.task import Cancelled, params_digest
+from ragjax.refresh.workers import jobs
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_params_are_copied_before_they_are_donated(executor):
     np.testing.assert_array_equal(copy["embed"], np.ones((3, 2)))
 
 
+@pytest.mark.slow
 def test_finished_shards_of_a_cancelled_encoding_are_kept(tmp_path, executor):
     task = make_task(seconds_per_shard=0.05)
     cancelled = threading.Event()

@@ -22,8 +22,8 @@ from ragjax import storage
 from ragjax.index import StoreSpec
 from ragjax.refresh.batches import EncodeOptions
 from ragjax.refresh.export import list_exports, write_export
-from ragjax.refresh.leases import this_process
 from ragjax.refresh.task import EncodeRequest, EncodeTask
+from ragjax.refresh.workers.leases import this_process
 
 _FORMAT = 1
 _JOB = "job.json"

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from ragjax.refresh import leases
-from ragjax.refresh.leases import Beacon, Holder, Leases, read_holder
+from ragjax.refresh.workers import leases
+from ragjax.refresh.workers.leases import Beacon, Holder, Leases, read_holder
 
 
 class Clock:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +122,7 @@ sys.exit(0 if stop.signum is None else 128 + stop.signum)
 def worker_processes(root, count, *, seconds_per_shard):
     """Starts workers, waits until each shows a sign of life, and ends those still there."""
     command = [sys.executable, "-c", _SCRIPT, str(root), str(seconds_per_shard)]
-    child = environment(Path(__file__).parent)
+    child = environment()
     running = [subprocess.Popen(command, env=child) for _ in range(count)]
     try:
         wait_for(lambda: len(list((root / "workers").glob("*.json"))) >= count, seconds=60)

@@ -29,7 +29,7 @@ from ragjax.index import EmbeddingStore
 from ragjax.models.encoder import load_encoder
 from ragjax.models.testing import write_tiny_encoder
 from ragjax.refresh import ProcessExecutor
-from ragjax.refresh.leases import read_holder
+from ragjax.refresh.workers.leases import read_holder
 from ragjax.runs.tokens import corpus_task
 
 SECONDS = 0.05  # of a shard

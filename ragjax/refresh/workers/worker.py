@@ -22,9 +22,9 @@ import jax
 from ragjax.index import DiskFullError, ShardWriter
 from ragjax.refresh.encode import encode_corpus
 from ragjax.refresh.export import read_export
-from ragjax.refresh.jobs import WORKERS, Job, job_numbers, read_job, write_error
-from ragjax.refresh.leases import Beacon, Leases, read_holder, this_process
 from ragjax.refresh.task import Cancelled, DocRows, EncodeTask
+from ragjax.refresh.workers.jobs import WORKERS, Job, job_numbers, read_job, write_error
+from ragjax.refresh.workers.leases import Beacon, Leases, read_holder, this_process
 
 # Between two looks at whether to stop, in seconds.
 _STOP_SECONDS = 0.1

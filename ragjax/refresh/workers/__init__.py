@@ -1,0 +1,1 @@
+"""Encoding shared among worker processes that see one folder."""
