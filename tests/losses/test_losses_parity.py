@@ -105,6 +105,7 @@ def our_mnrl(queries, gold, hard):
     return losses.dpr_loss(unit(queries), docs, temperature=1 / 20).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_dpr_loss_equals_multiple_negatives_ranking(cached, pairs):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")

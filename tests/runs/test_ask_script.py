@@ -39,6 +39,7 @@ def ask_json(ask, flags, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_words_and_question_are_the_question(ask_json):
     assert ask_json("what", "likes", "7?")[0]["question"] == "what likes 7?"
     assert ask_json("--question", "what likes 7?")[0]["question"] == "what likes 7?"
@@ -110,11 +111,13 @@ def test_decode_chooses_how_the_answer_is_written(ask_json):
     assert apart["documents"][0]["p_r"] == pytest.approx(together["documents"][0]["p_r"])
 
 
+@pytest.mark.slow
 def test_max_new_tokens_limits_the_answer(ask_json):
     value = ask_json(QUESTION, "--max_new_tokens=2")[0]
     assert value["num_tokens"] <= 2
 
 
+@pytest.mark.slow
 def test_document_tokens_change_what_is_read(ask_json):
     most, few = ask_json(QUESTION)[0], ask_json(QUESTION, "--document_tokens=5")[0]
     assert most["documents"][0]["log_prob"] != few["documents"][0]["log_prob"]

@@ -280,6 +280,7 @@ def test_learning_rates_warm_up_and_decay_reach_the_optimizer(opened):
     assert any(abs(decayed[name] - usual[name]) > 0.1 * usual[name] for name in usual)
 
 
+@pytest.mark.slow
 def test_clip_norm_reaches_the_optimizer(opened):
     config, workspace = opened
     moments = []

@@ -154,6 +154,7 @@ def request(workspace, row, docs):
     return Request(question, tuple(docs), tuple(-float(i) for i in range(len(docs))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["concat", "ensemble"])
 def test_an_answer_depends_on_its_prompt_only_and_is_computed_once(
     workspace, teacher, tmp_path, mode

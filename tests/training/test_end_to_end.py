@@ -129,6 +129,7 @@ def test_the_sequence_term_is_the_marginal_over_whole_answers():
     np.testing.assert_allclose(metrics["marginal_nll"], per_token, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_token_and_emdr2_terms_are_the_marginal_of_each_token():
     params, batch = make_params(), make_batch()
     scores, log_probs = reference(params, batch)
@@ -268,6 +269,7 @@ def test_the_gradient_to_the_scores_is_prior_minus_posterior():
     np.testing.assert_allclose(found, prior - posterior, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [7, 10])
 def test_what_a_masked_slot_holds_changes_nothing(garbage):
     terms = {
@@ -321,6 +323,7 @@ def test_a_weight_scales_its_term_and_zero_turns_it_off():
     assert metrics["lm"] > 0
 
 
+@pytest.mark.slow
 def test_a_questions_loss_does_not_depend_on_the_others():
     params, batch = make_params(), make_batch()
     alone = [
@@ -370,6 +373,7 @@ def test_eight_devices_learn_what_one_learns():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one, eight)
 
 
+@pytest.mark.slow
 def test_a_step_taken_in_parts_is_the_whole_step():
     batch, params = make_batch(questions=4), make_params()
     optimizer = optax.sgd(0.1)

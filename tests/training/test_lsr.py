@@ -162,6 +162,7 @@ def test_chunks_change_neither_loss_nor_gradient(rng, chunk_tokens):
     )
 
 
+@pytest.mark.slow
 def test_a_larger_batch_does_not_take_more_memory_than_one_chunk(rng):
     encoder = tiny_encoder()
 

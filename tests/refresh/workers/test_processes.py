@@ -37,6 +37,7 @@ def left_over(root):
     return list((root / "jobs").iterdir()) + list(root.glob("*.building"))
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_store_as_one_process(tmp_path, executor):
     task, seen = make_task(seconds_per_shard=0.02), []
     with WorkerThread(executor.root, task) as worker, WorkerThread(executor.root, task) as second:
