@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ragjax.storage import sha256, write_json
+from ragjax.storage import publish, sha256, walk_digests, write_json
 
 FORMAT = 1
 _DIGESTS = "ragjax.json"
@@ -39,8 +40,10 @@ class Checkpointer:
 
         Args:
             folder: Where the steps live, one sub-folder each.
-            keep: How many steps are kept; older ones are removed after a save.
-            report: Called with one sentence for each step that has to be passed over.
+            keep: How many whole steps are kept; older ones, and damaged ones, are removed after a
+                save.
+            report: Called with one sentence for each step that is passed over or removed because
+                it is damaged.
 
         Raises:
             ValueError: If `keep` is less than one.
@@ -50,9 +53,13 @@ class Checkpointer:
         self._folder = Path(folder).resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._report = keep, report
+        self._whole: set[int] = set()  # steps that this object wrote or verified
 
     def save(self, step: int, state: Any, info: dict | None = None) -> None:
-        """Writes one step; returns when it is complete on disk.
+        """Writes one step; returns when it is complete on disk, and removes what it replaces.
+
+        The step itself stays, also where the folder holds later ones: those of an earlier life of
+        the run, which began again before them because they were damaged.
 
         Args:
             step: Number of the step.
@@ -63,34 +70,30 @@ class Checkpointer:
             ValueError: If an array holds NaN or infinity; nothing is written then, so a diverged
                 run cannot push out the last good checkpoint.
         """
-        bad = [
-            jax.tree_util.keystr(path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-            if np.issubdtype(np.asarray(leaf).dtype, np.inexact)
-            and not np.isfinite(np.asarray(leaf)).all()
-        ]
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not _is_finite(leaf)]
         if bad:
             raise ValueError(
                 f"step {step} is not saved: NaN or infinity in {', '.join(bad[:5])}"
                 f" ({len(bad)} arrays); the last checkpoint stays"
             )
-        target = self._folder / str(step)
-        shutil.rmtree(target, ignore_errors=True)  # a step that an earlier, killed run left behind
-        _orbax().save(target, state)
+        # Beside its name, so that a save that fails leaves an earlier one of the same step alone.
+        building = self._folder / f".{step}.saving"
+        shutil.rmtree(building, ignore_errors=True)
+        _orbax().save(building, state)
         digests = {
             "format": FORMAT,
             "step": step,
             "info": info or {},
             "arrays": _array_table(state),
-            "sha256": {
-                str(p.relative_to(target)): sha256(p)
-                for p in sorted(target.rglob("*"))
-                if p.is_file()
-            },
+            "sha256": walk_digests(building, known={}),
         }
-        write_json(target / _DIGESTS, digests)
-        for old in self.steps()[: -self._keep]:
-            shutil.rmtree(self._folder / str(old), ignore_errors=True)
+        write_json(building / _DIGESTS, digests)
+        target = self._folder / str(step)
+        shutil.rmtree(target, ignore_errors=True)  # a step that an earlier life left behind
+        publish(building, target)
+        self._whole.add(step)
+        self._remove_old(step)
 
     def steps(self) -> list[int]:
         """Returns the numbers of the steps on disk, oldest first, whole or not."""
@@ -111,14 +114,39 @@ class Checkpointer:
         """
         for step in reversed(self.steps()):
             folder = self._folder / str(step)
-            problem = _verify(folder)
-            if problem:
+            if problem := self._problem(step):
                 self._report(f"checkpoint {folder} is passed over: {problem}")
                 continue
             manifest = json.loads((folder / _DIGESTS).read_text())
             state = _load(folder, manifest["arrays"], template, field)
             return Restored(step, state, manifest["info"])
         return None
+
+    def _problem(self, step: int) -> str | None:
+        """Says what is wrong with a step, None if its bytes match its digests."""
+        problem = _verify(self._folder / str(step))
+        self._whole.discard(step)
+        if problem is None:
+            self._whole.add(step)
+        return problem
+
+    def _remove_old(self, saved: int) -> None:
+        """Removes the steps that are not among the newest whole ones; damaged ones do not count."""
+        kept = 1  # the one just saved
+        for step in reversed(self.steps()):
+            folder = self._folder / str(step)
+            if step == saved:
+                continue
+            if kept < self._keep:
+                # A later step is read again: damaged, it would push out good ones.
+                trusted = step in self._whole and step < saved
+                problem = None if trusted else self._problem(step)
+                if problem is None:
+                    kept += 1
+                    continue
+                self._report(f"checkpoint {folder} is removed: {problem}")
+            shutil.rmtree(folder, ignore_errors=True)
+            self._whole.discard(step)
 
 
 def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
@@ -149,6 +177,12 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
     with context:
         state = _orbax().load(folder, abstract)
     return state[field] if field else state
+
+
+def _is_finite(leaf: Any) -> bool:
+    # jax's issubdtype: numpy counts bfloat16 and the 8-bit floats as no numbers at all.
+    array = np.asarray(leaf)
+    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
 
 
 def _array_table(tree: Any) -> dict[str, list]:

@@ -1,9 +1,12 @@
+import errno
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ragjax.training import checkpoint
 from ragjax.training.checkpoint import Checkpointer
 
 
@@ -27,22 +30,69 @@ def test_only_the_newest_steps_are_kept(tmp_path):
     assert checkpoints.steps() == [3, 4]
 
 
+def flip(folder: Path) -> None:
+    """Changes one byte of the largest array on disk."""
+    data = max((p for p in folder.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    data.write_bytes(raw)
+
+
 def test_flipped_bytes_are_found_and_the_step_before_is_used(tmp_path):
     reports = []
     checkpoints = Checkpointer(tmp_path, keep=3, report=reports.append)
     checkpoints.save(1, tree(1.0))
     checkpoints.save(2, tree(2.0))
-    data = max(
-        (p for p in (tmp_path / "2").rglob("*") if p.is_file() and "/d/" in str(p)),
-        key=lambda p: p.stat().st_size,
-    )
-    raw = bytearray(data.read_bytes())
-    raw[len(raw) // 2] ^= 0xFF
-    data.write_bytes(raw)
+    flip(tmp_path / "2")
     restored = checkpoints.latest_good(tree(0.0))
     assert restored is not None and restored.step == 1
     np.testing.assert_array_equal(restored.state["w"], np.full((3, 2), 1.0))
     assert "sha256" in reports[0] and str(tmp_path / "2") in reports[0]
+
+
+@pytest.mark.parametrize("looks_first", [True, False])
+def test_damaged_later_steps_never_push_out_the_one_just_saved(tmp_path, looks_first):
+    reports = []
+    checkpoints = Checkpointer(tmp_path, keep=2, report=reports.append)
+    for step in (20, 30):
+        checkpoints.save(step, tree(float(step)))
+        flip(tmp_path / str(step))
+    if looks_first:
+        assert checkpoints.latest_good(tree(0.0)) is None
+    for step in (10, 11, 12):
+        checkpoints.save(step, tree(float(step)))
+        assert checkpoints.latest_good(tree(0.0)).step == step
+    assert checkpoints.steps() == [11, 12]
+    assert any(str(tmp_path / "30") in r and "removed" in r for r in reports)
+
+
+def test_damaged_steps_do_not_count_as_kept(tmp_path):
+    Checkpointer(tmp_path, keep=2).save(1, tree(1.0))
+    Checkpointer(tmp_path, keep=2).save(2, tree(2.0))
+    flip(tmp_path / "2")
+    checkpoints = Checkpointer(tmp_path, keep=2, report=lambda _: None)  # a restarted run
+    checkpoints.save(3, tree(3.0))
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_a_whole_later_step_stays_and_so_does_the_one_just_saved(tmp_path):
+    checkpoints = Checkpointer(tmp_path, keep=1)
+    checkpoints.save(7, tree(7.0))
+    checkpoints.save(3, tree(3.0))
+    assert 3 in checkpoints.steps()
+
+
+def test_a_save_that_fails_leaves_the_earlier_one_of_the_same_step(tmp_path, monkeypatch):
+    checkpoints = Checkpointer(tmp_path, keep=1)
+    checkpoints.save(3, tree(3.0))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.save(3, tree(4.0))
+    np.testing.assert_array_equal(checkpoints.latest_good(tree(0.0)).state["w"], np.full((3, 2), 3))
 
 
 @pytest.mark.parametrize("damage", ["missing_file", "no_digests", "torn_digests", "empty_folder"])
@@ -75,12 +125,14 @@ def test_a_step_left_half_written_can_be_saved_again(tmp_path):
     assert checkpoints.latest_good(tree(0.0)).step == 3
 
 
-def test_nan_is_not_saved_and_the_last_good_step_stays(tmp_path):
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e5m2", "complex64"])
+def test_nan_is_not_saved_and_the_last_good_step_stays(tmp_path, dtype, bad):
     checkpoints = Checkpointer(tmp_path, keep=1)
-    checkpoints.save(1, tree(1.0))
+    checkpoints.save(1, {"w": jnp.ones(3, dtype)})
     with pytest.raises(ValueError, match=r"NaN or infinity in \['w'\]"):
-        checkpoints.save(2, tree(float("nan")))
-    assert checkpoints.latest_good(tree(0.0)).step == 1
+        checkpoints.save(2, {"w": jnp.array([1, float(bad), 1]).astype(dtype)})
+    assert checkpoints.steps() == [1]
 
 
 def test_other_shapes_are_refused_with_the_folder_named(tmp_path):
