@@ -7,6 +7,8 @@ With a dense score s and a lexical score t of the same query and document,
 where mean and std run over the candidates: the union of the best `depth` of both. A candidate
 that one side did not return gets the lowest score of that side's list; but if the lexical list
 ended before `depth`, the candidate has no word of the query, and its lexical score is known: 0.
+
+Another depth is another ranking: training, evaluation and serving take the same one.
 """
 
 import dataclasses

@@ -22,7 +22,13 @@ from ragjax.index import (
     choose_index,
 )
 from ragjax.index.base import NO_DOC
-from ragjax.refresh import encode_to_store, tqdm_progress
+from ragjax.refresh import (
+    EncodeTask,
+    encode_to_store,
+    live_embeddings,
+    rerank,
+    tqdm_progress,
+)
 from ragjax.refresh.task import params_digest
 from ragjax.runs.workspace import Workspace
 from ragjax.training.live import StepQueries, StepSearch, search_dense, search_reranked
@@ -145,43 +151,47 @@ def live_search(workspace: Workspace, bm25: Bm25Index | None, *, dense_weight: f
 
     Args:
         workspace: Documents, training questions and options: `refresh.mode` and `overfetch`.
-        bm25: Joins the dense side; None: dense alone.
+        bm25: Joins the dense side, as in `build_retriever`; None: dense alone.
         dense_weight: Weight of the dense side.
     """
     questions = workspace.questions["train"]
-    config = workspace.config.refresh
-    # With BM25 the hybrid looks that deep already.
-    factor = config.overfetch if bm25 is None else 1
-    dense = (
-        search_reranked(workspace.task, factor=factor) if config.mode == "rerank" else search_dense
-    )
+    overfetch = workspace.config.refresh.overfetch
+    reranks = workspace.config.refresh.mode == "rerank"
     if bm25 is None:
-        return dense
+        return search_reranked(workspace.task, factor=overfetch) if reranks else search_dense
 
     def search_both(queries: StepQueries, k: int) -> SearchResult:
-        found = _Found(dense, queries)
-        # Equally deep in every mode, so that they differ in freshness only.
-        hybrid = HybridIndex(found, bm25, dense_weight=dense_weight, depth=config.overfetch * k)
+        dense = _LiveDense(queries, workspace.task, overfetch * k if reranks else 0)
+        # As deep as the retriever that is evaluated and serves: the scores depend on the depth.
+        hybrid = HybridIndex(dense, bm25, dense_weight=dense_weight)
         texts = [questions[row].text for row in queries.rows]
         return hybrid.search(HybridQueries(queries.embeddings, texts), k)
 
     return search_both
 
 
-class _Found:
-    """One step's dense search as an index, for the hybrid."""
+class _LiveDense:
+    """One step's dense side of the hybrid, its best documents scored by the live encoder."""
 
-    def __init__(self, search: StepSearch, queries: StepQueries) -> None:
-        self._search, self._queries = search, queries
+    def __init__(self, queries: StepQueries, task: EncodeTask, live: int) -> None:
+        """Takes the step's queries and how many of the best documents are encoded again."""
+        self._queries, self._task, self._live = queries, task, live
 
     @property
     def size(self) -> int:
         """Number of documents."""
         return self._queries.snapshot.index.size
 
-    def search(self, queries: Any, k: int) -> SearchResult:
-        """Returns the k best documents of each query; `queries` are the step's."""
-        return self._search(self._queries._replace(embeddings=queries), k)
+    def search(self, query_embeddings: Any, k: int) -> SearchResult:
+        """Returns the k best documents of each query; those beyond keep the index's scores."""
+        found = self._queries.snapshot.index.search(query_embeddings, k)
+        best = min(self._live, k)
+        if not best:
+            return found
+        encode = live_embeddings(self._task, self._queries.doc_params)
+        first = rerank(found.top(best), query_embeddings, encode, best)
+        columns = zip(first, found, strict=True)
+        return SearchResult(*(np.concatenate([a, b[:, best:]], axis=1) for a, b in columns))
 
 
 def _hybrid_queries(

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from programs import load_script, send_at, start
 
-from ragjax.index import SearchResult
-from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor
+from ragjax.index import IndexSnapshot, SearchResult
+from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor, live_embeddings
+from ragjax.runs import indexes
 from ragjax.runs.forecast import estimate_cost
+from ragjax.runs.indexes import build_bm25, build_towers, live_search, search
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.teacher import score_candidates, score_step
@@ -20,6 +22,7 @@ from ragjax.runs.train import retriever as retriever_stage
 from ragjax.runs.train.live import open_refresher, refresh_options
 from ragjax.runs.train.retriever import labelled_targets, open_labelled, train_retriever
 from ragjax.runs.workspace import open_workspace, tower_params
+from ragjax.training.live import StepQueries
 from ragjax.training.loop import MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -111,6 +114,32 @@ def test_the_modes_differ_in_how_old_the_index_is_and_in_which_towers_train(make
         losses = [row["loss"] for row in rows]
         assert np.mean(losses[-3:]) < np.mean(losses[:3])
         assert all(0 <= row["index/callback_seconds"] for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "rerank", "sync"])
+def test_the_hybrid_of_a_step_ranks_as_the_one_that_is_evaluated(make, mode, monkeypatch):
+    """The index is fresh, and has more documents (80) than `overfetch` candidates (6)."""
+    more = {"overfetch": 2} if mode == "rerank" else {}
+    workspace, _ = make(mode, mode=mode, **more)
+    bm25, towers = build_bm25(workspace), tower_params(workspace)
+    retriever = build_towers(workspace, bm25, towers, 0)
+    rows, texts = np.arange(12), workspace.questions["train"]
+    expected = search(workspace, retriever, texts, 3)
+    snapshot = IndexSnapshot(
+        index=retriever.dense, version=0, encoder_step=0, corpus_hash="", built_at=0.0
+    )
+    queries = StepQueries(snapshot, rows, expected.queries, towers["doc"])
+    encoded = []
+    monkeypatch.setattr(
+        indexes, "live_embeddings",
+        lambda task, params: lambda ids: encoded.append(ids) or live_embeddings(task, params)(ids),
+    )  # fmt: skip
+    weight = retriever.hybrid.dense_weight
+    found = live_search(workspace, bm25, dense_weight=weight)(queries, 3)
+    np.testing.assert_array_equal(found.doc_ids, expected.hybrid.doc_ids)
+    np.testing.assert_allclose(found.scores, expected.hybrid.scores, atol=1e-4)
+    best = np.unique(search(workspace, retriever, texts, 6).dense.doc_ids)
+    assert [ids.tolist() for ids in encoded] == ([best.tolist()] if mode == "rerank" else [])
 
 
 class Killed(Exception):
@@ -265,6 +294,7 @@ def test_more_devices_than_there_are_is_refused(make):
         ({}, {"keep": 4}, "refresh.keep=4 does nothing with refresh.mode off"),
         ({}, {"mode": "frozen", "max_lag": 3}, "refresh.max_lag=3 does nothing"),
         ({}, {"mode": "rerank", "workers": True}, "refresh.workers=True does nothing"),
+        ({}, {"mode": "async", "overfetch": 9}, "overfetch=9 does .* --refresh.mode rerank"),
         ({}, {"partial": 0.0}, "partial must be greater than 0"),
         ({}, {"partial": 1.5}, "partial must be between 0 and 1"),
         ({}, {"partial": 0.5, "adopt_after": 3, "mode": "async"}, "leave one of them out"),

@@ -26,8 +26,7 @@ class RefreshConfig:
             in every run; -1: as soon as it is ready (`async`).
         max_lag: Most steps that the index may lag behind the encoder; 0: no limit.
         on_lag: Beyond that training waits, warns, or stops.
-        overfetch: Documents considered for each one that is returned, where they are re-ranked: by
-            `rerank`, or with BM25 (not with the objective `dpr`).
+        overfetch: Documents that `rerank` encodes again for each one that is returned.
         partial: Share of the corpus re-encoded in a refresh, the most retrieved and most changed
             documents first; 1: all.
         full_every: With `partial` below 1, every n-th refresh re-encodes all documents.
@@ -85,6 +84,7 @@ _ACTS_IN = {
     "every": ("sync", "async"),
     "adopt_after": ("async",),
     "max_lag": ("sync", "async"),
+    "overfetch": ("rerank",),
     "partial": ("sync", "async"),
     "devices": ("sync", "async"),
     "workers": ("sync", "async"),
