@@ -59,7 +59,7 @@ class LanguageModel:
         pad_id: Token of padded slots. All computations mask them: any id gives the same numbers.
         max_length: Longest sequence in tokens.
         source: As the user gave it.
-        fingerprint: sha256 over sizes, parameters and tokenizer, 64 hexadecimal digits.
+        fingerprint: sha256 over sizes, parameters, tokenizer and special tokens, in hex.
         token_log_probs: `(params, LMBatch) -> [R, T]` float32 log-probabilities of the targets in
             nats, 0 where masked; pure and not jitted.
         decoder: Reads prompts once and appends tokens, for `ragjax.generation`.
@@ -137,7 +137,7 @@ def build_language_model(
         pad_id=pad_id,
         max_length=config.max_positions,
         source=source,
-        fingerprint=fingerprint((config, bos_id, text_format), params, tokenizer),
+        fingerprint=fingerprint((config, bos_id, eos_ids, text_format), params, tokenizer),
         token_log_probs=functools.partial(family.token_log_probs, config),
         decoder=family.make_decoder(config),
         text_format=text_format,

@@ -13,9 +13,10 @@ from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
 from ragjax.runs.compare.results import evaluate_run
 from ragjax.runs.data import Log
-from ragjax.runs.folder import CONFIG, claim, config_record
+from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers
+from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
@@ -30,7 +31,6 @@ from ragjax.runs.train.retriever import (
     train_retriever,
 )
 from ragjax.runs.workspace import FrozenLM, Workspace, open_workspace, tower_params
-from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -58,8 +58,8 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
     record = config_record(config, config.fingerprint())
     with claim(config, record, stop) as flag:
         workspace = open_adapt(config, folder, stop=flag, log=log)
-        # Written after validation, so that a rejected run leaves no config.json behind.
-        write_json(folder / CONFIG, record)
+        # After validation, so that a rejected run leaves no config.json behind.
+        begin(folder, record, run_inputs(workspace), kind=config.kind, log=log)
         log(estimate_cost(workspace, config).describe())
         with workspace.timed("index before"):
             bm25 = build_bm25(workspace)

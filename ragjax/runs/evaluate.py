@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ragjax.data import Dataset, Question
 from ragjax.index import Bm25Index
+from ragjax.refresh.task import params_digest
 from ragjax.runs.compare.measures import measure_answer
 from ragjax.runs.compare.results import Checks, write_results
 from ragjax.runs.compare.robustness import answer_conditions
@@ -17,9 +18,10 @@ from ragjax.runs.compare.systems import (
     retrieve_documents,
 )
 from ragjax.runs.data import Log, read_data, shuffled
-from ragjax.runs.folder import CONFIG, claim, config_record
+from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_evaluation
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever
+from ragjax.runs.inputs import begin, run_inputs, split_identity
 from ragjax.runs.options.evaluate import (
     EvaluateConfig,
     run_options,
@@ -30,7 +32,6 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
 from ragjax.runs.workspace import Workspace, make_workspace
-from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 
 
@@ -163,8 +164,8 @@ def evaluate(
     record = config_record(config, config.fingerprint(run))
     with claim(config, record, stop) as flag:
         opened = open_evaluation(config, folder, stop=flag, log=log)
-        # Written after validation, so that a rejected evaluation leaves no config.json behind.
-        write_json(folder / CONFIG, record)
+        # After validation, so that a rejected evaluation leaves no config.json behind.
+        begin(folder, record, _inputs(opened), kind=config.kind, log=log)
         log(describe_cost(opened, config))
         metrics = _evaluate(opened, config)
         path = write_report(
@@ -177,6 +178,21 @@ def evaluate(
         )
         log(f"report: {path}")
     return Evaluation(folder=folder, metrics=metrics, config=config)
+
+
+def _inputs(opened: Opened) -> dict[str, Any]:
+    """Returns what the result depends on beside the options: data, base and trained models."""
+    models, options = opened.models, opened.workspace.config
+    trained = {}
+    if options.trains_retriever:
+        encoders = (models.query_encoder.params, models.doc_encoder.params)
+        trained["encoders"] = params_digest(encoders)
+    if options.trains_lm:
+        trained["language model"] = params_digest(models.language_model.params)
+    return run_inputs(opened.workspace) | {
+        "dev questions of the hybrid's weight": split_identity(opened.weighing, "dev"),
+        "trained models": trained,
+    }
 
 
 def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from ragjax.models.encoder import TextEncoder, load_encoder
 from ragjax.models.export.card import Card
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.runs.folder import CONFIG, REPORT
+from ragjax.runs.inputs import check_model
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.trainable import END_TO_END, Trained, split_lm, split_models, split_towers
+from ragjax.runs.workspace import in_compute_dtype
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.lsr import towers
 
@@ -38,14 +40,17 @@ class Models:
     What the run did not train is the base model.
     """
 
-    def __init__(self, config: RunConfig, folder: Path | None):
+    def __init__(
+        self, config: RunConfig, folder: Path | None, inputs: Mapping[str, Any] | None = None
+    ):
         """Names the run.
 
         Args:
             config: Its options.
             folder: Its output folder; None: there is no run yet, all models are base models.
+            inputs: What its config.json says of the base models; None: nothing.
         """
-        self._config, self._folder = config, folder
+        self._config, self._folder, self._inputs = config, folder, inputs
 
     def read(self) -> Self:
         """Reads all models now, so that a run that has not ended is refused before other work."""
@@ -54,14 +59,26 @@ class Models:
 
     @cached_property
     def base_encoder(self) -> TextEncoder:
-        """The encoder that training started from."""
+        """The encoder that training started from.
+
+        Raises:
+            ValueError: Another one has its name today.
+        """
         config = self._config
-        return load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+        encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+        check_model(in_compute_dtype(encoder, config), "encoder", self._inputs, self._folder)
+        return encoder
 
     @cached_property
     def base_language_model(self) -> LanguageModel:
-        """The language model that training started from."""
-        return load_language_model(self._config.lm)
+        """The language model that training started from.
+
+        Raises:
+            ValueError: Another one has its name today.
+        """
+        lm = load_language_model(self._config.lm)
+        check_model(lm, "language model", self._inputs, self._folder)
+        return lm
 
     @property
     def query_encoder(self) -> TextEncoder:
@@ -165,15 +182,17 @@ class FinishedRun(Results):
 
     Attributes:
         config: An AdaptConfig or a RagConfig.
+        inputs: Digests of what it read, as its config.json has them; None: it has none.
         models: Base and trained models.
     """
 
     config: RunConfig
+    inputs: Mapping[str, Any] | None = None
 
     @cached_property
     def models(self) -> Models:
         """The base and the trained models."""
-        return Models(self.config, self.folder)
+        return Models(self.config, self.folder, self.inputs)
 
 
 @dataclass(frozen=True, repr=False)
@@ -211,6 +230,7 @@ def open_run(folder: str | Path) -> FinishedRun:
         folder=folder,
         metrics=_read_metrics(folder),
         config=from_dict(bases[program], values, path),
+        inputs=content.get("inputs"),
     )
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from ragjax.runs.compare.dev import Side, evaluate_dev
 from ragjax.runs.compare.results import evaluate_run
 from ragjax.runs.data import Log
-from ragjax.runs.folder import CONFIG, claim, config_record
+from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_rag_cost
 from ragjax.runs.indexes import build_bm25, build_towers, source_rows
+from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
 from ragjax.runs.workspace import Workspace, open_workspace, tower_params
-from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
 
 
@@ -41,8 +41,8 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
     record = config_record(config, config.fingerprint())
     with claim(config, record, stop) as flag:
         workspace = open_rag(config, folder, stop=flag, log=log)
-        # Written after validation, so that a rejected run leaves no config.json behind.
-        write_json(folder / CONFIG, record)
+        # After validation, so that a rejected run leaves no config.json behind.
+        begin(folder, record, run_inputs(workspace), kind=config.kind, log=log)
         log(estimate_rag_cost(workspace, config).describe())
         base = workspace.base_lm()
         with workspace.timed("index before"):

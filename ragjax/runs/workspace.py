@@ -200,7 +200,7 @@ def make_workspace(
         stop: Checked between stages.
         log: Shows one line to the user.
     """
-    encoder = _in_compute_dtype(encoder, config)
+    encoder = in_compute_dtype(encoder, config)
     log(f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions")
     log(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
     doc_tokens = CorpusTokens(
@@ -231,7 +231,7 @@ def _cast_dtype(config: RunConfig) -> str | None:
     return None if config.compute_dtype == "float32" else config.compute_dtype
 
 
-def _in_compute_dtype(encoder: TextEncoder, config: RunConfig) -> TextEncoder:
+def in_compute_dtype(encoder: TextEncoder, config: RunConfig) -> TextEncoder:
     """Returns the encoder as the run uses it; embeddings of another dtype are another encoder's."""
     if (dtype := _cast_dtype(config)) is None:
         return encoder

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ragjax.data import LengthBatch, Question
+from ragjax.data import LengthBatch, Question, passage_text
 from ragjax.generation import Limits, Prompts, score_and_generate
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
@@ -104,7 +104,7 @@ def _key(workspace: Workspace, model: FrozenLM, request: Request) -> str:
         [_MIN_NEW_TOKENS, evaluation.max_new_tokens, *beams],
         request.question.text,
         list(request.question.answers[:1]),
-        [corpus.id_of(row) for row in request.docs],
+        [passage_text(corpus[row]) for row in request.docs],
         scores if mode.apart else [],
     )
 
