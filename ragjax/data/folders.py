@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragjax.data.jsonl import DataError
+from ragjax.data.sections import sections
 from ragjax.storage import write_jsonl, write_text
 
 SUFFIXES = (".md", ".markdown", ".txt", ".rst")
-_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
-_FENCE = re.compile(r"^\s*(```|~~~)")
+# Letters of a word above those that most words have.
+_LONG = re.compile(r"[^\s\u0e00-\u0eff\u2e80-\U0010ffff]{20}")
 # Ends of sentences, also of scripts that put no space after them.
 _SENTENCE_END = re.compile(r"(?<=[.!?\u061f\u06d4])\s+|(?<=[\u3002\uff01\uff1f])")
 
@@ -44,7 +45,9 @@ def write_documents(
 
     A passage never crosses a heading, and a paragraph is cut, between sentences, only where it is
     longer than a passage. The title is the file's name and the headings that the passage stands
-    under; the id is the path below the folder and a number, so it stays while the file does.
+    under, which Markdown (read as CommonMark) and reStructuredText have; a heading with nothing
+    below it is a passage too. Of front matter, the title and the description are kept. The id is
+    the path below the folder and a number, so it stays while the file does.
 
     Args:
         folder: Has .md, .markdown, .txt or .rst files in UTF-8, at any depth; hidden ones are left
@@ -69,7 +72,7 @@ def write_documents(
     files = document_files(folder)
     for path in files:
         name = path.relative_to(folder).as_posix()
-        passages = list(_passages(_read(path), path.stem, words_per_passage))
+        passages = list(_passages(_read(path), path.suffix.lower(), path.stem, words_per_passage))
         if not passages:
             skipped.append(name)
         for number, (title, text) in enumerate(passages):
@@ -174,39 +177,12 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _passages(text: str, name: str, words: int) -> Iterator[tuple[str, str]]:
+def _passages(text: str, ending: str, name: str, words: int) -> Iterator[tuple[str, str]]:
     """Yields (title, text) of each passage of a file."""
-    for headings, paragraphs in _sections(text):
+    for headings, paragraphs in sections(text, ending):
         title = " - ".join([name.replace("_", " "), *headings])
         for passage in _filled(paragraphs, words):
             yield title, passage
-
-
-def _sections(text: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """Yields the paragraphs under each heading, with the headings that it stands under."""
-    headings: dict[int, str] = {}
-    paragraphs: list[list[str]] = [[]]
-    in_code = False
-
-    def section() -> tuple[tuple[str, ...], list[str]]:
-        joined = [" ".join(" ".join(lines).split()) for lines in paragraphs]
-        titles = tuple(headings[level] for level in sorted(headings))
-        return titles, [paragraph for paragraph in joined if paragraph]
-
-    for line in text.splitlines():
-        in_code ^= bool(_FENCE.match(line))
-        heading = None if in_code else _HEADING.match(line)
-        if heading:
-            yield section()
-            level = len(heading[1])
-            headings = {depth: title for depth, title in headings.items() if depth < level}
-            headings[level] = heading[2]
-            paragraphs = [[]]
-        elif line.strip():
-            paragraphs[-1].append(line)
-        else:
-            paragraphs.append([])
-    yield section()
 
 
 def _filled(paragraphs: Sequence[str], words: int) -> Iterator[str]:
@@ -225,28 +201,20 @@ def _filled(paragraphs: Sequence[str], words: int) -> Iterator[str]:
 
 
 def _pieces(paragraphs: Sequence[str], words: int) -> Iterator[str]:
+    """Yields paragraphs, the sentences of longer ones, and the words of longer sentences."""
     for paragraph in paragraphs:
-        if _length(paragraph) <= words:
-            yield paragraph
-            continue
-        for sentence in _SENTENCE_END.split(paragraph):
-            yield from _slices(sentence, words)
-
-
-def _slices(sentence: str, words: int) -> Iterator[str]:
-    """Cuts a sentence that is longer than a passage; text without spaces by characters."""
-    parts = sentence.split(" ")
-    if len(parts) == 1 or _length(sentence) > 2 * len(parts):
-        size = words * 2
-        yield from (sentence[start : start + size] for start in range(0, len(sentence), size))
-        return
-    yield from (" ".join(parts[start : start + words]) for start in range(0, len(parts), words))
+        is_long = _length(paragraph) > words
+        for sentence in _SENTENCE_END.split(paragraph) if is_long else [paragraph]:
+            for word in sentence.split(" ") if _length(sentence) > words else [sentence]:
+                # What is still too long has no spaces.
+                size = 2 * words if _length(word) > words else max(len(word), 1)
+                yield from (word[start : start + size] for start in range(0, len(word), size))
 
 
 def _length(text: str) -> int:
-    """Returns about how many words a text has; scripts without spaces have two letters a word."""
+    """Returns about how many words a text has; long words and scripts without spaces count more."""
     spaceless = sum("\u0e00" <= letter <= "\u0eff" or letter >= "\u2e80" for letter in text)
-    return len(text.split()) + spaceless // 2
+    return len(text.split()) + spaceless // 2 + len(_LONG.findall(text))
 
 
 def _folded(text: str) -> str:

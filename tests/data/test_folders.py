@@ -80,6 +80,30 @@ def test_a_text_without_sentences_or_spaces_is_cut_too(tmp_path, text):
     assert "".join(texts).replace(" ", "") == text.replace(" ", "")
 
 
+@pytest.mark.parametrize("text", ["A" * 12_000, "word " * 200 + "A" * 12_000 + " end"])
+@pytest.mark.parametrize("ending", ["md", "txt"])
+def test_a_word_of_thousands_of_letters_does_not_fill_a_passage(tmp_path, text, ending):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    (folder / f"a.{ending}").write_text(text)
+    write_documents(folder, tmp_path / "data")
+    texts = [p["text"] for p in passages(tmp_path / "data")]
+    assert max(map(len, texts)) < 3000
+    assert "".join(texts).replace(" ", "") == text.replace(" ", "")
+
+
+def test_headings_without_text_are_passages_and_plain_text_has_no_headings(tmp_path):
+    folder = tmp_path / "manual"
+    folder.mkdir()
+    (folder / "title.md").write_text("# C#\n")
+    (folder / "list.txt").write_text("# 3 apples\n")
+    write_documents(folder, tmp_path / "data")
+    assert [(p["title"], p["text"]) for p in passages(tmp_path / "data")] == [
+        ("list", "# 3 apples"),
+        ("title - C#", "C#"),
+    ]
+
+
 def test_questions_are_judged_by_the_passages_that_hold_their_answers(folder, tmp_path):
     output = tmp_path / "data"
     write_documents(folder, output)
