@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragjax.data.jsonl import DataError
+from ragjax.data.matching import holds_answer
 from ragjax.data.sections import sections
 from ragjax.storage import write_jsonl, write_text
 
@@ -100,8 +101,9 @@ def write_questions(
 ) -> dict[str, int]:
     """Writes questions beside the passages: `queries.jsonl`, `qrels/train.tsv`, `qrels/test.tsv`.
 
-    The passages that hold an answer word for word are its relevant ones; they serve to measure
-    retrieval, and training without labels does not look at them.
+    The passages that hold an answer word for word (whole words, letter case and punctuation aside)
+    are its relevant ones; they serve to measure retrieval, and training without labels does not
+    look at them.
 
     Args:
         output: Folder with the `corpus.jsonl` of `write_documents`.
@@ -143,10 +145,9 @@ def write_questions(
 
 
 def _holders(passages: Sequence[dict], asked: Asked) -> list[str]:
-    """Returns the ids of the passages that hold an answer, letter case and spaces aside."""
+    """Returns the ids of the passages that hold an answer, as whole words."""
     if not asked.text.strip() or not any(answer.strip() for answer in asked.answers):
         raise DataError(f"the question {asked.text!r} needs a text and an answer")
-    wanted = [_folded(answer) for answer in asked.answers if answer.strip()]
     there = [
         passage
         for passage in passages
@@ -155,7 +156,7 @@ def _holders(passages: Sequence[dict], asked: Asked) -> list[str]:
     found = [
         passage["_id"]
         for passage in there
-        if any(answer in _folded(passage["text"]) for answer in wanted)
+        if any(holds_answer(passage["text"], answer) for answer in asked.answers)
     ]
     if not found:
         where = f"of {asked.file} " if asked.file else ""
@@ -215,7 +216,3 @@ def _length(text: str) -> int:
     """Returns about how many words a text has; long words and scripts without spaces count more."""
     spaceless = sum("\u0e00" <= letter <= "\u0eff" or letter >= "\u2e80" for letter in text)
     return len(text.split()) + spaceless // 2 + len(_LONG.findall(text))
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())

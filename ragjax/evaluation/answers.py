@@ -7,7 +7,6 @@ Example:
     f1_score("the Eiffel Tower, Paris", ["Eiffel Tower"])  # 0.8
 """
 
-import re
 import string
 import unicodedata
 from collections import Counter
@@ -15,14 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ARTICLES = frozenset({"a", "an", "the"})
-# Thai, Lao, Burmese, Khmer, kana and Han are written without spaces: one character, one token.
-SPACELESS = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003ffff])"
-)
-# Only a decimal point, a sign and an underscore inside a name belong to a token.
-_SEPARATING = re.compile(r"(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)|(?<!\w)_+|_+(?!\w)")
+from ragjax.data import matching
+from ragjax.data.matching import ARTICLES, SPACELESS, fold, holds_answer
 
 
 def normalize_answer(text: str) -> str:
@@ -42,7 +35,7 @@ def normalize_answer(text: str) -> str:
         Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016,
         evaluation script v1.1.
     """
-    folded = _fold(text)
+    folded = fold(text)
     words = folded.translate(_WITHOUT_PUNCTUATION).split()
     kept = [word for word in words if word not in ARTICLES]
     return " ".join(kept or words or folded.split())
@@ -93,7 +86,8 @@ def answer_in_text(text: str, answers: Sequence[str]) -> bool:
     Case, Unicode form, punctuation and an article at the answer's start do not matter. Unlike in
     `normalize_answer`, punctuation separates instead of vanishing, so "jax.vmap" is found in
     "jax.vmap(fun)"; signs, decimal points and inner underscores stay, so "1" is not found in "-1",
-    nor "axes" in "out_axes". An answer of punctuation only ("+=") is searched for as it is.
+    nor "axes" in "out_axes". Symbols of the answer must be there: "C++" is not found in "vitamin
+    C", nor "$5" in "5 kg". An answer of punctuation only ("+=") is searched for as it is.
 
     Args:
         text: A passage.
@@ -102,9 +96,7 @@ def answer_in_text(text: str, answers: Sequence[str]) -> bool:
     Returns:
         True if at least one answer is contained.
     """
-    folded = _fold(text)
-    padded = f" {' '.join(_tokens(folded))} "
-    return any(_contains(folded, padded, _fold(answer)) for answer in answers)
+    return any(holds_answer(text, answer) for answer in answers)
 
 
 def answer_at_k(
@@ -143,10 +135,10 @@ def passage_tokens(text: str) -> list[str]:
         text: Any text.
 
     Returns:
-        Lower-case tokens; characters of scripts written without spaces are tokens of their own.
+        Folded tokens; characters of scripts written without spaces are tokens of their own.
         Symbols such as emoji are none.
     """
-    return _tokens(_fold(text))
+    return matching.words(text)
 
 
 def is_spaceless(token: str) -> bool:
@@ -172,13 +164,6 @@ class _CharacterTable(dict[int, str]):
 
 
 _WITHOUT_PUNCTUATION = _CharacterTable(dropped="P", kept="", replacement="")
-# Letters, numbers and marks stay: marks are the vowels of Indic scripts, and no `\w`.
-_SEPARATED = _CharacterTable(dropped="PSZC", kept=".-_", replacement=" ")
-
-
-def _fold(text: str) -> str:
-    # NFKC first: it turns letter-like symbols into letters, capitals among them.
-    return unicodedata.normalize("NFKC", text).lower()
 
 
 def _f1_tokens(text: str) -> list[str]:
@@ -190,18 +175,3 @@ def _token_f1(predicted: list[str], gold: list[str]) -> float:
         return float(predicted == gold)
     common = sum((Counter(predicted) & Counter(gold)).values())
     return 2.0 * common / (len(predicted) + len(gold))
-
-
-def _tokens(folded: str) -> list[str]:
-    separated = _SEPARATING.sub(" ", folded.translate(_SEPARATED))
-    return SPACELESS.sub(r" \1 ", separated).split()
-
-
-def _contains(folded: str, padded: str, folded_answer: str) -> bool:
-    tokens = _tokens(folded_answer)
-    if not tokens:
-        literal = folded_answer.strip()
-        return bool(literal) and literal in folded
-    while len(tokens) > 1 and tokens[0] in ARTICLES:
-        tokens = tokens[1:]
-    return f" {' '.join(tokens)} " in padded

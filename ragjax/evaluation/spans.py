@@ -7,16 +7,13 @@ Example:
 """
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ragjax.evaluation.answers import ARTICLES, SPACELESS
+from ragjax.data import matching
+from ragjax.data.matching import ARTICLES, Token
 
-# Over one letter per character, see `_kind`: a number keeps its sign and its decimal point, a name
-# its inner underscores; a character of a script without spaces and an emoji are words of their own.
-_WORD = re.compile(r"c|s|(?:(?<![wd])-(?=d))?[wd]+(?:_+[wd]+|(?<=d)\.(?=d)[wd]+)*")
 _SENTENCE_END = re.compile(
     r"(?<=[.!?\u2026\u061f\u06d4\u0964])[\"')\]\u00bb\u201d]*\s+|(?<=[\u3002\uff01\uff1f])|\n+"
 )
@@ -53,24 +50,7 @@ def find_answer(text: str, answer: str) -> list[Match]:
         All places that do not overlap, in order, score 1; none for a blank answer. An answer
         of punctuation only ("+=") is searched for as it is.
     """
-    wanted = _without_article(_words(answer))
-    if not wanted:
-        literal = answer.strip()
-        return [
-            Match(found.start(), found.end(), 1.0)
-            for found in (re.finditer(re.escape(literal), text) if literal else ())
-        ]
-    words = _words(text)
-    found: list[Match] = []
-    place = 0
-    while place + len(wanted) <= len(words):
-        run = words[place : place + len(wanted)]
-        if all(ours.text == theirs.text for ours, theirs in zip(run, wanted, strict=True)):
-            found.append(Match(run[0].start, run[-1].end, 1.0))
-            place += len(wanted)
-        else:
-            place += 1
-    return found
+    return [Match(start, end, 1.0) for start, end in matching.find_answer(text, answer)]
 
 
 def find_similar(text: str, answer: str, *, least: float = 0.6) -> Match | None:
@@ -138,12 +118,6 @@ def split_windows(text: str, *, most: int) -> list[TextWindow]:
     return windows
 
 
-class _Word(NamedTuple):
-    text: str  # folded
-    start: int
-    end: int
-
-
 def _pieces(text: str, start: int, end: int) -> list[TextWindow]:
     """Returns one sentence without the white space around it, cut where it is very long."""
     pieces = []
@@ -160,44 +134,11 @@ def _pieces(text: str, start: int, end: int) -> list[TextWindow]:
     return pieces
 
 
-def _words(text: str) -> list[_Word]:
-    """Returns the folded words of a text, with their places in the text as it is written."""
-    clusters = [_Word(_fold(text[start:end]), start, end) for start, end in _clusters(text)]
-    kinds = "".join(_kind(cluster.text) for cluster in clusters)
-    words = []
-    for found in _WORD.finditer(kinds):
-        run = clusters[found.start() : found.end()]
-        words.append(_Word("".join(part.text for part in run), run[0].start, run[-1].end))
-    return words
+def _words(text: str) -> list[Token]:
+    return [token for token in matching.tokenize(text) if not token.is_symbol]
 
 
-def _clusters(text: str) -> list[tuple[int, int]]:
-    """Returns the places of characters together with the marks (accents, vowels) after them."""
-    starts = [
-        place
-        for place, character in enumerate(text)
-        if not place or unicodedata.category(character)[0] != "M"
-    ]
-    return list(zip(starts, [*starts[1:], len(text)], strict=False))
-
-
-def _fold(cluster: str) -> str:
-    return unicodedata.normalize("NFKC", cluster).lower()
-
-
-def _kind(cluster: str) -> str:
-    if SPACELESS.match(cluster):
-        return "c"
-    if cluster.isdecimal():
-        return "d"
-    if any(character.isalnum() for character in cluster):
-        return "w"
-    if cluster in (".", "-", "_"):
-        return cluster
-    return "s" if unicodedata.category(cluster[0]) == "So" else " "
-
-
-def _without_article(words: Sequence[_Word]) -> list[_Word]:
+def _without_article(words: Sequence[Token]) -> list[Token]:
     kept = list(words)
     while len(kept) > 1 and kept[0].text in ARTICLES:
         kept = kept[1:]

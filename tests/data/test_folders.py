@@ -160,3 +160,20 @@ def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
 def test_files_are_found_in_order_at_any_depth(folder):
     names = [path.name for path in document_files(folder)]
     assert names == ["empty.txt", "kettle.md", "lamp_guide.txt"]
+
+
+def test_passages_that_hold_an_answer_inside_a_word_are_not_relevant(tmp_path):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "a.md").write_text(
+        "# Drill\n\nThe drill weighs 15 kg.\n\n# Pump\n\nThe pump weighs 5 kg and costs $5.\n\n"
+        "# Fan\n\nThe fan is partly red, in vitamin C.\n\n# Gallery\n\nIt shows art on C++.\n"
+    )
+    data = tmp_path / "data"
+    write_documents(folder, data)
+    asked = [Asked(f"What about {answer}?", (answer,)) for answer in ("5 kg", "art", "C++", "$5")]
+    write_questions(data, asked, test_every=5)
+    rows = "".join(path.read_text() for path in (data / "qrels").glob("*.tsv")).splitlines()
+    assert sorted(row for row in rows if row.startswith("q") and row[1].isdigit()) == [
+        f"q{number}\ta.md#{passage}\t1" for number, passage in enumerate((1, 3, 3, 1))
+    ]
