@@ -143,8 +143,8 @@ def _parse_question(record: dict[str, Any], names: Mapping[str, str]) -> Questio
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise DataError(f"metadata is a {type(metadata).__name__}; expected an object")
-    text = string_field(record, text_name)
-    if not text.strip():
+    text = string_field(record, text_name).strip()
+    if not text:
         raise DataError(f"the question in field {text_name!r} is empty")
     answers = metadata.get(names["answers"])
     if answers is None:
@@ -171,7 +171,7 @@ def _parse_answers(answers: Any, name: str) -> tuple[str, ...]:
             shown = "empty" if isinstance(answer, str) else f"a {type(answer).__name__}"
             raise DataError(f"{name}[{place}] is {shown}; expected a flat list of strings")
         check_encodable(answer, name)
-    return tuple(answers)
+    return tuple(answer.strip() for answer in answers)
 
 
 def _read_qrels(

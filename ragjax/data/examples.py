@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ragjax.data.corpus import Corpus
 from ragjax.data.jsonl import DataError
+from ragjax.data.matching import refuse_string
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Question:
 
     Attributes:
         id: As in queries.jsonl.
-        text: Exactly as written.
+        text: As written; the readers take the white space around it off.
         answers: Accepted answers; empty when the data has relevance judgements only.
         source: The document the question was written about (`metadata.doc`), if known.
     """
@@ -26,6 +27,10 @@ class Question:
     text: str
     answers: tuple[str, ...] = ()
     source: str | None = None
+
+    def __post_init__(self):
+        """Raises TypeError for answers that are one string."""
+        refuse_string(self.answers, "answers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragjax.data.jsonl import DataError
-from ragjax.data.matching import holds_answer
+from ragjax.data.matching import holds_answer, refuse_string
 from ragjax.data.sections import sections
 from ragjax.storage import write_jsonl, write_text
 
@@ -114,6 +114,7 @@ def write_questions(
         Split to number of questions.
 
     Raises:
+        TypeError: The answers of a question are one string.
         DataError: No passage (of the named file) holds an answer of a question, or there are too
             few questions.
     """
@@ -146,6 +147,7 @@ def write_questions(
 
 def _holders(passages: Sequence[dict], asked: Asked) -> list[str]:
     """Returns the ids of the passages that hold an answer, as whole words."""
+    refuse_string(asked.answers, f"the answers of {asked.text!r}")
     if not asked.text.strip() or not any(answer.strip() for answer in asked.answers):
         raise DataError(f"the question {asked.text!r} needs a text and an answer")
     there = [

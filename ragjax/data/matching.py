@@ -40,6 +40,12 @@ class Token(NamedTuple):
     is_symbol: bool
 
 
+def refuse_string(values: object, name: str) -> None:
+    """Raises TypeError for one string where several are expected: it would count as its letters."""
+    if isinstance(values, str | bytes):
+        raise TypeError(f"{name}: expected a list of strings, got the string {values!r}")
+
+
 def fold(text: str) -> str:
     """Returns a text without differences of Unicode form and case; the minus sign is a hyphen."""
     # NFKC first: it turns letter-like symbols into letters, capitals among them.

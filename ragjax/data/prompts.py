@@ -200,7 +200,9 @@ class PromptBuilder:
         Raises:
             DataError: The answer is empty.
         """
-        if not answer.strip():
+        # As an answer is read back: up to the end of the line, without white space around it.
+        answer = " ".join(answer.split())
+        if not answer:
             raise DataError("the answer is empty; a target needs at least one token")
         ids = self._encode(_fill(self.template.answer, answer=answer))
         if len(ids) > self.template.max_answer_tokens:

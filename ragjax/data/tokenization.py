@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from ragjax.data.matching import refuse_string
+
 DEFAULT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 _TEXTS_PER_CALL = 1024
 
@@ -55,6 +57,7 @@ def encode_texts(
         ValueError: `max_length` leaves no room beside the special tokens, or the tokenizer
             truncates or pads by itself.
     """
+    refuse_string(texts, "texts")
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         raise ValueError(
             "the tokenizer truncates or pads by itself; call its no_truncation() and no_padding()"

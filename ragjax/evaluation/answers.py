@@ -1,7 +1,8 @@
 """Answer metrics: SQuAD normalisation, exact match, F1, and answers found in passages.
 
 A question has one or more acceptable answers; the best one counts. A question without answers has
-no defined value: the metrics return NaN, which `intervals` leaves out.
+no defined value: the metrics return NaN, which `intervals` leaves out. One string where a list of
+answers or passages is expected raises TypeError.
 
 Example:
     f1_score("the Eiffel Tower, Paris", ["Eiffel Tower"])  # 0.8
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ragjax.data import matching
-from ragjax.data.matching import ARTICLES, SPACELESS, fold, holds_answer
+from ragjax.data.matching import ARTICLES, SPACELESS, fold, holds_answer, refuse_string
 
 
 def normalize_answer(text: str) -> str:
@@ -51,6 +52,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     Returns:
         1.0 or 0.0; 1.0 if both are blank; NaN if there are no answers.
     """
+    refuse_string(answers, "answers")
     if not answers:
         return float("nan")
     predicted = normalize_answer(prediction)
@@ -74,6 +76,7 @@ def f1_score(prediction: str, answers: Sequence[str]) -> float:
         Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016.
         Rajpurkar et al., Know What You Don't Know, 2018, evaluation script v2.0 (blank texts).
     """
+    refuse_string(answers, "answers")
     if not answers:
         return float("nan")
     predicted = _f1_tokens(prediction)
@@ -96,6 +99,7 @@ def answer_in_text(text: str, answers: Sequence[str]) -> bool:
     Returns:
         True if at least one answer is contained.
     """
+    refuse_string(answers, "answers")
     return any(holds_answer(text, answer) for answer in answers)
 
 
@@ -117,6 +121,10 @@ def answer_at_k(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    for name, lists in (("passages", passages), ("answers", answers)):
+        refuse_string(lists, name)
+        for row, strings in enumerate(lists):
+            refuse_string(strings, f"{name}[{row}]")
     if len(passages) != len(answers):
         raise ValueError(f"got passages of {len(passages)} and answers of {len(answers)} questions")
     return np.array(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ragjax.data.matching import refuse_string
 from ragjax.evaluation.intervals import PairedDifference, bootstrap_interval, paired_difference
 from ragjax.evaluation.systems import COMPARED_PAIRS
 
@@ -46,6 +47,7 @@ class QuestionRecord:
     Raises:
         ValueError: If a metric is infinite, a score is not finite (leave masked slots out), or
             scores and documents differ in number.
+        TypeError: The answers or the document ids are one string.
     """
 
     id: str
@@ -59,6 +61,8 @@ class QuestionRecord:
 
     def __post_init__(self):
         """Leaves NaN out, and checks that the rest can be written as JSON."""
+        for name in ("answers", "doc_ids"):
+            refuse_string(getattr(self, name), f"question {self.id!r}, {name}")
         values = {name: float(value) for name, value in self.metrics.items()}
         metrics = {name: value for name, value in values.items() if not math.isnan(value)}
         for name, value in metrics.items():

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from ragjax.data.matching import refuse_string
+
 DocId = str | int
 RankedDocs = Sequence[Sequence[DocId]] | np.ndarray
 Grades = Sequence[Mapping[str, int]] | Sequence[Mapping[int, int]]
@@ -135,6 +137,7 @@ def _per_query(
         raise ValueError(f"got {len(rankings)} rankings and grades for {len(grades)} queries")
     values = np.full(len(grades), np.nan)
     for query, (ranking, graded) in enumerate(zip(rankings, grades, strict=True)):
+        refuse_string(ranking, f"ranking {query}")
         ranked = _unmasked(query, ranking)
         _check_same_kind(query, ranked, graded)
         relevant: dict[DocId, int] = {doc: grade for doc, grade in graded.items() if grade >= 1}

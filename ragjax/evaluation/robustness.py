@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ragjax.data.matching import refuse_string
 from ragjax.evaluation.answers import normalize_answer
 
 
@@ -66,7 +67,10 @@ def same_answers(one: Sequence[str], other: Sequence[str]) -> np.ndarray:
 
     Raises:
         ValueError: The lengths differ.
+        TypeError: One of them is a string.
     """
+    refuse_string(one, "one")
+    refuse_string(other, "other")
     if len(one) != len(other):
         raise ValueError(f"got answers to {len(one)} and to {len(other)} questions")
     return np.array(

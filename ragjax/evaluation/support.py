@@ -11,6 +11,7 @@ Example:
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ragjax.data.matching import refuse_string
 from ragjax.evaluation.answers import (
     answer_in_text,
     is_spaceless,
@@ -65,9 +66,11 @@ def answer_support(
 
     Raises:
         ValueError: The threshold is out of range.
+        TypeError: `passages` is one string.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+    refuse_string(passages, "passages")
     if is_empty(answer):
         return Support(False, 0.0)
     content = _content(answer)

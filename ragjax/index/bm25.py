@@ -60,6 +60,8 @@ class Bm25Index:
         # Imported here: bm25s initialises a jax backend at import.
         import bm25s
 
+        if isinstance(texts, str) or isinstance(titles, str):
+            raise ValueError("texts and titles must be lists of strings, got one string")
         analyzer = Analyzer(language)
         token_ids = analyzer.learn(_join(texts, titles))
         if not analyzer.vocabulary:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ragjax.data import Corpus, Dataset, Question
+from ragjax.data.matching import refuse_string
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
 from ragjax.refresh import encode_corpus
@@ -161,6 +162,7 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
     Raises:
         ValueError: k is negative.
     """
+    refuse_string(questions, "questions")
     if k < 0:
         raise ValueError(f"k must be at least 0 documents, got {k}")
     if k == 0:

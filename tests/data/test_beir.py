@@ -75,6 +75,12 @@ def test_splits_answers_and_order(read):
         dataset.graded_rows("train")
 
 
+def test_white_space_around_questions_and_answers_is_taken_off(read):
+    rows = [{**question("q1", " why?\n"), "answers": ["  2 kilograms \n"]}]
+    dataset = read(rows, {"test": [("q1", "d1", 1)]})
+    assert dataset.questions["test"] == (Question(id="q1", text="why?", answers=("2 kilograms",)),)
+
+
 def test_question_outside_every_qrels_file_is_noted(read):
     assert read(QUERIES, SPLITS).notes == ("1 questions stand in no qrels file and are left out",)
 

@@ -177,3 +177,10 @@ def test_passages_that_hold_an_answer_inside_a_word_are_not_relevant(tmp_path):
     assert sorted(row for row in rows if row.startswith("q") and row[1].isdigit()) == [
         f"q{number}\ta.md#{passage}\t1" for number, passage in enumerate((1, 3, 3, 1))
     ]
+
+
+def test_answers_that_are_one_string_are_refused(folder, tmp_path):
+    write_documents(folder, tmp_path / "data")
+    asked = [Asked("How long is the warranty?", "two years")] * 2
+    with pytest.raises(TypeError, match="the answers of 'How long is the warranty"):
+        write_questions(tmp_path / "data", asked)

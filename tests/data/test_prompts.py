@@ -127,6 +127,15 @@ def test_a_cut_answer_has_no_end(build, tokenizer):
             exact.target(empty)
 
 
+@pytest.mark.parametrize("answer", ["  Paris \n", "Paris\r\n", "\u00a0Paris\u2028"])
+def test_white_space_around_an_answer_is_not_learnt(build, answer):
+    assert build().target(answer) == build().target("Paris")
+
+
+def test_an_answer_is_one_line(build):
+    assert build().target("two\n kilograms") == build().target("two kilograms")
+
+
 def test_special_tokens_in_a_text_are_characters(build, tokenizer):
     builder = build()
     assert END in plain_ids(tokenizer, DOCUMENT)

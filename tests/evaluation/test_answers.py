@@ -7,7 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.evaluation import answer_at_k, answer_in_text, exact_match, f1_score, normalize_answer
+from ragjax.data import Question
+from ragjax.evaluation import (
+    QuestionRecord,
+    answer_at_k,
+    answer_in_text,
+    exact_match,
+    f1_score,
+    ndcg,
+    normalize_answer,
+    recall_at_k,
+    reciprocal_rank,
+)
+from ragjax.evaluation.robustness import same_answers
+from ragjax.evaluation.support import answer_support
 
 DETERMINISTIC = settings(derandomize=True, deadline=None)
 ANY_TEXT = st.text(st.sampled_from("aA the.-_1") | st.integers(0, 0x10FFFF).map(chr))
@@ -201,3 +214,30 @@ def test_answer_at_k_names_bad_input():
         answer_at_k([["x"]], [["x"]], k=0)
     with pytest.raises(ValueError, match="passages of 2 and answers of 1 questions"):
         answer_at_k([["x"], ["y"]], [["x"]], k=1)
+
+
+ONE_STRING = {
+    "exact_match": lambda: exact_match("b", "abc"),
+    "f1_score": lambda: f1_score("b", "abc"),
+    "answer_in_text": lambda: answer_in_text("a b c", "abc"),
+    "answer_at_k, answers": lambda: answer_at_k([["a b"]], ["ab"], k=1),
+    "answer_at_k, all answers": lambda: answer_at_k([["a b"]], "a", k=1),
+    "answer_at_k, passages": lambda: answer_at_k(["a b"], [["a"]], k=1),
+    "answer_support": lambda: answer_support("a", "a b"),
+    "same_answers": lambda: same_answers("ab", ["a", "b"]),
+    "same_answers, other": lambda: same_answers(["a", "b"], "ab"),
+    "recall_at_k": lambda: recall_at_k(["d1"], [{"d": 1}], k=1),
+    "ndcg": lambda: ndcg(["d1"], [{"d": 1}]),
+    "reciprocal_rank": lambda: reciprocal_rank(["d1"], [{"d": 1}]),
+    "QuestionRecord": lambda: QuestionRecord(id="q", system="s", question="?", answers="abc"),
+    "QuestionRecord, documents": lambda: QuestionRecord(
+        id="q", system="s", question="?", doc_ids="d1"
+    ),
+    "Question": lambda: Question(id="q", text="?", answers="abc"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_STRING)
+def test_one_string_is_no_list_of_strings(name):
+    with pytest.raises(TypeError, match="expected a list of strings, got the string"):
+        ONE_STRING[name]()

@@ -101,6 +101,8 @@ def test_what_cannot_be_indexed_is_refused(texts, options, message):
 
 def test_bad_queries_are_refused():
     index = Bm25Index.build(["cat", "dog"])
+    with pytest.raises(ValueError, match="lists of strings, got one string"):
+        Bm25Index.build("cat")
     with pytest.raises(ValueError, match="got one string"):
         index.search("cat", 1)
     with pytest.raises(ValueError, match="positive integer"):

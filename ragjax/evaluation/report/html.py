@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from ragjax.data.matching import find_answer
 from ragjax.evaluation.report.style import STYLE
 
 # What HTML forbids or no font can draw: control characters, lone surrogates, noncharacters.
@@ -155,11 +156,7 @@ def _occurrences(text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
     """Returns where answers stand, in order and without overlap."""
     found: list[tuple[int, int]] = []
     for answer in answers:
-        words = [re.escape(word) for word in answer.split()]
-        if words:
-            pattern = r"(?<!\w)" * answer.strip()[0].isalnum() + r"\s+".join(words)
-            pattern += r"(?!\w)" * answer.strip()[-1].isalnum()
-            found += [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)]
+        found += find_answer(text, answer)
     kept: list[tuple[int, int]] = []
     for first, last in sorted(found, key=lambda span: (span[0], -span[1])):
         if not kept or first >= kept[-1][1]:

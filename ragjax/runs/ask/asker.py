@@ -238,7 +238,7 @@ class Asker:
                 notes.append("the answer was cut at the limit of tokens")
         else:
             ids = self.reader.prompts.builder.target(answer)
-            if self._text(ids) != answer.strip():
+            if self._text(ids) != " ".join(answer.split()):
                 notes.append(f"only the first {len(ids)} tokens of the given answer are explained")
             generated = Generated(ids, True, self.reader.read(prompt), None)
         log_probs = generated.token_log_probs
