@@ -60,9 +60,11 @@ class Flags:
         documents: Documents read for an answer; 0: none.
         retriever: Index that is searched; p_R is the dense retriever's with each of them.
         decode: Decoding strategy over the documents. `ensemble` reads each document once and mixes
-            their next-token distributions by p_R; `concat` reads all of them in one prompt; the
-            others are RAG's beam searches, by sequence or by token. All but `ensemble` read the
-            documents twice, and take longer.
+            their next-token distributions by p_R; `concat` reads all of them in one prompt;
+            `fusion` (T5 and BART) encodes each alone and attends to all of them at once; the others
+            are RAG's beam searches, by sequence or by token. All but `ensemble` and `fusion` read
+            the documents twice, and take longer. None: `fusion` for a run that answers so
+            (`train_rag.py --language_model.reader fusion`), else `ensemble`.
         max_new_tokens: Tokens of an answer at most.
         document_tokens: Tokens read of each document; 0: 96, at which two cores keep to two
             seconds with 4 documents.
@@ -83,7 +85,7 @@ class Flags:
     answer: str = ""
     documents: int = 4
     retriever: Literal["hybrid", "dense", "bm25"] = "hybrid"
-    decode: ModeName = "ensemble"
+    decode: ModeName | None = None
     max_new_tokens: int = 16
     document_tokens: int = 0
     explain: bool = True
@@ -153,7 +155,7 @@ def _run(flags: Flags) -> int:
     asker = Asker(
         system,
         options,
-        decode=DECODES[flags.decode],
+        decode=DECODES[flags.decode] if flags.decode else None,
         by=SEARCHES[flags.retriever],
         closed_book=flags.documents == 0,
     )

@@ -101,7 +101,7 @@ def score_and_generate(
     Args:
         decoder: The language model's functions; hashable.
         params: Its parameters.
-        batch: Prompts `[B, L]` and the given answers `[B, Y]`.
+        batch: Prompts `[B, L]` (of a Fusion-in-Decoder `[B, K, L]`) and the given answers `[B, Y]`.
         limits: Where generated answers end.
 
     Returns:

@@ -55,7 +55,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
         Interrupted: After saving, where the run was stopped.
     """
     started, folder = time.perf_counter(), Path(config.output)
-    record = config_record(config, config.fingerprint())
+    record = config_record(config, config.fingerprint(), mode=config.mode)
     with claim(config, record, stop) as flag:
         workspace = open_adapt(config, folder, stop=flag, log=log)
         # After validation, so that a rejected run leaves no config.json behind.

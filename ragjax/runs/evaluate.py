@@ -27,7 +27,7 @@ from ragjax.runs.options.evaluate import (
     run_options,
     system_names,
 )
-from ragjax.runs.options.modes import MODES
+from ragjax.runs.options.modes import MODES, check_mode
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
@@ -63,6 +63,7 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     dataset = read_data(options, folder, log)
     questions = _choose_questions(config, options, dataset)
     models = (run.models if run else Models(options, None)).read()
+    check_mode(options.mode, models.base_language_model, "--mode")
     workspace = make_workspace(
         options,
         folder,
@@ -106,7 +107,7 @@ def _check_prompts(workspace: Workspace, config: EvaluateConfig) -> None:
     count = min(evaluation.documents, size)
     if config.robustness:
         count = min(evaluation.documents + config.distractors, size)
-    if MODES[evaluation.mode].apart:
+    if MODES[workspace.config.mode].apart:
         count = 1
     for row in answered_rows(workspace, config.split):
         question = workspace.questions[config.split][row]
@@ -161,7 +162,8 @@ def evaluate(
             " choose another"
         )
     run = open_run(config.run).config if config.run else None
-    record = config_record(config, config.fingerprint(run))
+    mode = run_options(config, run).mode
+    record = config_record(config, config.fingerprint(run), mode=mode)
     with claim(config, record, stop) as flag:
         opened = open_evaluation(config, folder, stop=flag, log=log)
         # After validation, so that a rejected evaluation leaves no config.json behind.

@@ -116,10 +116,18 @@ def claim(
         yield flag
 
 
-def config_record(config: RunConfig | EvaluateConfig, fingerprint: str) -> dict[str, Any]:
-    """Returns what config.json holds: the options, a digest of them and who made the folder."""
+def config_record(
+    config: RunConfig | EvaluateConfig, fingerprint: str, *, mode: str
+) -> dict[str, Any]:
+    """Returns what config.json holds.
+
+    Args:
+        config: The options.
+        fingerprint: A digest of them.
+        mode: How several documents make one answer, which the options may leave to the run.
+    """
     made_by = {"program": config.program} if config.program else {}
-    return made_by | {"fingerprint": fingerprint, "config": to_dict(config)}
+    return made_by | {"fingerprint": fingerprint, "mode": mode, "config": to_dict(config)}
 
 
 def _check_free(folder: Path, record: Mapping[str, Any], kind: str) -> None:

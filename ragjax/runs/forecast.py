@@ -251,7 +251,7 @@ class _Texts:
 
     def prompts_of(self, documents: int) -> int:
         """Returns the prompts that an answer from so many documents takes."""
-        return max(1, documents) if MODES[self.config.evaluation.mode].apart else 1
+        return max(1, documents) if MODES[self.config.mode].apart else 1
 
     def answer(self, documents: int) -> float:
         """Returns the tokens that an answer from so many documents takes."""

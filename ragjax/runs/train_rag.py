@@ -38,7 +38,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
         Interrupted: After saving, where the run was stopped.
     """
     started, folder = time.perf_counter(), Path(config.output)
-    record = config_record(config, config.fingerprint())
+    record = config_record(config, config.fingerprint(), mode=config.mode)
     with claim(config, record, stop) as flag:
         workspace = open_rag(config, folder, stop=flag, log=log)
         # After validation, so that a rejected run leaves no config.json behind.

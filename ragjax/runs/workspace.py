@@ -31,6 +31,7 @@ from ragjax.refresh import EncodeTask, encode_corpus
 from ragjax.refresh.task import params_digest
 from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.folder import add_seconds
+from ragjax.runs.options.modes import check_mode
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
 from ragjax.training.loop import MetricsLog, StopFlag
@@ -172,6 +173,7 @@ def open_workspace(
     questions = choose_questions(config, dataset)
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     lm = load_language_model(config.lm)
+    check_mode(config.mode, lm, "--evaluation.mode")
     _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
     _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)
     return make_workspace(config, folder, dataset, questions, encoder, lm, stop=stop, log=log)

@@ -241,7 +241,7 @@ def test_b29_a_run_with_other_options_is_not_overwritten(refuse, script, tiny_in
     config = AdaptConfig(**tiny_inputs, seed=1)
     output = tmp_path / "run"
     output.mkdir()
-    text = json.dumps(config_record(config, config.fingerprint()))
+    text = json.dumps(config_record(config, config.fingerprint(), mode="concat"))
     (output / "config.json").write_text(text)
     message = refuse("--seed=2", output=str(output))
     assert "seed: 1 there, 2 here" in message
@@ -252,7 +252,7 @@ def test_input_that_was_refused_does_not_block_the_next_try(refuse, domain, tmp_
     (domain / "qrels" / "train.tsv").unlink()
     refuse(data=str(domain))
     config = AdaptConfig(output=str(tmp_path / "out"))
-    with claim(config, config_record(config, config.fingerprint()), None):
+    with claim(config, config_record(config, config.fingerprint(), mode="concat"), None):
         pass
 
 

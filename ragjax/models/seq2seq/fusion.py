@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ragjax.losses import attention_mass
 from ragjax.models.inputs import check_batch
@@ -141,6 +141,39 @@ class FusionDecoder(CachedSeq2Seq):
             )
         memory = _encode(self.config, params, ids, mask)
         return self.start(params, memory, slots=cache_length - ids.shape[1] + 1)
+
+    def score_subsets(
+        self,
+        params: Params,
+        prefilled: Prefilled,
+        keep: Array,
+        target_ids: Array,
+        target_mask: Array,
+    ) -> Array:
+        """Scores one target given each of several subsets of the contexts that have been read.
+
+        A context that is left out is as if it had not been read. One subset at a time: what it
+        takes beside the cache does not grow with their number.
+
+        Args:
+            params: Parameters.
+            prefilled: From `prefill` of one question, B = 1.
+            keep: `[V, K]` bool, True = the context counts.
+            target_ids: `[T]` int32, right-padded.
+            target_mask: `[T]` bool, True = token counts.
+
+        Returns:
+            `[V, T]` float32 log-probabilities in nats, 0 where masked.
+        """
+        memory = prefilled.cache.memory
+        length = memory.mask.shape[1] // keep.shape[1]
+
+        def score(kept: Array) -> Array:
+            seen = memory._replace(mask=memory.mask & jnp.repeat(kept, length)[None])
+            target = target_ids[None], target_mask[None]
+            return target_log_probs(self.config, params, seen, *target)[0]
+
+        return lax.map(score, keep)
 
 
 def fusion_decoder(config: Seq2SeqConfig) -> FusionDecoder:

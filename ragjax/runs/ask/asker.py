@@ -1,7 +1,7 @@
 """From a question to its answer, the passage behind it and the words that carry it.
 
     system = open_system(Path("runs/adapt"))
-    asker = Asker(system, ReaderOptions(), decode=decode_ensemble, by=by_hybrid)
+    asker = Asker(system, ReaderOptions(), by=by_hybrid)
     reply = asker.ask("what is a pytree?")
 
 or, with the answer before its explanation, `asker.explain(asker.answer("what is a pytree?"))`.
@@ -16,16 +16,28 @@ from typing import NamedTuple
 import numpy as np
 
 from ragjax.losses import document_posterior
-from ragjax.runs.ask.attribution import Attribution, attribute
-from ragjax.runs.ask.decoding import Decode, Generated, Listener, decode_ensemble
+from ragjax.runs.ask.attribution import Attribution, attribute, attribute_jointly
+from ragjax.runs.ask.decoding import (
+    Decode,
+    Generated,
+    Listener,
+    decode_ensemble,
+    decode_fusion,
+)
 from ragjax.runs.ask.prompts import Prompt, ReaderOptions
-from ragjax.runs.ask.reader import Reader
+from ragjax.runs.ask.reader import Joint, Reader
 from ragjax.runs.ask.spans import Span, SpanFinder
+from ragjax.runs.options.modes import MODES, check_mode
 from ragjax.runs.system import Search, System, by_hybrid, encode_query_of, retrieve
 from ragjax.runs.tokens import buckets
 
 # Longer questions are compiled for when the first one comes.
 _WARM_QUERY_TOKENS = 256
+
+_READ_AT_ONCE = (
+    "the decoder attended to all passages at once (fusion): what counts is how much less likely the"
+    " answer is without a passage; a posterior p(c|x,y) does not apply"
+)
 
 # Part of an answer as it is written: (text so far).
 ShowText = Callable[[str], None]
@@ -38,7 +50,7 @@ class Source(NamedTuple):
     title: str
     text: str
     prior: float  # p_R(c|x) among the K
-    posterior: float  # p(c|x,y) among the K
+    posterior: float  # p(c|x,y) among the K; NaN where they were read at once
     change: float  # log p(y|x) minus that without this document, nats
     log_prob: float  # log p_LM(y|c∘x), nats
 
@@ -48,7 +60,7 @@ class Reply(NamedTuple):
 
     question: str
     answer: str
-    log_prob: float  # log p(y|x), documents summed out, nats
+    log_prob: float  # log p(y|x), documents summed out or read at once, nats
     num_tokens: int  # of the answer
     no_doc_log_prob: float  # log p_LM(y|x) without documents, nats
     utility: float  # log_prob - no_doc_log_prob
@@ -68,11 +80,12 @@ class Answer(NamedTuple):
     text: str
     relied_on: int | None  # place of the passage that explains the text best; None: no passage
     docs: tuple[int, ...]  # corpus rows, in the order of the retriever
-    posterior: np.ndarray  # [K] p(c|x,y) among the documents
+    posterior: np.ndarray  # [K] p(c|x,y) among the documents; NaN where they were read at once
     notes: tuple[str, ...]  # sentences for the reader
     prompt: Prompt
     generated: Generated
     token_log_probs: np.ndarray  # [K, T] log p_LM(y_t|c∘x, y_<t) in nats
+    joint: Joint | None  # where the documents were read at once
     started: float  # time of the question, and
     seconds: float  # how long the answer took
 
@@ -92,7 +105,7 @@ class Asker:
         system: System,
         options: ReaderOptions | None = None,
         *,
-        decode: Decode = decode_ensemble,
+        decode: Decode | None = None,
         by: Search = by_hybrid,
         closed_book: bool = False,
     ) -> None:
@@ -101,14 +114,22 @@ class Asker:
         Args:
             system: Documents, retriever and language model.
             options: How much is read and written; None: the defaults.
-            decode: Decoding strategy.
+            decode: Decoding strategy; None: `decode_fusion` for a run whose options say so (its
+                language model was trained to attend to all documents at once), else
+                `decode_ensemble`.
             by: Search for the documents.
             closed_book: Retrieve nothing.
 
         Raises:
-            ValueError: The model's context is too short for the options.
+            ValueError: The model's context is too short for the options, or it cannot read as
+                asked.
         """
-        self.system = system
+        self.system, config = system, system.workspace.config
+        if decode is None:
+            decode = decode_fusion if MODES[config.mode].fused else decode_ensemble
+        self._fused = decode is decode_fusion
+        if self._fused:
+            check_mode("fusion", system.workspace.lm, "--decode")
         self.reader = Reader(system, options or ReaderOptions())
         self.spans = SpanFinder(self.reader, system.workspace.dataset.corpus)
         self.asked_documents = 0 if closed_book else self.reader.prompts.options.documents
@@ -240,36 +261,43 @@ class Asker:
             ids = self.reader.prompts.builder.target(answer)
             if self._text(ids) != " ".join(answer.split()):
                 notes.append(f"only the first {len(ids)} tokens of the given answer are explained")
-            generated = Generated(ids, True, self.reader.read(prompt), None)
-        log_probs = generated.token_log_probs
-        if log_probs is None:
-            log_probs = self.reader.score(generated.reading, generated.ids)
-        posterior = document_posterior(
-            _finite_scores(prompt), log_probs[None], **self._masks(prompt, generated.ids)
-        )
-        posterior = np.exp(np.asarray(posterior))[0, : len(prompt.docs)]
+            fused = self._fused and prompt.docs
+            reading = (self.reader.read_fused if fused else self.reader.read)(prompt)
+            generated = Generated(ids, True, reading, None)
+        log_probs, joint = generated.token_log_probs, None
+        masks, count = self._masks(prompt, generated.ids), len(prompt.docs)
+        if generated.reading.fused:
+            joint = self.reader.score_jointly(generated.reading, generated.ids)
+            log_probs, posterior = joint.alone, np.full(count, np.nan)
+            # The one without which the answer is least likely.
+            needed = -(joint.without * masks["token_mask"]).sum(axis=1)[:count]
+        else:
+            if log_probs is None:
+                log_probs = self.reader.score(generated.reading, generated.ids)
+            posterior = document_posterior(_finite_scores(prompt), log_probs[None], **masks)
+            needed = posterior = np.exp(np.asarray(posterior))[0, :count]
         return Answer(
             question=prompt.question,
             text=answer,
-            relied_on=int(np.argmax(posterior)) if prompt.docs else None,
+            relied_on=int(np.argmax(needed)) if count else None,
             docs=prompt.docs,
             posterior=posterior,
             notes=tuple(notes),
             prompt=prompt,
             generated=generated,
             token_log_probs=log_probs,
+            joint=joint,
             started=started,
             seconds=time.perf_counter() - started,
         )
 
     def _attribution(self, answer: Answer) -> Attribution:
-        ids = answer.generated.ids
-        return attribute(
-            _finite_scores(answer.prompt),
-            answer.token_log_probs[None],
-            self.reader.score_closed_book(answer.prompt, ids),
-            **self._masks(answer.prompt, ids),
-        )
+        ids, scores = answer.generated.ids, _finite_scores(answer.prompt)
+        closed = self.reader.score_closed_book(answer.prompt, ids)
+        masks = self._masks(answer.prompt, ids)
+        if answer.joint is not None:
+            return attribute_jointly(scores, answer.joint, closed, **masks)
+        return attribute(scores, answer.token_log_probs[None], closed, **masks)
 
     def _masks(self, prompt: Prompt, ids: Sequence[int]) -> dict[str, np.ndarray]:
         """Returns the documents `[1, K]` and the tokens `[1, T]` that count.
@@ -286,16 +314,18 @@ class Asker:
         return self.spans.find(answer.prompt, answer.generated, answer.text, answer.relied_on)
 
     def _reading_notes(self, answer: Answer) -> list[str]:
-        """Returns how much was read of the passage that the answer relies on, if not all."""
+        """Returns how the passages were read, and how much of the one that the answer relies on."""
         if answer.relied_on is None:
             return []
+        notes = [_READ_AT_ONCE] if answer.joint is not None else []
         passage = self.system.workspace.dataset.corpus[answer.docs[answer.relied_on]]
         read = len(self.spans.read(answer.prompt, answer.relied_on).text)
         if read >= len(passage.text.rstrip()):
-            return []
+            return notes
         return [
+            *notes,
             f"the language model read {read:,} of the {len(passage.text):,} characters of passage"
-            f" {passage.id!r} (--document_tokens reads more)"
+            f" {passage.id!r} (--document_tokens reads more)",
         ]
 
     def _retrieval_notes(self, found: int) -> list[str]:

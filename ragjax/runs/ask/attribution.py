@@ -9,14 +9,16 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ragjax import losses
+from ragjax.runs.ask.reader import Joint
 
 
 class Attribution(NamedTuple):
     """How the log-likelihood of given answers comes about; float32, nats."""
 
     prior: np.ndarray  # [B, K] p_R(c|x), a probability; 0 at masked documents
-    posterior: np.ndarray  # [B, K] p(c|x,y), a probability; 0 at masked documents
-    log_probs: np.ndarray  # [B] log p(y|x), the documents summed out
+    # [B, K] p(c|x,y), a probability; 0 at masked documents; NaN where they were read at once
+    posterior: np.ndarray
+    log_probs: np.ndarray  # [B] log p(y|x), the documents summed out or read at once
     doc_log_probs: np.ndarray  # [B, K] log p_LM(y|c∘x); -inf at masked documents
     no_doc_log_probs: np.ndarray  # [B] log p_LM(y|x), closed book
     without: np.ndarray  # [B, K] log p(y|x) - log p(y|x) without c: above 0 where c helps
@@ -81,4 +83,45 @@ def attribute(
         no_doc_log_probs=closed,
         without=np.where(keep, marginal[:, None] - left, 0.0),
         utility=np.asarray(utility),
+    )
+
+
+def attribute_jointly(
+    doc_scores: ArrayLike,
+    joint: Joint,
+    no_doc_token_log_probs: ArrayLike,
+    *,
+    doc_mask: ArrayLike,
+    token_mask: ArrayLike,
+) -> Attribution:
+    """Attributes an answer to documents that the decoder attended to all at once.
+
+    Such an answer is no mixture over documents, so no posterior applies: it is NaN. What each
+    document changes is measured by leaving it out.
+
+    Args:
+        doc_scores: `[1, K]` logits of p_R.
+        joint: Log-probabilities of the answer under all documents, without each, and each alone.
+        no_doc_token_log_probs: `[1, T]` log p_LM(y_t | x, y_<t) in nats.
+        doc_mask: `[1, K]` bool, True = a document; at least one.
+        token_mask: `[1, T]` bool, True = a token of the answer.
+    """
+    apart = attribute(
+        doc_scores,
+        joint.alone[None],
+        no_doc_token_log_probs,
+        doc_mask=doc_mask,
+        token_mask=token_mask,
+    )
+    whole, without = (
+        np.asarray(losses.sequence_log_probs(part[None], token_mask=token_mask))
+        for part in (joint.whole, joint.without)
+    )
+    keep, closed = np.asarray(doc_mask), apart.no_doc_log_probs
+    left = np.where(keep.sum(axis=1)[:, None] == 1, closed[:, None], without)
+    return apart._replace(
+        posterior=np.full(keep.shape, np.nan, np.float32),
+        log_probs=whole,
+        without=np.where(keep, whole[:, None] - left, 0.0),
+        utility=whole - closed,
     )

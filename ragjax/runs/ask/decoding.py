@@ -67,6 +67,19 @@ def decode_concat(reader: Reader, prompt: Prompt, listen: Listener) -> Generated
     return written._replace(reading=reader.read(prompt), token_log_probs=None)
 
 
+def decode_fusion(reader: Reader, prompt: Prompt, listen: Listener) -> Generated:
+    """Decodes greedily with a decoder that attends to all documents, each encoded alone.
+
+    References:
+        Izacard and Grave, Leveraging Passage Retrieval with Generative Models for Open Domain
+        Question Answering, 2021, section 3.
+    """
+    if not prompt.docs:
+        return decode_ensemble(reader, prompt, listen)
+    written = _greedy(reader, reader.read_fused(prompt), np.zeros(1, np.float32), listen)
+    return written._replace(token_log_probs=None)
+
+
 def _searched(
     search: Callable[..., Any], reader: Reader, prompt: Prompt, listen: Listener
 ) -> Generated:
@@ -93,6 +106,7 @@ def _searched(
 DECODES: dict[str, Decode] = {
     "ensemble": decode_ensemble,
     "concat": decode_concat,
+    "fusion": decode_fusion,
     **{
         name: functools.partial(_searched, mode.generate)
         for name, mode in MODES.items()

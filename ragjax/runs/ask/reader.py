@@ -19,6 +19,7 @@ from ragjax.generation.decoder import Prefilled
 from ragjax.generation.streaming import prefill
 from ragjax.models.decoder.cache import KVCache
 from ragjax.models.inputs import LMBatch
+from ragjax.models.seq2seq.fusion import FusionDecoder, fusion_decoder
 from ragjax.runs.ask.prompts import Prompt, ReaderOptions, ShapedPrompts, fitting
 from ragjax.runs.compare.answers import answer_limits
 from ragjax.runs.system import System
@@ -27,8 +28,17 @@ from ragjax.runs.system import System
 class Reading(NamedTuple):
     """Prompts that were read."""
 
-    prefilled: Prefilled  # K rows
+    prefilled: Prefilled  # K rows; one where they are fused
     width: int  # L: the prompts end at this slot
+    fused: bool = False  # the decoder attends to all prompts at once
+
+
+class Joint(NamedTuple):
+    """Log-probs of an answer's tokens under documents that are read at once, in nats."""
+
+    whole: np.ndarray  # [T] log p_LM(y_t | all documents, x, y_<t)
+    without: np.ndarray  # [K, T] the same without each of them
+    alone: np.ndarray  # [K, T] with that one alone: log p_LM(y_t | c∘x, y_<t)
 
 
 class Reader:
@@ -60,6 +70,22 @@ class Reader:
         length = fitting(lengths, len(prompt.joined))
         return self._read([prompt.joined], length, lengths[-1] + self.prompts.max_target)
 
+    def read_fused(self, prompt: Prompt) -> Reading:
+        """Reads a question beside each of its documents, for a decoder that attends to them all."""
+        padding: list[Sequence[int]] = [[]] * (self.prompts.rows - len(prompt.contexts))
+        length = self.prompts.fitting_length(prompt.contexts)
+        return self._read_fused([*prompt.contexts, *padding], length)
+
+    def score_jointly(self, reading: Reading, target_ids: Sequence[int]) -> Joint:
+        """Scores one answer given all documents of `read_fused`, without each, and with it alone.
+
+        The documents are encoded apart, so none is read again: leaving one out is exact.
+        """
+        each = np.eye(self.prompts.rows, dtype=bool)
+        keep = np.concatenate([np.ones((1, len(each)), bool), ~each, each])
+        scores = self._score_subsets(reading, keep, target_ids)
+        return Joint(scores[0], *np.split(scores[1:], 2))
+
     def score(self, reading: Reading, target_ids: Sequence[int]) -> np.ndarray:
         """Scores one answer after every prompt that was read: `[K, T]` nats, 0 where padded."""
         targets = [target_ids] * reading.prefilled.logits.shape[0]
@@ -88,7 +114,8 @@ class Reader:
 
         A causal decoder does not read the document again: what follows it, question and answer, is
         read with the keys of the part masked. (What comes later in the document has seen the part.)
-        Another model reads the whole prompt again with the part masked.
+        Another model reads the whole prompt again with the part masked, and beside it, where the
+        documents are fused, the others.
 
         Args:
             prompt: The prompt.
@@ -110,7 +137,9 @@ class Reader:
         for variant, places in enumerate(left_out, start=1):
             taken = [shift + start + place for place in places if place < size]
             keep[variant, taken] = False
-        if isinstance(reading.prefilled.cache, KVCache):
+        if reading.fused:
+            log_probs = self._without_tokens_fused(prompt, row, keep, target_ids)
+        elif isinstance(reading.prefilled.cache, KVCache):
             end = start + size
             log_probs = self._without_keys(
                 reading, row, keep, shift + end, context[end:], target_ids
@@ -151,6 +180,18 @@ class Reader:
         reading = self._read([context] * len(keep), width, slots, mask=keep)
         return self.score(reading, target_ids).sum(axis=1)
 
+    def _without_tokens_fused(
+        self, prompt: Prompt, row: int, keep: np.ndarray, target_ids: Sequence[int]
+    ) -> np.ndarray:
+        variants, rows = keep.shape[0], self.prompts.rows
+        # Each variant is one more context; the answer sees the other documents and one of them.
+        contexts: list[Sequence[int]] = [*prompt.contexts, *[[]] * (rows - len(prompt.contexts))]
+        contexts[row] = []
+        contexts += [prompt.contexts[row]] * variants
+        reading = self._read_fused(contexts, keep.shape[1], last=keep)
+        subsets = np.concatenate([np.ones((variants, rows), bool), np.eye(variants, dtype=bool)], 1)
+        return self._score_subsets(reading, subsets, target_ids).sum(axis=1)
+
     def _read(
         self,
         contexts: Sequence[Sequence[int]],
@@ -163,6 +204,30 @@ class Reader:
         arrays = jnp.asarray(padded.ids), jnp.asarray(padded.mask if mask is None else mask)
         return Reading(prefill(self.lm.decoder, self.params, *arrays, cache_length=slots), length)
 
+    def _read_fused(
+        self, contexts: Sequence[Sequence[int]], length: int, last: np.ndarray | None = None
+    ) -> Reading:
+        """Reads contexts in one row; `last` `[V, L]` in place of the masks of the last V."""
+        padded = pad_left(contexts, length=length, pad_id=self.lm.pad_id)
+        if last is not None:
+            padded.mask[-len(last) :] = last
+        arrays = jnp.asarray(padded.ids)[None], jnp.asarray(padded.mask)[None]
+        slots = len(contexts) + self.prompts.max_target
+        state = prefill(self._fusion, self.params, *arrays, cache_length=slots)
+        return Reading(state, length, fused=True)
+
+    def _score_subsets(
+        self, reading: Reading, keep: np.ndarray, target_ids: Sequence[int]
+    ) -> np.ndarray:
+        """Scores an answer given subsets `[V, C]` of the contexts that were read: `[V, T]` nats."""
+        ids, mask = self._pad_right([target_ids], self.prompts.max_target)
+        arrays = jnp.asarray(keep), ids[0], mask[0]
+        return np.asarray(_score_subsets(self._fusion, self.params, reading.prefilled, *arrays))
+
+    @functools.cached_property
+    def _fusion(self) -> FusionDecoder:
+        return fusion_decoder(self.lm.config)
+
     def _pad_right(self, ids: Sequence[Sequence[int]], length: int) -> Iterator[Array]:
         return map(jnp.asarray, pad_right(ids, length=length, pad_id=self.lm.pad_id))
 
@@ -172,6 +237,13 @@ def _score(
     decoder: Decoder, params: Any, prefilled: Any, target_ids: Array, target_mask: Array
 ) -> Array:
     return decoder.score(params, prefilled, target_ids, target_mask)
+
+
+@functools.partial(jit_decoding, static_argnames="decoder")
+def _score_subsets(
+    decoder: FusionDecoder, params: Any, prefilled: Any, keep: Array, ids: Array, mask: Array
+) -> Array:
+    return decoder.score_subsets(params, prefilled, keep, ids, mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

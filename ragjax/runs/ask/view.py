@@ -79,7 +79,8 @@ def format_source(answer: Answer, corpus: Corpus, *, style: Style) -> str:
     passage = corpus[answer.docs[answer.relied_on]]
     label = safe_text(f"{passage.id}  {passage.title or ''}".strip())
     share = _share(float(answer.posterior[answer.relied_on]))
-    return style(f"from {answer.relied_on + 1}. {label} (posterior {share})", "head")
+    how = f"posterior {share}" if answer.joint is None else "read with the others at once"
+    return style(f"from {answer.relied_on + 1}. {label} ({how})", "head")
 
 
 def verdict(reply: Reply) -> str:
@@ -157,9 +158,10 @@ def _others(reply: Reply, style: Style) -> list[str]:
 
 
 def _figures(source: Source) -> str:
+    posterior = "" if math.isnan(source.posterior) else f"posterior {_share(source.posterior)}, "
     return (
-        f"p_R {_share(source.prior)}, posterior {_share(source.posterior)}, without it the answer's"
-        f" log-prob changes by {_change(-source.change)} nats"
+        f"p_R {_share(source.prior)}, {posterior}without it the answer's log-prob changes by"
+        f" {_change(-source.change)} nats"
     )
 
 
@@ -192,6 +194,8 @@ def _shortened(source: Source) -> str:
 
 
 def _share(probability: float) -> str:
+    if math.isnan(probability):
+        return "n/a"
     if 0 < probability < 0.01:
         return f"{probability:.0e}"
     return f"{probability:.2f}"
@@ -215,7 +219,7 @@ def _source_as_json(source: Source) -> dict[str, Any]:
         "title": source.title,
         "text": source.text,
         "p_r": source.prior,
-        "posterior": source.posterior,
+        "posterior": _finite(source.posterior),
         "left_out_change": _finite(-source.change),
         "log_prob": _finite(source.log_prob),
     }

@@ -16,6 +16,7 @@ from ragjax.data import LengthBatch, Question, passage_text
 from ragjax.generation import Limits, Prompts, score_and_generate
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
+from ragjax.models.seq2seq.fusion import fusion_decoder
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.teacher import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -66,7 +67,7 @@ def answer_requests(
     """
     keys = [_key(workspace, model, request) for request in requests]
     unique = dict(zip(keys, requests, strict=True))  # in order of first mention
-    apart = MODES[workspace.config.evaluation.mode].apart
+    apart = MODES[workspace.config.mode].apart
     # A prompt without documents is short: together with the others it would only add shapes.
     for has_docs in (False, True):
         chosen = {key: request for key, request in unique.items() if bool(request.docs) == has_docs}
@@ -95,17 +96,17 @@ def _key(workspace: Workspace, model: FrozenLM, request: Request) -> str:
     evaluation = workspace.config.evaluation
     corpus = workspace.dataset.corpus
     scores = [round(score, 6) for score in request.doc_scores]
-    mode = MODES[evaluation.mode]
+    mode = MODES[workspace.config.mode]
     beams = [evaluation.beams] if mode.beams and request.docs else []
     return result_key(
         model.fingerprint,
         repr(workspace.prompts.template),
-        evaluation.mode if request.docs else "closed_book",
+        workspace.config.mode if request.docs else "closed_book",
         [_MIN_NEW_TOKENS, evaluation.max_new_tokens, *beams],
         request.question.text,
         list(request.question.answers[:1]),
         [passage_text(corpus[row]) for row in request.docs],
-        scores if mode.apart else [],
+        scores if mode.apart and not mode.fused else [],
     )
 
 
@@ -169,8 +170,7 @@ def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Reque
 
 
 def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Request]) -> _Plan:
-    evaluation = workspace.config.evaluation
-    mode = MODES[evaluation.mode]
+    evaluation, mode = workspace.config.evaluation, MODES[workspace.config.mode]
     options = {"beams": evaluation.beams} if mode.beams else {}
     count = max(len(request.docs) for request in requests)
     contexts = [
@@ -184,6 +184,8 @@ def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Reques
     def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
         packed, scores, mask = _pack_groups(workspace, batch, contexts, targets, requests, count)
         shape = (batch.batch_size, count, -1)
+        if mode.fused:
+            return _answer_fused(workspace.lm, model, packed, shape, limits)
         ids, ids_mask = (array.reshape(shape) for array in packed[:2])
         prompts = Prompts(ids, ids_mask, scores, mask)
         generated = mode.generate(workspace.lm.decoder, model.params, prompts, limits, **options)
@@ -194,6 +196,17 @@ def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Reques
 
     longest = [max(map(len, group)) for group in contexts]
     return _Plan(_question_batches(workspace, longest, count), " questions", answer)
+
+
+def _answer_fused(
+    lm: LanguageModel, model: FrozenLM, packed: LMBatch, shape: tuple[int, ...], limits: Limits
+) -> tuple[Any, np.ndarray]:
+    """Lets the decoder attend to all documents of a question; padding is no document."""
+    contexts = (array.reshape(shape) for array in packed[:2])
+    targets = (array.reshape(shape)[:, 0] for array in packed[2:])
+    decoder = fusion_decoder(lm.config)
+    result = score_and_generate(decoder, model.params, LMBatch(*contexts, *targets), limits)
+    return result.generated, -np.asarray(result.token_log_probs).sum(axis=1)
 
 
 def _question_batches(

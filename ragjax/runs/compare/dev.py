@@ -1,4 +1,4 @@
-"""Dev-set retrieval metrics and marginal NLL.
+"""Dev-set retrieval metrics and the NLL of the right answers.
 
 Q questions, K documents each.
 """
@@ -18,16 +18,20 @@ from ragjax.evaluation import (
 )
 from ragjax.index import SearchResult
 from ragjax.losses import rag_sequence_loss
-from ragjax.runs.compare.systems import bootstrap_options, make_record
+from ragjax.runs.compare.answers import Request, answer_requests
+from ragjax.runs.compare.systems import answer_cache, bootstrap_options, make_record
 from ragjax.runs.indexes import Retriever, search
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.teacher import score_candidates
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json
 from ragjax.training.score_cache import ResultCache, Score
 
-MARGINAL_NLL = "marginal_nll"
+# Over documents that are read alone, and given documents that are read at once.
+MARGINAL_NLL, ANSWER_NLL = "marginal_nll", "answer_nll"
+_RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10")
 _DEPTH = 20
-_SHOWN = ("recall@5", "mrr@10", MARGINAL_NLL)
+_SHOWN = ("recall@5", "mrr@10", MARGINAL_NLL, ANSWER_NLL)
 
 
 class Side(NamedTuple):
@@ -40,6 +44,9 @@ class Side(NamedTuple):
 
 def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str, Any] | None:
     """Measures both sides on the dev questions and writes `dev.json`.
+
+    Where the mode of the run is `fusion`, the NLL is that of a reader of all documents at once,
+    `answer_nll`; else `marginal_nll`.
 
     Args:
         workspace: Data, prompts, options; `evaluation.documents` is K.
@@ -59,7 +66,7 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
     differences = compare(
         records,
         pairs=((after.name, before.name),),
-        metrics=("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", MARGINAL_NLL),
+        metrics=(*_RETRIEVAL, MARGINAL_NLL, ANSWER_NLL),
         **options,
     )
     result = {
@@ -67,7 +74,8 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
         "differences": [difference.as_json() for difference in differences],
     }
     write_json(workspace.folder / "dev.json", result)
-    workspace.log(f"\n{len(questions)} dev questions (marginal_nll in nats per token)")
+    name = ANSWER_NLL if MODES[workspace.config.mode].fused else MARGINAL_NLL
+    workspace.log(f"\n{len(questions)} dev questions ({name} in nats per token)")
     for difference in differences:
         if difference.metric in _SHOWN:
             workspace.log(format_difference(difference))
@@ -112,13 +120,16 @@ def _records(
     read = workspace.config.evaluation.documents
     top = found.top(read)
     answered = [row for row, question in enumerate(questions) if question.answers]
-    nll = np.full(len(questions), np.nan)
+    nll, fused = np.full(len(questions), np.nan), MODES[workspace.config.mode].fused
     if answered:
-        cache = ResultCache(workspace.folder / "scores" / "dev.jsonl", Score)
         part = top.take(np.asarray(answered, np.int64))
         chosen = [questions[row] for row in answered]
-        nll[answered] = marginal_nll(workspace, side.lm, chosen, part, cache)
-    columns[MARGINAL_NLL] = nll
+        if fused:
+            nll[answered] = _fused_nll(workspace, side.lm, chosen, part)
+        else:
+            cache = ResultCache(workspace.folder / "scores" / "dev.jsonl", Score)
+            nll[answered] = marginal_nll(workspace, side.lm, chosen, part, cache)
+    columns[ANSWER_NLL if fused else MARGINAL_NLL] = nll
     return [
         make_record(
             question,
@@ -127,3 +138,15 @@ def _records(
         )
         for row, question in enumerate(questions)
     ]
+
+
+def _fused_nll(
+    workspace: Workspace, lm: FrozenLM, questions: Sequence[Question], found: SearchResult
+) -> list[float | None]:
+    """Returns nats per token of the right answers, given all documents `[Q, K]` of a question."""
+    requests = [
+        Request(question, tuple(docs[mask].tolist()), tuple(scores[mask].tolist()))
+        for question, docs, scores, mask in zip(questions, *found, strict=True)
+    ]
+    cache = answer_cache(workspace.folder)
+    return [answer.nll for answer in answer_requests(workspace, lm, requests, cache)]

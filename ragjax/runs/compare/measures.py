@@ -66,7 +66,7 @@ def passages_read(workspace: Workspace, request: Request) -> list[str]:
         request: The question and its K documents.
     """
     documents = workspace.documents.get(request.docs)
-    if not MODES[workspace.config.evaluation.mode].apart:
+    if not MODES[workspace.config.mode].apart:
         budget = _tokens_read(workspace.prompts, request.question.text, len(request.docs))
         documents = [document[:budget] for document in documents]
     return workspace.lm.tokenizer.decode_batch([document.tolist() for document in documents])

@@ -27,6 +27,7 @@ from ragjax.runs.compare.systems import (
     retrieve_documents,
 )
 from ragjax.runs.indexes import Retriever
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json, write_text
 
@@ -118,7 +119,8 @@ def write_results(
     names = [name for name in kept if name in records]
     table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
     shown = [c for c in comparisons if c.metric in PAIRS[c.system, c.baseline]]
-    workspace.log("\n" + format_report(table, shown) + "\n" + _legend(list(records), checks))
+    legend = _legend(list(records), checks, workspace.config.mode)
+    workspace.log(f"\n{format_report(table, shown)}\n{legend}")
     folder = workspace.folder
     lines = {}
     if checks is not None:
@@ -217,10 +219,11 @@ def _shown_summary(
     return rows | {"n": summary["n"]} | ({"applicable": counts} if counts else {})
 
 
-def _legend(systems: Sequence[str], checks: Checks | None) -> str:
+def _legend(systems: Sequence[str], checks: Checks | None, mode: str) -> str:
     lines = ["; ".join(f"{name}: {SYSTEMS[name].note}" for name in systems)]
     if "after" in systems:
         lines[0] += ". after and hybrid are read by the language model as the run left it"
+    lines.append(f"documents are read in mode {mode}: {MODES[mode].note}")
     if checks is not None:
         lines += [
             "supported: a passage that was read contains the answer, or"

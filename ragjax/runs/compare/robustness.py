@@ -84,7 +84,7 @@ def answer_conditions(
     logits = scale * queries @ retriever.embeddings[np.array(passages)].T  # [Q, R]
     records = {}
     for name, condition in _CONDITIONS.items():
-        if name == "gold_last" and MODES[workspace.config.evaluation.mode].apart:
+        if name == "gold_last" and MODES[workspace.config.mode].apart:
             continue  # read apart, passages have no order
         requests = [
             Request(question, docs, tuple(scores[[place[doc] for doc in docs]].tolist()))

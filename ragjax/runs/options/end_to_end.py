@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ragjax.runs.options.checks import at_least, check_accumulate, positive
+from ragjax.runs.options.modes import AUTO
 from ragjax.runs.options.refresh import RefreshConfig, check_freshness, check_used
 from ragjax.runs.options.shared import (
     EvaluationConfig,
@@ -143,10 +144,17 @@ class RagConfig(RunConfig):
     retriever: TowersConfig = field(default_factory=TowersConfig)
     refresh: RefreshConfig = field(default_factory=lambda: RefreshConfig(mode="async"))
     evaluation: EvaluationConfig = field(
-        default_factory=lambda: EvaluationConfig(documents=4, mode="ensemble")
+        default_factory=lambda: EvaluationConfig(documents=4, mode=AUTO)
     )
 
     program = "train_rag"
+
+    @property
+    def mode(self) -> str:
+        """How several documents make one answer: as the language model was trained to read them."""
+        if self.evaluation.mode != AUTO:
+            return self.evaluation.mode
+        return "fusion" if self.language_model.reader == "fusion" else "ensemble"
 
     @property
     def trains_lm(self) -> bool:

@@ -43,8 +43,8 @@ class EvaluateConfig:
         documents: Documents read for an answer; None: as the run, else 1.
         mode: How several are read: `concat` one after the other in one prompt; `ensemble` and
             `rag_token` each alone, mixing the next-token distributions by p_R; `rag_sequence_fast`
-            and `rag_sequence_thorough` each alone, weighing whole answers. None: as the run, else
-            concat.
+            and `rag_sequence_thorough` each alone, weighing whole answers; `fusion` (T5 and BART)
+            all at once, encoded apart (Fusion-in-Decoder). None: as the run, else concat.
         beams: Width of the beam, for the `rag_` modes; None: as the run, else 1.
         max_new_tokens: Tokens generated at most; None: as the run, else 24.
         document_tokens: Tokens kept of each document; None: as the run, else 140.

@@ -11,7 +11,7 @@ import tyro
 from ragjax.index.words import check_language
 from ragjax.runs.options.checks import at_least, fraction, positive
 from ragjax.runs.options.files import from_dict, to_dict
-from ragjax.runs.options.modes import MODES, ModeName
+from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
 
@@ -76,14 +76,16 @@ class EvaluationConfig:
             `ensemble` mixes the next-token distributions by p_R (RA-DIT, REPLUG), and so does
             `rag_token`, with beams. `rag_sequence_fast` and `rag_sequence_thorough` generate from
             each document and weigh the answers by p_R, under the documents that gave them or under
-            all (RAG-Sequence).
+            all (RAG-Sequence). `fusion` (T5 and BART) encodes each alone, and the decoder attends
+            to all of them (Fusion-in-Decoder). `auto`: `fusion` where the language model was
+            trained so (language_model.reader), else `ensemble` end to end and `concat` otherwise.
         beams: Width of the beam; above 1 for the `rag_` modes only.
         max_new_tokens: Tokens generated at most.
         resamples: Bootstrap resamples behind each 95 % interval.
     """
 
     documents: Annotated[int, tyro.conf.arg(aliases=("--documents",))] = 1
-    mode: ModeName = "concat"
+    mode: ModeOption = "concat"
     beams: int = 1
     max_new_tokens: int = 24
     resamples: int = 2000
@@ -91,11 +93,11 @@ class EvaluationConfig:
     def __post_init__(self):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         at_least(self, 1, "documents", "beams", "max_new_tokens", "resamples")
-        if self.beams > 1 and not MODES[self.mode].beams:
-            searches = ", ".join(name for name, mode in MODES.items() if mode.beams)
+        searches = [name for name, mode in MODES.items() if mode.beams]
+        if self.beams > 1 and self.mode not in searches:
             raise ValueError(
                 f"beams={self.beams} does nothing with mode {self.mode}, which takes the likeliest"
-                f" token each time; use one of the modes {searches}"
+                f" token each time; use one of the modes {', '.join(searches)}"
             )
 
 
@@ -265,6 +267,11 @@ class RunConfig:
             ValueError: A name is unknown (the nearest one is suggested) or a value does not fit.
         """
         return from_dict(cls(), values, "options")
+
+    @property
+    def mode(self) -> str:
+        """How several documents make one answer: the name of a mode."""
+        return "concat" if self.evaluation.mode == AUTO else self.evaluation.mode
 
     @property
     def trains_lm(self) -> bool:

@@ -13,6 +13,7 @@ from ragjax.evaluation.report.questions import Lookup, PassageText
 from ragjax.evaluation.report.results import DIFFERENCE, main_pair
 from ragjax.runs.folder import REPORT, RunFiles, read_cost
 from ragjax.runs.indexes import Retriever
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.report.explained import EXPLAINED, explain, shown_passages
 from ragjax.runs.report.explained import corpus_lookup as corpus_lookup
@@ -63,7 +64,7 @@ def write_report(
         passages |= shown_passages(questions, pair, relevant, lookup)
     data = ReportData(
         title=title,
-        facts=_facts(options, metrics),
+        facts=_facts(options, metrics, config.get("mode")),
         metrics=metrics,
         other_metrics=others,
         differences=differences,
@@ -123,7 +124,9 @@ def _whole(rows: Any, *keys: str) -> list[dict[str, Any]]:
     return [row for row in rows or () if isinstance(row, dict) and row.keys() >= set(keys)]
 
 
-def _facts(options: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _facts(
+    options: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], mode: str | None
+) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if options.get("run"):
         facts["run"] = data_name(options["run"])
@@ -137,6 +140,8 @@ def _facts(options: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]])
         facts["adapted"] = ", ".join(options["stages"])
     if objective := _objective(options):
         facts["objective"] = objective
+    if mode in MODES:
+        facts["documents read"] = f"{mode}: {MODES[mode].note}"
     if counts := [summary["n"] for summary in metrics.values() if "n" in summary]:
         facts["test questions"] = f"{max(counts):,}"
     return facts
