@@ -62,7 +62,9 @@ class Background:
         """
         with self._condition:
             if self._closed:
-                raise RuntimeError("The refresher is closed")
+                raise RuntimeError(
+                    "The refresher is closed, by close() or by another one opened on its folder"
+                )
             idle = not self.busy
             self.waiting = export
             if self._thread is None:

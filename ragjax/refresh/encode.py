@@ -32,6 +32,7 @@ from ragjax.refresh.task import (
     EncodeTask,
     OnProgress,
     Tokens,
+    embedding_size,
 )
 
 # Batches handed to the device before the oldest result is waited for.
@@ -287,7 +288,9 @@ class _Job:
         mask = np.arange(batch.length) < lengths
         self._shapes.add((batch.rows, batch.length))
         with self._placement.context():
-            return self._encode(self._params, *self._placement.divide((ids, mask)))
+            result = self._encode(self._params, *self._placement.divide((ids, mask)))
+        embedding_size(result, rows=batch.rows)
+        return result
 
     def _report(self, work: float) -> None:
         """Tells the caller how far the work is; `work` is in documents of average length."""

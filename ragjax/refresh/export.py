@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from ragjax import storage
 from ragjax.refresh.task import params_digest
 from ragjax.storage import DiskFullError
+from ragjax.storage.random_keys import key_data, with_keys
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -83,7 +84,7 @@ def read_export(folder: Path, template: Any) -> Export:
     manifest = storage.read_json(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
     storage.verify_folder(folder, manifest.get("sha256"), also=(_MANIFEST,))
     tensors = load_file(folder / _PARAMS)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(key_data(template))
     wanted = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     _check_fits(tensors, wanted, folder)
     params = jax.tree_util.tree_unflatten(structure, [tensors[name] for name in wanted])
@@ -93,6 +94,7 @@ def read_export(folder: Path, template: Any) -> Export:
             f"The parameters in {folder} have the digest {digest}, its manifest says "
             f"{manifest.get('params_digest')}; write them again"
         )
+    params = with_keys(params, template)
     return Export(params, int(manifest["step"]), manifest["info"], digest)
 
 
@@ -111,7 +113,7 @@ def list_exports(root: Path) -> list[tuple[int, Path]]:
 def _named_leaves(params: Any) -> dict[str, NDArray[Any]]:
     """Returns the leaves as arrays that safetensors writes correctly."""
     named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(key_data(params)):
         array = np.asarray(leaf)
         # safetensors writes the memory as it lies, which is not the array where it is transposed.
         named[jax.tree_util.keystr(path)] = np.ascontiguousarray(array).reshape(array.shape)

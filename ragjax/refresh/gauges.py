@@ -1,7 +1,9 @@
-"""What a refresher tells of itself: its state, a line for people, figures for the log."""
+"""What a refresher tells of itself (state, a line for people, figures), and its step numbers."""
 
+import operator
 import time
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +38,34 @@ class StepClock:
     def median(self, *, inside: bool) -> float:
         """Returns seconds a step, NaN where there was none."""
         return float(np.median(self._seconds[inside])) if self._seconds[inside] else float("nan")
+
+
+class StepNumbers:
+    """The numbers of a run's steps, which may repeat but never count back."""
+
+    def __init__(self) -> None:
+        """Starts before the first step."""
+        self._last = 0
+
+    def advance(self, step: Any) -> int:
+        """Returns the number of a step, also an integer of NumPy or JAX, as Python's.
+
+        Raises:
+            ValueError: It is no whole number, or an earlier one than the last.
+        """
+        try:
+            number = operator.index(step)
+        except TypeError as error:
+            raise ValueError(f"step must be a whole number, got {step!r}") from error
+        if number < 0:
+            raise ValueError(f"step must be at least 0, got {number}")
+        if number < self._last:
+            raise ValueError(
+                f"Step {number} comes after step {self._last}: count the steps over epochs, or, to "
+                f"go back to a checkpoint, call start(params, step={number}, state=...) first"
+            )
+        self._last = number
+        return number
 
 
 class Gauges:

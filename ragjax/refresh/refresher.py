@@ -10,8 +10,7 @@
 
 One refresh at a time goes IDLE -> ENCODING -> BUILDING -> READY and then, at the next `update`
 or `poll`, serves; or it ends FAILED, the earlier generation serves on, and the failure is tried
-again, reported and finally raised. `submit`, `poll` and `wait` are the parts of `update`, for
-trainers that want to decide by themselves.
+again, reported and finally raised.
 """
 
 import atexit
@@ -29,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ragjax.index import EmbeddingStore, IndexSnapshot
 from ragjax.refresh.background import Background, describe
-from ragjax.refresh.gauges import Gauges
+from ragjax.refresh.gauges import Gauges, StepNumbers
 from ragjax.refresh.generations import GenerationStore
 from ragjax.refresh.kept import KeptForCheckpoints
 from ragjax.refresh.options import (
@@ -63,7 +62,7 @@ class Refresher:
         report: Callable[[str], None] = _LOG.warning,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Takes the folder; nothing is encoded before `start`.
+        """Takes the folder, also from one this process left open; encodes nothing before `start`.
 
         Args:
             folder: For the generations, the exports and what is being built.
@@ -82,23 +81,22 @@ class Refresher:
             ValueError: Another process refreshes in this folder (the message says which).
             OSError: The folder cannot be written; the message names it.
         """
-        self._options = options or RefreshOptions()
-        self._task = task
-        self._trigger = trigger or Never()
-        self._probe_queries = probe_queries
-        self._report, self._check = report, check
-        self._executor = executor or ThreadExecutor()
-        self.folder = Path(folder)
-        self._lock = RunLock(self.folder, name="refresh.lock", remedy="use another folder")
+        self._options, self.folder = options or RefreshOptions(), Path(folder)
+        self._trigger, self._executor = trigger or Never(), executor or ThreadExecutor()
+        self._probe_queries, self._report, self._check = probe_queries, report, check
+        # An interpreter that ends closes what is left open, and so does a cell that is run again.
+        close = weakref.WeakMethod(self.close)
+        self._at_exit = lambda: (method := close()) and method()
+        self._lock = RunLock(
+            self.folder, name="refresh.lock", remedy="use another folder", give_back=self._at_exit
+        )
         check_writable(self.folder)
-        self._lock.__enter__()
         self.generations = GenerationStore(self.folder, keep=self._options.keep, report=report)
         cancelled = threading.Event()
         self._pipeline = Pipeline(
             self.folder, task, self._executor, self.generations, self._options,
             cancelled=cancelled, on_progress=lambda what: self._gauges.note(what), report=report,
         )  # fmt: skip
-        self._pipeline.clean()
         self._background = Background(
             self._pipeline.run, cancelled, max_retries=self._options.max_retries,
             backoff_seconds=self._options.backoff_seconds, report=report,
@@ -108,12 +106,12 @@ class Refresher:
             self._background, self._pipeline, report, identical=self._options.adopt_after >= 0
         )
         self._snapshot: IndexSnapshot | None = None
-        self._last_export_step = 0
+        self._steps, self._last_export_step = StepNumbers(), 0
         self._scheduled: tuple[int, int] | None = None  # (step of the export, step of adoption)
         self._lag_told = False
-        close = weakref.WeakMethod(self.close)  # an interpreter that ends closes what is left open
-        self._at_exit = lambda: (method := close()) and method()
+        self._lock.__enter__()
         atexit.register(self._at_exit)
+        self._pipeline.clean()
 
     @property
     def snapshot(self) -> IndexSnapshot:
@@ -137,7 +135,7 @@ class Refresher:
         """Opens or builds the index to begin with, in the foreground.
 
         An index that an earlier life of the run built with the same parameters is opened, not
-        built again.
+        built again. Called again, it goes to another step of the run, an earlier one too.
 
         Args:
             params: Document-encoder parameters at `step`.
@@ -156,6 +154,10 @@ class Refresher:
             ResumeError: The index of the checkpoint is lost, and `adopt_after` promises a run
                 that continues identically.
         """
+        step, self._steps, self._scheduled = StepNumbers().advance(step), StepNumbers(), None
+        if self._snapshot is not None:  # what is under way belongs to the steps that are left
+            self.wait()
+            self._background.fetch()
         mismatch = self._pipeline.mismatch()
         if state is None:
             if mismatch:
@@ -173,7 +175,7 @@ class Refresher:
             return self._build_now(params, step)
         else:
             self._build_now(exported, wanted)
-        self._last_export_step = wanted
+        self._last_export_step = self._steps.advance(wanted)
         if pending and (exported := self._kept.params_under_way(params, *pending)) is not None:
             self.submit(exported, pending[0])
             self._scheduled = (pending[0], pending[1]) if self._options.adopt_after >= 0 else None
@@ -185,16 +187,18 @@ class Refresher:
         Adopts an index that is ready, asks the trigger whether to export, and bounds the lag.
 
         Args:
-            step: Number of the step about to be taken, counted over epochs.
+            step: Number of the step about to be taken, counted over epochs; it never goes back.
             params: Live document-encoder parameters; copied where they are exported.
 
         Returns:
             The snapshot to search in this step.
 
         Raises:
+            ValueError: The step is no whole number, or an earlier one than the last.
             RefreshError: A refresh failed for good and `on_failure` is "stop".
             IndexTooStaleError: The lag is beyond its bound and `on_lag` is "stop".
         """
+        step = self._steps.advance(step)
         self._gauges.clock.end_step(self.busy)
         if self._options.adopt_after < 0:
             self.poll()
@@ -222,16 +226,17 @@ class Refresher:
             store: Embeddings that they give, where there are any; then nothing is encoded.
 
         Returns:
-            True if a refresh starts now. False if one is under way: these parameters wait, in the
-            place of any that waited before.
+            True if a refresh starts now. False if one is under way: these parameters wait next.
 
         Raises:
+            ValueError: The step is no whole number, or an earlier one than the last.
             RuntimeError: The refresher is closed.
         """
+        step = self._steps.advance(step)
         probes = None if self._probe_queries is None else np.asarray(self._probe_queries())
         counts = self._pipeline.counts.state()
         export = Submission(self._executor.copy_params(params), step, counts, probes, store)
-        self._last_export_step = max(self._last_export_step, step)
+        self._last_export_step = step
         return self._background.hand_over(export)
 
     def poll(self) -> IndexSnapshot | None:
@@ -246,26 +251,22 @@ class Refresher:
         if ready is not None:
             self._adopt(ready)
         if failure is not None:
-            message = (
-                f"the index could not be refreshed: {describe(failure)}; the generation of step "
-                f"{self._snapshot.encoder_step if self._snapshot else '(none)'} still serves"
-            )
+            step = getattr(self._snapshot, "encoder_step", "(none)")
+            why = f"the index could not be refreshed: {describe(failure)}"
+            message = f"{why}; the generation of step {step} still serves"
             if self._options.on_failure == "stop":
                 raise RefreshError(message) from failure
             self._report(message)
         return ready
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until no refresh is under way or waiting; `poll` then adopts the result.
+        """Waits until no refresh is under way or waiting, or `check` raises; then `poll` adopts.
 
         Args:
             timeout: In seconds; None: as long as it takes.
 
         Returns:
             True if nothing is under way any more.
-
-        Raises:
-            Exception: Whatever the `check` of this refresher raised.
         """
         return self._background.wait(
             timeout, self._check, lambda: self._report(f"waiting for the index: {self.line()}")
@@ -276,7 +277,7 @@ class Refresher:
         try:
             self._background.close()
         finally:
-            # Closing again does no harm; the folder must not stay locked for want of a thread.
+            # The folder must not stay locked for want of a thread.
             atexit.unregister(self._at_exit)
             self._executor.close()
             self._lock.__exit__()

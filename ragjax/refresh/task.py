@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ragjax.index import store
 from ragjax.refresh.batches import EncodeOptions
+from ragjax.storage.random_keys import key_data
 
 
 class Cancelled(Exception):
@@ -122,7 +123,11 @@ class EncodeTask:
         return dataclasses.replace(self, documents=token_ids, tokenize=list, corpus_fingerprint="")
 
     def dim(self, params: Any) -> int:
-        """Returns D, by tracing the encoder without computing anything."""
+        """Returns D, by tracing the encoder without computing anything.
+
+        Raises:
+            ValueError: The encoder returns anything else than one embedding for a document.
+        """
         length = self.options.buckets[0]
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), params)
         ids = jax.ShapeDtypeStruct((1, length), np.int32)
@@ -131,7 +136,7 @@ class EncodeTask:
         def run(params: Any, ids: Array, mask: Array) -> Array:
             return self.encode(params, self.make_tokens(ids, mask))
 
-        return int(jax.eval_shape(run, shapes, ids, mask).shape[1])
+        return embedding_size(jax.eval_shape(run, shapes, ids, mask), rows=1)
 
     def spec(self, params: Any, *, params_digest: str) -> store.StoreSpec:
         """Returns what a store of all documents, encoded with these parameters, holds."""
@@ -147,6 +152,22 @@ class EncodeTask:
             dtype=self.dtype,
             rows_per_shard=self.rows_per_shard,
         )
+
+
+def embedding_size(result: Any, *, rows: int) -> int:
+    """Returns D of what an encoder returned for so many rows of tokens.
+
+    Raises:
+        ValueError: It is not `[rows, D]`.
+    """
+    shape = getattr(result, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != rows:
+        found = type(result).__name__ if shape is None else f"an array {list(shape)}"
+        raise ValueError(
+            f"The encoder returned {found} for {rows} rows of tokens; encode(params, tokens) must "
+            f"return one embedding for each, [{rows}, D]"
+        )
+    return int(shape[1])
 
 
 class EncodeRequest(NamedTuple):
@@ -187,7 +208,7 @@ class Executor(Protocol):
 def params_digest(params: Any) -> str:
     """Returns a digest of a tree of arrays: names, shapes, dtypes and bytes; 32 hex digits."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(key_data(params)):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)}{np.shape(leaf)}{array.dtype}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)

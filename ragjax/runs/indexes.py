@@ -182,14 +182,14 @@ class _LiveDense:
         """Number of documents."""
         return self._queries.snapshot.index.size
 
-    def search(self, query_embeddings: Any, k: int) -> SearchResult:
+    def search(self, queries: Any, k: int) -> SearchResult:
         """Returns the k best documents of each query; those beyond keep the index's scores."""
-        found = self._queries.snapshot.index.search(query_embeddings, k)
+        found = self._queries.snapshot.index.search(queries, k)
         best = min(self._live, k)
         if not best:
             return found
         encode = live_embeddings(self._task, self._queries.doc_params)
-        first = rerank(found.top(best), query_embeddings, encode, best)
+        first = rerank(found.top(best), queries, encode, best)
         columns = zip(first, found, strict=True)
         return SearchResult(*(np.concatenate([a, b[:, best:]], axis=1) for a, b in columns))
 

@@ -1,6 +1,7 @@
 """Checkpoints: orbax underneath, digests, a finite check and a way back to the last good one."""
 
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ragjax.storage import publish, sha256, walk_digests, write_json
+from ragjax.storage.random_keys import key_data, with_keys
 
 FORMAT = 1
 _DIGESTS = "ragjax.json"
@@ -63,14 +65,15 @@ class Checkpointer:
 
         Args:
             step: Number of the step.
-            state: Tree of arrays.
+            state: Tree of arrays, typed random keys among them.
             info: JSON values to come back with it.
 
         Raises:
             ValueError: If an array holds NaN or infinity; nothing is written then, so a diverged
                 run cannot push out the last good checkpoint.
         """
-        leaves = jax.tree_util.tree_leaves_with_path(state)
+        step, arrays = operator.index(step), key_data(state)
+        leaves = jax.tree_util.tree_leaves_with_path(arrays)
         bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not _is_finite(leaf)]
         if bad:
             raise ValueError(
@@ -80,7 +83,7 @@ class Checkpointer:
         # Beside its name, so that a save that fails leaves an earlier one of the same step alone.
         building = self._folder / f".{step}.saving"
         shutil.rmtree(building, ignore_errors=True)
-        _orbax().save(building, state)
+        _orbax().save(building, arrays)
         digests = {
             "format": FORMAT,
             "step": step,
@@ -170,12 +173,13 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
             )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=device), template
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=device),
+        key_data(template),
     )
     context = _orbax().Context()
     context.pytree.loading.partial_load = bool(field)
     with context:
-        state = _orbax().load(folder, abstract)
+        state = with_keys(_orbax().load(folder, abstract), template)
     return state[field] if field else state
 
 

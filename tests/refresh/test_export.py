@@ -46,6 +46,17 @@ def test_reads_back_what_was_written(params, folder, shapes_only):
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "params.safetensors"]
 
 
+@pytest.mark.parametrize("shapes_only", [False, True])
+def test_typed_random_keys_come_back_as_the_same_keys(tmp_path, shapes_only):
+    params = {"w": jnp.ones(2), "dropout": jax.random.key(3), "rbg": jax.random.key(4, impl="rbg")}
+    write_export(tmp_path / "export", params, step=1, info={})
+    template = jax.eval_shape(lambda: params) if shapes_only else params
+    found = read_export(tmp_path / "export", template).params
+    assert all(found[name] == params[name] for name in ("dropout", "rbg"))
+    assert params_digest(found) == params_digest(params)
+    assert params_digest(params | {"dropout": jax.random.key(5)}) != params_digest(params)
+
+
 def test_the_order_of_the_leaves_does_not_matter(tmp_path, folder, params):
     backwards = dict(reversed(params.items()))
     digest = write_export(tmp_path / "backwards", backwards, step=7, info={})

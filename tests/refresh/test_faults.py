@@ -480,8 +480,17 @@ def test_a_second_refresher_is_refused_until_the_first_is_gone_however_it_went(m
         holder.kill()
         holder.communicate()
     assert make().start(make_params(0)).version == 0
-    with pytest.raises(ValueError, match=f"locked by process {os.getpid()} .*another folder"):
-        make()
+
+
+def test_a_cell_run_again_takes_the_folder_from_the_refresher_left_open(make):
+    first = make()
+    first.start(make_params(0))
+    second = make()  # its cell runs again
+    assert second.start(make_params(0)).version == 0
+    with pytest.raises(RuntimeError, match="closed, by .* or by another one opened on its folder"):
+        first.submit(make_params(1), 1)
+    first.close()  # gives back nothing that is not its own
+    assert second.update(1, make_params(0)).version == 0
 
 
 # Forks a trainer for each line it reads, before JAX has started any thread; the trainer refreshes

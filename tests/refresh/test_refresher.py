@@ -1,6 +1,7 @@
 """The refresher: nothing blocks, nothing is lost, and the deterministic mode repeats itself."""
 
 import errno
+import json
 import shutil
 import threading
 import time
@@ -25,6 +26,7 @@ from ragjax.refresh import (
     RefreshState,
     ResumeError,
     ThreadExecutor,
+    encode_corpus,
     encode_to_store,
     encode_token_ids,
     load_snapshot,
@@ -635,3 +637,58 @@ def test_a_failure_that_newer_parameters_made_up_for_is_still_told(make, told, g
     refresher.wait()
     assert serves(refresher.poll(), 2)
     assert any("step 1 is bad" in line for line in told)
+
+
+@pytest.mark.parametrize("integer", [np.int64, jnp.int32, np.asarray])
+def test_steps_may_be_integers_of_numpy_and_jax(make, integer):
+    refresher = make(trigger=EveryNSteps(2), adopt_after=0)
+    refresher.start(params_at(0), step=integer(0))
+    for step in range(4):
+        refresher.update(integer(step), params_at(step))
+    refresher.submit(params_at(3), integer(3))
+    assert refresher.wait() and serves(refresher.poll(), 3)
+    assert type(refresher.metrics(integer(5))["index/staleness_steps"]) is float
+    assert json.loads(json.dumps(refresher.state_dict()))["encoder_step"] == 3
+    assert refresher.generations.descriptions()[2].encoder_step == 3
+
+
+@pytest.mark.parametrize("step", [1.5, "3", None, jnp.ones(2), -1])
+def test_a_step_that_is_no_number_of_a_step_is_refused(make, step):
+    refresher = make()
+    with pytest.raises(ValueError, match="step must be"):
+        refresher.start(params_at(0), step=step)
+
+
+def test_steps_that_go_back_are_named_and_begin_anew_with_start(make, gate):
+    refresher = make(trigger=EveryNSteps(4), adopt_after=1)
+    refresher.start(params_at(0))
+    early = refresher.state_dict()
+    seen = versions(refresher, 10)
+    gate.open.clear()
+    refresher.submit(params_at(9), 9)
+    gate.open.set()
+    for again in (refresher.update, lambda step, params: refresher.submit(params, step)):
+        with pytest.raises(ValueError, match=r"Step 3 comes after step 9: .*start\(params, step=3"):
+            again(3, params_at(3))
+    assert serves(refresher.start(params_at(1), step=1, state=early), 0)
+    again = [refresher.update(step, params_at(step)).encoder_step for step in range(1, 10)]
+    assert again == seen[1:]
+
+
+@pytest.mark.parametrize(
+    ("encode", "found"),
+    [
+        (lambda params, tokens: toy_encode(params, tokens)[:, 0], r"an array \[1\]"),
+        (lambda params, tokens: params["embed"][tokens.ids], r"an array \[1, 8, 8\]"),
+        (lambda params, tokens: toy_encode(params, tokens).sum(0)[None], r"an array \[1, 8\]"),
+        (lambda params, tokens: (toy_encode(params, tokens),), "tuple"),
+    ],
+    ids=["one number", "each token", "one for all", "a tuple"],
+)
+def test_an_encoder_that_gives_no_embedding_for_each_document_is_named(make, encode, found):
+    task = EncodeTask(encode=encode, documents=DOCS, pad_id=0, options=OPTIONS)
+    if found != r"an array \[1, 8\]":  # with one row it is right
+        with pytest.raises(RefreshError, match=rf"The encoder returned {found} for 1 rows"):
+            make(encode=encode).start(params_at(0))
+    with pytest.raises(ValueError, match=r"The encoder returned .* return one .*, \[\d+, D\]"):
+        encode_corpus(task, params_at(0))

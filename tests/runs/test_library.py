@@ -113,7 +113,7 @@ def test_two_calls_on_one_folder_the_second_is_refused(options, tmp_path):
     thread.start()
     try:
         assert started.wait(60)
-        with pytest.raises(ValueError, match="run is locked by process .*; wait for it to end"):
+        with pytest.raises(ValueError, match="run is locked by process .*this one; end the call"):
             adapt(config, log=silent)
     finally:
         stop.signum = signal.SIGINT

@@ -2,6 +2,7 @@ import errno
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,6 +148,21 @@ def test_other_dtypes_are_refused_instead_of_cast(tmp_path):
     other = tree(0.0) | {"w": jnp.zeros((3, 2), jnp.bfloat16)}
     with pytest.raises(ValueError, match="checkpoint"):
         Checkpointer(tmp_path).latest_good(other)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_typed_random_keys_come_back_as_the_same_keys(tmp_path, impl):
+    key = jax.random.key(5, impl=impl)
+    state = {"key": key, "keys": jax.random.split(key, 3), "w": jnp.ones(2)}
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(np.int64(1), state)
+    shapes = jax.eval_shape(lambda: state)
+    for template in (state, shapes):
+        found = checkpoints.latest_good(template).state
+        assert [found[name].dtype for name in state] == [leaf.dtype for leaf in state.values()]
+        assert all((found[name] == state[name]).all() for name in state)
+    with pytest.raises(ValueError, match="is of another run: .'key'."):
+        checkpoints.latest_good(state | {"key": jax.random.key_data(key)})
 
 
 def test_nothing_saved_is_none(tmp_path):
