@@ -1,6 +1,7 @@
 """What the scripts share: flags, one line for an error, exit codes."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -61,6 +62,7 @@ def run_program(
         kept fresh; 128 + signal if stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    escape_what_is_no_utf8()
     again = f"the same command continues this {default.kind}"
     try:
         flags = parse_flags(default, description, arguments)
@@ -105,6 +107,13 @@ def parse_flags(
         default=Flags(options=options, config=path),
         description=description,
     )
+
+
+def escape_what_is_no_utf8() -> None:
+    """Lets both streams write names of files that are no UTF-8, with escapes for their bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show_error(error: Exception, arguments: Sequence[str]) -> None:

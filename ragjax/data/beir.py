@@ -82,7 +82,7 @@ def read_beir(
         max_chars=max_chars,
         progress=progress,
     )
-    path_key = hashlib.sha256(str(folder.resolve()).encode("utf-8")).hexdigest()[:16]
+    path_key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     with RejectedRows(cache / f"queries-{path_key}" / "rejected.jsonl", on_bad_row) as rejected:
         questions = _read_questions(queries_file, resolve_fields(fields), rejected)
         notes = list(corpus.report.notes())

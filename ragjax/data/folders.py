@@ -6,8 +6,9 @@ dataset = read_beir("data/manual", cache="runs/cache")
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from ragjax.data.sections import sections
 from ragjax.storage import write_jsonl, write_text
 
 SUFFIXES = (".md", ".markdown", ".txt", ".rst")
+_READ = (
+    f"documents are read from {', '.join(SUFFIXES)} files (convert others, for example with pandoc"
+    " or pdftotext), passages from corpus.jsonl"
+)
+_SHOWN = 3  # names in a note
 # Letters of a word above those that most words have.
 _LONG = re.compile(r"[^\s\u0e00-\u0eff\u2e80-\U0010ffff]{20}")
 # Ends of sentences, also of scripts that put no space after them.
@@ -37,6 +43,16 @@ class Written(NamedTuple):
     files: int
     passages: int
     skipped: tuple[str, ...]  # files without text
+    left_out: Mapping[str, Sequence[str]]  # why -> files that were not read
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns a sentence on the files without text, and one on those that were not read."""
+        notes = []
+        if self.skipped:
+            notes.append(f"{len(self.skipped):,} files have no text: {_some(self.skipped)}")
+        if self.left_out:
+            notes.append(f"not read: {_listed(self.left_out)}; {_READ}")
+        return tuple(notes)
 
 
 def write_documents(
@@ -51,13 +67,13 @@ def write_documents(
     the path below the folder and a number, so it stays while the file does.
 
     Args:
-        folder: Has .md, .markdown, .txt or .rst files in UTF-8, at any depth; hidden ones are left
-            out.
+        folder: Has .md, .markdown, .txt or .rst files in UTF-8, at any depth, also below linked
+            folders; hidden ones are left out. Or one such file.
         output: Folder of the data set; made where it is missing.
         words_per_passage: Words of a passage, about; at least 10.
 
     Returns:
-        How much was written.
+        How much was written, and what was left out.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -66,34 +82,118 @@ def write_documents(
     folder, output = Path(folder), Path(output)
     if words_per_passage < 10:
         raise DataError(f"words_per_passage must be at least 10, got {words_per_passage}")
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder of documents")
     rows: list[dict[str, str]] = []
     skipped: list[str] = []
-    files = document_files(folder)
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        passages = list(_passages(_read(path), path.suffix.lower(), path.stem, words_per_passage))
+    found = _find_files(folder)
+    for path in found.files:
+        name = _name(path, folder)
+        passages = list(_passages(_read(path), path.suffix.lower(), words_per_passage))
         if not passages:
             skipped.append(name)
-        for number, (title, text) in enumerate(passages):
+        file = name.rpartition("/")[2].removesuffix(path.suffix).replace("_", " ")
+        for number, (headings, text) in enumerate(passages):
+            title = " - ".join([file, *headings])
             rows.append({"_id": f"{name}#{number}", "title": title, "text": text})
+    written = Written(len(found.files) - len(skipped), len(rows), tuple(skipped), found.left_out)
     if not rows:
-        raise DataError(f"{folder}: no text in files ending in {', '.join(SUFFIXES)}")
+        why = "; ".join(written.notes()) or f"the folder is empty; {_READ}"
+        raise DataError(f"{folder}: no text to read ({why})")
     output.mkdir(parents=True, exist_ok=True)
     write_jsonl(output / "corpus.jsonl", rows)
-    return Written(len(files) - len(skipped), len(rows), tuple(skipped))
+    return written
 
 
 def document_files(folder: Path) -> list[Path]:
     """Returns the files below a folder that `write_documents` reads, by name."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return _find_files(folder).files
+
+
+def holds_data_set(path: Path) -> bool:
+    """Tells whether a folder or file has passages as JSON lines, or parts of such a data set.
+
+    A data set without its corpus is a mistake, whatever README stands beside it.
+    """
+    if not path.is_dir():
+        return ".json" in path.name or path.suffix in ("", ".gz")
+    names = {file.name for file in path.iterdir() if file.is_file() and file.suffix not in SUFFIXES}
+    parts = {name.partition(".")[0] for name in names}
+    return (
+        any(".jsonl" in name for name in names)
+        or not parts.isdisjoint({"corpus", "queries"})
+        or (path / "qrels").is_dir()
     )
+
+
+class _Found(NamedTuple):
+    files: list[Path]
+    left_out: dict[str, list[str]]  # why -> names below the folder
+
+
+def _find_files(folder: Path) -> _Found:
+    """Returns the files below a folder, links followed; each is read under one name."""
+    found = _Found([], {})
+    seen: set[str] = set()
+    places = [folder]  # the folder, then the links in it
+
+    def leave(path: Path, why: str) -> None:
+        found.left_out.setdefault(why, []).append(_name(path, folder))
+
+    def take(path: Path) -> None:
+        if not path.is_file():
+            leave(path, "broken links" if path.is_symlink() else "not plain files")
+        elif path.suffix.lower() in SUFFIXES:
+            found.files.append(path)
+        else:
+            leave(path, path.suffix.lower() or "without an ending")
+
+    def is_new(path: Path) -> bool:
+        real = os.path.realpath(path)
+        if is_known := real in seen:
+            leave(path, "read under another name")
+        seen.add(real)
+        return not is_known
+
+    # What is linked comes last, so that a file's own name is the one it is read under.
+    for place in places:
+        if not place.is_dir():
+            if is_new(place):
+                take(place)
+            continue
+        for top, names, files in os.walk(place, onerror=_raise):
+            if not is_new(Path(top)):
+                names.clear()
+                continue
+            for path in (Path(top, name) for name in sorted(names + files)):
+                if path.name.startswith("."):
+                    leave(path, "hidden")
+                elif path.is_symlink():
+                    places.append(path)
+                elif path.name in files and is_new(path):
+                    take(path)
+            names[:] = sorted(name for name in names if not name.startswith("."))
+    return _Found(sorted(found.files), found.left_out)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _name(path: Path, folder: Path) -> str:
+    """Returns a path below a folder as text; bytes of it that are no UTF-8 become escapes."""
+    below = path.relative_to(folder if path != folder else folder.parent)
+    return os.fsencode(below.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _listed(left_out: Mapping[str, Sequence[str]]) -> str:
+    """Returns how many files were left out for which reason, with a few names each."""
+    kinds = sorted(left_out.items(), key=lambda kind: (-len(kind[1]), kind[0]))
+    return ", ".join(f"{len(names):,} {why} ({_some(names)})" for why, names in kinds)
 
 
 def write_questions(
@@ -180,12 +280,11 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _passages(text: str, ending: str, name: str, words: int) -> Iterator[tuple[str, str]]:
-    """Yields (title, text) of each passage of a file."""
+def _passages(text: str, ending: str, words: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields (headings, text) of each passage of a file."""
     for headings, paragraphs in sections(text, ending):
-        title = " - ".join([name.replace("_", " "), *headings])
         for passage in _filled(paragraphs, words):
-            yield title, passage
+            yield headings, passage
 
 
 def _filled(paragraphs: Sequence[str], words: int) -> Iterator[str]:

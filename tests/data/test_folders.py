@@ -1,9 +1,16 @@
 import json
+import os
 
 import pytest
 
-from ragjax.data import read_beir
-from ragjax.data.folders import Asked, document_files, write_documents, write_questions
+from ragjax.data import Corpus, read_beir
+from ragjax.data.folders import (
+    Asked,
+    document_files,
+    holds_data_set,
+    write_documents,
+    write_questions,
+)
 from ragjax.data.jsonl import DataError
 
 MANUAL = """# Kettle
@@ -43,7 +50,14 @@ def passages(output):
 
 def test_a_folder_becomes_passages_under_their_headings(folder, tmp_path):
     written = write_documents(folder, tmp_path / "data")
-    assert written == (2, 4, ("empty.txt",))
+    left_out = {"hidden": [".hidden.md"], ".png": ["image.png"]}
+    assert written == (2, 4, ("empty.txt",), left_out)
+    assert written.notes() == (
+        "1 files have no text: empty.txt",
+        "not read: 1 .png (image.png), 1 hidden (.hidden.md); documents are read from .md,"
+        " .markdown, .txt, .rst files (convert others, for example with pandoc or pdftotext),"
+        " passages from corpus.jsonl",
+    )
     assert [(p["_id"], p["title"]) for p in passages(tmp_path / "data")] == [
         ("kettle.md#0", "kettle - Kettle"),
         ("kettle.md#1", "kettle - Kettle - Care"),
@@ -146,9 +160,21 @@ def test_a_question_that_cannot_be_judged_is_named(folder, tmp_path, asked, word
 def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         write_documents(folder / "nowhere", tmp_path / "data")
-    with pytest.raises(DataError, match="no text in files ending in .md"):
-        (tmp_path / "bare").mkdir()
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(
+        DataError, match="bare: no text .*the folder is empty; documents are read from .md"
+    ):
         write_documents(tmp_path / "bare", tmp_path / "data")
+    for name in "abcd":
+        (tmp_path / "bare" / f"{name}.HTML").write_text("<p>text</p>")
+    with pytest.raises(
+        DataError, match=r"not read: 4 .html \(a.HTML, b.HTML, c.HTML, ...\); documents"
+    ):
+        write_documents(tmp_path / "bare", tmp_path / "data")
+    with pytest.raises(
+        DataError, match=r"not read: 1 .html \(a.HTML\); documents are read from .md"
+    ):
+        write_documents(tmp_path / "bare" / "a.HTML", tmp_path / "data")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="latin.txt: not UTF-8 .byte 3"):
         write_documents(folder, tmp_path / "data")
@@ -184,3 +210,58 @@ def test_answers_that_are_one_string_are_refused(folder, tmp_path):
     asked = [Asked("How long is the warranty?", "two years")] * 2
     with pytest.raises(TypeError, match="the answers of 'How long is the warranty"):
         write_questions(tmp_path / "data", asked)
+
+
+def test_one_file_is_read_too(folder, tmp_path):
+    assert write_documents(folder / "kettle.md", tmp_path / "data").left_out == {}
+    assert [p["_id"] for p in passages(tmp_path / "data")] == [f"kettle.md#{n}" for n in range(3)]
+
+
+def test_linked_folders_and_files_are_read_once(folder, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "a.md").write_text("from elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "a_link").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "a_copy.md").symlink_to(folder / "kettle.md")
+    (folder / "gone.md").symlink_to(tmp_path / "nowhere")
+    written = write_documents(folder, tmp_path / "data")
+    files = list(dict.fromkeys(p["_id"].rpartition("#")[0] for p in passages(tmp_path / "data")))
+    assert files == ["a_link/deep/a.md", "kettle.md", "more/lamp_guide.txt"]
+    assert written.left_out["read under another name"] == ["a_copy.md", "loop", "a_link/back"]
+    assert written.left_out["broken links"] == ["gone.md"]
+
+
+def test_a_file_name_that_is_no_utf8_is_an_id_that_can_be_read(tmp_path):
+    folder = tmp_path / "manual"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.md")).write_text("opens at nine")
+    write_documents(folder, tmp_path / "data")
+    corpus = Corpus.open(tmp_path / "data", cache=tmp_path / "cache")
+    assert corpus[0] == ("caf\\xe9.md#0", "caf\\xe9", "opens at nine")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("corpus.jsonl.gz", True),
+        ("queries.csv", True),
+        ("qrels/test.tsv", True),
+        ("corpus.md", False),
+        ("package.json", False),
+        ("corpus/a.txt", False),
+    ],
+)
+def test_a_folder_with_parts_of_a_data_set_is_one(tmp_path, name, expected):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (tmp_path / "README.md").touch()
+    assert holds_data_set(tmp_path) is expected
+
+
+@pytest.mark.parametrize("name", ["passages.jsonl", "a.json", "passages.gz", "passages"])
+def test_a_file_may_hold_passages(tmp_path, name):
+    (tmp_path / name).touch()
+    assert holds_data_set(tmp_path / name)
+    (tmp_path / "manual.md").touch()
+    assert not holds_data_set(tmp_path / "manual.md")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import pytest
@@ -83,6 +84,46 @@ def test_a_folder_of_text_files_is_read_again_at_every_start(ask_json, tmp_path,
     found = ask_json(QUESTION, *flags)[0]["documents"]
     assert "the red cat likes milk" in {document["text"] for document in found}
     assert sorted(path.name for path in folder.iterdir()) == ["cats.md", "part"]
+
+
+def test_what_is_left_out_of_a_folder_is_said(ask, flags, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"man\xfcal")
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.md")).write_text("the red cat likes fish")
+    (folder / "a.pdf").touch()
+    assert ask([*flags, f"--data={folder}", f"--cache={tmp_path}", "--json", QUESTION]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["documents"][0]["id"] == "caf\\xe9.md#0"
+    assert "note: not read: 1 .pdf (a.pdf); documents are read from .md" in told.err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.html", "no text to read (not read: 1 .html (a.html); documents are read from .md,"),
+        ("deep/empty.txt", "no text to read (1 files have no text: deep/empty.txt)"),
+        (None, "no text to read (the folder is empty; documents are read from .md,"),
+    ],
+)
+def test_a_folder_without_text_is_refused_in_one_sentence(
+    ask, flags, tmp_path, capsys, name, words
+):
+    if name:
+        (tmp_path / "docs" / name).parent.mkdir(parents=True)
+        (tmp_path / "docs" / name).touch()
+    else:
+        (tmp_path / "docs").mkdir()
+    assert ask([*flags, f"--data={tmp_path / 'docs'}", "why?"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'docs'}: {words}")
+
+
+def test_one_text_file_is_read_and_another_format_refused(ask, ask_json, flags, tmp_path, capsys):
+    (tmp_path / "cats.md").write_text("# Cats\n\nthe red cat likes fish\n")
+    found = ask_json(QUESTION, f"--data={tmp_path / 'cats.md'}")[0]["documents"]
+    assert [document["id"] for document in found] == ["cats.md#0"]
+    (tmp_path / "corpus.csv").write_text("id,text\n")
+    assert ask([*flags, f"--data={tmp_path / 'corpus.csv'}", "why?"]) == 2
+    assert "not read: 1 .csv (corpus.csv); documents are read from" in capsys.readouterr().err
 
 
 def test_a_data_set_without_its_corpus_is_no_folder_of_text(ask, flags, tmp_path, capsys):
