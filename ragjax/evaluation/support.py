@@ -1,4 +1,4 @@
-"""Support of a generated answer by the passages that were read: a measure of hallucination.
+"""Support of a generated answer by passages: a measure of hallucination.
 
 An answer is supported by a passage that contains it as a run of whole tokens. A longer answer,
 which is seldom a quotation, is also supported by a passage that holds most of its content words.
@@ -31,7 +31,7 @@ _FUNCTION_WORDS = frozenset(
 
 
 class Support(NamedTuple):
-    """Support of an answer by the passages that were read."""
+    """Support of an answer by passages."""
 
     supported: bool  # some passage contains it, or most of it where it is long
     containment: float  # largest share, over the passages, of its content tokens, 0 to 1
@@ -49,7 +49,7 @@ class SupportRates(NamedTuple):
 def answer_support(
     answer: str, passages: Sequence[str], *, threshold: float = CONTAINMENT_THRESHOLD
 ) -> Support:
-    """Looks for an answer in the passages that its writer read.
+    """Looks for an answer in passages: those that its writer read, or all that bear on it.
 
     Content tokens are those of `passage_tokens` without English function words (all of them, if it
     has no others), each counted once; in scripts written without spaces they are pairs of adjacent
@@ -58,7 +58,7 @@ def answer_support(
 
     Args:
         answer: Generated text.
-        passages: Texts that were read, best first; none where no document was read.
+        passages: Texts; none where no document was read.
         threshold: Share of content tokens that supports a long answer, in (0, 1].
 
     Returns:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ragjax.data import Dataset, Question
 from ragjax.index import Bm25Index
 from ragjax.refresh.task import params_digest
-from ragjax.runs.compare.measures import measure_answer
+from ragjax.runs.compare.measures import corpus_evidence, measure_answer
 from ragjax.runs.compare.results import Checks, write_results
 from ragjax.runs.compare.robustness import answer_conditions
 from ragjax.runs.compare.systems import (
@@ -208,7 +208,8 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
     )
     documents = retrieve_documents(workspace, bm25, before, after, split)
     cache = answer_cache(workspace.folder, _earlier_answers(opened.run))
-    measure = measure_answer(workspace, config.support_threshold)
+    evidence = corpus_evidence(workspace, documents, split)
+    measure = measure_answer(workspace, config.support_threshold, evidence)
     with workspace.timed("answers"):
         columns = make_columns(opened.systems, documents, base, lm)
         records = evaluate_systems(workspace, columns, cache, split=split, measure=measure)

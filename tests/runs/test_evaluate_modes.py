@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from programs import load_script
 
+from ragjax.evaluation import compare
+from ragjax.evaluation.systems import PAIRS
 from ragjax.generation import Prompts, generate_greedy
+from ragjax.index import SearchResult
 from ragjax.models.inputs import LMBatch
 from ragjax.runs.ask.decoding import DECODES
 from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_limits, answer_requests
-from ragjax.runs.compare.measures import measure_answer, passages_read
-from ragjax.runs.compare.systems import answer_cache
+from ragjax.runs.compare.measures import corpus_evidence, measure_answer, passages_read
+from ragjax.runs.compare.systems import Documents, answer_cache, make_record
 from ragjax.runs.evaluate import open_evaluation
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.modes import MODES
@@ -205,7 +208,7 @@ def test_support_counts_the_part_that_was_read(opened, tmp_path):
     assert fox.startswith("fox") and "chapter" not in fox
     # Of the novel the first 24 tokens were read, not its end.
     assert "near" not in novel
-    measure = measure_answer(workspace, 0.8)
+    measure = measure_answer(workspace, 0.8, {question.id: rows[:1]})
     said = ScoredAnswer("novel", None, -1.0, 2)
     metrics = measure(request, said)
     assert metrics["supported"] == 1.0
@@ -214,8 +217,66 @@ def test_support_counts_the_part_that_was_read(opened, tmp_path):
     assert measure(request, ScoredAnswer("near", None, -1.0, 2))["supported"] == 0.0
     closed = measure(Request(question, (), ()), said)
     assert "supported" not in closed and "confidence" in closed
+    # By the evidence of the corpus, whatever was read.
+    assert metrics["corpus_supported"] == closed["corpus_supported"] == 0.0
+    assert closed["corpus_hallucination"] == 1.0 and metrics["hallucination"] == 0.0
+    found = measure(Request(question, (), ()), ScoredAnswer("likes berries", None, -1.0, 2))
+    assert found["corpus_supported"] == found["corpus_supported_if_wrong"] == 1.0
+    assert found["corpus_hallucination"] == 0.0
     empty = measure(request, ScoredAnswer("", None, -1.0, 1))
     assert empty["empty_answer"] == 1.0 and math.isnan(empty["supported"])
+    assert math.isnan(empty["corpus_hallucination"])
+
+
+def test_the_evidence_is_all_that_was_found_and_what_is_relevant(opened):
+    workspace = opened.workspace
+    questions, size = workspace.questions["test"], len(PASSAGES)
+    first = np.tile(np.array([[3, 1, 0]], np.int32), (len(questions), 1))
+    second = np.tile(np.array([[1, 4, -1]], np.int32), (len(questions), 1))
+    documents = {
+        name: Documents(SearchResult(ids, np.where(ids >= 0, 1.0, -np.inf), ids >= 0), ids)
+        for name, ids in (("bm25", first), ("after", second))
+    }
+    evidence = corpus_evidence(workspace, documents, "test")
+    assert list(evidence) == [question.id for question in questions]
+    for question in questions:
+        gold = workspace.dataset.corpus.row_of(QUESTIONS[question.id][2])
+        expected = [gold, *(row for row in (3, 1, 0, 4) if row != gold)]
+        assert list(evidence[question.id]) == expected and max(expected) < size
+
+
+def test_fewer_hallucinations_than_the_model_alone_can_be_shown(opened):
+    """The same answers measured for two systems, of which one read nothing."""
+    workspace = opened.workspace
+    questions = [question for question in workspace.questions["test"] if question.answers]
+    rows = {q.id: (workspace.dataset.corpus.row_of(QUESTIONS[q.id][2]),) for q in questions}
+    measure = measure_answer(workspace, 0.8, rows)
+    records = {
+        name: [
+            make_record(
+                question,
+                name,
+                metrics=measure(
+                    Request(question, rows[question.id][:read], (0.0,) * read),
+                    ScoredAnswer(said(question), None, -1.0, 1),
+                ),
+            )
+            for question in questions
+        ]
+        for name, read, said in (
+            (
+                "before",
+                1,
+                lambda question: workspace.dataset.corpus[rows[question.id][0]].text[-9:],
+            ),
+            ("closed_book", 0, lambda question: "Atlantis"),
+        )
+    }
+    names = ("hallucination", "corpus_hallucination")
+    compared = compare(records, pairs=(("before", "closed_book"),), metrics=names, num_resamples=50)
+    assert [one.metric for one in compared] == ["corpus_hallucination"]
+    assert compared[0].difference.value < 0 and compared[0].difference.n == len(questions)
+    assert "corpus_hallucination" in PAIRS["before", "closed_book"]
 
 
 @pytest.mark.slow

@@ -90,6 +90,11 @@ def test_un_adapted_models_have_four_columns(evaluated):
     assert metrics["before"]["applicable"]["f1"] == 5
     assert "recall@5" in metrics["bm25"] and "recall@5" not in metrics["closed_book"]
     assert "supported" in metrics["bm25"] and "supported" not in metrics["closed_book"]
+    assert all("corpus_hallucination" in row for row in metrics.values())
+    assert list(load(evaluated, "support.json")) == list(metrics)
+    differences = load(evaluated, "differences.json")["differences"]
+    pairs = {(d["system"], d["baseline"]) for d in differences if d["metric"] == "corpus_supported"}
+    assert ("before", "closed_book") in pairs and ("hybrid_before", "closed_book") in pairs
     for name in ("f1", "answer_nll", "confidence", "confidence_per_token", "empty_answer"):
         cell = metrics["hybrid_before"][name]
         assert cell["low"] <= cell["value"] <= cell["high"]
@@ -126,6 +131,29 @@ def test_support_and_hallucination_follow_their_definitions(evaluated, tiny_inpu
             assert found["metrics"]["hallucination"] == expected
             answered += 1
     assert answered == 15
+
+
+@pytest.mark.slow
+def test_support_by_the_corpus_is_of_the_same_passages_for_every_system(evaluated, tiny_inputs):
+    rows = (Path(tiny_inputs["data"]) / "corpus.jsonl").read_text("utf-8").splitlines()
+    corpus = {row["_id"]: f"{row['title']} {row['text']}" for row in map(json.loads, rows)}
+    checked = 0
+    for line in load(evaluated, "predictions.jsonl"):
+        listed = {doc for system in line["systems"].values() for doc in system["doc_ids"]}
+        # The question names the relevant passage: "what does the red cat like?" is of red-cat.
+        relevant = "-".join(line["question"].split()[3:5])
+        words = set(" ".join(corpus[doc] for doc in {*listed, relevant}).lower().split())
+        for found in line["systems"].values():
+            word = (found["prediction"] or "").lower()
+            if not word.isalnum():
+                continue
+            metrics = found["metrics"]
+            assert metrics["corpus_supported"] == float(word in words)
+            right = f1_score(word, line["answers"]) >= 0.5
+            assert metrics["corpus_hallucination"] == float(not right and word not in words)
+            assert metrics["corpus_supported"] >= metrics.get("supported", 0.0)
+            checked += 1
+    assert checked
 
 
 @pytest.mark.slow
@@ -187,6 +215,7 @@ def test_the_screen_shows_forecast_options_and_tables(script, base, tmp_path, ca
     assert '"answer_questions": 3' in out and "3 of them answered" in out
     for row in ("recall@5", "f1", "hallucination", "calibration_error", "supported"):
         assert f"\n{row} " in out
+    assert "\ncorpus_hallucination: before - closed_book" in out
     assert "f1: before - closed_book" in out
     assert not (tmp_path / "o" / "robustness.json").exists() and "== robustness" not in out
     assert "robustness" not in load(tmp_path / "o", "predictions.jsonl")[0]

@@ -20,7 +20,16 @@ from ragjax.evaluation.systems import SYSTEMS
 _MAIN_PAIRS = (("after", "before"), ("after", "closed_book"))
 _HEADLINES = ("recall@5", "mrr@10", "f1", "answer_nll")
 _LOWER_IS_BETTER = frozenset(
-    ("answer_nll", "marginal_nll", "brier", "ece", "aurc", "hallucination", "empty_answer")
+    (
+        "answer_nll",
+        "marginal_nll",
+        "brier",
+        "ece",
+        "aurc",
+        "hallucination",
+        "corpus_hallucination",
+        "empty_answer",
+    )
 )
 _MEANINGS = {
     "recall@1": "a relevant passage is first (share of the relevant ones)",
@@ -33,7 +42,9 @@ _MEANINGS = {
     "f1": "words shared with a right answer",
     "answer_nll": "nats per token of the right answer; lower is better",
     "supported": "a passage that was read supports the answer",
-    "hallucination": "no passage supports the answer and it is wrong; lower is better",
+    "hallucination": "no passage that was read supports the answer, a wrong one; lower is better",
+    "corpus_supported": "a passage that any search found, or a relevant one, supports the answer",
+    "corpus_hallucination": "none of these supports the answer, a wrong one; lower is better",
     "ece": "mean distance of probability from share of right answers; lower is better",
     "brier": "mean squared distance of probability from 1 or 0; lower is better",
     "auroc": "chance that a right answer is more probable than a wrong one",

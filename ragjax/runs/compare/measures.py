@@ -3,16 +3,17 @@
 K documents.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ragjax.data import PromptBuilder
+from ragjax.data import PromptBuilder, passage_text
 from ragjax.evaluation.calibration import answer_confidence
-from ragjax.evaluation.support import answer_support, is_empty, support_rates
+from ragjax.evaluation.support import Support, answer_support, is_empty, support_rates
 from ragjax.runs.compare.answers import Request, ScoredAnswer
-from ragjax.runs.compare.systems import AnswerMeasure, answer_metrics
+from ragjax.runs.compare.systems import AnswerMeasure, Documents, answer_metrics
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.workspace import Workspace
 
@@ -21,18 +22,35 @@ from ragjax.runs.workspace import Workspace
 RIGHT_F1 = 0.5
 
 
-def measure_answer(workspace: Workspace, threshold: float) -> AnswerMeasure:
+# Before the names of rates: by the evidence of the corpus, not by what was read.
+_BY_CORPUS = "corpus_"
+
+
+def measure_answer(
+    workspace: Workspace, threshold: float, evidence: Mapping[str, Sequence[int]]
+) -> AnswerMeasure:
     """Returns the function that computes the metrics of an answer in an evaluation.
 
     Beside the metrics of `answer_metrics` it has `confidence` p(y) and `confidence_per_token`, the
-    geometric mean of its tokens' probabilities; and, where documents were read, `support` (share of
-    content tokens in the best passage) and the rates of
-    `ragjax.evaluation.support.SupportRates`, where right means an F1 of at least `RIGHT_F1`.
+    geometric mean of its tokens' probabilities; the rates of
+    `ragjax.evaluation.support.SupportRates` by the evidence of the corpus, whatever was read
+    (`corpus_supported`, `corpus_hallucination` and so on), where right means an F1 of at least
+    `RIGHT_F1`; and, where documents were read, the same rates by these, and `support` (share of
+    content tokens in the best of them).
 
     Args:
         workspace: Prompts and documents.
         threshold: Share of content tokens that supports a long answer.
+        evidence: Question id to corpus rows, as of `corpus_evidence`.
     """
+
+    @functools.cache  # systems often give the same answer
+    def is_supported(question_id: str, prediction: str) -> bool:
+        passages = (passage_text(workspace.dataset.corpus[row]) for row in evidence[question_id])
+        return any(
+            answer_support(prediction, [passage], threshold=threshold).supported
+            for passage in passages
+        )
 
     def measure(request: Request, answer: ScoredAnswer) -> dict[str, float]:
         metrics = answer_metrics(request, answer)
@@ -40,17 +58,49 @@ def measure_answer(workspace: Workspace, threshold: float) -> AnswerMeasure:
             log_prob, length = np.array([answer.log_prob]), np.array([answer.num_tokens])
             metrics["confidence"] = float(answer_confidence(log_prob)[0])
             metrics["confidence_per_token"] = float(answer_confidence(log_prob, length)[0])
-        empty = is_empty(answer.prediction)
+        empty, right = is_empty(answer.prediction), is_right(metrics["f1"])
         metrics["empty_answer"] = float(empty)
+        by_corpus = Support(is_supported(request.question.id, answer.prediction), math.nan)
+        rates = support_rates(by_corpus, right=right, empty=empty)
+        metrics |= {f"{_BY_CORPUS}{name}": value for name, value in rates._asdict().items()}
         if request.docs:
             passages = passages_read(workspace, request)
             support = answer_support(answer.prediction, passages, threshold=threshold)
-            rates = support_rates(support, right=is_right(metrics["f1"]), empty=empty)
+            rates = support_rates(support, right=right, empty=empty)
             metrics["support"] = math.nan if empty else support.containment
             metrics |= rates._asdict()
         return metrics
 
     return measure
+
+
+def corpus_evidence(
+    workspace: Workspace, documents: Mapping[str, Documents], split: str
+) -> dict[str, tuple[int, ...]]:
+    """Returns what the corpus has to say on each question, the same for every system.
+
+    The relevant passages, and all that any search found: so also whatever a system read.
+
+    Args:
+        workspace: Data.
+        documents: Of each search, as of `retrieve_documents`.
+        split: Of the workspace's questions.
+
+    Returns:
+        Question id to corpus rows, relevant ones first, each once.
+    """
+    found = [one.found for one in documents.values()]
+    return {
+        question.id: tuple(
+            dict.fromkeys(
+                [*sorted(relevant)]
+                + [doc for one in found for doc in one.doc_ids[row][one.mask[row]].tolist()]
+            )
+        )
+        for row, (question, relevant) in enumerate(
+            zip(workspace.questions[split], workspace.relevant_rows(split), strict=True)
+        )
+    }
 
 
 def is_right(f1: float) -> float:

@@ -32,15 +32,15 @@ from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json, write_text
 
 _CONFIDENCES = ("confidence", "confidence_per_token")
-_SUPPORT = (
-    "support",
+_RATES = ("supported", "supported_if_right", "supported_if_wrong", "hallucination")
+_SUPPORT = ("support", *_RATES, *(f"corpus_{name}" for name in _RATES), "empty_answer")
+_COMPARED = (
+    *METRICS,
     "supported",
-    "supported_if_right",
-    "supported_if_wrong",
     "hallucination",
-    "empty_answer",
+    "corpus_supported",
+    "corpus_hallucination",
 )
-_COMPARED = (*METRICS, "supported", "hallucination")
 _TABLE = (*_COMPARED, "empty_answer")
 _CONDITIONS_SHOWN = ("f1", "answer_nll")
 
@@ -200,7 +200,7 @@ def _support(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     for name, summary in summaries.items():
         rates = {key: summary[key] for key in _SUPPORT if key in summary}
-        if "supported" in rates:
+        if "corpus_supported" in rates:
             counts = {k: v for k, v in summary.get("applicable", {}).items() if k in rates}
             found[name] = {**rates, "n": summary["n"], "applicable": counts}
     return found
@@ -230,6 +230,8 @@ def _legend(systems: Sequence[str], checks: Checks | None, mode: str) -> str:
             f" {checks.support_threshold:.0%} of the content words of a longer one;"
             f" hallucination: not supported, and F1 below {RIGHT_F1:g}; empty answers are in"
             " neither",
+            "corpus_supported, corpus_hallucination: the same by the passages that any search found"
+            " and the relevant ones, whatever was read, so that all systems compare",
             "calibration_error, auroc: of the answer's probability per token against"
             f" F1 >= {RIGHT_F1:g} (lower, higher is better)",
         ]
@@ -237,7 +239,7 @@ def _legend(systems: Sequence[str], checks: Checks | None, mode: str) -> str:
 
 
 def _robustness_report(summary: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
-    names = (*CONDITION_METRICS, "hallucination", "n")
+    names = (*CONDITION_METRICS, "hallucination", "corpus_hallucination", "n")
     conditions = {
         condition: {name: values[name] for name in names if name in values}
         for condition, values in summary["conditions"].items()
