@@ -2,14 +2,12 @@
 
 import dataclasses
 import hashlib
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ragjax.data.corpus import Corpus
 from ragjax.data.jsonl import DataError
-from ragjax.data.matching import refuse_string
+from ragjax.data.matching import refuse_string, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +128,7 @@ def leaked_questions(
 ) -> tuple[str, ...]:
     """Returns the ids of a split's questions whose text is also asked in another split.
 
-    Texts are compared without case, punctuation and Unicode form. A leak is reported, never
-    removed: the published splits of some sets contain them.
+    Texts are compared without case, punctuation and Unicode form; symbols count ("C++", "C#").
     """
     seen = {_normalised(question.text) for question in dataset.questions.get(against, ())}
     return tuple(
@@ -142,5 +139,4 @@ def leaked_questions(
 
 
 def _normalised(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return re.sub(r"[\W_]+", " ", folded).strip()
+    return " ".join(token.text for token in tokenize(text)) or text

@@ -1,6 +1,7 @@
 """The data of a run: documents and questions, after the caps of its options."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ragjax.data import (
@@ -12,6 +13,7 @@ from ragjax.data import (
     write_python_docs,
 )
 from ragjax.data.fields import parse_fields
+from ragjax.data.overlap import near_copies
 from ragjax.runs.options.shared import RunConfig
 
 Log = Callable[[str], None]
@@ -31,32 +33,35 @@ def read_data(config: RunConfig, folder: Path, log: Log) -> Dataset:
         on_bad_row=options.on_bad_row,
         dev_fraction=config.dev_fraction,
     )
-    for note in dataset.notes:
+    notes = [*dataset.notes, *_leak_notes(dataset)]
+    for note in notes:
         log(f"note: {note}")
-    for split in ("dev", "test"):
-        if leaked := leaked_questions(dataset, split=split):
-            log(
-                f"note: {len(leaked)} of the {len(dataset.questions[split])} {split} questions are"
-                f" also asked in train: {', '.join(leaked[:_SHOWN])}"
-                f"{', ...' if len(leaked) > _SHOWN else ''}"
-            )
-    return dataset
+    return dataclasses.replace(dataset, notes=tuple(notes))
 
 
-def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Question, ...]]:
+def choose_questions(
+    config: RunConfig, dataset: Dataset, note: Log = lambda text: None
+) -> dict[str, tuple[Question, ...]]:
     """Returns the questions of a run by split, after its caps.
+
+    Args:
+        config: Options of the run.
+        dataset: All of them.
+        note: Told what is left out of training, or trained on although dev or test ask it too.
 
     Raises:
         ValueError: There are none to train on, or none to test on.
     """
     caps = config.data_options
     limits = {"train": caps.train_questions, "dev": caps.dev_questions, "test": caps.test_questions}
+    leaked = {id for split in ("dev", "test") for id in _asked_in_train(dataset, split)}
     chosen: dict[str, tuple[Question, ...]] = {}
     for split, limit in limits.items():
         known = dataset.questions.get(split, ())
         if split == "train":
             # p_LM(y|c∘x) of a question without an answer has no y to train on.
             known = tuple(question for question in known if question.answers)
+            known = _without_leaks(known, leaked, caps.leaks, note)
         if not known and split != "dev":
             need = "answers and " if split == "train" else ""
             raise ValueError(
@@ -69,9 +74,87 @@ def choose_questions(config: RunConfig, dataset: Dataset) -> dict[str, tuple[Que
     return chosen
 
 
+def note_shared_passages(
+    dataset: Dataset, questions: Mapping[str, Sequence[Question]], note: Log
+) -> None:
+    """Tells which relevant passages of other splits are those of train, or almost the same.
+
+    Args:
+        dataset: Corpus and relevance judgements.
+        questions: By split, as they are used.
+        note: Told one sentence for each split that has any.
+    """
+    if not questions.get("train"):
+        return
+    corpus, train = dataset.corpus, _relevant(dataset, "train", questions["train"])
+    for split, asked in questions.items():
+        if split == "train" or not asked:
+            continue
+        rows = _relevant(dataset, split, asked)
+        near = near_copies(corpus, rows - train, train)
+        if same := rows & train:
+            note(
+                f"{len(same)} of the {len(rows)} relevant passages of the {split} questions are"
+                " also relevant to training questions"
+            )
+        if near:
+            pairs = [f"{corpus.id_of(row)} ~ {corpus.id_of(other)}" for row, other in near]
+            note(
+                f"{len(near)} of the {len(rows)} relevant passages of the {split} questions are"
+                f" almost the same as one of a training question: {_listed(pairs)}"
+            )
+
+
 def shuffled(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
     """Returns the questions in the order of a run with this seed."""
     if not questions:
         return ()
     order = batch_rows(seed, 0, num_examples=len(questions), batch_size=len(questions))
     return tuple(questions[row] for row in order)
+
+
+def _relevant(dataset: Dataset, split: str, questions: Sequence[Question]) -> set[int]:
+    graded = dataset.graded_rows(split, questions)
+    return {row for rows in graded for row, grade in rows.items() if grade > 0}
+
+
+def _asked_in_train(dataset: Dataset, split: str) -> tuple[str, ...]:
+    """Returns the ids of the training questions that a split asks too."""
+    return leaked_questions(dataset, split="train", against=split)
+
+
+def _leak_notes(dataset: Dataset) -> Iterator[str]:
+    for split in ("dev", "test"):
+        if leaked := leaked_questions(dataset, split=split):
+            yield (
+                f"{len(leaked)} of the {len(dataset.questions[split])} {split} questions are also"
+                f" asked in train: {_listed(leaked)}"
+            )
+
+
+def _without_leaks(
+    known: tuple[Question, ...], leaked: Collection[str], leaks: str, note: Log
+) -> tuple[Question, ...]:
+    """Returns the training questions that neither dev nor test asks, or all of them."""
+    ids = [question.id for question in known if question.id in leaked]
+    if not ids:
+        return known
+    asked = f"{len(ids)} of the {len(known)} training questions are also asked in dev or test"
+    if leaks == "keep":
+        note(f"{asked}, and trained on: {_listed(ids)}")
+        return known
+    kept = tuple(question for question in known if question.id not in leaked)
+    if not kept:
+        raise ValueError(
+            f"{asked}, so none is left to train on; use other questions for testing, or train on"
+            " these all the same with --data_options.leaks keep"
+        )
+    note(
+        f"{asked}, and left out of training: {_listed(ids)}; --data_options.leaks keep trains on"
+        " them"
+    )
+    return kept
+
+
+def _listed(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")

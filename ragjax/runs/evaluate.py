@@ -17,7 +17,7 @@ from ragjax.runs.compare.systems import (
     make_columns,
     retrieve_documents,
 )
-from ragjax.runs.data import Log, read_data, shuffled
+from ragjax.runs.data import Log, note_shared_passages, read_data, shuffled
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_evaluation
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever
@@ -29,7 +29,7 @@ from ragjax.runs.options.evaluate import (
 )
 from ragjax.runs.options.modes import MODES, check_mode
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.report.page import corpus_lookup, gold_ids, write_report
+from ragjax.runs.report.page import corpus_lookup, gold_ids, write_notes, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
 from ragjax.runs.workspace import Workspace, make_workspace
 from ragjax.training.loop import StopFlag
@@ -120,6 +120,11 @@ def _check_prompts(workspace: Workspace, config: EvaluateConfig) -> None:
 def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:
     """Logs what the results of this split do not show."""
     split = config.split
+    dataset, options = workspace.dataset, workspace.config
+    if config.run and split != "train":
+        known = [question for question in dataset.questions.get("train", ()) if question.answers]
+        train = shuffled(known, options.seed)[: options.data_options.train_questions]
+        note_shared_passages(dataset, {"train": train, **workspace.questions}, workspace.note)
     if split == "train" and config.run:
         workspace.log("note: the run was trained on train questions")
     if split == "dev":
@@ -170,6 +175,7 @@ def evaluate(
         begin(folder, record, _inputs(opened), kind=config.kind, log=log)
         log(describe_cost(opened, config))
         metrics = _evaluate(opened, config)
+        write_notes(opened.workspace)
         path = write_report(
             folder,
             title=f"Evaluation on {opened.workspace.dataset.name}, {config.split} questions",

@@ -29,7 +29,7 @@ from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.refresh import EncodeTask, encode_corpus
 from ragjax.refresh.task import params_digest
-from ragjax.runs.data import Log, choose_questions, read_data
+from ragjax.runs.data import Log, choose_questions, note_shared_passages, read_data
 from ragjax.runs.folder import add_seconds
 from ragjax.runs.options.modes import check_mode
 from ragjax.runs.options.shared import RunConfig
@@ -62,6 +62,7 @@ class Workspace:
         stop: Set by a signal.
         log: Shows one line to the user.
         seconds: Wall-clock seconds by stage, filled as the stages end.
+        notes: Sentences on the data for the report, beside those of the data set.
     """
 
     config: RunConfig
@@ -77,6 +78,7 @@ class Workspace:
     stop: StopFlag
     log: Log
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -90,6 +92,12 @@ class Workspace:
             took = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + took
             add_seconds(self.folder, stage, took)
+
+    def note(self, text: str) -> None:
+        """Shows a sentence on the data to the user, and keeps it for the report."""
+        self.log(f"note: {text}")
+        if text not in self.notes:
+            self.notes.append(text)
 
     def gold_rows(self, split: str) -> list[dict[int, int]]:
         """Returns corpus row to grade for the questions used of a split."""
@@ -170,7 +178,12 @@ def open_workspace(
             expensive work.
     """
     dataset = read_data(config, folder, log)
-    questions = choose_questions(config, dataset)
+    notes: list[str] = []
+    questions = choose_questions(config, dataset, notes.append)
+    note_shared_passages(dataset, questions, notes.append)
+    for note in notes:
+        log(f"note: {note}")
+    dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     lm = load_language_model(config.lm)
     check_mode(config.mode, lm, "--evaluation.mode")

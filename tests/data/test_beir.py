@@ -253,11 +253,13 @@ def test_leaked_questions_ignore_case_punctuation_and_unicode_form(read):
             question("q1", "Où est le  café?"),
             question("q2", "OÙ EST LE CAFE\u0301 ?"),
             question("q3", "Where is it?"),
+            question("q4", "What is C++?"),
+            question("q5", "What is C#?"),
         ],
         {
-            "train": [("q1", "d1", 1)],
+            "train": [("q1", "d1", 1), ("q4", "d1", 1)],
             "dev": [("q1", "d1", 1)],
-            "test": [("q2", "d1", 1), ("q3", "d1", 1)],
+            "test": [("q2", "d1", 1), ("q3", "d1", 1), ("q5", "d1", 1)],
         },
     )
     assert leaked_questions(dataset) == ("q2",)

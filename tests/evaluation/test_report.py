@@ -410,6 +410,7 @@ def everything():
         cost={"seconds": {hostile: 3.0, "b": 4000.0}, "peak_memory_bytes": 2**31,
               "counts": {hostile: 12345}},
         config={hostile: {hostile: [hostile]}},
+        notes=[hostile],
         problems=[hostile],
     )  # fmt: skip
 
@@ -457,7 +458,7 @@ def test_headings_are_in_order_and_every_image_has_a_name():
 
 @pytest.mark.parametrize("left_out", [
     "metrics", "differences", "steps", "questions", "gold", "passages", "explained", "calibration",
-    "dev", "robustness", "support", "cost", "config", "problems", "facts", "other_metrics",
+    "dev", "robustness", "support", "cost", "config", "notes", "problems", "facts", "other_metrics",
 ])  # fmt: skip
 def test_any_part_may_be_missing(left_out):
     data = everything()

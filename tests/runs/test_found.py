@@ -25,6 +25,7 @@ def workspace(*texts, **options):
         ),
         questions={"test": tuple(Question(id=text, text=text) for text in texts)},
         log=lines.append,
+        note=lines.append,
     ), lines
 
 
@@ -46,8 +47,7 @@ def test_questions_for_which_bm25_finds_nothing_are_counted(monkeypatch):
     before = SimpleNamespace()
     systems.retrieve_documents(opened, bm25, before, before, "test")
     assert lines == [
-        "note: BM25 finds nothing for 2 of the 3 test questions: they share no word with any"
-        " passage"
+        "BM25 finds nothing for 2 of the 3 test questions: they share no word with any passage"
     ]
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ragjax.runs.data import read_data
+from ragjax.data import read_beir
+from ragjax.runs.data import choose_questions, note_shared_passages, read_data
 from ragjax.runs.options.dual import AdaptConfig
 
 
@@ -24,3 +25,57 @@ def test_questions_asked_in_train_and_test_are_told(tmp_path, write_domain, leak
         5: ["note: 5 of the 26 test questions are also asked in train: q2, q5, q8, ..."],
     }
     assert told == some[leaks]
+
+
+@pytest.mark.parametrize("leaks", ["drop", "keep"])
+def test_questions_that_test_asks_are_left_out_of_training_or_named(tmp_path, write_domain, leaks):
+    folder = write_domain(tmp_path / "data")
+    path = folder / "queries.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["text"], rows[4]["text"] = rows[0]["text"].upper(), rows[3]["text"]  # test, dev
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"leaks": leaks, "train_questions": 1000}
+    config = AdaptConfig.from_dict({"data": str(folder), "data_options": options})
+    dataset, told = read_data(config, tmp_path / "run", lambda line: None), []
+    chosen = choose_questions(config, dataset, told.append)
+    trained = {question.id for question in chosen["train"]}
+    known = {question.id for question in dataset.questions["train"]}
+    assert known - trained == ({"q0", "q3"} if leaks == "drop" else set())
+    done = "left out of training" if leaks == "drop" else "trained on"
+    (note,) = told
+    assert (
+        f"2 of the 27 training questions are also asked in dev or test, and {done}: q0, q3" in note
+    )
+    assert any("test questions are also asked in train: q2" in note for note in dataset.notes)
+
+
+def test_training_on_nothing_but_test_questions_is_refused(tmp_path, write_domain):
+    folder = write_domain(tmp_path / "data", splits=("test",))
+    (folder / "qrels" / "train.tsv").write_text((folder / "qrels" / "test.tsv").read_text())
+    config = AdaptConfig(data=str(folder), dev_fraction=0)
+    dataset = read_data(config, tmp_path / "run", lambda line: None)
+    with pytest.raises(ValueError, match="80 of the 80 .* --data_options.leaks keep"):
+        choose_questions(config, dataset)
+
+
+def test_relevant_passages_on_both_sides_are_told(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "qrels").mkdir(parents=True)
+    long = "The lamp made in Oslo weighs one kilogram, is sold in spring and comes in five colours"
+    texts = {"a": long + ".", "b": long.upper() + "!", "c": "The pump weighs two.", "d": "A fan."}
+    lines = {
+        "corpus": [{"_id": id, "title": "", "text": text} for id, text in texts.items()],
+        "queries": [{"_id": f"q{n}", "text": f"question {n}?"} for n in range(4)],
+    }
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels" / "train.tsv").write_text("q0\ta\t1\nq1\td\t1\n")
+    (folder / "qrels" / "test.tsv").write_text("q2\tb\t1\nq3\td\t1\nq3\tc\t1\n")
+    dataset, told = read_beir(folder, cache=tmp_path / "cache", dev_fraction=0), []
+    note_shared_passages(dataset, dataset.questions, told.append)
+    assert told == [
+        "1 of the 3 relevant passages of the test questions are also relevant to training"
+        " questions",
+        "1 of the 3 relevant passages of the test questions are almost the same as one of a"
+        " training question: b ~ a",
+    ]

@@ -49,6 +49,7 @@ class ReportData:
         support: As in support.json.
         cost: `{"seconds": {stage: seconds}, "peak_memory_bytes": ..., "counts": {what: number}}`.
         config: Options, nested.
+        notes: Sentences on the data.
         problems: Sentences on what could not be read.
     """
 
@@ -68,6 +69,7 @@ class ReportData:
     support: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
     problems: Sequence[str] = ()
 
 
@@ -139,6 +141,7 @@ def _sections(
             " strong one their running mean.",
             curves(data.steps),
         ),
+        "Notes on the data": _notes(data.notes),
         "Cost": _cost(data),
         "Options": _options(data.config) if data.config else "",
     }
@@ -157,6 +160,11 @@ def _changed(data: ReportData, found: Sequence[Finding], pair: tuple[str, str] |
         " is taken into account.",
         body,
     )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{isolated(note)}</li>" for note in notes)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _led(lead: str, body: str) -> str:

@@ -65,8 +65,8 @@ def retrieve_documents(
     questions = workspace.questions[split]
     lexical = bm25.search([question.text for question in questions], _SEARCH_DEPTH)
     if nothing := int((~lexical.mask.any(axis=1)).sum()):
-        workspace.log(
-            f"note: BM25 finds nothing for {nothing} of the {len(questions)} {split} questions:"
+        workspace.note(
+            f"BM25 finds nothing for {nothing} of the {len(questions)} {split} questions:"
             " they share no word with any passage"
         )
     old = search(workspace, before, questions, _SEARCH_DEPTH)

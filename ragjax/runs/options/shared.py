@@ -27,6 +27,8 @@ class DataConfig:
         language: Language of the passages, whose stems and stop words BM25 uses: `auto` chooses it
             by their commonest words, `none` takes words as they are written; or a name that
             Snowball has, such as `english` or `german`. Scripts without spaces need none.
+        leaks: Training questions that dev or test ask too, in the same words: `drop` leaves them
+            out of training, `keep` trains on them; they are named in either case.
         train_questions: At most this many training questions (the first of a seeded shuffle).
         dev_questions: At most this many dev questions, for the weight of the hybrid and nothing
             else.
@@ -37,6 +39,7 @@ class DataConfig:
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] = "stop"
     language: str = "auto"
+    leaks: Literal["drop", "keep"] = "drop"
     train_questions: int = 240
     dev_questions: int = 200
     test_questions: int = 0

@@ -19,7 +19,9 @@ from ragjax.runs.report.explained import EXPLAINED, explain, shown_passages
 from ragjax.runs.report.explained import corpus_lookup as corpus_lookup
 from ragjax.runs.report.explained import gold_ids as gold_ids
 from ragjax.runs.workspace import FrozenLM, Workspace
-from ragjax.storage import write_text
+from ragjax.storage import write_json, write_text
+
+NOTES = "notes.json"
 
 
 def write_report(
@@ -32,8 +34,8 @@ def write_report(
     """Draws `report.html` from the files of a folder; what is missing is left out.
 
     Looked for are metrics.json, differences.json, metrics.jsonl, predictions.jsonl, config.json,
-    explained.json, dev.json, calibration.json, robustness.json, support.json and cost.json. The
-    same files give the same bytes.
+    explained.json, dev.json, calibration.json, robustness.json, support.json, notes.json and
+    cost.json. The same files give the same bytes.
 
     Args:
         folder: Folder of a run.
@@ -79,6 +81,7 @@ def write_report(
         support=read.mapping("support.json"),
         cost=read_cost(folder) | {"counts": explained.get("counts", {})},
         config=options,
+        notes=read.mapping(NOTES).get("notes", ()),
         problems=read.problems,
     )
     write_text(folder / REPORT, render_report(data))
@@ -108,9 +111,16 @@ def report_run(
         The file written.
     """
     explain(workspace, before, after, lm, target=target)
+    write_notes(workspace)
     path = write_report(workspace.folder, title=title)
     workspace.log(f"report: {path}")
     return path
+
+
+def write_notes(workspace: Workspace) -> None:
+    """Writes what the run said of its data to `notes.json`, for the report."""
+    notes = [*workspace.dataset.notes, *workspace.notes]
+    write_json(workspace.folder / NOTES, {"notes": notes})
 
 
 def data_name(data: str) -> str:

@@ -1,0 +1,71 @@
+"""Texts that stand twice: passages on both sides of a split."""
+
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from ragjax.data.corpus import Corpus
+from ragjax.data.matching import fold
+from ragjax.data.prompts import passage_text
+
+NEAR = 0.8  # of the runs of characters of two texts that both have; 1: all
+_RUN = 12  # characters, white space aside
+_SKETCH = 64  # runs compared of a text; exact for shorter texts
+
+
+class NearCopy(NamedTuple):
+    """A passage and one that is almost the same."""
+
+    row: int
+    other: int
+
+
+def near_copies(corpus: Corpus, rows: Iterable[int], others: Iterable[int]) -> list[NearCopy]:
+    """Finds the passages that are almost the same as one of the others, the same row aside.
+
+    The likeness is the share of their runs of twelve characters that two texts have in common
+    (Jaccard), case, Unicode form and white space aside, estimated on the runs of lowest hash.
+
+    Args:
+        corpus: The passages.
+        rows: Rows looked at.
+        others: Rows that they are compared with.
+
+    Returns:
+        Each row of likeness `NEAR` or more with the most similar other, in the order of the rows.
+
+    References:
+        Broder, "On the Resemblance and Containment of Documents", 1997.
+    """
+    sketches = {row: _sketch(corpus, row) for row in sorted(set(others))}
+    holders: Mapping[int, list[int]] = defaultdict(list)
+    for row, sketch in sketches.items():
+        for run in sketch:
+            holders[run].append(row)
+    found = []
+    for row in sorted(set(rows)):
+        sketch = _sketch(corpus, row)
+        shared = Counter(other for run in sketch if run in holders for other in holders[run])
+        likeness = {
+            other: _likeness(sketch, sketches[other])
+            for other, count in shared.items()
+            if other != row and 2 * count >= len(sketch)
+        }
+        best = max(likeness, key=lambda other: (likeness[other], -other), default=None)
+        if best is not None and likeness[best] >= NEAR:
+            found.append(NearCopy(row, best))
+    return found
+
+
+def _sketch(corpus: Corpus, row: int) -> frozenset[int]:
+    text = "".join(fold(passage_text(corpus[row])).split())
+    runs = {text[start : start + _RUN] for start in range(max(1, len(text) - _RUN + 1))}
+    hashes = sorted({zlib.crc32(run.encode("utf-8", "surrogatepass")) for run in runs})
+    return frozenset(hashes[:_SKETCH])
+
+
+def _likeness(one: frozenset[int], other: frozenset[int]) -> float:
+    """Returns the share of the lowest hashes of both that both have."""
+    lowest = sorted(one | other)[:_SKETCH]
+    return sum(run in one and run in other for run in lowest) / len(lowest)
