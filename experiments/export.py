@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from _program import BAD_INPUT, show_error
+from _program import BAD_INPUT, flag_names, show_error
 
 from ragjax.models import load_encoder, load_language_model
 from ragjax.models.export import plan_encoder, plan_language_model
 from ragjax.models.export.card import Card
 from ragjax.models.export.folder import ModelFolder, check_destination, publish
 from ragjax.models.export.language_model import auto_class
+from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
 
 What = Literal["encoder", "query_encoder", "doc_encoder", "language_model"]
@@ -68,8 +69,11 @@ class Flags:
                 f"--what {self.what} is of a run with two encoders; a --source has one, --what"
                 " encoder"
             )
-        if not self.max_shard_gb > 0:
-            raise ValueError(f"--max_shard_gb must be greater than 0, got {self.max_shard_gb}")
+        check_numbers(self, mark="--")
+        if not self.max_shard_gb * 10**9 >= 1:
+            raise ValueError(
+                f"--max_shard_gb must be at least a byte, 1e-9, got {self.max_shard_gb:g}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
-        show_error(error, arguments)
+        show_error(error, arguments, flag_names(Flags))
         return BAD_INPUT
 
 

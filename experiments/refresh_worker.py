@@ -20,12 +20,13 @@ from typing import Literal
 
 import jax
 import tyro
-from _program import BAD_INPUT, show_error
+from _program import BAD_INPUT, flag_names, show_error
 
 from ragjax.data import Corpus
 from ragjax.data.fields import parse_fields
 from ragjax.models.encoder import load_encoder
 from ragjax.refresh import WorkerOptions, run_worker
+from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.tokens import corpus_task
 from ragjax.training.loop import graceful_stop
@@ -71,20 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(flags)
     except (ValueError, OSError) as error:
-        show_error(error, arguments)
+        show_error(error, arguments, flag_names(Flags))
         return BAD_INPUT
 
 
 def _run(flags: Flags) -> int:
-    if min(flags.poll_seconds, flags.heartbeat_seconds) <= 0 or flags.encode_tokens < 0:
-        raise ValueError(
-            "--poll_seconds and --heartbeat_seconds must be positive, --encode_tokens not negative"
-        )
+    check_numbers(flags, mark="--")
+    for name, least in (("poll_seconds", 1e-3), ("heartbeat_seconds", 1e-3),
+                        ("encode_tokens", 0), ("encoder_max_length", 0)):  # fmt: skip
+        if not getattr(flags, name) >= least:
+            raise ValueError(f"--{name} must be at least {least:g}, got {getattr(flags, name):g}")
+    fields = parse_fields(flags.fields)
     with graceful_stop() as stop:
         corpus = Corpus.open(
             flags.data,
             cache=flags.cache or Path(flags.data) / "cache",
-            fields=parse_fields(flags.fields, flag="--fields"),
+            fields=fields,
             on_bad_row=flags.on_bad_row,
         )
         encoder = load_encoder(flags.encoder, max_length=flags.encoder_max_length or None)

@@ -237,7 +237,7 @@ def _parse_passage(record: dict[str, Any], options: CorpusOptions) -> Passage:
     if len(text) > options.max_chars:
         raise DataError(
             f"the text has {len(text)} characters, above max_chars = {options.max_chars}; cut it "
-            "into passages, or raise --max-chars"
+            "into passages, or open the corpus with a larger max_chars"
         )
     has_title = record.get(options.title) is not None
     title = string_field(record, options.title) if has_title else ""

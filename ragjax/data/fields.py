@@ -21,12 +21,11 @@ _COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def parse_fields(text: str, *, flag: str) -> dict[str, str]:
+def parse_fields(text: str) -> dict[str, str]:
     """Returns the names in text such as `id=docid,text=contents`.
 
     Args:
         text: Pairs of a name in `DEFAULT_FIELDS` and one in the user's files.
-        flag: Flag that the text was given to, for the message.
 
     Raises:
         ValueError: The text is of another form.
@@ -34,7 +33,7 @@ def parse_fields(text: str, *, flag: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     for name, equals, value in pairs:
         if not (name.strip() and equals and value.strip()):
-            raise ValueError(f"{flag} {text!r}: expected id=docid,text=contents")
+            raise ValueError(f"fields {text!r}: expected id=docid,text=contents")
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
@@ -52,8 +51,7 @@ def resolve_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
             near = nearest_name(name, DEFAULT_FIELDS)
             hint = f"; did you mean {near!r}?" if near else ""
             raise DataError(
-                f"--fields: unknown name {name!r}, expected some of {', '.join(DEFAULT_FIELDS)}"
-                f"{hint}"
+                f"fields: unknown name {name!r}, expected some of {', '.join(DEFAULT_FIELDS)}{hint}"
             )
     return {**DEFAULT_FIELDS, **(fields or {})}
 
@@ -66,14 +64,14 @@ def missing_field(record: Mapping[str, object], expected: Mapping[str, str]) -> 
         expected: From our names to the names looked for; at least one is not in the row.
 
     Returns:
-        An error with the keys found and a `--fields` line that would work for this row.
+        An error with the keys found, and names as `parse_fields` reads them that would work.
     """
     absent = {name: key for name, key in expected.items() if key not in record}
     suggestion = ",".join(f"{name}={_guess(name, record)}" for name in absent)
     wanted = " and ".join(f"{key!r} (the {name})" for name, key in absent.items())
     found = ", ".join(repr(key) for key in list(record)[:10]) or "none"
     return DataError(
-        f"no field {wanted}; fields found: {found}; name them with --fields {suggestion}"
+        f"no field {wanted}; fields found: {found}; name them with fields='{suggestion}'"
     )
 
 

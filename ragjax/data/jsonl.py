@@ -176,7 +176,7 @@ def read_jsonl(source: SourceFile, rejected: RejectedRows) -> Iterator[JsonRow]:
         if line.size > len(line.raw):
             reason = (
                 f"the line has {line.size} bytes, above the limit set by max_chars; cut the text "
-                "into passages, or raise --max-chars"
+                "into passages, or open the corpus with a larger max_chars"
             )
             rejected.add(source.path, line.number, reason, line.raw)
             continue

@@ -87,7 +87,7 @@ def read_python_docs() -> list[Passage]:
     if len(passages) < MIN_PASSAGES:
         raise ValueError(
             f"the installed packages have {len(passages)} docstrings of {MIN_WORDS} words or more,"
-            f" expected at least {MIN_PASSAGES}: run Python without -OO, or pass your own --data"
+            f" expected at least {MIN_PASSAGES}: run Python without -OO, or take your own documents"
         )
     return passages
 

@@ -364,7 +364,7 @@ def _import_scann() -> Any:
 
 def scann_problem() -> str | None:
     """Says in one sentence why ScaNN does not work here; None if it does."""
-    remedy = "use the exact index instead (--index exact)."
+    remedy = "use the exact index instead (index='exact')"
     if sys.platform != "linux":
         return f"ScaNN has no package for {platform.system()}; {remedy}"
     if sys.version_info >= (3, 14):

@@ -247,7 +247,7 @@ def parse_trigger(text: str, *, measure: DriftMeasure | None = None) -> Trigger:
         return _parse(text.strip().lower(), measure)
     except ValueError as error:
         raise ValueError(
-            f"Cannot read {text!r} as a time to refresh: {error} It is one of: {_FORMS}"
+            f"Cannot read {text!r} as a time to refresh: {error}; it is one of: {_FORMS}"
         ) from error
 
 

@@ -29,7 +29,7 @@ def read_data(config: RunConfig, folder: Path, log: Log) -> Dataset:
     dataset = read_beir(
         source,
         cache=folder / "data" / "cache",
-        fields=parse_fields(options.fields, flag="--data_options.fields"),
+        fields=parse_fields(options.fields),
         on_bad_row=options.on_bad_row,
         dev_fraction=config.dev_fraction,
     )

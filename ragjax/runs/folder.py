@@ -111,7 +111,8 @@ def claim(
             other options (the first that differ are named).
     """
     folder = Path(config.output)
-    with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, RunLock(folder):
+    lock = RunLock(folder, remedy="use another --output folder")
+    with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, lock:
         _check_free(folder, record, config.kind)
         yield flag
 

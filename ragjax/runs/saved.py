@@ -253,7 +253,7 @@ def adapted_encoder(run: FinishedRun, tower: str) -> TextEncoder:
         )
     if tower == "encoder" and config.retriever.train != "shared":
         raise ValueError(
-            f"{run.folder}: this run has two encoders (--retriever.train"
+            f"{run.folder}: this run has two encoders (retriever.train"
             f" {config.retriever.train}); export --what query_encoder and --what doc_encoder"
         )
     return run.models.doc_encoder if tower == "doc" else run.models.query_encoder

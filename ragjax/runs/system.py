@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ragjax.data import Corpus, Dataset, Question
+from ragjax.data.fields import parse_fields
 from ragjax.data.matching import refuse_string
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
@@ -217,7 +218,10 @@ def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:
     if not config.data or (source / "qrels").is_dir():
         return read_data(config, cache, log)
     corpus = Corpus.open(
-        source, cache=cache / "data" / "cache", on_bad_row=config.data_options.on_bad_row
+        source,
+        cache=cache / "data" / "cache",
+        fields=parse_fields(config.data_options.fields),
+        on_bad_row=config.data_options.on_bad_row,
     )
     return Dataset(name=source.name, corpus=corpus, questions={}, qrels={})
 

@@ -27,7 +27,7 @@ class RunLock:
         folder: str | os.PathLike,
         *,
         name: str = "run.lock",
-        remedy: str = "use another --output folder",
+        remedy: str = "use another folder",
         give_back: Callable[[], object] | None = None,
     ):
         """Names the folder; nothing is taken until `with` is entered.

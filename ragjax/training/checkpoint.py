@@ -169,7 +169,7 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
             raise ValueError(
                 f"checkpoint {folder} is of another run: {name} is {arrays.get(name)} there and"
                 f" {expected.get(name)} here (other model, trained towers or optimiser?); use"
-                " another --output folder"
+                " another output folder"
             )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(

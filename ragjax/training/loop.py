@@ -251,7 +251,7 @@ def _resume(
         if restored.info.get(name) != value:
             raise ValueError(
                 f"{config.stage}: the checkpoint was written with {name}="
-                f"{restored.info.get(name)!r}, this run has {value!r}; use another --output folder"
+                f"{restored.info.get(name)!r}, this run has {value!r}; use another output folder"
             )
     print(f"{config.stage}: resuming after step {restored.step} of {config.num_steps}", flush=True)
     return restored.state, restored.step, restored.info.get("host")

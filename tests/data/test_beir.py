@@ -122,7 +122,7 @@ def test_bad_question_stops_with_its_line_or_is_skipped(read, change, reason):
 
 def test_own_field_names(read):
     queries = [{"qid": id, "question": f"{id}?", "golds": [id]} for id in ("q1", "q2", "q3")]
-    with pytest.raises(DataError, match="--fields query_id=qid,query=question"):
+    with pytest.raises(DataError, match="fields='query_id=qid,query=question'"):
         read(queries, SPLITS)
     fields = {"query_id": "qid", "query": "question", "answers": "golds"}
     dataset = read(queries, SPLITS, fields=fields)

@@ -106,7 +106,7 @@ def test_blank_texts_are_skipped_and_counted(opened):
 
 
 BAD_ROWS = {
-    "text missing": ({"_id": "x", "contents": "t"}, r"no field 'text'.*--fields text=contents"),
+    "text missing": ({"_id": "x", "contents": "t"}, r"no field 'text'.*fields='text=contents'"),
     "text null": ({"_id": "x", "text": None}, "field 'text' is NoneType null; expected a string"),
     "title number": ({"_id": "x", "title": 3, "text": "t"}, "field 'title' is int 3"),
     "id empty": ({"_id": "", "text": "t"}, "expected a non-empty string or number"),
@@ -141,7 +141,7 @@ def test_wrong_field_names(opened):
     rows = [{"docid": "x", "contents": "t", "name": "n"}]
     message = (
         r"corpus\.jsonl:1: no field '_id' \(the id\) and 'text' \(the text\); fields found: "
-        r"'docid', 'contents', 'name'; name them with --fields id=docid,text=contents$"
+        r"'docid', 'contents', 'name'; name them with fields='id=docid,text=contents'$"
     )
     with pytest.raises(DataError, match=message):
         opened(rows)

@@ -308,7 +308,7 @@ def _join(root: Path) -> Beacon:
         raise OSError(
             error.errno,
             f"{error.strerror}: a worker must be able to write signs of life, leases and shards "
-            "there; mount the folder for writing, or choose another --root",
+            "there; mount the folder for writing, or choose another root",
             str(root),
         ) from error
 
@@ -316,8 +316,8 @@ def _join(root: Path) -> Beacon:
 def _check_same_task(task: EncodeTask, job: Job) -> None:
     """Refuses to encode other documents, or with another encoder, than the trainer has."""
     for name, here, there, remedy in (
-        ("corpus", task.corpus_digest, job.corpus_fingerprint, "--data"),
-        ("encoder", task.model_fingerprint, job.model_fingerprint, "--encoder"),
+        ("corpus", task.corpus_digest, job.corpus_fingerprint, "documents"),
+        ("encoder", task.model_fingerprint, job.model_fingerprint, "encoder"),
     ):
         if here != there:
             raise ValueError(

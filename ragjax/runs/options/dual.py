@@ -35,10 +35,9 @@ class LMConfig(LearningConfig, StepsConfig):
     learning_rate: float = 3e-4
     train_layers: int = 10
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
-        LearningConfig.__post_init__(self)
-        StepsConfig.__post_init__(self)
+        super().check()
         at_least(self, 1, "questions", "documents", "accumulate")
         check_accumulate(self.batch_size, self.accumulate)
 
@@ -85,10 +84,9 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         """Options of p_LSR."""
         return LsrTarget(self.score, self.temperature, self.prior_weight)
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
-        TowersConfig.__post_init__(self)
-        StepsConfig.__post_init__(self)
+        super().check()
         at_least(self, 1, "candidates", "negative_depth", "rounds")
         at_least(self, 0, "prior_weight")
         positive(self, "temperature")
@@ -126,12 +124,20 @@ class AdaptConfig(RunConfig):
         """Whether an encoder of the retriever is trained."""
         return "retriever" in self.stages
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
-        super().__post_init__()
+        super().check()
+        if not self.stages:
+            raise ValueError("stages names no model to train; give lm, retriever or both")
         if len(set(self.stages)) != len(self.stages):
             raise ValueError(f"stages names a stage twice: {' '.join(self.stages)}")
         retriever, mode = self.retriever, self.refresh.mode
+        if self.score_cache and ("retriever" not in self.stages or retriever.objective == "dpr"):
+            raise ValueError(
+                "score_cache holds scores for training the retriever on them, which stages"
+                f" {' '.join(self.stages)} with retriever.objective {retriever.objective} does not"
+                " do; leave it out"
+            )
         check_used(self.refresh)
         if mode == "off":
             return
@@ -142,7 +148,7 @@ class AdaptConfig(RunConfig):
             )
         if retriever.rounds != 1:
             raise ValueError(
-                f"rounds={retriever.rounds}: with refresh.mode {mode} candidates are retrieved"
-                " at every step, so there is one round; add --retriever.rounds 1"
+                f"retriever.rounds={retriever.rounds}: with refresh.mode {mode} candidates are"
+                " retrieved at every step, so there is one round; add --retriever.rounds 1"
             )
         check_freshness(mode, train=retriever.train, doc_learning_rate=retriever.doc_learning_rate)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ragjax.runs.options.checks import at_least, check_accumulate, positive
+from ragjax.runs.options.checks import Options, at_least, check_accumulate, positive
 from ragjax.runs.options.modes import AUTO
 from ragjax.runs.options.refresh import RefreshConfig, check_freshness, check_used
 from ragjax.runs.options.shared import (
@@ -34,7 +34,7 @@ class ReaderConfig(LearningConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Options):
     """The loss: a weighted sum of terms, each in nats per question.
 
     Attributes:
@@ -72,8 +72,9 @@ class ObjectiveConfig:
         score = "log_prob_per_token" if self.score == "attention" else self.score
         return LsrTarget(score, self.temperature)
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
+        super().check()
         at_least(self, 0, "marginal_weight", "lm_weight", "lsr_weight", "contrastive_weight")
         positive(self, "temperature")
         if not (
@@ -110,9 +111,9 @@ class TrainingConfig(StepsConfig):
     accumulate: int = 1
     devices: int = 0
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
-        super().__post_init__()
+        super().check()
         at_least(self, 1, "documents", "accumulate")
         at_least(self, 0, "devices")
         check_accumulate(self.batch_size, self.accumulate)
@@ -166,9 +167,9 @@ class RagConfig(RunConfig):
         """Whether an encoder of the retriever is trained."""
         return self.retriever.train != "none"
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
-        super().__post_init__()
+        super().check()
         if self.refresh.mode == "off":
             raise ValueError(
                 "refresh.mode off: every step retrieves, so there is an index; the one of the start"
@@ -187,13 +188,13 @@ class RagConfig(RunConfig):
         objective, model = self.objective, self.language_model
         if objective.score == "attention" and model.reader != "fusion":
             raise ValueError(
-                "score=attention is of a decoder that reads all documents at once; add"
+                "objective.score=attention is of a decoder that reads all documents at once; add"
                 " --language_model.reader fusion"
             )
         if model.reader == "fusion" and objective.marginal != "emdr2" and objective.marginal_weight:
             raise ValueError(
-                f"marginal={objective.marginal}: a fusion reader gives no likelihood of each"
-                " document; use --objective.marginal emdr2, or"
+                f"objective.marginal={objective.marginal}: a fusion reader gives no likelihood of"
+                " each document; use --objective.marginal emdr2, or"
                 " --objective.marginal_weight 0 with --objective.lm_weight 1"
                 " --objective.lsr_weight 1 --objective.score attention"
             )
@@ -208,7 +209,7 @@ class RagConfig(RunConfig):
             )
         if not model.train and objective.lm_weight:
             raise ValueError(
-                f"lm_weight={objective.lm_weight:g} trains the language model, which"
+                f"objective.lm_weight={objective.lm_weight:g} trains the language model, which"
                 " language_model.train False leaves as it is; leave one of them out"
             )
         if not model.train and self.retriever.train == "none":
@@ -226,7 +227,7 @@ class RagConfig(RunConfig):
             return
         if objective.contrastive_weight or objective.negatives == "batch":
             raise ValueError(
-                f"accumulate={self.training.accumulate} splits a step, but all its questions"
-                " share the batch's negatives; add --objective.negatives none"
+                f"training.accumulate={self.training.accumulate} splits a step, but all its"
+                " questions share the batch's negatives; add --objective.negatives none"
                 " --objective.contrastive_weight 0, or use --language_model.remat"
             )

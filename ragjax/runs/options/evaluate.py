@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
 from ragjax.evaluation.systems import SYSTEMS
-from ragjax.runs.options.checks import at_least
+from ragjax.runs.options.checks import Options, at_least
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.modes import MODES, ModeName
 from ragjax.runs.options.shared import RunConfig
@@ -23,7 +23,7 @@ SystemName = Literal[(*BASE_SYSTEMS, *_RUN_SYSTEMS, *_HALF_SYSTEMS)]  # pyrefly:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Options):
     """Compare systems on one split: retrieval, answers, confidence, support, robustness.
 
     Attributes:
@@ -92,9 +92,12 @@ class EvaluateConfig:
     # In config.json, so that nobody takes an evaluation for a run.
     program: ClassVar[str] = "experiments/evaluate.py"
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
+        super().check()
         at_least(self, 1, "answer_questions", "resamples", "bins", "distractors")
+        at_least(self, 1, "documents", "beams", "max_new_tokens", "document_tokens")
+        at_least(self, 1, "encode_tokens", "score_tokens")
         at_least(self, 0, "max_questions")
         if not self.output:
             raise ValueError("output must name a folder")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ragjax.refresh import Trigger, parse_trigger
-from ragjax.runs.options.checks import at_least, fraction, positive
+from ragjax.runs.options.checks import Options, at_least, fraction, positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefreshConfig:
+class RefreshConfig(Options):
     """How the index is kept up to date while the encoders train.
 
     Attributes:
@@ -53,8 +53,9 @@ class RefreshConfig:
     on_failure: Literal["stop", "warn"] = "stop"
     keep: int = 3
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
+        super().check()
         at_least(self, -1, "adopt_after")
         at_least(self, 0, "max_lag", "devices", "deadline_seconds")
         at_least(self, 1, "overfetch", "full_every")
@@ -121,9 +122,9 @@ def check_freshness(mode: str, *, train: str, doc_learning_rate: float) -> None:
         )
     still = train in ("query", "none") or (train == "both" and doc_learning_rate == 0)
     if mode in ("sync", "async", "rerank") and still:
-        remedy = "" if train == "none" else " query_only --retriever.train query"
+        remedy = "frozen" if train == "none" else "query_only --retriever.train query"
         raise ValueError(
             f"refresh.mode {mode} is for a document encoder that is trained, and retriever.train"
             f" {train} with doc_learning_rate {doc_learning_rate:g} leaves it as it is; use"
-            f" --refresh.mode{remedy or ' frozen'}"
+            f" --refresh.mode {remedy}"
         )

@@ -8,15 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import tyro
 
+from ragjax.data.fields import parse_fields, resolve_fields
 from ragjax.index.words import check_language
-from ragjax.runs.options.checks import at_least, fraction, positive
+from ragjax.runs.options.checks import Options, at_least, fraction, positive
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Options):
     """Corpus and questions.
 
     Attributes:
@@ -45,15 +46,17 @@ class DataConfig:
     test_questions: int = 0
     answer_questions: int = 100
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
+        super().check()
         at_least(self, 1, "train_questions", "answer_questions")
         at_least(self, 0, "dev_questions", "test_questions")
         check_language(self.language)
+        resolve_fields(parse_fields(self.fields))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptConfig:
+class PromptConfig(Options):
     """Lengths in the prompt of the language model.
 
     Attributes:
@@ -64,13 +67,14 @@ class PromptConfig:
     document_tokens: int = 140
     answer_tokens: int = 24
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
+        super().check()
         at_least(self, 1, "document_tokens", "answer_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Options):
     """How the systems are compared.
 
     Attributes:
@@ -93,8 +97,9 @@ class EvaluationConfig:
     max_new_tokens: int = 24
     resamples: int = 2000
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
+        super().check()
         at_least(self, 1, "documents", "beams", "max_new_tokens", "resamples")
         searches = [name for name, mode in MODES.items() if mode.beams]
         if self.beams > 1 and self.mode not in searches:
@@ -105,7 +110,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningConfig:
+class LearningConfig(Options):
     """Which parameters of a model are trained, and the learning rate.
 
     Attributes:
@@ -125,14 +130,15 @@ class LearningConfig:
     lora_alpha: float = 16.0
     remat: bool = False
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
+        super().check()
         at_least(self, 0, "learning_rate", "train_layers", "lora_rank")
         positive(self, "lora_alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepsConfig:
+class StepsConfig(Options):
     """How many steps are taken, of what size, and the optimizer's options beside the learning rate.
 
     Attributes:
@@ -149,8 +155,9 @@ class StepsConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
+        super().check()
         at_least(self, 1, "epochs", "batch_size")
         at_least(self, 0, "weight_decay")
         fraction(self, "warmup_fraction")
@@ -183,9 +190,9 @@ class TowersConfig(LearningConfig):
         """Names of the towers: one for queries and documents, or one for each."""
         return ("query", "doc") if self.train in ("query", "both") else ("shared",)
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
-        LearningConfig.__post_init__(self)
+        super().check()
         at_least(self, 8, "doc_tokens")
         positive(self, "scale")
 
@@ -203,7 +210,7 @@ class LsrTarget(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Options):
     """Options of every kind of run; these alone train nothing.
 
     Attributes:
@@ -286,11 +293,15 @@ class RunConfig:
         """Whether an encoder of the retriever is trained."""
         return False
 
-    def __post_init__(self):
+    def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
+        super().check()
         at_least(self, 1, "checkpoint_every", "encode_tokens", "score_tokens")
         at_least(self, 0, "encoder_max_length")
-        fraction(self, "dev_fraction")
+        if not 0 <= self.dev_fraction < 1:
+            raise ValueError(
+                f"dev_fraction must be at least 0 and below 1, got {self.dev_fraction:g}"
+            )
         if not self.output:
             raise ValueError("output must name a folder")
         if self.refresh.workers and self.compute_dtype != "float32":
