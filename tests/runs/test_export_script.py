@@ -164,7 +164,8 @@ def test_a_folder_without_a_run_is_refused(export, tmp_path, capsys):
         (["--what=encoder"], "give one of --run FOLDER"),
         (["--what=encoder", "--run=a", "--source=b"], "give one of --run FOLDER"),
         (["--what=doc_encoder", "--source=b"], "is of a run with two encoders"),
-        (["--what=encoder", "--source=b", "--max_shard_gb=0"], "must be greater than 0"),
+        (["--what=encoder", "--source=b", "--max_shard_gb=0"], "must be at least a byte"),
+        (["--what=encoder", "--source=b", "--max_shard_gb=inf"], "--max_shard_gb must be a finite"),
     ],
 )
 def test_flags_at_odds_are_refused(export, tmp_path, capsys, flags, message):
@@ -195,7 +196,7 @@ def test_any_model_is_exported_without_a_run(export, tiny_inputs, tmp_path, caps
 
 
 def test_options_come_back_from_a_run_as_they_were(tmp_path):
-    config = AdaptConfig(stages=("lm",), seed=3, score_cache="x")
+    config = AdaptConfig(stages=("retriever",), seed=3, score_cache="x")
     assert from_dict(AdaptConfig(), to_dict(config), tmp_path / "config.json") == config
 
 

@@ -48,7 +48,7 @@ SHOWN_BY = {
 }
 # Of programs that are not ours, whose command stands in the message.
 FOREIGN = re.compile(r"llama-gguf-split --merge|hf download [^`]*`| --revision \*$")
-FLAG = re.compile(r"(?<![\w-])--([a-z*][\w.*-]*)")
+FLAG = re.compile(r"(?<![\w-])--((?:[a-z]|\*[.\w])[\w.*-]*)")
 SCRIPT = re.compile(r"experiments/(\w+)\.py")
 
 
