@@ -111,7 +111,9 @@ def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path):
 
 @pytest.mark.parametrize("config", [AdaptConfig(seed=5), RagConfig(seed=5), EvaluateConfig(seed=5)])
 def test_the_file_that_a_run_wrote_is_a_config_file_of_its_script(tmp_path, config):
-    path = write(tmp_path, "config.json", json.dumps(config_record(config, "digest")))
+    path = write(
+        tmp_path, "config.json", json.dumps(config_record(config, "digest", mode="concat"))
+    )
     parse_flags = load_script("experiments/_program.py").parse_flags
     assert parse_flags(type(config)(), None, [f"--config={path}"]).options == config
     other = RagConfig() if isinstance(config, AdaptConfig) else AdaptConfig()
