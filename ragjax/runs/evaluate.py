@@ -237,7 +237,8 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
 def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:
     """Builds BM25, the base index and the adapted one, which may be the base one again."""
     workspace, encoder = opened.workspace, opened.workspace.encoder
-    earlier = sorted((opened.run.folder / "index").glob("*")) if opened.run else []
+    indexes = sorted((opened.run.folder / "index").glob("*")) if opened.run else []
+    earlier = [folder for folder in indexes if folder.name.isdecimal()]
     with workspace.timed("index before"):
         bm25 = build_bm25(workspace)
         before = build_retriever(

@@ -3,6 +3,7 @@
 Q questions, N documents, D embedding size.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ def build_retriever(
     doc_params: Any,
     earlier: Sequence[Path] = (),
 ) -> Retriever:
-    """Encodes the corpus (or opens what an earlier life of this run encoded) and indexes it.
+    """Encodes the corpus (or opens what an earlier life encoded, if undamaged) and indexes it.
 
     The weight of the hybrid is the one of highest MRR@10 on the dev questions.
 
@@ -207,21 +208,18 @@ def _encode_corpus(
 ) -> EmbeddingStore:
     """Opens the embeddings of the documents with these parameters, or makes them."""
     spec = workspace.task.spec(params, params_digest=params_digest(params))
+    wanted = {
+        "model_fingerprint": spec.model_fingerprint,
+        "corpus_fingerprint": spec.corpus_fingerprint,
+    }
     if folder.exists():
-        return EmbeddingStore.open(
-            folder,
-            model_fingerprint=spec.model_fingerprint,
-            corpus_fingerprint=spec.corpus_fingerprint,
-        )
+        store = _open_whole(folder, workspace)
+        if store is not None:
+            return EmbeddingStore.open(folder, verified=True, **wanted)
+        shutil.rmtree(folder)
     for other in earlier:
-        try:
-            store = EmbeddingStore.open(
-                other,
-                model_fingerprint=spec.model_fingerprint,
-                corpus_fingerprint=spec.corpus_fingerprint,
-                settings=spec.settings,
-            )
-        except (FileNotFoundError, ValueError):
+        store = _open_whole(other, workspace)
+        if store is None or store.spec.differences({**wanted, **spec.settings}):
             continue  # of another encoder or corpus, or damaged: it is encoded again
         workspace.log(f"embeddings of the documents: {other}")
         return store
@@ -232,8 +230,22 @@ def _encode_corpus(
         workspace.stop.check()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    writer = EmbeddingWriter.open(folder, spec)
+    try:
+        writer = EmbeddingWriter.open(folder, spec)
+    except ValueError as error:
+        workspace.log(f"note: what an earlier life had begun to encode is given up ({error})")
+        shutil.rmtree(folder.with_name(f"{folder.name}.building"))
+        writer = EmbeddingWriter.open(folder, spec)
     return encode_to_store(workspace.task, params, writer, progress=progress)
+
+
+def _open_whole(folder: Path, workspace: Workspace) -> EmbeddingStore | None:
+    """Opens embeddings whose every byte is as it was written; None, with a note, if one is not."""
+    try:
+        return EmbeddingStore.open(folder)
+    except (FileNotFoundError, ValueError) as error:
+        workspace.log(f"note: {folder} is damaged and its documents are encoded again ({error})")
+        return None
 
 
 _SHOWN = 3

@@ -204,7 +204,9 @@ SEARCHES: dict[str, Search] = {"dense": by_dense, "bm25": by_bm25, "hybrid": by_
 
 
 def _newest_index(folder: Path) -> int:
-    numbers = [int(path.name) for path in (folder / "index").glob("*") if path.name.isdecimal()]
+    # One that is being encoded counts: damaged, it is made again.
+    names = [path.name.removesuffix(".building") for path in (folder / "index").glob("*")]
+    numbers = [int(name) for name in names if name.isdecimal()]
     if not numbers or max(numbers) == 0:
         raise ValueError(
             f"{folder}: no index of the adapted encoder there; the same command finishes the run"

@@ -142,6 +142,46 @@ def test_the_hybrid_of_a_step_ranks_as_the_one_that_is_evaluated(make, mode, mon
     assert [ids.tolist() for ids in encoded] == ([best.tolist()] if mode == "rerank" else [])
 
 
+DAMAGE = {
+    "a byte": lambda folder: flip(folder / "shard-000000.npy"),
+    "no shard": lambda folder: (folder / "shard-000000.npy").unlink(),
+    "manifest": lambda folder: (folder / "manifest.json").write_text("{"),
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_embeddings_of_a_run_are_made_again_with_a_note(make, damage):
+    workspace, told = make()
+    bm25, towers, folder = (
+        build_bm25(workspace),
+        tower_params(workspace),
+        workspace.folder / "index",
+    )
+    first = build_towers(workspace, bm25, towers, 0)
+    DAMAGE[damage](folder / "0")
+    # What a killed life left half done may be damaged too.
+    (folder / "0.building").mkdir()
+    (folder / "0.building" / "spec.json").write_text("?")
+    again = build_towers(workspace, bm25, towers, 0)
+    np.testing.assert_array_equal(again.embeddings, first.embeddings)
+    notes = [line for line in told if line.startswith("note")]
+    assert len(notes) == 2 and f"{folder / '0'} is damaged" in notes[0]
+    assert "given up" in notes[1] and not (folder / "0.building").exists()
+    told.clear()
+    assert build_towers(workspace, bm25, towers, 0).store.folder == folder / "0"
+    assert not any(line.startswith("note") for line in told)
+    other = jax.tree.map(lambda leaf: leaf + 1, towers)
+    with pytest.raises(ValueError, match="not those of this encoder and corpus"):
+        build_towers(workspace, bm25, other, 0)
+
+
 class Killed(Exception):
     """Ends a run between two of its steps."""
 
