@@ -29,6 +29,7 @@ from ragjax.refresh import WorkerOptions, run_worker
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.tokens import corpus_task
+from ragjax.runs.workspace import in_compute_dtype
 from ragjax.training.loop import graceful_stop
 
 
@@ -42,6 +43,7 @@ class Flags:
         cache: Folder for the prepared corpus of this host; "" takes `cache` beside the data.
         encoder: The trainer's base encoder.
         encoder_max_length: As the trainer's `--encoder_max_length`.
+        compute_dtype: As the trainer's `--compute_dtype`.
         fields: As the trainer's `--data_options.fields`.
         on_bad_row: As the trainer's `--data_options.on_bad_row`.
         encode_tokens: Tokens in a batch on this host's devices; 0: as the trainer.
@@ -56,6 +58,7 @@ class Flags:
     cache: str = ""
     encoder: str = AdaptConfig().encoder
     encoder_max_length: int = 0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] = "stop"
     encode_tokens: int = 0
@@ -91,6 +94,7 @@ def _run(flags: Flags) -> int:
             on_bad_row=flags.on_bad_row,
         )
         encoder = load_encoder(flags.encoder, max_length=flags.encoder_max_length or None)
+        encoder = in_compute_dtype(encoder, AdaptConfig(compute_dtype=flags.compute_dtype))
         # Sizes of batches and shards come with each job.
         task = corpus_task(encoder, corpus, encode_tokens=1024)
         devices = jax.local_devices()

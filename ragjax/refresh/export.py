@@ -28,6 +28,10 @@ _NUMBER = re.compile(r"[0-9]+")
 _MAX_LISTED = 10
 
 
+class MismatchError(ValueError):
+    """What is here belongs to another model or corpus than what was written elsewhere."""
+
+
 class Export(NamedTuple):
     """Parameters read from a folder."""
 
@@ -77,8 +81,9 @@ def read_export(folder: Path, template: Any) -> Export:
 
     Raises:
         FileNotFoundError: No complete export there.
-        ValueError: A file was changed or is a link, or names, shapes or dtypes are not those of
-            the template; the message lists what differs.
+        ValueError: A file was changed or is a link.
+        MismatchError: Names, shapes or dtypes are not those of the template; the message lists what
+            differs.
     """
     folder = Path(folder)
     manifest = storage.read_json(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
@@ -148,7 +153,7 @@ def _check_fits(tensors: Mapping[str, Any], wanted: Mapping[str, Any], folder: P
     if problems:
         shown = "; ".join(sorted(problems)[:_MAX_LISTED])
         more = len(problems) - _MAX_LISTED
-        raise ValueError(
+        raise MismatchError(
             f"The parameters in {folder} are of another model than the one here: {shown}"
             f"{f'; and {more} more' if more > 0 else ''}. Use the encoder they were trained from"
         )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.index import DiskFullError, EmbeddingStore, EmbeddingWriter
+from ragjax.refresh.export import MismatchError
 from ragjax.refresh.task import Cancelled, EncodeProgress, EncodeRequest, EncodeTask
 from ragjax.refresh.workers.jobs import (
     WORKERS,
@@ -88,7 +89,8 @@ class ProcessExecutor:
 
         Raises:
             Cancelled: `request.cancelled` was set; finished shards stay for the next call.
-            ValueError: A worker has another corpus or encoder, or embeddings are not finite.
+            ValueError: Embeddings are not finite. (A worker with another corpus or encoder is
+                refused, with a warning, and the others go on.)
             RuntimeError: No worker shows a sign of life, or a shard failed too often.
             DiskFullError: There is no room for the job, or for a worker's shard.
         """
@@ -115,6 +117,7 @@ class ProcessExecutor:
         already = _documents(writer, set(writer.missing()))
         before, started = already, self._clock()
         warned = False
+        refused: dict[str, str] = {}  # worker by message: one that is started again says the same
 
         def show(done: int) -> None:
             seconds = self._clock() - started
@@ -129,14 +132,15 @@ class ProcessExecutor:
             if done != before:
                 before = done
                 show(done)
-            self._check(read_errors(job))
+            self._check(read_errors(job), refused)
             silent = workers.silent_seconds()
             if silent > self._worker_timeout:
                 raise RuntimeError(
                     f"No worker has shown a sign of life for {silent:.0f} s in {self.root}, "
                     f"{len(missing)} of {writer.spec.num_shards} shards are missing"
-                    f"{workers.last_seen()}. Start one: python experiments/refresh_worker.py "
-                    f"--root {self.root} --data ... --encoder ... (finished shards are kept)"
+                    f"{workers.last_seen()}{_told(refused)}. Start one: python "
+                    f"experiments/refresh_worker.py --root {self.root} --data ... --encoder ... "
+                    "(finished shards are kept)"
                 )
             if silent > self._worker_timeout / 10 and not warned:
                 warned = True
@@ -145,8 +149,13 @@ class ProcessExecutor:
                 raise Cancelled("The encoding was cancelled")
         show(writer.spec.size)
 
-    def _check(self, errors: list[JobError]) -> None:
-        """Raises what workers cannot get over."""
+    def _check(self, errors: list[JobError], refused: dict[str, str]) -> None:
+        """Raises what workers cannot get over; notes and warns of those that do not belong here."""
+        for error in errors:
+            if error.kind == MismatchError.__name__ and error.message not in refused:
+                refused[error.message] = error.worker
+                _LOG.warning("%s is refused, the others go on: %s", error.worker, error.message)
+        errors = [error for error in errors if error.kind != MismatchError.__name__]
         failures = collections.Counter(error.shard for error in errors)
         for error in errors:
             told = f"{error.worker} failed: {error.message}"
@@ -190,6 +199,12 @@ class _Workers:
             except FileNotFoundError:
                 continue
         return f" (last seen: {', '.join(holders)})" if holders else ""
+
+
+def _told(refused: dict[str, str]) -> str:
+    """Says which workers were refused, for a message."""
+    reasons = "; ".join(f"{worker}: {message}" for message, worker in refused.items())
+    return f" (refused: {reasons})" if refused else ""
 
 
 def _documents(writer: EmbeddingWriter, missing: set[int]) -> int:

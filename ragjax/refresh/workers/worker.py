@@ -21,7 +21,7 @@ import jax
 
 from ragjax.index import DiskFullError, ShardWriter
 from ragjax.refresh.encode import encode_corpus
-from ragjax.refresh.export import read_export
+from ragjax.refresh.export import MismatchError, read_export
 from ragjax.refresh.task import Cancelled, DocRows, EncodeTask
 from ragjax.refresh.workers.jobs import WORKERS, Job, job_numbers, read_job, write_error
 from ragjax.refresh.workers.leases import Beacon, Leases, read_holder, this_process
@@ -75,8 +75,9 @@ def run_worker(
         The number of shards written.
 
     Raises:
-        ValueError: This worker has another corpus or encoder than the trainer, or their versions
-            differ. The job fails with the same message.
+        MismatchError: This worker has another corpus or encoder than the trainer, which is told so
+            and goes on with the others.
+        ValueError: Their versions differ, or the job is damaged and fails.
         OSError: The folder cannot be written.
     """
     options = options or WorkerOptions()
@@ -168,11 +169,12 @@ class _Worker:
         try:
             _check_same_task(self._task, job)
             params = jax.device_put(read_export(job.params, self._template).params)
+            _check_dim(self._task, params, job)
             writer = ShardWriter.open(job.store, job.spec)
         except ValueError as error:
             if not job.is_open():  # a folder that is being removed looks damaged
                 raise FileNotFoundError(f"{job.folder} is gone") from error
-            write_error(job, error, shard=-1, fatal=True)
+            write_error(job, error, shard=-1, fatal=not isinstance(error, MismatchError))
             raise
         self._report(f"job {job.number}: parameters of step {job.step}")
         options, rows = job.options, job.rows()
@@ -320,10 +322,23 @@ def _check_same_task(task: EncodeTask, job: Job) -> None:
         ("encoder", task.model_fingerprint, job.model_fingerprint, "encoder"),
     ):
         if here != there:
-            raise ValueError(
+            raise MismatchError(
                 f"This worker has another {name} than the trainer: fingerprint {here!r} here, "
                 f"{there!r} in job {job.number}; start it with the trainer's {remedy}"
             )
+
+
+def _check_dim(task: EncodeTask, params: Any, job: Job) -> None:
+    """Refuses an encoder that takes the trainer's parameters, but not as the trainer does."""
+    try:
+        found = f"gives {task.dim(params)} dimensions"
+    except Exception as error:  # the trainer's encoder has run with them, so it is this one's fault
+        raise MismatchError(f"This worker's encoder fails: {error}") from error
+    if found != f"gives {job.spec.dim} dimensions":
+        raise MismatchError(
+            f"This worker's encoder {found}, that of the trainer {job.spec.dim} in job "
+            f"{job.number}; start it with the trainer's --encoder"
+        )
 
 
 def _is_published(job: Job) -> bool:

@@ -304,8 +304,3 @@ class RunConfig(Options):
             )
         if not self.output:
             raise ValueError("output must name a folder")
-        if self.refresh.workers and self.compute_dtype != "float32":
-            raise ValueError(
-                f"compute_dtype={self.compute_dtype}: the workers of refresh.workers load the"
-                " encoder by themselves and compute in float32; leave one of them out"
-            )

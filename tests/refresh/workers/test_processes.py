@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from refresh_tasks import (
 
 from ragjax.index import DiskFullError, EmbeddingStore, EmbeddingWriter
 from ragjax.refresh import ProcessExecutor
+from ragjax.refresh.export import MismatchError
 from ragjax.refresh.task import Cancelled, params_digest
 from ragjax.refresh.workers import jobs
 
@@ -197,35 +200,47 @@ def test_other_errors_fail_when_a_shard_has_failed_too_often(executor):
     assert worker.num_shards == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"documents": DOCUMENTS[:-1] + [[1]]}, "another corpus than the trainer: fingerprint "),
-        ({"model_fingerprint": "large"}, "another encoder .* fingerprint 'large' here, 'tiny' in"),
-    ],
-)
-def test_a_worker_with_another_corpus_or_encoder_is_refused(executor, changes, message):
+WRONG = {
+    "corpus": ({"documents": DOCUMENTS[:-1] + [[1]]}, None, "another corpus than the trainer: f"),
+    "encoder": ({"model_fingerprint": "large"}, None, "another encoder .* 'large' here, 'tiny' in"),
+    "sizes": ({}, (50, 9), r"\['embed'\] is \(50, 8\) float32, expected \(50, 9"),
+    "pooling": (
+        {"encode": lambda params, tokens: params["embed"][tokens.ids].mean(1)[:, :5]}, None,
+        "encoder gives 5 dimensions, that of the trainer 8 in job 1",
+    ),
+    "a failing encoder": ({"encode": lambda params, tokens: params["head"]}, None, "fails: 'head'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_worker_is_refused_and_the_others_go_on(tmp_path, executor, wrong, caplog):
+    changes, shape, message = WRONG[wrong]
     task = make_task()
-    other = make_task(**changes)
+    template = {"embed": jax.ShapeDtypeStruct(shape, np.float32)} if shape else None
     request = make_request(executor.root / "store", task, make_params())
-    with WorkerThread(executor.root, other) as worker:
-        with pytest.raises(ValueError, match=message) as caught:
-            executor.encode(task, request)
-        worker.thread.join(10)
-    assert str(worker.error) in str(caught.value)
-    if "documents" in changes:
-        assert task.corpus_digest in str(worker.error) and other.corpus_digest in str(worker.error)
-    assert worker.num_shards is None
+    with WorkerThread(executor.root, make_task(**changes), template) as worker:
+        with ThreadPoolExecutor(1) as pool:
+            encoding = pool.submit(executor.encode, task, request)
+            worker.thread.join(20)
+            assert isinstance(worker.error, MismatchError) and worker.num_shards is None
+            with WorkerThread(executor.root, task):
+                store = encoding.result()
+    assert file_bytes(store.folder) == file_bytes(
+        encode_here(tmp_path / "clean", task, request).folder
+    )
+    refused = [record.message for record in caplog.records if "refused" in record.message]
+    assert len(refused) == 1 and re.search(f"the others go on: .*{message}", refused[0])
+    if wrong == "corpus":
+        assert task.corpus_digest in refused[0]
 
 
-def test_a_worker_with_another_architecture_is_refused(executor):
+def test_where_all_workers_are_refused_the_encoding_fails_and_says_why(executor):
     task = make_task()
-    template = {"embed": jax.ShapeDtypeStruct((50, 9), np.float32)}
-    with WorkerThread(executor.root, task, template) as worker:
-        with pytest.raises(ValueError, match=r"\['embed'\] is \(50, 8\) float32, expected \(50, 9"):
-            executor.encode(task, make_request(executor.root / "store", task, make_params()))
-        worker.thread.join(10)
-    assert isinstance(worker.error, ValueError)
+    alone = ProcessExecutor(executor.root, worker_timeout=0.3, poll_seconds=0.02)
+    request = make_request(executor.root / "store", task, make_params())
+    with WorkerThread(executor.root, make_task(model_fingerprint="large")):
+        with pytest.raises(RuntimeError, match="refused: .*'large' here.* job 1.*Start one"):
+            alone.encode(task, request)
 
 
 def test_a_newer_job_replaces_an_older_one(executor):

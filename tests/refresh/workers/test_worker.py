@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import ROOT, environment
@@ -27,10 +28,14 @@ from refresh_tasks import (
 from ragjax.data import Corpus
 from ragjax.index import EmbeddingStore
 from ragjax.models.encoder import load_encoder
+from ragjax.models.inputs import Tokens
 from ragjax.models.testing import write_tiny_encoder
 from ragjax.refresh import ProcessExecutor
 from ragjax.refresh.workers.leases import read_holder
+from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.tokens import corpus_task
+from ragjax.runs.workspace import in_compute_dtype
 
 SECONDS = 0.05  # of a shard
 
@@ -158,6 +163,25 @@ def test_a_stopped_worker_loses_its_shard_and_does_no_harm_when_it_wakes(tmp_pat
     assert list((root / "workers").iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_script_has_the_encoder_of_a_trainer_in_its_dtype(tmp_path, monkeypatch, dtype):
+    write_tiny_encoder(tmp_path / "encoder")
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "1", "text": "a cat"}\n')
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    script, tasks = importlib.import_module("refresh_worker"), []
+    monkeypatch.setattr(script, "run_worker", lambda root, task, *rest, **_: tasks.append(task))
+    flags = ["--root", str(tmp_path), "--data", str(tmp_path), "--compute_dtype", dtype]
+    assert script.main([*flags, "--encoder", str(tmp_path / "encoder")]) == 0
+    config = AdaptConfig(compute_dtype=dtype, refresh=RefreshConfig(mode="async", workers=True))
+    encoder = in_compute_dtype(load_encoder(str(tmp_path / "encoder")), config)
+    assert tasks[0].model_fingerprint == encoder.fingerprint
+    ids = jnp.arange(8).reshape(1, 8)
+    tokens = Tokens(ids, ids > 0)
+    np.testing.assert_array_equal(
+        tasks[0].encode(encoder.params, tokens), encoder.encode(encoder.params, tokens)
+    )
+
+
 @pytest.mark.slow
 def test_the_script_encodes_for_a_trainer_and_leaves_on_a_signal(
     tmp_path, root, capsys, monkeypatch
@@ -192,12 +216,13 @@ def test_the_script_encodes_for_a_trainer_and_leaves_on_a_signal(
         worker.stdout.close()
     assert "40 documents" in told and "shard 5 of 5" in told and "Traceback" not in told
     assert list((root / "workers").iterdir()) == []
-    # One with other documents fails the job and leaves with code 2, without a traceback.
+    # One with other documents leaves with code 2, without a traceback, and costs the job nothing.
     (data / "corpus.jsonl").write_text("".join(lines[1:]))
     encoding = Encoding(executor, task, make_request(root / "next", task, encoder.params))
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     script = importlib.import_module("refresh_worker")
     assert script.main([*command[2:], str(data)]) == 2
-    with pytest.raises(ValueError, match=f"another corpus .*'{corpus.fingerprint}' in job 1"):
-        encoding.result()
     assert "error: This worker has another corpus" in capsys.readouterr().err
+    (data / "corpus.jsonl").write_text("".join(lines))
+    with WorkerThread(root, task, encoder.params):
+        assert encoding.result().spec.size == 40
