@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,15 @@ from ragjax.data.jsonl import (
 
 MAX_UNKNOWN_FRACTION = 0.01
 _SHOWN_IDS = 10
+_PARTS = ("corpus.jsonl", "queries.jsonl", "qrels")
+# Other names of a split -> ours.
+_SPLITS = {
+    **{name: name for name in ("train", "dev", "test")},
+    **dict.fromkeys(("validation", "valid", "val", "development"), "dev"),
+    "training": "train",
+    "testing": "test",
+}
+_DATA_ENDINGS = (".jsonl", ".gz", ".csv", ".tsv", ".parquet")
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -43,11 +52,12 @@ def read_beir(
 
     A question belongs to the splits whose qrels file names it. Its answers are
     `metadata.answers`, or `answers` beside the text; they may be missing. Without
-    `qrels/dev.tsv`, a part of train is held out, chosen by a hash of the question ids.
+    `qrels/dev.tsv` (or another usual name, such as `validation.tsv`), a part of train is held out,
+    chosen by a hash of the question ids.
 
     Args:
-        folder: Has `corpus.jsonl`, `queries.jsonl` (each plain or `.gz`) and `qrels/SPLIT.tsv`
-            with the columns query-id, corpus-id, score, separated by tabs.
+        folder: Has `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv` with the columns
+            query-id, corpus-id, score, separated by tabs; each plain or `.gz`.
         cache: Folder for the prepared corpus and for lists of rejected rows.
         fields: Names in the files for "id", "title", "text" (passages) and "query_id", "query",
             "answers" (questions), where they differ from BEIR's.
@@ -70,9 +80,8 @@ def read_beir(
         raise DataError(
             f"{folder} is a file; expected a folder with corpus.jsonl and queries.jsonl"
         )
-    qrels_files = sorted(require_path(folder / "qrels").glob("*.tsv"))
-    if not qrels_files:
-        raise DataError(f"{folder / 'qrels'} holds no .tsv file; expected for example test.tsv")
+    notes = _check_parts(folder)
+    qrels_files = _qrels_files(folder / "qrels", notes)
     queries_file = plain_or_gzipped(folder, "queries.jsonl")
     corpus = Corpus.open(
         folder,
@@ -85,9 +94,10 @@ def read_beir(
     path_key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     with RejectedRows(cache / f"queries-{path_key}" / "rejected.jsonl", on_bad_row) as rejected:
         questions = _read_questions(queries_file, resolve_fields(fields), rejected)
-        notes = list(corpus.report.notes())
+        notes += corpus.report.notes()
         qrels = {
-            file.stem: _read_qrels(file, corpus, questions, rejected, notes) for file in qrels_files
+            split: _read_qrels(file, corpus, questions, rejected, notes)
+            for split, file in qrels_files.items()
         }
     if rejected.count:
         notes.append(
@@ -110,6 +120,56 @@ def read_beir(
     if "dev" in qrels or "train" not in qrels:
         return dataset
     return hold_out(dataset, split="train", into="dev", fraction=dev_fraction)
+
+
+def _check_parts(folder: Path) -> list[str]:
+    """Returns a note on files that look like data and are not read.
+
+    Raises:
+        DataError: The folder has no part of a data set.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name.removesuffix(".gz") not in _PARTS]
+    if len(others) == len(names):
+        raise DataError(
+            f"{folder} is no data set: expected corpus.jsonl, queries.jsonl and qrels/test.tsv"
+            f" there, found {_some(names) or 'nothing'} (ragjax.data.folders makes a data set of"
+            " text files)"
+        )
+    others = [name for name in others if name.endswith(_DATA_ENDINGS)]
+    return [f"{folder}: {len(others)} files are not read: {_some(others)}"] if others else []
+
+
+def _qrels_files(folder: Path, notes: list[str]) -> dict[str, Path]:
+    """Returns the files of relevance judgements by split, under the names that runs use."""
+    files: dict[str, Path] = {}
+    others: list[str] = []
+    for path in sorted(require_path(folder).iterdir()):
+        split = path.name.removesuffix(".gz").removesuffix(".tsv")
+        if path.name not in (f"{split}.tsv", f"{split}.tsv.gz") or not path.is_file():
+            others.append(path.name)
+        elif split in files:
+            raise DataError(f"{folder} holds {split}.tsv and {split}.tsv.gz; remove one of them")
+        else:
+            files[split] = path
+    found = f"{folder}: {len(others)} files are not read: {_some(others)}"
+    if not files:
+        detail = f" ({found})" if others else ""
+        raise DataError(f"{folder} holds no .tsv file; expected for example test.tsv{detail}")
+    if others:
+        notes.append(f"{found}; a split is a .tsv or .tsv.gz file")
+    for split in [name for name in files if _SPLITS.get(name.lower(), name) != name]:
+        usual = _SPLITS[split.lower()]
+        if usual in files:
+            notes.append(f"{files[split]} is a split of its own, because {files[usual]} is {usual}")
+        else:
+            notes.append(f"{files[split]} serves as {usual}")
+            files[usual] = files.pop(split)
+    return files
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_IDS]) + (", ..." if len(names) > _SHOWN_IDS else "")
 
 
 def _read_questions(
@@ -217,8 +277,7 @@ def _read_qrels(
 
 def _unknown_note(path: Path, unknown: list[str], num_rows: int) -> str:
     distinct = list(dict.fromkeys(unknown))
-    listed = ", ".join(distinct[:_SHOWN_IDS]) + (", ..." if len(distinct) > _SHOWN_IDS else "")
-    message = f"{path}: {len(unknown)} of {num_rows} rows name unknown ids ({listed})"
+    message = f"{path}: {len(unknown)} of {num_rows} rows name unknown ids ({_some(distinct)})"
     if len(unknown) > MAX_UNKNOWN_FRACTION * num_rows:
         raise DataError(
             f"{message}, more than {MAX_UNKNOWN_FRACTION:.0%}; do corpus, queries and qrels belong "

@@ -31,7 +31,7 @@ from ragjax.data.jsonl import (
 )
 from ragjax.storage import sha256, unique_name, write_json
 
-_FORMAT = 1  # raise it when the files below change
+_FORMAT = 2  # raise it when the files below change
 ROWS = "passages.jsonl"
 OFFSETS = "offsets.npy"  # int64 [N + 1], bytes
 HASHES = "id_hashes.npy"  # uint64 [N], sorted
@@ -57,7 +57,7 @@ class CorpusReport:
 
     Attributes:
         kept: Passages in the corpus.
-        blank: Rows skipped because their text shows nothing.
+        blank: Rows skipped because neither their title nor their text shows anything.
         rejected: Bad rows skipped under on_bad_row="skip".
         rejected_path: JSON lines with the bad rows and reasons, if any.
         first_rejection: The first reason, if any.
@@ -73,7 +73,7 @@ class CorpusReport:
         """Returns a sentence for each kind of skipped row."""
         notes = []
         if self.blank:
-            notes.append(f"{self.blank} passages without text are skipped")
+            notes.append(f"{self.blank} passages without text or title are skipped")
         if self.rejected:
             where = f", see {self.rejected_path}" if self.rejected_path else ""
             notes.append(
@@ -150,7 +150,7 @@ def _build(
             except DataError as error:
                 rejected.add(source, row.line, str(error), row.raw)
                 continue
-            if _BLANK.match(passage.text):
+            if _BLANK.match(passage.title + passage.text):
                 blank += 1
             else:
                 table.append(passage, row.line)

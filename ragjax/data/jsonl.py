@@ -254,14 +254,22 @@ def require_path(path: Path) -> Path:
     """Returns the path if it exists.
 
     Raises:
-        FileNotFoundError: It does not; the message has the nearest existing name.
+        FileNotFoundError: It does not; the message has the nearest existing name that could serve,
+            or else the nearest of another format.
     """
     if path.exists():
         return path
     if not path.parent.is_dir():
         require_path(path.parent)
-    near = nearest_path(path)
-    remedy = f"did you mean {str(near)!r}?" if near else f"{path.parent} has no such name"
+    lines = ".jsonl" if path.suffix == ".jsonl" else ""
+    near, other = nearest_path(path, having=lines), nearest_path(path)
+    if near and (near.is_dir() or near.suffix == path.suffix or ".json" in near.name):
+        remedy = f"did you mean {str(near)!r}?"
+    elif other:
+        advice = f"; write it as {path.name}, one JSON object a line" if lines else ""
+        remedy = f"there is {other.name}, which is something else{advice}"
+    else:
+        remedy = f"{path.parent} has no such name"
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
 
 

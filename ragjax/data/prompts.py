@@ -79,9 +79,9 @@ class PromptTemplate:
 
 
 def passage_text(passage: Passage, form: str = "{title}\n{text}") -> str:
-    """Returns a passage as one text; only the text when it has no title."""
-    if not passage.title:
-        return passage.text
+    """Returns a passage as one text; only the title or the text where it lacks the other."""
+    if not (passage.title and passage.text):
+        return passage.title or passage.text
     return _fill(form, title=passage.title, text=passage.text)
 
 

@@ -225,6 +225,8 @@ def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:
         fields=parse_fields(config.data_options.fields),
         on_bad_row=config.data_options.on_bad_row,
     )
+    for note in corpus.report.notes():
+        log(f"note: {note}")
     return Dataset(name=source.name, corpus=corpus, questions={}, qrels={})
 
 

@@ -17,13 +17,22 @@ def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
     return near[0] if near else None
 
 
-def nearest_path(path: Path) -> Path | None:
+def nearest_path(path: Path, *, having: str = "") -> Path | None:
     """Returns the existing path most like one that does not exist, None if none is like it.
 
     Only the first part that is missing is compared, with the names beside it.
+
+    Args:
+        path: What was given.
+        having: Part of each name that could have been meant, such as an ending.
     """
     while not path.parent.is_dir():
         path = path.parent
-    names = sorted(entry.name for entry in path.parent.iterdir())
-    near = nearest_name(path.name, names, cutoff=0.5)
-    return path.parent / near if near else None
+    # What all of them have says nothing about likeness.
+    names = {
+        entry.name.replace(having, ""): entry.name
+        for entry in sorted(path.parent.iterdir())
+        if having in entry.name
+    }
+    near = nearest_name(path.name.replace(having, ""), names, cutoff=0.5)
+    return path.parent / names[near] if near is not None else None

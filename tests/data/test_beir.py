@@ -1,5 +1,7 @@
+import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -245,6 +247,76 @@ class TestHoldOut:
                 hold_out(dataset, split="train", into="dev", fraction=fraction)
         with pytest.raises(DataError, match="has 1 question, too few"):
             read(QUERIES, {"train": SPLITS["train"]})
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "Development", "DEV"])
+def test_other_names_of_dev_serve_as_dev(read, name):
+    dataset = read(QUERIES[:3], {"train": SPLITS["train"], name: SPLITS["dev"]})
+    assert [question.id for question in dataset.questions["dev"]] == ["q2"]
+    assert len(dataset.questions["train"]) == 1
+    assert dataset.notes[0].endswith(f"{name}.tsv serves as dev")
+
+
+def test_dev_and_validation_are_two_splits(read):
+    dataset = read(QUERIES, {**SPLITS, "validation": [("q9", "d1", 1)]})
+    assert set(dataset.questions) == {"train", "dev", "test", "validation"}
+    assert [question.id for question in dataset.questions["dev"]] == ["q2"]
+    assert "validation.tsv is a split of its own, because" in dataset.notes[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / os.fsdecode(b"d\xe9part"), QUERIES[:3], SPLITS)
+
+
+def test_compressed_judgements_are_read(folder, tmp_path):
+    text = (folder / "qrels" / "dev.tsv").read_bytes()
+    (folder / "qrels" / "dev.tsv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text))
+    with pytest.raises(DataError, match=r"holds dev.tsv and dev.tsv.gz; remove one"):
+        read_beir(folder, cache=tmp_path / "cache")
+    (folder / "qrels" / "dev.tsv").unlink()
+    dataset = read_beir(folder, cache=tmp_path / "cache")
+    assert dataset.notes == ()
+    assert dataset.qrels["dev"] == {"q2": {"d2": 2}}
+
+
+def test_files_that_are_not_read_are_named(folder, tmp_path):
+    for name in ("queries-2.jsonl", "corpus.csv", "README.md", "qrels/dev.txt", "qrels/more"):
+        (folder / name).touch()
+    first, second = read_beir(folder, cache=tmp_path / "cache").notes
+    assert first.endswith("2 files are not read: corpus.csv, queries-2.jsonl")
+    assert second.endswith("2 files are not read: dev.txt, more; a split is a .tsv or .tsv.gz file")
+    for split in SPLITS:
+        (folder / "qrels" / f"{split}.tsv").unlink()
+    with pytest.raises(DataError, match=r"holds no .tsv file; .* \(.*not read: dev.txt, more\)"):
+        read_beir(folder, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((), "no data set: expected corpus.jsonl, .* found nothing"),
+        (("a.md", "b.txt"), r"found a.md, b.txt \(ragjax.data.folders makes a data set"),
+        (("queries.jsonl", "qrels.tsv"), "qrels does not exist; there is qrels.tsv"),
+        (
+            ("qrels/test.tsv", "queries.csv"),
+            "there is queries.csv, which is .*; write it as queries",
+        ),
+        (
+            ("qrels/test.tsv", "queries.jsonl", "corpus.csv", "corpora.jsonl"),
+            r"did you mean '.*corpora.jsonl'",
+        ),
+        (("qrels/test.tsv", "queries.jsonl", "corpus.csv"), "one JSON object a line"),
+    ],
+)
+def test_no_other_format_is_what_was_meant(tmp_path, names, expected):
+    (tmp_path / "set").mkdir()
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    with pytest.raises((DataError, FileNotFoundError), match=expected) as error:
+        read_beir(tmp_path / "set", cache=tmp_path / "cache")
+    assert "did you mean" not in str(error.value) or "corpora" in names[-1]
 
 
 def test_leaked_questions_ignore_case_punctuation_and_unicode_form(read):

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ragjax.data import Corpus, DataError, corpus_cache
+from ragjax.data import Corpus, DataError, corpus_cache, passage_text
 from ragjax.data import corpus as corpus_module
 
 ROWS = [
@@ -102,7 +102,14 @@ def test_blank_texts_are_skipped_and_counted(opened):
     corpus = opened([*rows[:2], *ROWS, *rows[2:]])
     assert [passage.id for passage in corpus] == ["a", "b", "7"]
     assert corpus.report.blank == 4
-    assert corpus.report.notes() == ("4 passages without text are skipped",)
+    assert corpus.report.notes() == ("4 passages without text or title are skipped",)
+
+
+def test_a_title_without_a_text_is_a_passage(opened):
+    corpus = opened([{"_id": "x", "title": "Pump", "text": ""}, {"_id": "y", "text": "a"}])
+    assert corpus[0] == ("x", "Pump", "")
+    assert corpus.report.notes() == ()
+    assert passage_text(corpus[0]) == "Pump"
 
 
 BAD_ROWS = {

@@ -126,6 +126,17 @@ def test_one_text_file_is_read_and_another_format_refused(ask, ask_json, flags, 
     assert "not read: 1 .csv (corpus.csv); documents are read from" in capsys.readouterr().err
 
 
+def test_passages_with_a_title_alone_are_found_and_empty_ones_counted(ask, flags, tmp_path, capsys):
+    rows = [{"_id": "t", "title": "the red cat likes fish", "text": ""}, {"_id": "e", "text": ""}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = ("--answer=fish", "--json", QUESTION)
+    assert ask([*flags, f"--data={tmp_path}", f"--cache={tmp_path}", *answers]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert [document["id"] for document in found["documents"]] == ["t"]
+    assert "note: 1 passages without text or title are skipped" in told.err
+
+
 def test_a_data_set_without_its_corpus_is_no_folder_of_text(ask, flags, tmp_path, capsys):
     (tmp_path / "README.md").write_text("about the data")
     (tmp_path / "queries.jsonl").write_text("")

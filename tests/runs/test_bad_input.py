@@ -280,7 +280,7 @@ def test_b7_b14_b15_what_can_be_used_is_used_and_said(
     )
     out = capsys.readouterr().out
     assert code == 0
-    assert "1 passages without text are skipped" in out
+    assert "1 passages without text or title are skipped" in out
     assert "longer than 64 tokens and were cut" in out
     assert "documents to encode" in out
 

@@ -17,5 +17,13 @@ def test_the_first_missing_part_of_a_path_is_compared(tmp_path, monkeypatch):
     assert nearest_path(tmp_path / "data" / "corpus.json") == tmp_path / "data" / "corpus.jsonl"
     assert nearest_path(tmp_path / "dato" / "corpus.jsonl") == tmp_path / "data"
     assert nearest_path(tmp_path / "zzz") is None
+    (tmp_path / "data" / "queries.jsonl").touch()
+    (tmp_path / "data" / "copora.jsonl.gz").touch()
+    for name, near in {"questions": "queries.jsonl", "corpora": "copora.jsonl.gz"}.items():
+        found = nearest_path(tmp_path / "data" / f"{name}.jsonl", having=".jsonl")
+        assert found == tmp_path / "data" / near
+    (tmp_path / "data" / "corpus.jsonl").unlink()
+    (tmp_path / "data" / "copora.jsonl.gz").unlink()
+    assert nearest_path(tmp_path / "data" / "corpus.jsonl", having=".jsonl") is None
     monkeypatch.chdir(tmp_path)
     assert nearest_path(Path("dat")) == Path("data")
