@@ -30,6 +30,7 @@ from ragjax.data.corpus_cache import (
 )
 from ragjax.data.fields import resolve_fields
 from ragjax.data.jsonl import BadRowPolicy, ReadProgress
+from ragjax.storage import read_sealed
 
 DEFAULT_MAX_CHARS = 1_000_000
 
@@ -44,8 +45,8 @@ class Corpus:
     """
 
     def __init__(self, folder: Path):
-        """Maps a complete cache folder; use `Corpus.open`."""
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        """Maps a whole cache folder; use `Corpus.open`."""
+        manifest = read_sealed(folder / MANIFEST, what="prepared corpus")
         self.fingerprint: str = manifest["fingerprint"]
         report = manifest["report"]
         rejected_path = folder / REJECTED if report["rejected"] else None
@@ -70,8 +71,9 @@ class Corpus:
         """Opens a JSON-lines file of passages, plain or gzip.
 
         The first opening reads the file once, in bounded memory, into a folder below `cache`. A
-        later one maps that folder: at once while size and times of the source file are the same,
-        else after comparing its sha256. A changed file is read again.
+        later one maps that folder, whose files must have their checksums (else it is made again,
+        with a warning): at once while size and times of the source file are the same, else after
+        comparing its sha256. A changed file is read again.
 
         Args:
             path: The file, or a folder with `corpus.jsonl` or `corpus.jsonl.gz`.

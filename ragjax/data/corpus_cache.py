@@ -6,6 +6,7 @@ sorted hashes of the ids. N is the number of passages.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,15 +30,23 @@ from ragjax.data.jsonl import (
     require_path,
     string_field,
 )
-from ragjax.storage import sha256, unique_name, write_json
+from ragjax.storage import (
+    read_sealed,
+    sha256,
+    unique_name,
+    verify_folder,
+    walk_digests,
+    write_sealed,
+)
 
+_LOG = logging.getLogger(__name__)
 _FORMAT = 2  # raise it when the files below change
 ROWS = "passages.jsonl"
 OFFSETS = "offsets.npy"  # int64 [N + 1], bytes
 HASHES = "id_hashes.npy"  # uint64 [N], sorted
 HASH_ROWS = "id_rows.npy"  # int64 [N], the row of each hash
-_TABLES = (ROWS, OFFSETS, HASHES, HASH_ROWS)
 MANIFEST = "manifest.json"
+_WHAT = "prepared corpus"
 REJECTED = "rejected.jsonl"
 # Whitespace and the characters that show nothing.
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*\Z")
@@ -113,11 +122,13 @@ def prepared_folder(
     pointer = cache / f"corpus-{_digest([str(source.resolve()), *options])[:16]}.json"
     stamp = _stamp(source)
     known_name, known_stamp = _read_pointer(pointer)
-    if known_name and _is_complete(cache / known_name):
-        if known_stamp == stamp:
+    if known_name and (cache / known_name).is_dir():
+        if problem := _problem(cache / known_name):
+            _LOG.warning("The prepared corpus is made again from %s: %s", source, problem)
+        elif known_stamp == stamp:
             return cache / known_name
-        if known_name == _folder_name(sha256(source), options):
-            write_json(pointer, {"folder": known_name, "stamp": stamp}, shared=True)
+        elif known_name == _folder_name(sha256(source), options):
+            write_sealed(pointer, {"folder": known_name, "stamp": stamp}, shared=True)
             return cache / known_name
     building = cache / unique_name("building")
     building.mkdir()
@@ -128,7 +139,7 @@ def prepared_folder(
         _publish(building, cache / name)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    write_json(pointer, {"folder": name, "stamp": stamp}, shared=True)
+    write_sealed(pointer, {"folder": name, "stamp": stamp}, shared=True)
     return cache / name
 
 
@@ -167,14 +178,15 @@ def _build(
         reasons = "; ".join(report.notes()) or "the file is empty"
         raise DataError(f"{source}: 0 passages ({reasons})")
     table.save(source, folder)
+    fingerprint = table.fingerprint.hexdigest()  # of the bytes of ROWS
     manifest = {
         "format": _FORMAT,
-        "fingerprint": table.fingerprint.hexdigest(),
+        "fingerprint": fingerprint,
         "source": str(source),
         "report": {key: value for key, value in asdict(report).items() if key != "rejected_path"},
-        "bytes": {name: (folder / name).stat().st_size for name in _TABLES},
+        "sha256": walk_digests(folder, known={ROWS: fingerprint}),
     }
-    write_json(folder / MANIFEST, manifest)
+    write_sealed(folder / MANIFEST, manifest)
     return _folder_name(reader.sha256, options)
 
 
@@ -248,7 +260,7 @@ def _publish(building: Path, folder: Path) -> None:
     try:
         os.rename(building, folder)  # fails where there is one: nothing is looked at beforehand
     except OSError:
-        if _is_complete(folder):  # another process was first
+        if _problem(folder) is None:  # another process was first
             return
         damaged = building.with_name(unique_name("building"))
         os.rename(folder, damaged)
@@ -258,22 +270,20 @@ def _publish(building: Path, folder: Path) -> None:
 
 def _read_pointer(pointer: Path) -> tuple[str | None, list[int] | None]:
     try:
-        known = json.loads(pointer.read_text(encoding="utf-8"))
+        known = read_sealed(pointer, what=_WHAT)
         return known["folder"], known["stamp"]
     except (OSError, ValueError, KeyError):
         return None, None
 
 
-def _is_complete(folder: Path) -> bool:
-    """Tells whether the folder holds all its files in full length."""
+def _problem(folder: Path) -> str | None:
+    """Says why a folder is not a whole prepared corpus; None if all its files are unchanged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes = manifest["bytes"]
-        return manifest["format"] == _FORMAT and all(
-            (folder / name).stat().st_size == size for name, size in sizes.items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+        manifest = read_sealed(folder / MANIFEST, what=_WHAT, version=_FORMAT)
+        verify_folder(folder, manifest.get("sha256"), also=(MANIFEST,))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _folder_name(source_sha256: str, options: CorpusOptions) -> str:

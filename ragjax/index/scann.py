@@ -203,7 +203,7 @@ class ScannIndex:
                 "details": dataclasses.asdict(self.details),
                 "sha256": {path.name: storage.sha256(path) for path in building.iterdir()},
             }
-            storage.write_json(building / _MANIFEST, manifest)
+            storage.write_sealed(building / _MANIFEST, manifest)
 
     @classmethod
     def load(
@@ -227,7 +227,7 @@ class ScannIndex:
             ImportError: ScaNN does not work here; the message says why.
         """
         source = Path(folder)
-        manifest = storage.read_json(source / _MANIFEST, what="ScaNN index")
+        manifest = storage.read_sealed(source / _MANIFEST, what="ScaNN index")
         # ScaNN unpickles a docid file if it finds one, so nothing unlisted may lie there.
         check = storage.check_listing if verified else storage.verify_folder
         check(source, manifest.get("sha256"), also=(_MANIFEST,))

@@ -148,7 +148,7 @@ class ShardWriter:
     def _noted(self, shard: int) -> str | None:
         """Returns the digest in the note of a shard, "" if it is damaged, None without a note."""
         try:
-            note = storage.read_json(self._building / _note_name(shard), what=WHAT)
+            note = storage.read_sealed(self._building / _note_name(shard), what=WHAT)
         except FileNotFoundError:
             return None
         except ValueError:
@@ -158,7 +158,7 @@ class ShardWriter:
     def _write_note(self, shard: int, digest: str) -> None:
         """Notes the digest of the bytes that are there."""
         partial = self._partials / storage.unique_name(_note_name(shard))
-        text = json.dumps({"sha256": digest}).encode()
+        text = json.dumps(storage.sealed({"sha256": digest})).encode()
         with storage.whole_file(partial, num_bytes=len(text)) as file:
             file.write(text)
         partial.rename(self._building / _note_name(shard))
@@ -201,7 +201,7 @@ class EmbeddingWriter(ShardWriter):
             writer._partials.mkdir(exist_ok=True)
         else:
             writer._partials.mkdir(exist_ok=True)
-            storage.write_json(building / _SPEC, {"format": FORMAT, "spec": spec_as_json(spec)})
+            storage.write_sealed(building / _SPEC, {"format": FORMAT, "spec": spec_as_json(spec)})
         writer._remove_discarded()
         writer.rescan()
         return writer
@@ -246,7 +246,7 @@ class EmbeddingWriter(ShardWriter):
         # can appear between the last look and the rename.
         discarded = self._target.with_name(storage.unique_name(f"{self._target.name}.discarded"))
         self._partials.rename(discarded)
-        storage.write_json(self._building / MANIFEST, manifest)
+        storage.write_sealed(self._building / MANIFEST, manifest)
         for path in self._building.iterdir():
             if path.name not in digests and path.name != MANIFEST:
                 path.unlink()
@@ -289,12 +289,12 @@ def _undo_publish(building: Path) -> None:
     """Gives a store killed just before its last rename the notes back, so no shard is redone."""
     path = building / MANIFEST
     try:
-        manifest = storage.read_json(path, what=WHAT, version=FORMAT)
+        manifest = storage.read_sealed(path, what=WHAT, version=FORMAT)
         spec = read_spec(manifest, path)
         for shard in range(spec.num_shards):
             digest = manifest["sha256"][shard_name(shard)]
-            storage.write_json(building / _note_name(shard), {"sha256": digest})
-        storage.write_json(building / _SPEC, {"format": FORMAT, "spec": spec_as_json(spec)})
+            storage.write_sealed(building / _note_name(shard), {"sha256": digest})
+        storage.write_sealed(building / _SPEC, {"format": FORMAT, "spec": spec_as_json(spec)})
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError):
@@ -325,7 +325,7 @@ def _spec_digest(spec: StoreSpec) -> str:
 def _check_same(building: Path, spec: StoreSpec) -> None:
     """Refuses to mix the embeddings of two specs."""
     path = building / _SPEC
-    started = read_spec(storage.read_json(path, what=WHAT, version=FORMAT), path)
+    started = read_spec(storage.read_sealed(path, what=WHAT, version=FORMAT), path)
     if problem := started.differences(dataclasses.asdict(spec)):
         raise ValueError(
             f"{building} was started for other embeddings ({problem}); remove it or choose another"

@@ -122,7 +122,7 @@ class EmbeddingStore:
                 belongs to another encoder, corpus or settings.
         """
         path = Path(folder)
-        manifest = storage.read_json(path / MANIFEST, what=WHAT, version=FORMAT)
+        manifest = storage.read_sealed(path / MANIFEST, what=WHAT, version=FORMAT)
         spec = read_spec(manifest, path / MANIFEST)
         expected = {shard_name(shard) for shard in range(spec.num_shards)}
         digests = manifest.get("sha256")

@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import faulthandler
 import io
-import json
 import logging
 import os
 import shutil
@@ -106,7 +105,7 @@ class ScannBuild:
             if array is not None:
                 _save_array(building / f"{name}.npy", array)
         path = building / "build.json"
-        storage.write_json(path, job)
+        storage.write_sealed(path, job)
         threads = {name: str(options.num_threads) for name in _THREAD_VARIABLES}
         # The accelerator belongs to the trainer: a second process on it would find no memory.
         environment = os.environ | threads | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _import_path()}
@@ -249,7 +248,7 @@ def main(path: str) -> int:
     """Runs the job in a file and returns the exit code: 0, or 2 where it cannot be used."""
     faulthandler.enable()
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-    job = json.loads(Path(path).read_text("utf-8"))
+    job = storage.read_sealed(Path(path), what="index build")
     _end_with_parent(job["parent"])
     try:
         _run(job)

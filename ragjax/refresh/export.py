@@ -68,7 +68,7 @@ def write_export(folder: Path, params: Any, *, step: int, info: Mapping[str, Any
             "info": dict(info),
             "sha256": {_PARAMS: storage.sha256(path)},
         }
-        storage.write_json(building / _MANIFEST, manifest)
+        storage.write_sealed(building / _MANIFEST, manifest)
     return digest
 
 
@@ -86,7 +86,7 @@ def read_export(folder: Path, template: Any) -> Export:
             differs.
     """
     folder = Path(folder)
-    manifest = storage.read_json(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
+    manifest = storage.read_sealed(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
     storage.verify_folder(folder, manifest.get("sha256"), also=(_MANIFEST,))
     tensors = load_file(folder / _PARAMS)
     leaves, structure = jax.tree_util.tree_flatten_with_path(key_data(template))

@@ -197,7 +197,7 @@ class GenerationStore:
         lock = self._lock(number, fcntl.LOCK_SH)
         try:
             folder = self.path(number)
-            manifest = storage.read_json(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
+            manifest = storage.read_sealed(folder / _MANIFEST, what=_WHAT, version=_FORMAT)
             description = _read_description(manifest, folder / _MANIFEST, number)
             problem = (expected or Expected()).problem(description)
             if problem:
@@ -244,7 +244,7 @@ class GenerationStore:
         for number in self.numbers():
             path = self.path(number) / _MANIFEST
             with contextlib.suppress(OSError, ValueError):  # damaged or just removed
-                manifest = storage.read_json(path, what=_WHAT, version=_FORMAT)
+                manifest = storage.read_sealed(path, what=_WHAT, version=_FORMAT)
                 found[number] = _read_description(manifest, path, number)
         return found
 
@@ -269,7 +269,7 @@ class GenerationStore:
             "description": json.loads(json.dumps(dataclasses.asdict(description))),
             "sha256": storage.walk_digests(building, known=_known_digests(building)),
         }
-        storage.write_json(building / _MANIFEST, manifest)
+        storage.write_sealed(building / _MANIFEST, manifest)
         self._folder.mkdir(parents=True, exist_ok=True)
         storage.publish(building, self.path(number))
         return number
@@ -350,7 +350,7 @@ def _known_digests(building: Path) -> dict[str, str]:
     for part, name in ((EMBEDDINGS, "manifest.json"), (INDEX, "ragjax.json")):
         path = building / part / name
         if path.is_file():
-            digests = storage.read_json(path, what=part).get("sha256", {})
+            digests = storage.read_sealed(path, what=part).get("sha256", {})
             known |= {f"{part}/{file}": digest for file, digest in digests.items()}
     return known
 

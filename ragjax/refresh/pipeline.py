@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ragjax import storage
 from ragjax.index import (
     EmbeddingStore,
     IndexSnapshot,
@@ -339,7 +340,8 @@ class Pipeline:
             rows=None if base is None else plan.rows,
         )
         self._process.wait(self._cancelled)
-        details = json.loads((folder / INDEX / "ragjax.json").read_text("utf-8"))["details"]
+        manifest = storage.read_sealed(folder / INDEX / "ragjax.json", what="ScaNN index")
+        details = manifest["details"]
         return float(details["recall"])
 
     def _note_encoded(self, export: Submission, plan: _Plan, snapshot: IndexSnapshot) -> None:

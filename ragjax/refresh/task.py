@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -115,7 +115,13 @@ class EncodeTask:
             return self.corpus_fingerprint
         digest = hashlib.sha256()
         for row in range(len(self.documents)):
-            digest.update(repr(self.documents[row]).encode("utf-8", "surrogatepass") + b"\0")
+            try:
+                digest.update(content_bytes(self.documents[row]))
+            except TypeError as error:
+                raise ValueError(
+                    f"documents[{row}] {error}; give EncodeTask a corpus_fingerprint that changes"
+                    " with the documents"
+                ) from error
         return digest.hexdigest()
 
     def of_token_ids(self, token_ids: Sequence[Sequence[int]]) -> "EncodeTask":
@@ -203,6 +209,54 @@ class Executor(Protocol):
     def close(self) -> None:
         """Gives up what it holds; no encoding is under way."""
         ...
+
+
+def content_bytes(value: Any) -> bytes:
+    """Returns bytes that are equal for equal content and differ for any other.
+
+    Not `repr`, which numpy cuts in the middle and which depends on its print options. Whole
+    numbers count by their value, so token ids are the same as a list or as an array of any width.
+
+    Args:
+        value: Text, bytes, numbers, None, arrays, and sequences, mappings and dataclasses of them.
+
+    Raises:
+        TypeError: It holds something else, which the message names.
+    """
+    if isinstance(value, str):
+        return _framed("s", value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes):
+        return _framed("b", value)
+    if value is None or isinstance(value, bool | np.bool_):
+        return _framed("c", str(value).encode())
+    if isinstance(value, int | np.integer):
+        return _framed("i", str(int(value)).encode())
+    if isinstance(value, float) or hasattr(value, "__array__"):
+        return _array_bytes(np.asarray(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return _framed("t", b"".join(map(content_bytes, fields)))
+    if isinstance(value, Mapping):
+        items = sorted(content_bytes(name) + content_bytes(value[name]) for name in value)
+        return _framed("m", b"".join(items))
+    if isinstance(value, Sequence):
+        if value and all(type(item) is int and abs(item) < 2**63 for item in value):
+            return _array_bytes(np.asarray(value))  # token ids, the common case
+        return _framed("t", b"".join(map(content_bytes, value)))
+    raise TypeError(f"holds a {type(value).__name__}, whose content cannot be read for a digest")
+
+
+def _array_bytes(array: NDArray[Any]) -> bytes:
+    if array.dtype.kind == "O" or array.shape == (0,):
+        return content_bytes(array.tolist())
+    if array.dtype.kind in "iu" and array.dtype != np.uint64:
+        array = array.astype(np.int64)
+    header = f"{array.dtype} {array.shape} ".encode()
+    return _framed("a", header + np.ascontiguousarray(array).tobytes())
+
+
+def _framed(kind: str, content: bytes) -> bytes:
+    return f"{kind}{len(content)}:".encode() + content
 
 
 def params_digest(params: Any) -> str:

@@ -19,8 +19,11 @@ from ragjax.storage.log import read_lines as read_lines
 from ragjax.storage.manifests import check_listing as check_listing
 from ragjax.storage.manifests import new_folder as new_folder
 from ragjax.storage.manifests import publish as publish
-from ragjax.storage.manifests import read_json as read_json
+from ragjax.storage.manifests import read_sealed as read_sealed
+from ragjax.storage.manifests import sealed as sealed
+from ragjax.storage.manifests import unsealed as unsealed
 from ragjax.storage.manifests import verify_folder as verify_folder
 from ragjax.storage.manifests import walk_digests as walk_digests
+from ragjax.storage.manifests import write_sealed as write_sealed
 from ragjax.storage.names import nearest_name as nearest_name
 from ragjax.storage.names import nearest_path as nearest_path

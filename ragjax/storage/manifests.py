@@ -1,17 +1,46 @@
-"""Folders that are complete or absent: checksums, publishing by rename, and safe opening."""
+"""Folders that are complete or absent: checksums, publishing by rename, and safe opening.
+
+One rule holds for everything that is written to be read back: each file has its SHA-256 in a
+manifest, and a manifest, like a line of a cache, has a checksum of itself.
+"""
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ragjax.storage.files import sha256, sync_file, sync_folder, unique_name
+from ragjax.storage.files import sha256, sync_file, sync_folder, unique_name, write_json
+
+_CHECKSUM = "checksum"
 
 
-def read_json(path: Path, *, what: str, version: int | None = None) -> dict[str, Any]:
-    """Reads a JSON object that is not reached through a link.
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a JSON object with a checksum of itself as its last field."""
+    return {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value)))}
+
+
+def unsealed(value: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns a JSON object without its checksum; None where it has none or has changed."""
+    content = {name: field for name, field in value.items() if name != _CHECKSUM}
+    return content if value.get(_CHECKSUM) == _checksum(content) else None
+
+
+def write_sealed(path: Path, value: Mapping[str, Any], *, shared: bool = False) -> None:
+    """Writes a JSON object for `read_sealed`.
+
+    Args:
+        path: The file; missing folders are made.
+        value: What it will hold; NaN and infinity are refused.
+        shared: True = other processes may write the same file at the same time.
+    """
+    write_json(path, sealed(value), shared=shared)
+
+
+def read_sealed(path: Path, *, what: str, version: int | None = None) -> dict[str, Any]:
+    """Reads a JSON object that `write_sealed` wrote and that is not reached through a link.
 
     Args:
         path: The file.
@@ -20,7 +49,8 @@ def read_json(path: Path, *, what: str, version: int | None = None) -> dict[str,
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It is a link, no JSON object, or of another version.
+        ValueError: It is a link, no JSON object, of another version, or has changed since it was
+            written.
     """
     if path.is_symlink():
         raise ValueError(f"{path} is a symbolic link; {what} folders hold plain files only")
@@ -37,7 +67,12 @@ def read_json(path: Path, *, what: str, version: int | None = None) -> dict[str,
             f"{path} has format {value.get('format')!r}; this version reads {version}: use the same"
             f" version for all, or make the {what} again"
         )
-    return value
+    if (content := unsealed(value)) is None:
+        raise ValueError(
+            f"{path} is damaged: its checksum is {value.get(_CHECKSUM, 'missing')}, of its content"
+            f" it would be {sealed(value)[_CHECKSUM]}; make the {what} again"
+        )
+    return content
 
 
 def verify_folder(folder: Path, digests: Any, *, also: tuple[str, ...]) -> None:
@@ -142,6 +177,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         publish(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in content.items() if k != _CHECKSUM}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _stays_inside(name: Any) -> bool:

@@ -1,6 +1,5 @@
 """Checkpoints: orbax underneath, digests, a finite check and a way back to the last good one."""
 
-import json
 import operator
 import os
 import shutil
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ragjax.storage import publish, sha256, walk_digests, write_json
+from ragjax.storage import publish, read_sealed, sha256, walk_digests, write_sealed
 from ragjax.storage.random_keys import key_data, with_keys
 
 FORMAT = 1
@@ -91,7 +90,7 @@ class Checkpointer:
             "arrays": _array_table(state),
             "sha256": walk_digests(building, known={}),
         }
-        write_json(building / _DIGESTS, digests)
+        write_sealed(building / _DIGESTS, digests)
         target = self._folder / str(step)
         shutil.rmtree(target, ignore_errors=True)  # a step that an earlier life left behind
         publish(building, target)
@@ -120,7 +119,7 @@ class Checkpointer:
             if problem := self._problem(step):
                 self._report(f"checkpoint {folder} is passed over: {problem}")
                 continue
-            manifest = json.loads((folder / _DIGESTS).read_text())
+            manifest = read_sealed(folder / _DIGESTS, what="checkpoint")
             state = _load(folder, manifest["arrays"], template, field)
             return Restored(step, state, manifest["info"])
         return None
@@ -208,12 +207,10 @@ def _verify(folder: Path) -> str | None:
     if not path.is_file():
         return "it was not finished (no digests)"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_sealed(path, what="checkpoint", version=FORMAT)
         digests, _, _ = manifest["sha256"], manifest["arrays"], manifest["info"]
-    except (ValueError, KeyError, TypeError):
-        return f"{_DIGESTS} cannot be read"
-    if manifest.get("format") != FORMAT:
-        return f"it has format {manifest.get('format')}, this version reads {FORMAT}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{_DIGESTS} cannot be read ({error})"
     for name, expected in digests.items():
         file = folder / name
         if not file.is_file():

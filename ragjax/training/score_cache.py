@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ragjax.storage import JsonLog, read_lines
+from ragjax.storage import JsonLog, read_lines, sealed, unsealed
 
 
 class Score(NamedTuple):
@@ -55,7 +56,8 @@ class ResultCache(Generic[Value]):
             earlier: Files of results that were complete before this cache was begun; only read.
 
         Raises:
-            ValueError: If a line other than the last cannot be read.
+            ValueError: If a line other than the last cannot be read, has changed, or holds NaN or
+                infinity.
         """
         self._log, self._kind = JsonLog(path), kind
         self._results: dict[str, Value] = {}
@@ -87,21 +89,35 @@ class ResultCache(Generic[Value]):
         return result
 
     def put(self, keys: Sequence[str], results: Sequence[Value]) -> None:
-        """Appends results; they are on disk when this returns."""
+        """Appends results; on disk when this returns, all but those that are not finite."""
         known = dict(zip(keys, results, strict=True))
         self._results |= known
         self._log.append(
-            ({"key": key, **result._asdict()} for key, result in known.items()), sync=True
+            (
+                sealed({"key": key, **result._asdict()})
+                for key, result in known.items()
+                if not _bad_fields(result)
+            ),
+            sync=True,
         )
 
     def _read(self, path: Path) -> None:
         for number, row in read_lines(path):
-            values = dict(row or {})
             try:
+                if (values := unsealed(row or {})) is None:
+                    raise TypeError("its checksum is missing or that of something else")
                 key = values.pop("key")
-                self._results[key] = self._kind(**values)
+                result = self._kind(**values)
+                if bad := _bad_fields(result):
+                    raise TypeError(f"{bad} is not finite")
+                self._results[key] = result
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}:{number}: not a {self._kind.__name__} ({error}); delete the file to"
-                    " compute it again"
+                    f"{path}:{number}: not a whole {self._kind.__name__} ({error}); delete the line"
+                    " to compute it again"
                 ) from error
+
+
+def _bad_fields(result: Any) -> str:
+    fields = result._asdict().items()
+    return ", ".join(name for name, v in fields if isinstance(v, float) and not math.isfinite(v))

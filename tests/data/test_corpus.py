@@ -253,6 +253,26 @@ class TestCache:
         assert [passage.id for passage in self.open(source)] == ["a", "b", "7"]
         assert len(builds) == 2
 
+    @pytest.mark.parametrize(
+        "name", ["passages.jsonl", "id_rows.npy", "id_hashes.npy", "offsets.npy", "manifest.json"]
+    )
+    def test_a_flipped_bit_anywhere_is_seen_and_told(self, source, builds, name, caplog):
+        first = self.open(source)
+        passages, fingerprint = list(first), first.fingerprint
+        (damaged,) = (source.parent / "cache").glob(f"corpus-*/{name}")
+        whole = damaged.read_bytes()
+        for place in range(0, len(whole), 97):
+            content = bytearray(whole)
+            content[place] ^= 1
+            damaged.write_bytes(content)
+            count, told = len(builds), len(caplog.records)
+            after = self.open(source)
+            assert list(after) == passages and after.fingerprint == fingerprint
+            # White space between the fields of a manifest says nothing.
+            assert len(builds) - count == len(caplog.records) - told
+            assert len(builds) > count or name == "manifest.json"
+        assert len(builds) > 1 and "is damaged" in caplog.text
+
     def test_unreadable_pointer_is_made_again(self, source, builds):
         self.open(source)
         (pointer,) = (source.parent / "cache").glob("corpus-*.json")

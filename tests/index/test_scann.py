@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from ragjax import storage
 from ragjax.index import (
     ExactIndex,
     ScannIndex,
@@ -180,13 +181,13 @@ def test_changed_missing_and_linked_files_are_refused(folder, tmp_path):
 def test_an_incomplete_or_foreign_manifest_is_refused(folder, tmp_path):
     manifest = folder / "ragjax.json"
     value = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(value | {"details": {"size": 3}}))
+    storage.write_sealed(manifest, value | {"details": {"size": 3}})
     with pytest.raises(ValueError, match="is no ScaNN index manifest"):
         ScannIndex.load(folder)
-    manifest.write_text(json.dumps(value | {"sha256": None}))
+    storage.write_sealed(manifest, value | {"sha256": None})
     with pytest.raises(ValueError, match="lists no files with checksums"):
         ScannIndex.load(folder)
-    manifest.write_text(json.dumps(value | {"sha256": {"../x": "0"}}))
+    storage.write_sealed(manifest, value | {"sha256": {"../x": "0"}})
     with pytest.raises(ValueError, match="names '../x', which is no plain file name"):
         ScannIndex.load(folder)
     manifest.unlink()

@@ -167,7 +167,7 @@ def test_nothing_outside_the_folder_is_opened(folder, tmp_path):
     shard.unlink()
     digests = value["sha256"]
     digests["../outside.npy"] = digests.pop("shard-000000.npy")
-    manifest.write_text(json.dumps(value))
+    storage.write_sealed(manifest, value)
     with pytest.raises(ValueError, match="does not list its 5 shards"):
         EmbeddingStore.open(folder)
     manifest.unlink()
@@ -191,12 +191,12 @@ def test_pickled_arrays_are_refused_even_with_a_valid_checksum(folder):
     manifest = folder / "manifest.json"
     value = json.loads(manifest.read_text())
     value["sha256"][shard.name] = hashlib.sha256(shard.read_bytes()).hexdigest()
-    manifest.write_text(json.dumps(value))
+    storage.write_sealed(manifest, value)
     with pytest.raises(ValueError, match="Python objects in dtype"):
         EmbeddingStore.open(folder)
     np.save(shard, np.zeros((5, 3), np.float32))
     value["sha256"][shard.name] = hashlib.sha256(shard.read_bytes()).hexdigest()
-    manifest.write_text(json.dumps(value))
+    storage.write_sealed(manifest, value)
     with pytest.raises(ValueError, match=r"holds \(5, 3\) float32, expected \(5, 4\) float32"):
         EmbeddingStore.open(folder)
 
@@ -207,7 +207,8 @@ def test_pickled_arrays_are_refused_even_with_a_valid_checksum(folder):
         ("{", "is not valid JSON"),
         ("[]", "holds a list, expected a JSON object"),
         ('{"format": 2}', "has format 2; this version reads 1"),
-        ('{"format": 1, "spec": {"size": 3}}', "describes no embedding store"),
+        ('{"format": 1, "spec": {"size": 3}}', "is damaged: its checksum is missing"),
+        (json.dumps(storage.sealed({"format": 1, "spec": {}})), "describes no embedding store"),
     ],
 )
 def test_a_damaged_manifest_is_refused(folder, text, message):

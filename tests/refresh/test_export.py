@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ragjax import storage
 from ragjax.index import DiskFullError
 from ragjax.refresh import list_exports, read_export, write_export
 from ragjax.refresh.task import params_digest
@@ -97,10 +98,10 @@ def test_damage_and_links_are_refused(params, folder, tmp_path):
     path.write_bytes(original)
     manifest = folder / "manifest.json"
     value = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(value | {"params_digest": "0" * 64}))
+    storage.write_sealed(manifest, value | {"params_digest": "0" * 64})
     with pytest.raises(ValueError, match="its manifest says 000"):
         read_export(folder, params)
-    manifest.write_text(json.dumps(value | {"format": 9}))
+    storage.write_sealed(manifest, value | {"format": 9})
     with pytest.raises(ValueError, match="has format 9; this version reads 1"):
         read_export(folder, params)
     manifest.unlink()

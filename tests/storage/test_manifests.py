@@ -1,5 +1,6 @@
 """Folders with sub-folders: exactly what the manifest lists, nothing reached through a link."""
 
+import json
 import os
 import shutil
 
@@ -22,6 +23,22 @@ def folder(tmp_path):
 @pytest.fixture
 def digests(folder):
     return manifests.walk_digests(folder, known={})
+
+
+def test_a_sealed_object_comes_back_and_no_flipped_bit_changes_it(tmp_path):
+    path, value = tmp_path / "m.json", {"format": 1, "é": [1.5, None], "b": {"2": True}}
+    manifests.write_sealed(path, value)
+    assert manifests.read_sealed(path, what="thing", version=1) == value
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert manifests.read_sealed(path, what="thing", version=1) == value
+        except ValueError as error:
+            assert str(path) in str(error)
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="its checksum is missing.*make the thing again"):
+        manifests.read_sealed(path, what="thing")
 
 
 def test_digests_of_every_file_below(folder, digests):

@@ -90,13 +90,15 @@ def test_a_save_that_fails_leaves_the_earlier_one_of_the_same_step(tmp_path, mon
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(checkpoint, "write_sealed", full)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(3, tree(4.0))
     np.testing.assert_array_equal(checkpoints.latest_good(tree(0.0)).state["w"], np.full((3, 2), 3))
 
 
-@pytest.mark.parametrize("damage", ["missing_file", "no_digests", "torn_digests", "empty_folder"])
+@pytest.mark.parametrize(
+    "damage", ["missing_file", "no_digests", "torn_digests", "flipped_info", "empty_folder"]
+)
 def test_an_unfinished_or_damaged_step_is_passed_over(tmp_path, damage):
     reports = []
     checkpoints = Checkpointer(tmp_path, keep=3, report=reports.append)
@@ -104,13 +106,15 @@ def test_an_unfinished_or_damaged_step_is_passed_over(tmp_path, damage):
     if damage == "empty_folder":
         (tmp_path / "2").mkdir()
     else:
-        checkpoints.save(2, tree(2.0))
+        checkpoints.save(2, tree(2.0), {"index": 3})
         digests = tmp_path / "2" / "ragjax.json"
         if damage == "missing_file":
             name = next(n for n in json.loads(digests.read_text())["sha256"] if "/d/" in n)
             (tmp_path / "2" / name).unlink()
         elif damage == "no_digests":
             digests.unlink()
+        elif damage == "flipped_info":
+            digests.write_text(digests.read_text().replace('"index": 3', '"index": 2'))
         else:
             digests.write_text('{"format": 1, "sha')
     restored = checkpoints.latest_good(tree(0.0))

@@ -1,6 +1,9 @@
+import json
+
 import numpy as np
 import pytest
 
+from ragjax.storage import sealed
 from ragjax.training.score_cache import ResultCache, Score, result_key
 
 
@@ -32,9 +35,33 @@ def test_a_torn_last_line_is_dropped_and_the_file_goes_on(tmp_path):
 
 def test_a_broken_line_names_file_and_line(tmp_path):
     path = tmp_path / "s.jsonl"
-    path.write_text('{"key": "a", "log_prob": -1.0, "length": 2}\nnonsense\n')
+    ResultCache(path, Score).put(["a"], [Score(-1.0, 2)])
+    path.write_text(path.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match=r"s\.jsonl:2"):
         ResultCache(path, Score)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ({"key": "a", "log_prob": -1.0, "length": 2}, "checksum is missing"),
+        (sealed({"key": "a", "log_prob": -1.0, "length": 2}) | {"log_prob": -3.0}, "checksum"),
+        (sealed({"key": "a", "log_prob": float("nan"), "length": 2}), "log_prob is not finite"),
+        (sealed({"key": "a", "log_prob": -1.0, "tokens": 2}), "tokens"),
+    ],
+)
+def test_a_changed_or_impossible_score_is_refused_by_line(tmp_path, line, what):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=rf"s\.jsonl:1: not a whole Score .*{what}"):
+        ResultCache(path, Score)
+
+
+def test_a_score_that_is_not_finite_is_not_kept_on_disk(tmp_path):
+    path = tmp_path / "s.jsonl"
+    cache = ResultCache(path, Score)
+    cache.put(["a", "b"], [Score(float("nan"), 2), Score(-1.0, 2)])
+    assert len(cache) == 2 and len(ResultCache(path, Score)) == 1
 
 
 def test_the_key_depends_on_everything_the_score_depends_on():

@@ -78,7 +78,7 @@ class Job:
     def is_open(self) -> bool:
         """Tells whether this job is still wanted."""
         try:
-            return storage.read_json(self.folder / _JOB, what=_WHAT).get("id") == self.id
+            return storage.read_sealed(self.folder / _JOB, what=_WHAT).get("id") == self.id
         except (OSError, ValueError):
             return False
 
@@ -131,7 +131,7 @@ def write_job(root: Path, task: EncodeTask, request: EncodeRequest, *, lease_sec
                 np.save(file, rows, allow_pickle=False)
         for name in ("leases", "errors"):
             (beside / name).mkdir()
-        storage.write_json(beside / _JOB, note)
+        storage.write_sealed(beside / _JOB, note)
         number = max(job_numbers(root), default=0) + 1
         folder = root / "jobs" / f"{number:06d}"
         beside.rename(folder)
@@ -155,7 +155,7 @@ def read_job(root: Path, number: int) -> Job:
         ValueError: It is damaged, of another version, or its store does not lie below `root`.
     """
     folder = root / "jobs" / f"{number:06d}"
-    note = storage.read_json(folder / _JOB, what=_WHAT, version=_FORMAT)
+    note = storage.read_sealed(folder / _JOB, what=_WHAT, version=_FORMAT)
     try:
         place = PurePosixPath(note["store"])
         if place.is_absolute() or ".." in place.parts:
@@ -205,9 +205,9 @@ def write_error(job: Job, error: Exception, *, shard: int, fatal: bool) -> None:
     """Tells the trainer what went wrong here; a job that is gone needs no telling."""
     note = JobError(str(this_process()), shard, type(error).__name__, str(error), fatal)
     path = job.folder / "errors" / f"{storage.unique_name('error')}.json"
-    # Not `write_json`, which would make the folder of a removed job again.
+    # Not `write_sealed`, which would make the folder of a removed job again.
     with contextlib.suppress(FileNotFoundError), storage.replacing(path) as file:
-        file.write(json.dumps(note._asdict()).encode())
+        file.write(json.dumps(storage.sealed(note._asdict())).encode())
 
 
 def read_errors(job: Job) -> list[JobError]:
@@ -215,7 +215,7 @@ def read_errors(job: Job) -> list[JobError]:
     found = []
     for path in sorted((job.folder / "errors").glob("*.json")):
         try:
-            found.append(JobError(**storage.read_json(path, what=_WHAT)))
+            found.append(JobError(**storage.read_sealed(path, what=_WHAT)))
         except (ValueError, TypeError) as error:
             found.append(JobError("an unknown worker", -1, "ValueError", str(error), True))
     return sorted(found, key=lambda error: not error.fatal)

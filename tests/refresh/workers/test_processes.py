@@ -1,6 +1,7 @@
 """The trainer's side of encoding in other processes, with workers in threads of the test."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from refresh_tasks import (
     wait_for,
 )
 
+from ragjax import storage
 from ragjax.index import DiskFullError, EmbeddingStore, EmbeddingWriter
 from ragjax.refresh import ProcessExecutor
 from ragjax.refresh.export import MismatchError
@@ -281,7 +283,7 @@ def test_a_job_that_leads_outside_or_is_of_another_version_is_refused(executor):
         ('"rows_per_shard"', '"rows_each"', "describes no encoding job"),
     ):
         assert old in text
-        path.write_text(text.replace(old, new))
+        storage.write_sealed(path, json.loads(text.replace(old, new)))
         with pytest.raises(ValueError, match=message):
             jobs.read_job(executor.root, job.number)
 
