@@ -6,22 +6,23 @@
     batch = builder.pack(contexts, [builder.target(answer)] * len(rows))
 
 R is the number of rows (often batch x documents), L the context length, T the target length.
-The parts are tokenised apart and joined as ids, so that a document keeps its tokens whatever
-stands beside it, and the target begins exactly where the context ends.
+The ids are those of the whole text, context and target; see `ragjax.data.joining`.
 """
 
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ragjax.data.corpus import Corpus
 from ragjax.data.corpus_cache import Passage
+from ragjax.data.joining import DocumentIds, TextJoiner
 from ragjax.data.jsonl import DataError
-from ragjax.data.tokenization import EncodedTexts, encode_texts, pad_left, pad_right
+from ragjax.data.template import PromptTemplate as PromptTemplate
+from ragjax.data.template import TemplateTexts, fill
+from ragjax.data.template import passage_text as passage_text
+from ragjax.data.tokenization import EncodedTexts, pad_left, pad_right
 
 _LENGTH_MULTIPLE = 32  # of context lengths chosen by `pack`, to bound the number of shapes
 
@@ -35,61 +36,19 @@ class PromptBatch(NamedTuple):
     target_mask: np.ndarray  # bool [R, T], True = token of the answer (or its end)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptTemplate:
-    r"""The text around documents, questions and answers, and what they may take.
+class DocumentPlace(NamedTuple):
+    """Where a document stands in a context."""
 
-    Attributes:
-        context: Has {document} and {question} once each.
-        closed_book: Context without a document; has {question} once.
-        answer: Has {answer} once; begins with what separates it from the context.
-        passage: What {document} shows of a passage, from {title} and {text}; a passage without
-            a title shows its text only.
-        separator: Between several documents.
-        max_document_tokens: Each document is cut to this many tokens.
-        max_answer_tokens: The answer is cut to this many tokens.
-    """
-
-    context: str = "{document}\n\nQuestion: {question}\nAnswer:"
-    closed_book: str = "Question: {question}\nAnswer:"
-    answer: str = " {answer}"
-    passage: str = "{title}\n{text}"
-    separator: str = "\n\n"
-    max_document_tokens: int = 140
-    max_answer_tokens: int = 24
-
-    def __post_init__(self) -> None:
-        """Checks that each place is there once, and the budgets."""
-        needed = {
-            "context": ("{document}", "{question}"),
-            "closed_book": ("{question}",),
-            "answer": ("{answer}",),
-            "passage": ("{text}",),
-        }
-        for field, places in needed.items():
-            for place in places:
-                if getattr(self, field).count(place) != 1:
-                    raise DataError(
-                        f"the prompt template's {field} must hold {place} exactly once, got "
-                        f"{getattr(self, field)!r}"
-                    )
-        for field in ("max_document_tokens", "max_answer_tokens"):
-            if getattr(self, field) < 1:
-                raise DataError(f"{field} must be at least 1, got {getattr(self, field)}")
-
-
-def passage_text(passage: Passage, form: str = "{title}\n{text}") -> str:
-    """Returns a passage as one text; only the title or the text where it lacks the other."""
-    if not (passage.title and passage.text):
-        return passage.title or passage.text
-    return _fill(form, title=passage.title, text=passage.text)
+    start: int  # its first token
+    characters: list[tuple[int, int]]  # of its text, start and end, by its tokens
+    text: str  # as much of it as is read
 
 
 class PromptBuilder:
     """Builds contexts and targets for one language model.
 
-    Special tokens spelled out in a text ("<|endoftext|>", "<filename>") are encoded as ordinary
-    characters: a document must not end the prompt.
+    Special tokens spelled out in a document, question or answer ("<|endoftext|>") are encoded as
+    ordinary characters: a document must not end the prompt.
 
     Args:
         tokenizer: The language model's; a private copy is kept.
@@ -99,7 +58,8 @@ class PromptBuilder:
         bos_id: Put before each context, if given.
         end_id: Put after each target that was not cut, if given, so that a model trained on it
             learns to stop: an end-of-text token, or a newline.
-        context_end_ids: Put after each context: what an encoder expects there (</s> of T5).
+        context_end_ids: Put after each context: what an encoder expects there (</s> of T5). The
+            target is then a text of its own.
         target_start_ids: Put before each target: what the model begins with (<s> of BART).
 
     Raises:
@@ -118,17 +78,16 @@ class PromptBuilder:
         context_end_ids: Sequence[int] = (),
         target_start_ids: Sequence[int] = (),
     ):
-        """Tokenises the fixed parts of the template."""
+        """Prepares the tokenizer and the fixed parts of the template."""
         self.template = template or PromptTemplate()
         self.pad_id = pad_id
         self.max_length = max_length
         self._bos = [] if bos_id is None else [bos_id]
         self._end = [] if end_id is None else [end_id]
         self._context_end, self._target_start = list(context_end_ids), list(target_start_ids)
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.encode_special_tokens = True
-        self._separator = self._encode(self.template.separator)
-        self._questions: dict[str, tuple[list[int], list[int]]] = {}
+        self.joiner = TextJoiner(tokenizer, [pad_id, *self._bos, *self._context_end])
+        self._texts = TemplateTexts.of(self.template, self.joiner)
+        self._questions: dict[tuple[str, int], _Around] = {}
         if self.max_context_length < 1:
             raise DataError(
                 f"max_length = {max_length} leaves no context beside a target of "
@@ -145,14 +104,19 @@ class PromptBuilder:
         """Most tokens of a context."""
         return self.max_length - self.max_target_length
 
+    def passage_text(self, passage: Passage) -> str:
+        """Returns what the template shows of a passage, as `encode_documents` takes it."""
+        return passage_text(passage, self._texts.passage)
+
+    @property
+    def separator_length(self) -> int:
+        """Tokens between two documents."""
+        return len(self.joiner.after(self._texts.separator))
+
     def encode_documents(self, texts: Iterable[str]) -> EncodedTexts:
-        """Tokenises document texts, cut to `max_document_tokens`."""
-        return encode_texts(
-            self._tokenizer,
-            texts,
-            max_length=self.template.max_document_tokens,
-            add_special_tokens=False,
-        )
+        """Tokenises document texts, cut to `max_document_tokens`; returns `DocumentIds`."""
+        encoded = list(self.joiner.encode_texts(texts, self.template.max_document_tokens))
+        return EncodedTexts([ids for ids, _ in encoded], sum(not whole for _, whole in encoded))
 
     def context(
         self, question: str, documents: Sequence[Sequence[int] | np.ndarray] = ()
@@ -161,8 +125,9 @@ class PromptBuilder:
 
         Args:
             question: Its text.
-            documents: Token ids of each, best first; none gives the closed-book prompt. When they
-                do not all fit, each is cut to an equal share of the room.
+            documents: `DocumentIds` of each, best first; none gives the closed-book prompt. When
+                they do not all fit, each is cut to an equal share of the room. Token ids without a
+                text are taken as they are.
 
         Returns:
             At most `max_context_length` token ids.
@@ -170,29 +135,29 @@ class PromptBuilder:
         Raises:
             DataError: No room is left for the question, or for a token of each document.
         """
-        head, tail = self._around(question) if documents else self._closed_book(question)
-        num_separators = max(len(documents) - 1, 0)
-        tail = [*tail, *self._context_end]
-        fixed = len(self._bos) + len(head) + len(tail) + num_separators * len(self._separator)
-        room = self.max_context_length - fixed
-        if room < len(documents):
-            raise DataError(
-                f"the prompt leaves {max(room, 0)} tokens for {len(documents)} documents: of "
-                f"{self.max_length} tokens (max_length), question and template take {fixed} and "
-                f"the answer {self.max_target_length}; shorten the question {question[:60]!r}, "
-                "use fewer documents, or raise max_length"
-            )
-        ids = [*self._bos, *head]
-        if documents:
-            budget = min(self.template.max_document_tokens, room // len(documents))
-            for place, document in enumerate(documents):
-                ids += self._separator if place else []
-                ids += [int(id) for id in document[:budget]]
-        return ids + tail
+        return self._fitted(question, documents)[1]
 
-    def document_start(self, question: str) -> int:
-        """Returns how many tokens of `context` stand before the first document."""
-        return len(self._bos) + len(self._around(question)[0])
+    def document_texts(self, question: str, documents: Sequence[DocumentIds]) -> list[str]:
+        """Returns of each document as much as its context has room for."""
+        parts, _ = self._fitted(question, documents)
+        return [part.text for part in parts if isinstance(part, DocumentIds)]
+
+    def document_place(self, question: str, document: DocumentIds) -> DocumentPlace:
+        """Returns where a document stands in the context that it alone is in.
+
+        A token that stands for characters of both, document and template, is the document's.
+        """
+        (head, shown, tail), _ = self._fitted(question, [document])
+        offsets = self.joiner.encoding(head + shown.text + tail).offsets
+        start, size = len(head), len(shown.text)
+        inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < start + size]
+        return DocumentPlace(
+            start=len(self._bos) + (inside[0] if inside else 0),
+            characters=[
+                (max(offsets[i][0] - start, 0), min(offsets[i][1] - start, size)) for i in inside
+            ],
+            text=shown.text,
+        )
 
     def target(self, answer: str) -> list[int]:
         """Returns the token ids of an answer, cut to `max_answer_tokens`, then `end_id` if uncut.
@@ -200,14 +165,20 @@ class PromptBuilder:
         Raises:
             DataError: The answer is empty.
         """
-        # As an answer is read back: up to the end of the line, without white space around it.
-        answer = " ".join(answer.split())
-        if not answer:
+        if not answer.strip():
             raise DataError("the answer is empty; a target needs at least one token")
-        ids = self._encode(_fill(self.template.answer, answer=answer))
+        ids = self.answer_ids(answer)
         if len(ids) > self.template.max_answer_tokens:
             return self._target_start + ids[: self.template.max_answer_tokens]
         return self._target_start + ids + self._end
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Returns all token ids of an answer, as they go on after a context."""
+        # As an answer is read back: up to the end of the line, without white space around it.
+        text = fill(self._texts.answer, answer=" ".join(answer.split()))
+        if not (self._context_end or self._target_start):
+            return self.joiner.after(text, self._texts.context_end)
+        return self.joiner.encode(text)
 
     def pack(
         self,
@@ -239,25 +210,69 @@ class PromptBuilder:
         right = pad_right(targets, length=target_length, pad_id=self.pad_id)
         return PromptBatch(left.ids, left.mask, right.ids, right.mask)
 
-    def _around(self, question: str) -> tuple[list[int], list[int]]:
-        """Returns the ids before and after the documents."""
-        if question not in self._questions:
-            parts = self.template.context.split("{document}")
-            head, tail = (self._encode(_fill(part, question=question)) for part in parts)
-            self._questions[question] = head, tail
-        return self._questions[question]
+    def _fitted(
+        self, question: str, documents: Sequence[Sequence[int] | np.ndarray]
+    ) -> tuple[list[Any], list[int]]:
+        """Returns the parts of a context, its documents cut to fit, and its ids."""
+        count = len(documents)
+        around = self._around(question, count)
+        budget = min(self.template.max_document_tokens, around.room // count if count else 0)
+        if around.room < count:
+            raise DataError(
+                f"the prompt leaves {max(around.room, 0)} tokens for {count} documents: of "
+                f"{self.max_length} tokens (max_length), question and template take "
+                f"{around.fixed} and the answer {self.max_target_length}; shorten the question "
+                f"{question[:60]!r}, use fewer documents, or raise max_length"
+            )
+        limit = around.fixed + count * budget
+        while True:
+            parts: list[Any] = [around.head]
+            for place, document in enumerate(documents):
+                parts += [self._texts.separator] if place else []
+                parts.append(self._cut(document, budget))
+            parts.append(around.tail)
+            ids = [*self._bos, *self.joiner.join(parts), *self._context_end]
+            # At the borders, the whole may take more tokens than its parts.
+            if (excess := len(ids) - limit) <= 0 or not budget:
+                return parts, ids
+            budget = max(budget - -(-excess // count), 0)
 
-    def _closed_book(self, question: str) -> tuple[list[int], list[int]]:
-        return [], self._encode(_fill(self.template.closed_book, question=question))
+    def _cut(self, document: Any, budget: int) -> Any:
+        if len(document) <= budget:
+            return document
+        if isinstance(document, DocumentIds):
+            return self.joiner.cut(document.text, budget)
+        return document[:budget]
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def _around(self, question: str, count: int) -> "_Around":
+        """Returns what stands around so many documents."""
+        if (question, count) not in self._questions:
+            texts, join = self._texts, self.joiner.join
+            form = texts.context if count else texts.closed_book
+            head, _, tail = form.partition("{document}") if count else ("", "", form)
+            head, tail = (fill(part, question=question) for part in (head, tail))
+            lengths = [len(join([head])), len(join([[], tail] if count else [tail]))]
+            lengths += [max(count - 1, 0) * self.separator_length]
+            fixed = len(self._bos) + sum(lengths) + len(self._context_end)
+            self._questions[question, count] = _Around(
+                head, tail, fixed, self.max_context_length - fixed
+            )
+        return self._questions[question, count]
+
+
+class _Around(NamedTuple):
+    """What stands around the documents of a question."""
+
+    head: str
+    tail: str
+    fixed: int  # tokens of everything but the documents
+    room: int  # tokens left for them
 
 
 class DocumentTokens:
     """Token ids of corpus rows, each tokenised once, when first asked for.
 
-    Takes at most about 700 bytes a row asked for (at 140 tokens).
+    Takes at most about 1.4 kB a row asked for (at 140 tokens).
 
     Attributes:
         num_documents: Rows tokenised so far.
@@ -268,30 +283,23 @@ class DocumentTokens:
         """Keeps the two; nothing is read yet."""
         self._builder = builder
         self._corpus = corpus
-        self._ids: dict[int, np.ndarray] = {}
+        self._kept: dict[int, tuple[np.ndarray, str]] = {}
         self.num_truncated = 0
 
     @property
     def num_documents(self) -> int:
         """Rows tokenised so far."""
-        return len(self._ids)
+        return len(self._kept)
 
-    def get(self, rows: Iterable[int]) -> list[np.ndarray]:
-        """Returns the token ids of each row, int32 [at most max_document_tokens]."""
+    def get(self, rows: Iterable[int]) -> list[DocumentIds]:
+        """Returns the token ids of each row, at most `max_document_tokens`."""
         rows = [int(row) for row in rows]
-        missing = [row for row in dict.fromkeys(rows) if row not in self._ids]
-        if missing:
-            form = self._builder.template.passage
-            encoded = self._builder.encode_documents(
-                passage_text(self._corpus[row], form) for row in missing
-            )
-            self.num_truncated += encoded.num_truncated
-            for row, ids in zip(missing, encoded.ids, strict=True):
-                self._ids[row] = np.asarray(ids, np.int32)
-        return [self._ids[row] for row in rows]
-
-
-def _fill(form: str, **values: str) -> str:
-    # In one pass: a value that spells another place's name stays as it is.
-    places = "|".join(re.escape(f"{{{name}}}") for name in values)
-    return re.sub(places, lambda match: values[match[0][1:-1]], form)
+        missing = [row for row in dict.fromkeys(rows) if row not in self._kept]
+        builder = self._builder
+        texts = (builder.passage_text(self._corpus[row]) for row in missing)
+        encoded = builder.joiner.encode_texts(texts, builder.template.max_document_tokens)
+        for row, (ids, whole) in zip(missing, encoded, strict=True):
+            self.num_truncated += not whole
+            self._kept[row] = np.asarray(ids, np.int32), ids.text
+        kept = [self._kept[row] for row in rows]
+        return [DocumentIds(ids.tolist(), text) for ids, text in kept]

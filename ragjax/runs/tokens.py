@@ -3,6 +3,7 @@
 N documents, D embedding size.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from ragjax.models.language_model import LanguageModel
 from ragjax.refresh import EncodeTask
 from ragjax.refresh.batches import EncodeOptions
 from ragjax.runs.options.shared import PromptConfig
+
+logger = logging.getLogger(__name__)
 
 
 def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> EncodeTask:
@@ -105,8 +108,23 @@ def training_prompts(config: PromptConfig, lm: LanguageModel) -> PromptBuilder:
 
 
 def answer_end_id(lm: LanguageModel) -> int | None:
-    """Returns the token that ends trained targets, else a newline, if that is one token."""
+    """Returns the token that ends trained targets, at which generation also stops.
+
+    The one that the model's targets end with by its convention; else a line break behind an
+    answer, if that is one token; else the first of those that end a text. None: there is none of
+    these, which is logged.
+    """
     if (end_id := lm.text_format.target_end_id) is not None:
         return end_id
-    ids = lm.tokenizer.encode("\n", add_special_tokens=False).ids
-    return ids[0] if len(ids) == 1 else None
+    answer, ended = (lm.tokenizer.encode(t, add_special_tokens=False).ids for t in ("a", "a\n"))
+    line_break = ended[len(answer) :]
+    # Where white space is dropped or unknown, the next token is none with a line break.
+    if len(line_break) == 1 and "\n" in lm.tokenizer.decode(line_break):
+        return line_break[0]
+    if not lm.eos_ids:
+        logger.warning(
+            "%s: it has no end token and a line break is not one of its tokens: it cannot learn "
+            "where an answer ends",
+            lm.source,
+        )
+    return next(iter(lm.eos_ids), None)

@@ -20,7 +20,7 @@ QUESTION = "What does the lexer read?"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Byte-level BPE with merges, so that text joined and ids joined differ."""
+    """Byte-level BPE with merges; `test_joining` has the other kinds."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -69,16 +69,6 @@ def test_context_is_the_default_template(build, tokenizer):
     assert builder.context(QUESTION) == plain_ids(tokenizer, closed_book)
 
 
-def test_parts_keep_their_tokens_where_joined_text_would_not(build, tokenizer):
-    builder = build()
-    (document,) = builder.encode_documents(["tokens\n"]).ids
-    context = builder.context(QUESTION, [document])
-    joined = plain_ids(tokenizer, f"tokens\n\n\nQuestion: {QUESTION}\nAnswer:")
-    assert context != joined
-    assert tokenizer.decode(context) == tokenizer.decode(joined)
-    assert context[: len(document)] == document
-
-
 def test_documents_are_cut_and_joined(build, tokenizer):
     builder = build(max_document_tokens=5, separator="\n\n")
     encoded = builder.encode_documents([DOCUMENT, "one"])
@@ -86,19 +76,19 @@ def test_documents_are_cut_and_joined(build, tokenizer):
     first, second = encoded.ids
     assert first == build().encode_documents([DOCUMENT]).ids[0][:5]
     tail = plain_ids(tokenizer, f"\n\nQuestion: {QUESTION}\nAnswer:")
-    separator = plain_ids(tokenizer, "\n\n")
-    assert builder.context(QUESTION, [first, second]) == first + separator + second + tail
+    both = plain_ids(tokenizer, f"{first.text}\n\none\n\nQuestion: {QUESTION}\nAnswer:")
+    assert builder.context(QUESTION, [first, second]) == both
     assert builder.context(QUESTION, [np.array(first, np.int32)]) == first + tail
     uncut = build().encode_documents([DOCUMENT]).ids[0]
+    assert builder.context(QUESTION, [uncut[:5]]) == first + tail
     assert builder.context(QUESTION, [uncut]) == first + tail
 
 
 def test_bos_head_and_end(build, tokenizer):
     builder = build(bos_id=BOS, end_id=END, context="Q: {question}\nD: {document}\nA:")
     (document,) = builder.encode_documents(["tokens"]).ids
-    head = plain_ids(tokenizer, f"Q: {QUESTION}\nD: ")
-    tail = plain_ids(tokenizer, "\nA:")
-    assert builder.context(QUESTION, [document]) == [BOS, *head, *document, *tail]
+    whole = plain_ids(tokenizer, f"Q: {QUESTION}\nD: tokens\nA:")
+    assert builder.context(QUESTION, [document]) == [BOS, *whole]
     assert builder.context(QUESTION)[0] == BOS
     assert builder.target("tokens") == [*plain_ids(tokenizer, " tokens"), END]
 
@@ -106,13 +96,17 @@ def test_bos_head_and_end(build, tokenizer):
 @pytest.mark.parametrize(
     "options", [{}, {"bos_id": BOS, "context": "Read this: {document} {question}"}]
 )
-def test_the_first_document_starts_where_the_builder_says(build, tokenizer, options):
-    builder = build(**options)
-    document = plain_ids(tokenizer, DOCUMENT)
-    start = builder.document_start(QUESTION)
+def test_a_document_stands_where_the_builder_says(build, tokenizer, options):
+    builder = build(**options, max_document_tokens=8)
+    (document,) = builder.encode_documents([DOCUMENT]).ids
+    place = builder.document_place(QUESTION, document)
     context = builder.context(QUESTION, [document])
-    assert context[start : start + len(document)] == document
-    assert context[:start] == builder.context(QUESTION, [[]])[:start]
+    found = context[place.start : place.start + len(place.characters)]
+    assert tokenizer.decode(found).strip() == place.text == document.text
+    assert len(document.text) < len(DOCUMENT) and DOCUMENT.startswith(document.text)
+    assert builder.document_texts(QUESTION, [document]) == [document.text]
+    for token, (start, end) in zip(found, place.characters, strict=True):
+        assert tokenizer.decode([token]).strip() == document.text[start:end].strip()
 
 
 def test_a_cut_answer_has_no_end(build, tokenizer):
@@ -248,7 +242,7 @@ def test_budgets_are_positive(field):
         PromptTemplate(**{field: 0})
 
 
-def test_each_document_is_tokenised_once(build, tmp_path, monkeypatch):
+def test_each_document_is_tokenised_once(build, tokenizer, tmp_path, monkeypatch):
     texts = [" ".join(["tokens"] * n) for n in (1, 30, 3)]
     rows = ({"_id": f"d{n}", "title": "T", "text": text} for n, text in enumerate(texts))
     write_jsonl(tmp_path / "corpus.jsonl", rows)
@@ -257,7 +251,8 @@ def test_each_document_is_tokenised_once(build, tmp_path, monkeypatch):
     documents = DocumentTokens(builder, corpus)
     expected = builder.encode_documents([f"T\n{text}" for text in texts]).ids
     got = documents.get(np.array([2, 1, 2]))
-    assert [ids.tolist() for ids in got] == [expected[2], expected[1], expected[2]]
+    assert got == [expected[2], expected[1], expected[2]]
     assert (documents.num_documents, documents.num_truncated) == (2, 1)
-    monkeypatch.setattr(builder, "encode_documents", None)
-    assert documents.get([1])[0].tolist() == expected[1]
+    monkeypatch.setattr(builder.joiner, "encode_texts", lambda texts, length: ())
+    assert documents.get([1]) == [expected[1]]
+    assert documents.get([1])[0].text == tokenizer.decode(expected[1])

@@ -3,14 +3,16 @@
 Shapes: K documents, L prompt slots, T answer tokens.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from ragjax.data import Corpus, DataError, DocumentTokens, PromptBuilder
+from ragjax.data.joining import DocumentIds
+from ragjax.data.prompts import DocumentPlace
 from ragjax.models.language_model import LanguageModel
 from ragjax.runs.options.checks import at_least
 from ragjax.runs.options.shared import PromptConfig
@@ -53,11 +55,16 @@ class Prompt(NamedTuple):
     question: str  # as it is read, perhaps truncated
     docs: tuple[int, ...]  # corpus rows, at most K
     contexts: list[list[int]]  # one per document
-    places: list[tuple[int, int]]  # in each context: first token of the document, and its tokens
+    read: list[DocumentPlace]  # where each document stands in its context
     joined: list[int]  # the context with all documents; empty: they do not fit
     closed_book: list[int]  # the context without a document
     log_weights: np.ndarray  # [K] float32, log p_R, -inf where there is no document
     notes: tuple[str, ...]  # what was truncated
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """In each context: first token of the document, and its tokens."""
+        return [(place.start, len(place.characters)) for place in self.read]
 
 
 class ShapedPrompts:
@@ -67,7 +74,6 @@ class ShapedPrompts:
         options: How much is read and written.
         builder: Joins token ids.
         documents: Token ids of the corpus.
-        tokenizer: The language model's; spells special tokens out, as `builder` does.
         rows: K, fewer than asked for where the corpus is small.
         question_limit: Tokens read of a question.
         lengths: L of prompts with one document, rising.
@@ -85,16 +91,17 @@ class ShapedPrompts:
         """
         self.options, self.builder = options, _prompt_builder(lm, options)
         self.documents = DocumentTokens(self.builder, corpus)
-        self.tokenizer = Tokenizer.from_str(lm.tokenizer.to_str())
-        self.tokenizer.encode_special_tokens = True
         self.rows = min(options.documents, len(corpus))
         self._fixed = len(self.builder.context("", [[]]))
         self._fixed_closed = len(self.builder.context(""))
         limit = self.builder.max_context_length
         self.question_limit = min(options.question_tokens, max(1, (limit - self._fixed) // 2))
         document = self._longest_document(len(corpus))
-        separator = self.tokenizer.encode(self.builder.template.separator, add_special_tokens=False)
-        documents = self.rows * document + (self.rows - 1) * len(separator)
+        # No context is longer than its parts would be with the longest document.
+        self.builder.template = dataclasses.replace(
+            self.builder.template, max_document_tokens=document
+        )
+        documents = self.rows * document + (self.rows - 1) * self.builder.separator_length
         questions = [n for n in _QUESTION_TOKENS if n < self.question_limit]
         questions.append(self.question_limit)
         self.lengths = _ladder(
@@ -127,8 +134,6 @@ class ShapedPrompts:
         docs = tuple(int(doc) for doc in docs[: self.rows])
         tokens = self.documents.get(docs)
         contexts = [self.builder.context(question, [ids]) for ids in tokens]
-        around = len(self.builder.context(question, [[]]))
-        start = self.builder.document_start(question)
         weights = np.full(self.rows, -np.inf, np.float32)
         if docs:
             scores = np.asarray(doc_scores[: len(docs)], np.float32)
@@ -138,7 +143,7 @@ class ShapedPrompts:
             question=question,
             docs=docs,
             contexts=contexts,
-            places=[(start, len(context) - around) for context in contexts],
+            read=[self.builder.document_place(question, ids) for ids in tokens],
             joined=self._joined(question, tokens),
             closed_book=closed,
             log_weights=weights,
@@ -148,7 +153,7 @@ class ShapedPrompts:
     def _truncated(self, question: str) -> tuple[str, tuple[str, ...]]:
         """Returns as much of a question as is read, and a note if that is not all."""
         question = question.strip()  # else what is left of a long one may be blank
-        encoding = self.tokenizer.encode(question, add_special_tokens=False)
+        encoding = self.builder.joiner.encoding(question)
         kept = question
         if len(encoding) > self.question_limit:
             kept = question[: encoding.offsets[self.question_limit - 1][1]]
@@ -157,7 +162,7 @@ class ShapedPrompts:
             kept = kept[: -max(1, excess // 4)]  # no character takes more than 4 tokens
         if kept == question:
             return question, ()
-        read = len(self.tokenizer.encode(kept, add_special_tokens=False))
+        read = len(self.builder.joiner.encode(kept))
         note = f"the question has {len(encoding)} tokens; the language model reads the first {read}"
         return kept, (note,)
 
@@ -183,7 +188,7 @@ class ShapedPrompts:
                 question="",
                 docs=(0,),
                 contexts=[[0] * length],
-                places=[(0, length - after)],
+                read=[DocumentPlace(0, [(0, 0)] * (length - after), "")],
                 joined=[0] * joined,
                 closed_book=[0] * closed,
                 log_weights=np.where(np.arange(self.rows) == 0, 0, -np.inf).astype(np.float32),
@@ -194,7 +199,7 @@ class ShapedPrompts:
         """Returns L, the length that the contexts of single documents are padded to."""
         return fitting(self.lengths, max(map(len, contexts)))
 
-    def _joined(self, question: str, tokens: Sequence[np.ndarray]) -> list[int]:
+    def _joined(self, question: str, tokens: Sequence[DocumentIds]) -> list[int]:
         try:
             return self.builder.context(question, tokens)
         except DataError:  # there is no room for a token of each
@@ -203,7 +208,7 @@ class ShapedPrompts:
     def _longest_document(self, count: int) -> int:
         if count > _MEASURED_DOCUMENTS:
             return self.builder.template.max_document_tokens
-        return max(map(len, self.documents.get(range(count))))
+        return max(1, *map(len, self.documents.get(range(count))))
 
 
 def fitting(lengths: Sequence[int], needed: int) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ragjax.data import Corpus, passage_text
+from ragjax.data import Corpus
 from ragjax.evaluation.spans import Match, TextWindow, find_answer, find_similar, split_windows
 from ragjax.runs.ask.decoding import Generated
 from ragjax.runs.ask.prompts import Prompt
@@ -44,7 +44,6 @@ class SpanFinder:
     def __init__(self, reader: Reader, corpus: Corpus) -> None:
         """Takes the reader of the answers and the passages."""
         self._reader, self._corpus = reader, corpus
-        self._last: tuple[tuple[int, int], ReadPassage] | None = None  # (row, tokens read)
 
     def find(self, prompt: Prompt, generated: Generated, answer: str, row: int) -> Span | None:
         """Returns the words of the answer in the passage, or else the window that carries it.
@@ -79,10 +78,15 @@ class SpanFinder:
 
     def read(self, prompt: Prompt, row: int) -> ReadPassage:
         """Returns the part of a passage that the language model reads."""
-        key = prompt.docs[row], prompt.places[row][1]
-        if self._last is None or self._last[0] != key:  # long passages take a while
-            self._last = key, self._read(*key)
-        return self._last[1]
+        passage, shown = self._corpus[prompt.docs[row]], prompt.read[row]
+        whole = self._reader.prompts.builder.passage_text(passage)
+        before = len(whole) - len(passage.text)
+        places = [(start - before, end - before) for start, end in shown.characters]
+        title, text, end = passage.title or "", passage.text, len(shown.text) - before
+        if end < len(text):
+            # Cut within the title, before which the template has nothing.
+            title, text = (title, text[:end]) if end > 0 else (whole[: before + end], "")
+        return ReadPassage(title, text, places)
 
     def windows(self, prompt: Prompt, row: int) -> list[TextWindow]:
         """Returns the windows of that part's text."""
@@ -103,20 +107,6 @@ class SpanFinder:
         ]
         log_probs = self._reader.leave_out(prompt, generated.reading, row, left_out, generated.ids)
         return log_probs[0] - log_probs[1:]
-
-    def _read(self, doc: int, size: int) -> ReadPassage:
-        passage, prompts = self._corpus[doc], self._reader.prompts
-        whole = passage_text(passage, prompts.builder.template.passage)
-        before = len(whole) - len(passage.text)
-        encoding = prompts.tokenizer.encode(whole, add_special_tokens=False)
-        places = [(start - before, end - before) for start, end in encoding.offsets[:size]]
-        title, text = passage.title or "", passage.text
-        if size < len(encoding):
-            # Up to the next token: an accent may belong to a token without being among its places.
-            end = max(places[-1][1], encoding.offsets[size][0] - before)
-            # Truncated within the title, before which the template has nothing.
-            title, text = (title, text[:end]) if end > 0 else (whole[: before + end], "")
-        return ReadPassage(title, text, places)
 
 
 def _matched(field: str, match: Match, method: str) -> Span:

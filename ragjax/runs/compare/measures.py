@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ragjax.data import PromptBuilder, passage_text
+from ragjax.data import passage_text
 from ragjax.evaluation.calibration import answer_confidence
 from ragjax.evaluation.support import Support, answer_support, is_empty, support_rates
 from ragjax.runs.compare.answers import Request, ScoredAnswer
@@ -115,15 +115,11 @@ def passages_read(workspace: Workspace, request: Request) -> list[str]:
         workspace: Prompts and documents.
         request: The question and its K documents.
     """
-    documents = workspace.documents.get(request.docs)
-    if not MODES[workspace.config.mode].apart:
-        budget = _tokens_read(workspace.prompts, request.question.text, len(request.docs))
-        documents = [document[:budget] for document in documents]
-    return workspace.lm.tokenizer.decode_batch([document.tolist() for document in documents])
-
-
-def _tokens_read(prompts: PromptBuilder, question: str, num_documents: int) -> int:
-    """Returns how many tokens of each document a prompt has room for."""
-    nothing: Sequence[Sequence[int]] = [[]] * num_documents
-    room = prompts.max_context_length - len(prompts.context(question, nothing))
-    return min(prompts.template.max_document_tokens, room // num_documents)
+    prompts, documents = workspace.prompts, workspace.documents.get(request.docs)
+    if MODES[workspace.config.mode].apart:
+        return [
+            text
+            for document in documents
+            for text in prompts.document_texts(request.question.text, [document])
+        ]
+    return prompts.document_texts(request.question.text, documents)
