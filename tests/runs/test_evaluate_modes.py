@@ -23,7 +23,7 @@ from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.modes import MODES
 from ragjax.training.loop import StopFlag
 
-APART = [name for name, mode in MODES.items() if mode.apart]
+APART = [name for name, mode in MODES.items() if mode.apart and not mode.fused]
 # Passages that share no words, in several scripts; the last is far longer than any prompt.
 PASSAGES = {
     "zh": ("", "中国的首都是北京，人口很多。"),

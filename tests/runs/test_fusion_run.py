@@ -21,7 +21,12 @@ from ragjax.runs.ask.view import format_reply, format_source, plain, reply_as_js
 from ragjax.runs.compare.answers import Request, answer_limits, answer_requests
 from ragjax.runs.compare.systems import answer_cache
 from ragjax.runs.evaluate import open_evaluation
-from ragjax.runs.options.end_to_end import ObjectiveConfig, RagConfig, ReaderConfig
+from ragjax.runs.options.end_to_end import (
+    ObjectiveConfig,
+    RagConfig,
+    ReaderConfig,
+    TrainingConfig,
+)
 from ragjax.runs.options.evaluate import EvaluateConfig, run_options
 from ragjax.runs.options.shared import EvaluationConfig, RunConfig
 from ragjax.runs.system import by_dense, open_base_system
@@ -122,10 +127,25 @@ def test_answers_are_those_of_the_fusion_decoder(lm_folder, tiny_inputs, tmp_pat
         said, log_probs = fused_reference(lm, teacher.params, contexts, target, limits)
         assert answer.prediction == lm.tokenizer.decode(said).strip()
         assert answer.nll == pytest.approx(-log_probs.sum() / len(target), abs=1e-4)
+    # With the empty document of the training, which the decoder attends to as well.
+    null = RagConfig(
+        **{**FUSED, "training": TrainingConfig(null_document=True)},
+        evaluation=workspace.config.evaluation,
+        prompt=workspace.config.prompt,
+    )
+    (answer,) = answer_requests(
+        dataclasses.replace(workspace, config=null), teacher, requests[1:2], cache
+    )
+    text = requests[1].question.text
+    contexts = [prompts.context(text, workspace.documents.get([2])), prompts.context(text)]
+    target = prompts.target(requests[1].question.answers[0])
+    said, log_probs = fused_reference(lm, teacher.params, contexts, target, limits)
+    assert answer.prediction == lm.tokenizer.decode(said).strip()
+    assert answer.nll == pytest.approx(-log_probs.sum() / len(target), abs=1e-4)
     # p_R has no part in them.
     weighed = requests[0]._replace(doc_scores=(3.0, 1.0, 0.0))
     assert answer_requests(workspace, teacher, [weighed], cache) == answers[:1]
-    assert len(cache) == 4
+    assert len(cache) == 5
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +184,33 @@ def test_ask_writes_scores_and_leaves_out_as_the_fusion_decoder_does(asker):
         assert math.isnan(source.posterior)
     assert reply.relied_on == int(np.argmax([source.change for source in reply.sources]))
     assert sum(source.prior for source in reply.sources) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_empty_document_of_the_training_is_read_beside_the_others(asker):
+    system, options = asker.system, asker.reader.prompts.options
+    config = dataclasses.replace(
+        system.workspace.config, training=TrainingConfig(null_document=True)
+    )
+    workspace = dataclasses.replace(system.workspace, config=config)
+    other = Asker(dataclasses.replace(system, workspace=workspace), options, by=by_dense)
+    answer = other.answer(QUESTION, answer="30")
+    reply, (lm, params) = other.explain(answer), (other.reader.lm, system.lm_params)
+    start, ids = len(lm.text_format.target_start_ids), answer.generated.ids
+
+    def log_prob(*chosen):
+        scored = fused_reference(lm, params, list(chosen), ids, other.reader.limits)
+        return scored[1][start:].sum()
+
+    contexts, null = answer.prompt.contexts, answer.prompt.closed_book
+    assert reply.log_prob == pytest.approx(log_prob(*contexts, null), abs=2e-3)
+    left = reply.log_prob - log_prob(*contexts[1:], null)
+    assert reply.sources[0].change == pytest.approx(left, abs=2e-3)
+    assert reply.sources[0].log_prob == pytest.approx(log_prob(contexts[0]), abs=2e-3)
+    reading = answer.generated.reading
+    found = other.reader.leave_out(answer.prompt, reading, 1, [[]], ids)
+    whole = fused_reference(lm, params, [*contexts, null], ids, other.reader.limits)[1].sum()
+    np.testing.assert_allclose(found, [whole, whole], atol=2e-3)
 
 
 @pytest.mark.slow
@@ -261,6 +308,8 @@ def test_a_run_is_answered_as_it_was_trained_in_every_place(fused_run, tmp_path,
     assert "documents are read in mode fusion: each encoded alone" in printed
     assert json.loads((folder / "config.json").read_text())["mode"] == "fusion"
     assert "fusion: each encoded alone" in (folder / "report.html").read_text("utf-8")
+    settings = json.loads((folder / "explained.json").read_text())["settings"]
+    assert settings["read"] == "each passage alone, unlike for the answers"
     dev = json.loads((folder / "dev.json").read_text())["systems"]["after"]
     assert "answer_nll" in dev and "marginal_nll" not in dev
 

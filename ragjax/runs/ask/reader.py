@@ -56,6 +56,7 @@ class Reader:
         self.lm, self.params = system.workspace.lm, system.lm_params
         self.prompts = ShapedPrompts(self.lm, system.workspace.dataset.corpus, options)
         self.limits = answer_limits(self.lm, self.prompts.max_target)
+        self._num_null = int(system.workspace.config.fuses_null)
 
     def read(self, prompt: Prompt) -> Reading:
         """Reads a question beside each of its documents, or closed book if it has none."""
@@ -72,9 +73,9 @@ class Reader:
 
     def read_fused(self, prompt: Prompt) -> Reading:
         """Reads a question beside each of its documents, for a decoder that attends to them all."""
-        padding: list[Sequence[int]] = [[]] * (self.prompts.rows - len(prompt.contexts))
-        length = self.prompts.fitting_length(prompt.contexts)
-        return self._read_fused([*prompt.contexts, *padding], length)
+        return self._read_fused(
+            self._fused_contexts(prompt), self.prompts.fitting_length(prompt.contexts)
+        )
 
     def score_jointly(self, reading: Reading, target_ids: Sequence[int]) -> Joint:
         """Scores one answer given all documents of `read_fused`, without each, and with it alone.
@@ -83,6 +84,9 @@ class Reader:
         """
         each = np.eye(self.prompts.rows, dtype=bool)
         keep = np.concatenate([np.ones((1, len(each)), bool), ~each, each])
+        # The null document is there whichever are left out, and no document stands beside it.
+        null = np.arange(len(keep))[:, None] <= len(each)
+        keep = np.concatenate([keep, np.repeat(null, self._num_null, axis=1)], axis=1)
         scores = self._score_subsets(reading, keep, target_ids)
         return Joint(scores[0], *np.split(scores[1:], 2))
 
@@ -183,13 +187,13 @@ class Reader:
     def _without_tokens_fused(
         self, prompt: Prompt, row: int, keep: np.ndarray, target_ids: Sequence[int]
     ) -> np.ndarray:
-        variants, rows = keep.shape[0], self.prompts.rows
         # Each variant is one more context; the answer sees the other documents and one of them.
-        contexts: list[Sequence[int]] = [*prompt.contexts, *[[]] * (rows - len(prompt.contexts))]
-        contexts[row] = []
-        contexts += [prompt.contexts[row]] * variants
+        variants, others = len(keep), self._fused_contexts(prompt)
+        others[row] = []
+        contexts = [*others, *[prompt.contexts[row]] * variants]
         reading = self._read_fused(contexts, keep.shape[1], last=keep)
-        subsets = np.concatenate([np.ones((variants, rows), bool), np.eye(variants, dtype=bool)], 1)
+        seen = np.ones((variants, len(others)), bool)
+        subsets = np.concatenate([seen, np.eye(variants, dtype=bool)], axis=1)
         return self._score_subsets(reading, subsets, target_ids).sum(axis=1)
 
     def _read(
@@ -203,6 +207,10 @@ class Reader:
         padded = pad_left(contexts, length=length, pad_id=self.lm.pad_id)
         arrays = jnp.asarray(padded.ids), jnp.asarray(padded.mask if mask is None else mask)
         return Reading(prefill(self.lm.decoder, self.params, *arrays, cache_length=slots), length)
+
+    def _fused_contexts(self, prompt: Prompt) -> list[Sequence[int]]:
+        padding: list[Sequence[int]] = [[]] * (self.prompts.rows - len(prompt.contexts))
+        return [*prompt.contexts, *padding, *[prompt.closed_book] * self._num_null]
 
     def _read_fused(
         self, contexts: Sequence[Sequence[int]], length: int, last: np.ndarray | None = None

@@ -98,10 +98,11 @@ def _key(workspace: Workspace, model: FrozenLM, request: Request) -> str:
     scores = [round(score, 6) for score in request.doc_scores]
     mode = MODES[workspace.config.mode]
     beams = [evaluation.beams] if mode.beams and request.docs else []
+    name = workspace.config.mode + " and null" * (mode.fused and workspace.config.fuses_null)
     return result_key(
         model.fingerprint,
         repr(workspace.prompts.template),
-        workspace.config.mode if request.docs else "closed_book",
+        name if request.docs else "closed_book",
         [_MIN_NEW_TOKENS, evaluation.max_new_tokens, *beams],
         request.question.text,
         list(request.question.answers[:1]),
@@ -172,11 +173,14 @@ def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Reque
 def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Request]) -> _Plan:
     evaluation, mode = workspace.config.evaluation, MODES[workspace.config.mode]
     options = {"beams": evaluation.beams} if mode.beams else {}
-    count = max(len(request.docs) for request in requests)
     contexts = [
         [workspace.prompts.context(r.question.text, workspace.documents.get([d])) for d in r.docs]
         for r in requests
     ]
+    if mode.fused and workspace.config.fuses_null:
+        for request, group in zip(requests, contexts, strict=True):
+            group.append(workspace.prompts.context(request.question.text))
+    count = max(map(len, contexts))
     targets = _targets(workspace, requests)
     limits = answer_limits(workspace.lm, workspace.config.evaluation.max_new_tokens)
     score = jax.jit(workspace.lm.token_log_probs)
@@ -239,7 +243,7 @@ def _pack_groups(
         flat_targets += [[] if row is None else targets[row]] * count
         mask[place, : len(group)] = True
         if row is not None:
-            scores[place, : len(group)] = requests[row].doc_scores[:count]
+            scores[place, : len(requests[row].docs)] = requests[row].doc_scores
     packed = workspace.prompts.pack(flat_contexts, flat_targets, context_length=batch.length)
     return LMBatch(*map(jnp.asarray, packed)), jnp.asarray(scores), jnp.asarray(mask)
 

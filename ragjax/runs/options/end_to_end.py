@@ -158,6 +158,11 @@ class RagConfig(RunConfig):
         return "fusion" if self.language_model.reader == "fusion" else "ensemble"
 
     @property
+    def fuses_null(self) -> bool:
+        """Whether an empty document is among those that the decoder attends to at once."""
+        return self.training.null_document and self.language_model.reader == "fusion"
+
+    @property
     def trains_lm(self) -> bool:
         """Whether the language model is trained."""
         return self.language_model.train

@@ -284,6 +284,11 @@ class RunConfig(Options):
         return "concat" if self.evaluation.mode == AUTO else self.evaluation.mode
 
     @property
+    def fuses_null(self) -> bool:
+        """Whether an empty document is among those that the decoder attends to at once."""
+        return False
+
+    @property
     def trains_lm(self) -> bool:
         """Whether the language model is trained."""
         return False

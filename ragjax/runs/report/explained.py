@@ -23,6 +23,7 @@ from ragjax.evaluation.report.results import main_pair
 from ragjax.index.base import empty_result
 from ragjax.runs.folder import RunFiles
 from ragjax.runs.indexes import Retriever
+from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LsrTarget
 from ragjax.runs.teacher import score_candidates, target_log_probs
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -74,12 +75,15 @@ def explain(
         for candidate in one["candidates"]:
             passage = lookup(candidate["doc_id"])
             passages |= {candidate["doc_id"]: passage} if passage else {}
+    settings = {
+        "score": target.score,
+        "temperature": target.temperature,
+        "scale": workspace.config.retriever.scale,
+    }
+    if MODES[workspace.config.mode].fused:
+        settings["read"] = "each passage alone, unlike for the answers"
     explained = {
-        "settings": {
-            "score": target.score,
-            "temperature": target.temperature,
-            "scale": workspace.config.retriever.scale,
-        },
+        "settings": settings,
         "counts": _encoded(workspace),
         "questions": described,
         "gold": gold,
