@@ -143,7 +143,7 @@ def in_own_flags(message: str, names: Collection[str]) -> str:
     """Returns a message with the flags of one program.
 
     What several programs share names an option in full, `--evaluation.documents`, where some have
-    `--documents`; a library names an argument.
+    `--documents`; a library names an argument, "with fields='text=body'".
 
     Args:
         message: To the user.
@@ -154,8 +154,11 @@ def in_own_flags(message: str, names: Collection[str]) -> str:
         full, last = flag.group(1), flag.group(1).rpartition(".")[2]
         return f"--{last}" if full not in names and last in names else flag.group()
 
-    fields = "fields" if "fields" in names else "data_options.fields"
-    message = re.sub(r"\bfields='([^']*)'", rf"--{fields} '\1'", message)
+    def argument(found: re.Match[str]) -> str:
+        flags = [name for name in names if name.rpartition(".")[2] == found.group(1)]
+        return f"with --{flags[0]}={found.group(2)}" if len(flags) == 1 else found.group()
+
+    message = re.sub(r"\bwith ([a-z_]+)=('[^']*'|[\w.-]+)", argument, message)
     return re.sub(r"(?<![\w-])--([a-z_]+\.[a-z_]+)", own, message)
 
 

@@ -24,10 +24,11 @@ class KeptForCheckpoints:
         pipeline: Pipeline,
         report: Callable[[str], None],
         *,
-        identical: bool,
+        adopt_after: int,
     ) -> None:
-        """Nothing is named yet; `identical`: a resumed run must continue as if never stopped."""
-        self._identical = identical
+        """Nothing is named yet; from 0, `adopt_after` promises that a resumed run is the same."""
+        self._identical = adopt_after >= 0
+        self._other = ", or continue with adopt_after=-1" if adopt_after > 0 else ""
         self._background, self._pipeline, self._report = background, pipeline, report
         # (generation, steps of exported parameters) that the newest checkpoints name.
         self._named: deque[tuple[int, frozenset[int]]] = deque(maxlen=_CHECKPOINTS)
@@ -83,8 +84,8 @@ class KeptForCheckpoints:
         )
         if self._identical:
             raise ResumeError(
-                f"The run cannot be continued identically: {lost}. Start it again, or continue "
-                "with adopt_after=-1"
+                f"The run cannot be continued identically: {lost}; start it again in another "
+                f"folder{self._other}"
             )
         self._report(f"{lost}; the index is built from the present parameters.")
         return None
@@ -108,7 +109,7 @@ class KeptForCheckpoints:
             folder = self._pipeline.export_folder(export_step).parents[1]
             raise ResumeError(
                 f"The parameters of step {export_step}, whose index is due at step {adopt_step}, "
-                f"are gone from {folder}; start the run again"
+                f"are gone from {folder}; start the run again in another folder{self._other}"
             )
         return params
 

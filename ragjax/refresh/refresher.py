@@ -103,7 +103,7 @@ class Refresher:
         )  # fmt: skip
         self._gauges = Gauges(self._background, self._pipeline)
         self._kept = KeptForCheckpoints(
-            self._background, self._pipeline, report, identical=self._options.adopt_after >= 0
+            self._background, self._pipeline, report, adopt_after=self._options.adopt_after
         )
         self._snapshot: IndexSnapshot | None = None
         self._steps, self._last_export_step = StepNumbers(), 0

@@ -1,5 +1,6 @@
 """The output folder of a run: its lock, its options, its files and what the run cost."""
 
+import dataclasses
 import json
 import resource
 import sys
@@ -113,7 +114,7 @@ def claim(
     folder = Path(config.output)
     lock = RunLock(folder, remedy="use another --output folder")
     with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, lock:
-        _check_free(folder, record, config.kind)
+        _check_free(folder, record, config)
         yield flag
 
 
@@ -131,8 +132,10 @@ def config_record(
     return made_by | {"fingerprint": fingerprint, "mode": mode, "config": to_dict(config)}
 
 
-def _check_free(folder: Path, record: Mapping[str, Any], kind: str) -> None:
-    path = folder / CONFIG
+def _check_free(
+    folder: Path, record: Mapping[str, Any], config: RunConfig | EvaluateConfig
+) -> None:
+    path, kind = folder / CONFIG, config.kind
     if not path.is_file():
         ours = {"run.lock", "data", COST, CONFIG + ".tmp"}  # what is there before the config is
         strangers = sorted(p.name for p in folder.glob("*") if p.name not in ours)
@@ -144,7 +147,10 @@ def _check_free(folder: Path, record: Mapping[str, Any], kind: str) -> None:
         return
     try:
         earlier = json.loads(path.read_text("utf-8"))
-        same = earlier["fingerprint"] == record["fingerprint"]
+        same = earlier["fingerprint"] in (
+            record["fingerprint"],
+            _when_adopted_later(config, earlier),
+        )
         differences = _differences(earlier["config"], record["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -156,6 +162,21 @@ def _check_free(folder: Path, record: Mapping[str, Any], kind: str) -> None:
             f"{folder} holds another {kind} ({what}); choose another --output folder, or give the"
             " same options to continue it"
         )
+
+
+def _when_adopted_later(
+    config: RunConfig | EvaluateConfig, earlier: Mapping[str, Any]
+) -> str | None:
+    """Returns the fingerprint that a run had before it gave up adopting its indexes at fixed steps.
+
+    What a run promised with `adopt_after` it may give up on the way, as it must where the index of
+    its checkpoint is lost; None where this run does not.
+    """
+    if not isinstance(config, RunConfig) or config.refresh.adopt_after >= 0:
+        return None
+    after = earlier["config"]["refresh"]["adopt_after"]
+    refresh = dataclasses.replace(config.refresh, adopt_after=after)
+    return dataclasses.replace(config, refresh=refresh).fingerprint()
 
 
 def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -355,8 +355,12 @@ def test_an_index_of_something_else_is_not_adopted_and_one_sentence_says_why(
     assert len(told) == 1 and what in told[0] and "expected newer" in told[0]
     resumed.close()
     identical = make(task=task | {"model_fingerprint": "newest"}, adopt_after=2)
-    with pytest.raises(RefreshError, match="cannot be continued identically"):
+    with pytest.raises(RefreshError, match="continued identically: .* with adopt_after=-1$"):
         identical.start(make_params(2), step=2, state=state)
+    identical.close()
+    waiting = make(task=task | {"model_fingerprint": "newest"}, adopt_after=0)
+    with pytest.raises(RefreshError, match="start it again in another folder$"):
+        waiting.start(make_params(2), step=2, state=state)
 
 
 @pytest.mark.parametrize("name", ["embeddings/shard-000003.npy", "manifest.json"])

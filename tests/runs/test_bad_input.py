@@ -10,8 +10,9 @@ import pytest
 from programs import ROOT, load_script
 from safetensors.numpy import load_file, save_file
 
-from ragjax.runs import AdaptConfig
+from ragjax.runs import AdaptConfig, RagConfig
 from ragjax.runs.folder import claim, config_record
+from ragjax.runs.options.refresh import RefreshConfig
 
 RECIPES = ROOT / "experiments" / "recipes"
 parse_flags = load_script("experiments/_program.py").parse_flags
@@ -254,6 +255,24 @@ def test_input_that_was_refused_does_not_block_the_next_try(refuse, domain, tmp_
     config = AdaptConfig(output=str(tmp_path / "out"))
     with claim(config, config_record(config, config.fingerprint(), mode="concat"), None):
         pass
+
+
+def test_a_run_whose_index_is_lost_goes_on_as_its_error_advises(tmp_path):
+    def taken(adopt_after, **changed):
+        refresh = RefreshConfig(mode="async", adopt_after=adopt_after)
+        config = RagConfig(output=str(tmp_path), refresh=refresh, **changed)
+        record = config_record(config, config.fingerprint(), mode="concat")
+        with claim(config, record, None):
+            (tmp_path / "config.json").write_text(json.dumps(record))
+
+    taken(2)
+    with pytest.raises(ValueError, match="refresh.adopt_after: 2 there, 3 here"):
+        taken(3)
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        taken(-1, seed=1)
+    taken(-1)
+    with pytest.raises(ValueError, match="refresh.adopt_after: -1 there, 2 here"):
+        taken(2)
 
 
 def test_b7_b14_b15_what_can_be_used_is_used_and_said(

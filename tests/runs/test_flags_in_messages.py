@@ -21,13 +21,14 @@ FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
 FLAGS["train_rag"] |= {"documents"}
 TRAINING, RUNS = ("adapt", "train_rag"), ("adapt", "train_rag", "evaluate")
 
-# Who shows the messages of a module; the longest beginning counts. Nobody: a library, whose
-# messages name arguments.
+# Who shows the messages of a module, or of a function in it; the longest beginning counts. Nobody:
+# a library, whose messages name arguments.
 SHOWN_BY = {
     "ragjax": (),
     "ragjax/runs": RUNS,
     "ragjax/runs/adapt": ("adapt",),
     "ragjax/runs/ask": ("ask",),
+    "ragjax/runs/data/_without_leaks": TRAINING,
     "ragjax/runs/evaluate": ("evaluate",),
     "ragjax/runs/indexes": ("train_rag",),  # those that name a flag
     "ragjax/runs/options/dual": ("adapt",),
@@ -90,16 +91,19 @@ def unknown_flags(text: str, shown_by: tuple[str, ...]) -> Iterator[str]:
                 yield f"--{full} ({script})"
 
 
-def wrong_flags(path: Path) -> list[str]:
+def wrong_flags(path: Path) -> Iterator[str]:
     module = path.relative_to(ROOT).with_suffix("").as_posix()
-    owner = max((name for name in SHOWN_BY if f"{module}/".startswith(f"{name}/")), key=len)
-    if (shown_by := SHOWN_BY[owner]) is None:
-        return []
-    return [
-        f"{module}.py:{line}: {flag}"
-        for line, text in messages(ast.parse(path.read_text("utf-8")))
-        for flag in unknown_flags(text, shown_by)
-    ]
+    for part in ast.parse(path.read_text("utf-8")).body:
+        place = f"{module}/{getattr(part, 'name', '')}/"
+        owner = max((name for name in SHOWN_BY if place.startswith(f"{name}/")), key=len)
+        if (shown_by := SHOWN_BY[owner]) is not None and not is_docstring(part):
+            for line, text in messages(part):
+                for flag in unknown_flags(text, shown_by):
+                    yield f"{module}.py:{line}: {flag}"
+
+
+def is_docstring(part: ast.stmt) -> bool:
+    return isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
 
 
 def test_messages_name_flags_of_the_script_that_shows_them_and_a_library_names_none():
@@ -129,8 +133,9 @@ def test_the_check_finds_flags_that_a_script_does_not_have(text, shown_by, wrong
     [
         ("evaluate", "raise --prompt.document_tokens", "raise --document_tokens"),
         ("adapt", "raise --prompt.document_tokens", "raise --prompt.document_tokens"),
-        ("adapt", "with fields='id=a,text=b'", "with --data_options.fields 'id=a,text=b'"),
-        ("ask", "with fields='text=b'", "with --fields 'text=b'"),
+        ("adapt", "with fields='id=a,text=b'", "with --data_options.fields='id=a,text=b'"),
+        ("ask", "with fields='text=b'", "with --fields='text=b'"),
+        ("train_rag", "go on with adopt_after=-1", "go on with --refresh.adopt_after=-1"),
         ("refresh_worker", "use --data_options.on_bad_row skip", "use --on_bad_row skip"),
     ],
 )
