@@ -223,7 +223,7 @@ def _corpus_folder(flags: Flags) -> str:
 def _lines(flags: Flags, system: System) -> Iterator[str]:
     """Yields questions: every line of stdin with `--json`, else until an empty one."""
     if flags.json:
-        yield from (line for line in map(str.strip, sys.stdin) if line)
+        yield from filter(None, map(_question, sys.stdin))
         return
     try:
         import readline  # noqa: F401  (its import gives `input` a history and line editing)
@@ -232,7 +232,7 @@ def _lines(flags: Flags, system: System) -> Iterator[str]:
     print(f"{system.size:,} documents of {system.name}; an empty line ends", file=sys.stderr)
     while True:
         try:
-            line = input("? ").strip()
+            line = _question(input("? "))
         except EOFError:
             print(file=sys.stderr)
             return
@@ -242,6 +242,11 @@ def _lines(flags: Flags, system: System) -> Iterator[str]:
         if not line:
             return
         yield line
+
+
+def _question(line: str) -> str:
+    """Returns a line without white space and byte-order mark, which editors put before a text."""
+    return line.strip().strip("\ufeff").strip()
 
 
 def _print_text(asker: Asker, flags: Flags, question: str) -> None:

@@ -31,7 +31,7 @@ class RunFiles:
     def mapping(self, name: str) -> dict[str, Any]:
         """Returns the JSON object in a file; empty where there is none."""
         try:
-            value = json.loads((self._folder / name).read_text("utf-8"))
+            value = json.loads((self._folder / name).read_text("utf-8-sig"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -146,7 +146,7 @@ def _check_free(
             )
         return
     try:
-        earlier = json.loads(path.read_text("utf-8"))
+        earlier = json.loads(path.read_text("utf-8-sig"))
         same = earlier["fingerprint"] in (
             record["fingerprint"],
             _when_adopted_later(config, earlier),

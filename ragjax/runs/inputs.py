@@ -74,7 +74,7 @@ def begin(
     """
     path = folder / CONFIG
     if path.is_file():
-        earlier = json.loads(path.read_text("utf-8")).get("inputs")
+        earlier = json.loads(path.read_text("utf-8-sig")).get("inputs")
         if earlier is None:
             log(f"note: {path} does not say what the {kind} read: its inputs are not compared")
         elif changed := _changes(earlier, inputs):

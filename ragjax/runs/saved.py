@@ -219,7 +219,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no run there (no {CONFIG}); {known}")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))
         values, program = content["config"], content.get("program")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the config of a run ({error})") from error
@@ -317,8 +317,8 @@ def run_card(
 
 def _read_metrics(folder: Path) -> dict[str, Any] | None:
     try:
-        main = json.loads((folder / "metrics.json").read_text("utf-8"))
-        others = json.loads((folder / "differences.json").read_text("utf-8"))["other_systems"]
+        main = json.loads((folder / "metrics.json").read_text("utf-8-sig"))
+        others = json.loads((folder / "differences.json").read_text("utf-8-sig"))["other_systems"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError) as error:

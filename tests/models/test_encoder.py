@@ -29,6 +29,14 @@ def test_a_written_folder_loads_bit_equal(tiny_folder):
     assert loaded.source == str(tiny_folder)
 
 
+def test_byte_order_marks_are_no_part_of_a_model_folder(tmp_path):
+    write_tiny_encoder(tmp_path)
+    expected = load_encoder(str(tmp_path)).fingerprint
+    for path in tmp_path.rglob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_encoder(str(tmp_path)).fingerprint == expected
+
+
 def test_embeddings_are_float32_of_length_one_and_differ():
     embeddings = embed(tiny_encoder(), TEXTS)
     assert embeddings.dtype == np.float32 and embeddings.shape == (3, 16)

@@ -54,6 +54,12 @@ def test_json_reads_questions_from_stdin_and_writes_nothing_else(ask_json, monke
 
 
 @pytest.mark.slow
+def test_a_byte_order_mark_is_no_part_of_a_question(ask_json, monkeypatch):
+    text = b"\xef\xbb\xbf red cat\r\n\xef\xbb\xbf\r\nelk\r\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
+    assert [value["question"] for value in ask_json()] == ["red cat", "elk"]
+
+
 def test_the_number_of_documents_of_documents(ask_json):
     assert len(ask_json(QUESTION)[0]["documents"]) == 3
     assert len(ask_json(QUESTION, "--documents=1")[0]["documents"]) == 1

@@ -201,7 +201,8 @@ def test_options_come_back_from_a_run_as_they_were(tmp_path):
 
 
 def test_open_run_reads_what_adapt_writes(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(AdaptConfig())}))
+    text = json.dumps({"config": to_dict(AdaptConfig())})
+    (tmp_path / "config.json").write_text(text, "utf-8-sig")
     run = open_run(tmp_path)
     assert run.config == AdaptConfig() and run.metrics is None
     with pytest.raises(ValueError, match="two encoders"):

@@ -77,7 +77,7 @@ def _card_license(card: Path) -> str | None:
     """Returns the licence in the YAML header of a model card."""
     if not card.is_file():
         return None
-    text = card.read_text(encoding="utf-8", errors="replace")
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
     header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
         fields = yaml.safe_load(header[1]) if header else None
@@ -90,14 +90,14 @@ def _card_license(card: Path) -> str | None:
 def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> Any:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     return tokenizer_config.get("chat_template")
 
 
 def _notices(folder: Path) -> dict[str, str]:
     paths = [folder / name for name in _NOTICES]
     return {
-        path.name: path.read_text(encoding="utf-8", errors="replace")
+        path.name: path.read_text(encoding="utf-8-sig", errors="replace")
         for path in paths
         if path.is_file() and path.stat().st_size <= _MAX_NOTICE
     }

@@ -65,7 +65,7 @@ def parse_json(data: bytes, where: str) -> Any:
     """
     try:
         return json.loads(
-            data.decode("utf-8"),
+            data.decode("utf-8-sig"),
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite,

@@ -1,5 +1,6 @@
 """Loads tokenizers as plain `tokenizers.Tokenizer`, with truncation and padding switched off."""
 
+import codecs
 import json
 import logging
 from pathlib import Path
@@ -116,7 +117,7 @@ def choose_pad_token(tokenizer: Tokenizer, folder: Path, config: dict[str, Any])
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except Exception as error:  # the tokenizers package raises plain Exception
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
 
