@@ -168,7 +168,8 @@ def strip_stops(found: Hypotheses, limits: Limits) -> BeamResult:
     """Takes the stop tokens out of sequences `[B, beams, T]`."""
     slots = jnp.arange(found.ids.shape[-1], dtype=jnp.int32)[None, None]
     last = jnp.sum(jnp.where(slots == found.sizes[..., None] - 1, found.ids, 0), axis=-1)
-    lengths = found.sizes - ((found.sizes > 0) & limits.is_stop(last))
+    stopped = (found.sizes > 0) & limits.is_stop(last)
+    lengths = found.sizes - stopped.astype(found.sizes.dtype)
     ids = jnp.where(slots < lengths[..., None], found.ids, 0)
     return BeamResult(ids, lengths, found.log_probs, found.scores)
 

@@ -124,7 +124,9 @@ def per_token(log_probs: Array, num_tokens: Array) -> Array:
     References:
         Brown et al., 2020, "Language Models are Few-Shot Learners", section 2.4.
     """
-    return jnp.where(num_tokens > 0, log_probs / jnp.maximum(num_tokens, 1), -jnp.inf)
+    log_probs, count = jnp.asarray(log_probs), jnp.asarray(num_tokens)
+    divisor = jnp.maximum(count, 1).astype(log_probs.dtype)
+    return jnp.where(count > 0, log_probs / divisor, -jnp.inf)
 
 
 def per_byte(log_probs: Array, num_bytes: Array) -> Array:

@@ -141,7 +141,7 @@ def decode_loop(prompts: PrefilledPrompts, choose: Choose, limits: Limits) -> Gr
             step=state.step + 1,
             ended=ended,
             ids=lax.dynamic_update_slice(state.ids, token_ids[:, None], (0, state.step)),
-            lengths=state.lengths + ~ended,
+            lengths=state.lengths + (~ended).astype(jnp.int32),
             log_probs=state.log_probs + jnp.where(state.ended, 0.0, chosen),
             last=token_ids,
             cache=cache,

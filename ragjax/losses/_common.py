@@ -43,8 +43,10 @@ class Axes:
         return self._checked(name, value, letters, jnp.floating, "a floating-point")
 
     def integers(self, name: str, value: ArrayLike, letters: str) -> Array:
-        """Returns `value`, checked to be integer of shape `letters`; raises as `floats`."""
-        return self._checked(name, value, letters, jnp.integer, "an integer")
+        """Returns `value` in int32 or wider, checked to be integer; raises as `floats`."""
+        array = self._checked(name, value, letters, jnp.integer, "an integer")
+        # An int8 cannot even be compared with the size of a vocabulary.
+        return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)
 
     def mask(self, name: str, value: ArrayLike | None, letters: str) -> Array:
         """Returns `value`, checked to be bool of shape `letters`; `None` keeps everything.
@@ -108,6 +110,12 @@ class Axes:
         return f"{axis}={size} (as {source})"
 
 
+def alike(*arrays: Array) -> list[Array]:
+    """Returns the arrays in the widest of their dtypes, at least float32."""
+    dtype = wide(*arrays)
+    return [array.astype(dtype) for array in arrays]
+
+
 def wide(*arrays: Array) -> jnp.dtype:
     """Returns the widest of the arrays' dtypes, at least float32."""
     # Not `promote_types`, which refuses to mix dtypes where a project has set it to be strict.
@@ -118,7 +126,7 @@ def wide(*arrays: Array) -> jnp.dtype:
 def checked_docs(doc_mask: ArrayLike | None, **arrays: ArrayLike) -> list[Array]:
     """Returns arrays `[..., K]` in float32 (or wider) by name, checked, then the document mask."""
     axes = Axes()
-    checked = [axes.floats(name, value, "...K") for name, value in arrays.items()]
+    checked = alike(*(axes.floats(name, value, "...K") for name, value in arrays.items()))
     return [*checked, axes.mask("doc_mask", doc_mask, "...K")]
 
 
@@ -143,20 +151,31 @@ def checked_answers(
     """
     axes = Axes()
     scores = axes.floats("doc_scores", doc_scores, "...K")
-    answers = axes.answers(name, log_probs, token_mask)
+    scores, answers = alike(scores, axes.answers(name, log_probs, token_mask))
     return axes, scores, answers, axes.mask("doc_mask", doc_mask, "...K")
 
 
-def positive_scalar(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a scalar above 0; one traced by jit is not looked at."""
+def positive_scalar(name: str, value: Any, dtype: Any) -> float | Array:
+    """Returns `value` as a factor of arrays of `dtype`, whatever its own.
+
+    Raises:
+        ValueError: It is not a scalar above 0; one traced by jit is not looked at.
+    """
     if jnp.ndim(value) or (is_known(value) and not 0 < float(value) < float("inf")):
         raise ValueError(f"{name}: expected a finite scalar above 0, got {value}")
+    return _factor(value, dtype)
 
 
-def fraction(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a scalar in 0 … 1, 1 excluded; as `positive_scalar`."""
+def fraction(name: str, value: Any, dtype: Any) -> float | Array:
+    """Returns `value` as `positive_scalar` does, if it lies in 0 … 1, 1 excluded."""
     if jnp.ndim(value) or (is_known(value) and not 0 <= float(value) < 1):
         raise ValueError(f"{name}: expected a scalar of at least 0 and below 1, got {value}")
+    return _factor(value, dtype)
+
+
+def _factor(value: Any, dtype: Any) -> float | Array:
+    # A Python number takes the dtype of what it meets; NumPy's have one of their own.
+    return float(value) if is_known(value) else value.astype(dtype)
 
 
 def is_known(value: ArrayLike) -> bool:
@@ -167,6 +186,8 @@ def is_known(value: ArrayLike) -> bool:
 def masked_logsumexp(values: Array, mask: Array, *, axis: int) -> Array:
     """Returns log Σ exp over the kept entries; 0 with gradient 0 where none is kept.
 
+    Where all that is kept is -inf, the result is -inf, with gradient 0.
+
     Args:
         values: Floating-point, any shape; masked entries may hold anything.
         mask: Bool, same shape, True = keep.
@@ -175,8 +196,9 @@ def masked_logsumexp(values: Array, mask: Array, *, axis: int) -> Array:
     Returns:
         `values.shape` without `axis`.
     """
-    total = jax.nn.logsumexp(jnp.where(mask, values, -jnp.inf), axis=axis)
-    return jnp.where(mask.any(axis), total, 0.0)
+    kept, some = _kept(values, mask, axis)
+    total = jax.nn.logsumexp(kept, axis=axis)
+    return jnp.where(some, total, jnp.where(mask.any(axis), -jnp.inf, 0.0))
 
 
 def masked_log_softmax(values: Array, mask: Array) -> Array:
@@ -187,12 +209,11 @@ def masked_log_softmax(values: Array, mask: Array) -> Array:
         mask: `[..., K]` bool, True = keep.
 
     Returns:
-        `[..., K]` log-probs; a row with no kept entry is all -inf, with gradient 0.
+        `[..., K]` log-probs; a row that keeps no entry, or none but -inf, is all -inf, with
+        gradient 0.
     """
-    # A row of nothing but -inf becomes NaN: the outer `where` replaces it, and the inner one keeps
-    # its gradient from the values.
-    log_probs = jax.nn.log_softmax(jnp.where(mask, values, -jnp.inf))
-    return jnp.where(mask, log_probs, -jnp.inf)
+    kept, some = _kept(values, mask, -1)
+    return jnp.where(mask & some[..., None], jax.nn.log_softmax(kept), -jnp.inf)
 
 
 def masked_kl(p_log_probs: Array, q_log_probs: Array, mask: Array) -> Array:
@@ -200,12 +221,27 @@ def masked_kl(p_log_probs: Array, q_log_probs: Array, mask: Array) -> Array:
 
     Args:
         p_log_probs: `[..., K]` log p, normalised over the kept entries; may be -inf.
-        q_log_probs: `[..., K]` log q, likewise; -inf where p > 0 makes the result +inf.
+        q_log_probs: `[..., K]` log q, likewise; -inf where p > 0 makes the result +inf, with
+            gradient 0.
         mask: `[..., K]` bool, True = keep.
     """
     # 0 · (-inf) is NaN, in the value and in the gradient: replace the arguments, not the product.
     # `!=` and not `>`, which would also drop a NaN and so hide it.
     support = mask & (p_log_probs != -jnp.inf)
+    infinite = support & (q_log_probs == -jnp.inf)
     p_log_probs = jnp.where(support, p_log_probs, 0.0)
-    q_log_probs = jnp.where(support, q_log_probs, 0.0)
-    return jnp.sum(jnp.exp(p_log_probs) * (p_log_probs - q_log_probs), axis=-1)
+    q_log_probs = jnp.where(support & ~infinite, q_log_probs, 0.0)
+    total = jnp.sum(jnp.exp(p_log_probs) * (p_log_probs - q_log_probs), axis=-1)
+    return jnp.where(infinite.any(axis=-1), jnp.inf, total)
+
+
+def _kept(values: Array, mask: Array, axis: int) -> tuple[Array, Array]:
+    """Returns the values, -inf where masked, and where along `axis` one of them is not -inf.
+
+    Of nothing but -inf a softmax makes NaN, in the value and in the gradient: there the values are
+    replaced by 0, for the caller to replace the result.
+    """
+    kept = jnp.where(mask, values, -jnp.inf)
+    # `!=` and not `>`: a NaN stays visible.
+    some = (kept != -jnp.inf).any(axis)
+    return jnp.where(jnp.expand_dims(some, axis), kept, 0.0), some

@@ -79,7 +79,7 @@ def chunked_token_log_probs(
     targets = axes.integers("targets", targets, "...T")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    fraction("label_smoothing", label_smoothing)
+    smoothing = fraction("label_smoothing", label_smoothing, wide(hidden, unembedding))
     if mask is not None:
         mask = axes.mask("mask", mask, "...T")
         # NaN · 0 is NaN in the unembedding's gradient: what is masked must not enter the product.
@@ -95,11 +95,11 @@ def chunked_token_log_probs(
         hidden, unembedding, targets = varying_alike(hidden, unembedding, targets)
         logit, total = _logit_and_normaliser(size, hidden, unembedding, targets)
     log_probs = logit - total
-    if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
+    if not isinstance(smoothing, float) or smoothing > 0:
         # The mean logit is the logit of the mean row: no block is needed for it.
         mean = unembedding.astype(log_probs.dtype).mean(axis=0, keepdims=True)
         everything = _logits(hidden, mean)[..., 0] - total
-        log_probs = (1 - label_smoothing) * log_probs + label_smoothing * everything
+        log_probs = (1 - smoothing) * log_probs + smoothing * everything
     # What the look-ups made of an id outside does not matter here.
     log_probs = jnp.where((targets >= 0) & (targets < vocab), log_probs, jnp.nan)
     return log_probs if mask is None else jnp.where(mask, log_probs, 0.0)
@@ -154,7 +154,7 @@ def _backward(size: int, saved: Any, slopes: tuple[Array, Array]) -> tuple[Array
 
     def step(gradient: Array, first: Any, block: Array) -> Array:
         probs = jnp.exp(_logits(hidden, block) - normaliser[..., None])  # [..., T, block]
-        column = first + jnp.arange(block.shape[0])
+        column = (first + jnp.arange(block.shape[0])).astype(targets.dtype)
         hit = targets[..., None] == jnp.expand_dims(column, axes)
         to_logits = to_normaliser[..., None] * probs + jnp.where(hit, to_logit[..., None], 0.0)
         part = lax.dot_general(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes
+from ragjax.losses._common import Axes, alike
 
 
 class CombinedLoss(NamedTuple):
@@ -59,11 +59,12 @@ def combine_losses(
             f"weights: expected one for each of {sorted(parts)}, got {sorted(weights)}"
         )
     axes = Axes()
-    checked = {name: axes.floats(name, loss, "...") for name, loss in parts.items()}
+    floats = alike(*(axes.floats(name, loss, "...") for name, loss in parts.items()))
+    checked = dict(zip(parts, floats, strict=True))
     total = jnp.zeros_like(next(iter(checked.values())))
     for name, loss in checked.items():
         weight = jnp.asarray(weights[name])
         if weight.ndim:
             raise ValueError(f"weights[{name!r}]: expected a scalar, got shape {weight.shape}")
-        total = total + weight * jnp.where(weight == 0, 0.0, loss)
+        total = total + weight.astype(loss.dtype) * jnp.where(weight == 0, 0.0, loss)
     return CombinedLoss(total, checked)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, positive_scalar
+from ragjax.losses._common import Axes, alike, positive_scalar
 from ragjax.losses.contrastive import info_nce_loss
 
 
@@ -65,11 +65,13 @@ def dpr_loss(
         [0. 0.]
     """
     axes = Axes()
-    queries = axes.floats("query_embeddings", query_embeddings, "...BD")
-    docs = axes.floats("doc_embeddings", doc_embeddings, "...BHD")
+    queries, docs = alike(
+        axes.floats("query_embeddings", query_embeddings, "...BD"),
+        axes.floats("doc_embeddings", doc_embeddings, "...BHD"),
+    )
     ids = None if doc_ids is None else axes.integers("doc_ids", doc_ids, "...BH")
     keep = axes.mask("doc_mask", doc_mask, "...BH")
-    positive_scalar("temperature", temperature)
+    temperature = positive_scalar("temperature", temperature, queries.dtype)
     *leading, batch, per_query, _ = docs.shape
     has_gold = keep[..., :1]  # [..., B, 1]
     # NaN · 0 is NaN in the other embeddings' gradient: what is masked must not enter the product.
@@ -89,7 +91,9 @@ def dpr_loss(
     if ids is not None:
         candidates &= of_whole_batch(ids)[..., None, :] != ids[..., :1]
     first = 0 if axis_name is None else lax.axis_index(axis_name) * batch * per_query
-    positives = jnp.broadcast_to(first + per_query * jnp.arange(batch), (*leading, batch))
+    positives = jnp.broadcast_to(
+        first + per_query * jnp.arange(batch, dtype=jnp.int32), (*leading, batch)
+    )
     # `info_nce_loss` keeps the gold column of a row that has any candidate; this row may have lost
     # all others (one query, no negatives), and is still a query with loss 0.
     return info_nce_loss(scores / temperature, positives, mask=candidates)

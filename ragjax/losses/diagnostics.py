@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from ragjax.losses._common import (
     Axes,
+    alike,
     checked_answers,
     checked_docs,
     masked_kl,
@@ -241,7 +242,8 @@ def retrieval_utility(
         token_mask: `[..., T]` bool, True = a target token; all, if not given.
 
     Returns:
-        `[...]` in nats, float32; above 0 where retrieval helps. 0 for a query with no document.
+        `[...]` in nats, float32; above 0 where retrieval helps. 0 for a query with no document,
+        and for an answer that is impossible with and without.
 
     Raises:
         ValueError: Wrong rank, shape or dtype.
@@ -266,7 +268,10 @@ def retrieval_utility(
     doc_mask = axes.mask("doc_mask", doc_mask, "...K")
     loss = rag_sequence_loss(doc_scores, token_log_probs, doc_mask=doc_mask, token_mask=token_mask)
     without = sequence_log_probs(no_doc_token_log_probs, token_mask=token_mask)
-    return jnp.where(doc_mask.any(axis=-1), -loss - without, 0.0)
+    loss, without = alike(loss, without)
+    # What is impossible either way gains nothing; the difference would be NaN.
+    counts = doc_mask.any(axis=-1) & ((loss != jnp.inf) | (without != -jnp.inf))
+    return jnp.where(counts, -jnp.where(counts, loss, 0.0) - jnp.where(counts, without, 0.0), 0.0)
 
 
 class Degeneracy(NamedTuple):

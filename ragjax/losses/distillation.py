@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from ragjax.losses._common import (
     Axes,
+    alike,
     checked_docs,
     is_known,
     masked_kl,
@@ -39,7 +40,8 @@ def lsr_target(
         doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[..., K]` log q in nats, float32; -inf at masked documents.
+        `[..., K]` log q in nats, float32; -inf at masked documents, and everywhere where every
+        score is -inf: a target that teaches nothing.
 
     Raises:
         ValueError: Wrong rank, shape or dtype, or a temperature that is not a positive scalar
@@ -61,7 +63,7 @@ def lsr_target(
         [[0.731 0.269]]
     """
     scores, doc_mask = checked_docs(doc_mask, scores=scores)
-    positive_scalar("temperature", temperature)
+    temperature = positive_scalar("temperature", temperature, scores.dtype)
     # Otherwise the LM could lower the loss by agreeing with the retriever.
     return jax.lax.stop_gradient(masked_log_softmax(scores / temperature, doc_mask))
 
@@ -90,7 +92,7 @@ def lsr_loss(
     Raises:
         ValueError: Wrong rank, shape or dtype, or a target of -inf at a kept document, where the
             divergence is infinite. Under jit or vmap the values cannot be looked at, and such a
-            query's loss and gradient are not finite.
+            query has loss +inf and gradient 0.
 
     Gradients:
         ∂/∂doc_scores = p_R ⊙ (log(p_R / q) − loss). None to the target.
@@ -194,6 +196,8 @@ def loop_target(
 
     Returns:
         `[..., K]` log q in nats, float32; -inf at masked documents. For `lsr_loss`, `pdist_loss`.
+        Documents without which the answer is impossible (-inf) share the whole target; -inf
+        everywhere where each of them is such a one.
 
     Raises:
         ValueError: Wrong rank, shape or dtype, or a temperature that is not a positive scalar.
@@ -213,8 +217,13 @@ def loop_target(
         >>> print(np.asarray(jnp.exp(target)).round(3))  # the answer needs document 0
         [[0.75 0.25]]
     """
-    scores = -Axes().floats("leave_one_out_log_probs", leave_one_out_log_probs, "...K")
-    return lsr_target(scores, temperature=temperature, doc_mask=doc_mask)
+    without, keep = checked_docs(doc_mask, leave_one_out_log_probs=leave_one_out_log_probs)
+    needed = keep & (without == -jnp.inf)
+    # Documents without which the answer is impossible share the target: the limit, where the
+    # softmax would be NaN. Where that is every one, the answer is impossible with them as well.
+    some = needed.any(axis=-1, keepdims=True) & (keep & ~needed).any(axis=-1, keepdims=True)
+    scores = jnp.where(needed, jnp.where(some, 0.0, -jnp.inf), jnp.where(some, -jnp.inf, -without))
+    return lsr_target(scores, temperature=temperature, doc_mask=keep)
 
 
 def attention_mass(
@@ -261,8 +270,10 @@ def attention_mass(
         [[0.8 0.2]]
     """
     axes = Axes()
-    attention = axes.floats("attention", attention, "...ATKL")
-    norms = axes.floats("value_norms", value_norms, "...AKL")
+    attention, norms = alike(
+        axes.floats("attention", attention, "...ATKL"),
+        axes.floats("value_norms", value_norms, "...AKL"),
+    )
     context_keep = axes.mask("context_mask", context_mask, "...KL")
     token_keep = axes.mask("token_mask", token_mask, "...T")
     keep = token_keep[..., None, :, None, None] & context_keep[..., None, None, :, :]

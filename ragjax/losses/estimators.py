@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from ragjax.losses._common import (
     Axes,
+    alike,
     checked_docs,
     is_known,
     masked_log_softmax,
@@ -78,7 +79,7 @@ def gumbel_top_k(
         [[2 1]]
     """
     scores, left = checked_docs(doc_mask, doc_scores=doc_scores)
-    positive_scalar("temperature", temperature)
+    temperature = positive_scalar("temperature", temperature, scores.dtype)
     size = scores.shape[-1]
     if not 1 <= num_samples <= size:
         raise ValueError(f"num_samples: expected 1 … K={size}, got {num_samples}")
@@ -121,7 +122,8 @@ def stochastic_rag_loss(
         doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[...]` float32, in the utility's unit with its sign changed. 0 without a document.
+        `[...]` float32, in the utility's unit with its sign changed. 0 without a document; +inf,
+        with gradient 0, where a document's utility is -inf.
 
     Raises:
         ValueError: As `gumbel_top_k`.
@@ -142,12 +144,16 @@ def stochastic_rag_loss(
         ...     doc_scores, utilities, jax.random.key(0), num_samples=1))
         [-0.7]
     """
-    _, utilities, keep = checked_docs(doc_mask, doc_scores=doc_scores, utilities=utilities)
+    scores, utilities, keep = checked_docs(doc_mask, doc_scores=doc_scores, utilities=utilities)
     docs = gumbel_top_k(
-        doc_scores, key, num_samples=num_samples, temperature=temperature, doc_mask=keep
+        scores, key, num_samples=num_samples, temperature=temperature, doc_mask=keep
     )
-    total = jnp.einsum("...sk,...k->...", docs.weights, jnp.where(keep, utilities, 0.0))
-    return -total / jnp.maximum(docs.mask.sum(axis=-1), 1).astype(total.dtype)
+    # A weight of 0 times -inf is NaN; what the documents are worth on average is -inf.
+    worthless = keep & (utilities == -jnp.inf)
+    utilities = jnp.where(keep & ~worthless, utilities, 0.0)
+    total = jnp.einsum("...sk,...k->...", docs.weights, utilities)
+    mean = total / jnp.maximum(docs.mask.sum(axis=-1), 1).astype(total.dtype)
+    return jnp.where(worthless.any(axis=-1), jnp.inf, -mean)
 
 
 def reinforce_loss(
@@ -174,7 +180,8 @@ def reinforce_loss(
         doc_mask: `[..., K]` bool, True = a document; all, if not given.
 
     Returns:
-        `[...]` float32. A query with no document has loss 0 and gradient 0.
+        `[...]` float32. A query with no document has loss 0 and gradient 0; one with a utility of
+        -inf has loss +inf and gradient 0.
 
     Raises:
         ValueError: Wrong rank, shape or dtype, fewer than two draws, or a column outside
@@ -200,7 +207,7 @@ def reinforce_loss(
     axes = Axes()
     scores = axes.floats("doc_scores", doc_scores, "...K")
     samples = axes.integers("samples", samples, "...S")
-    utilities = axes.floats("utilities", utilities, "...S")
+    scores, utilities = alike(scores, axes.floats("utilities", utilities, "...S"))
     keep = axes.mask("doc_mask", doc_mask, "...K")
     size, draws = scores.shape[-1], samples.shape[-1]
     if draws < 2:
@@ -214,9 +221,13 @@ def reinforce_loss(
     # A look-up beyond the columns would fill in True for the mask.
     samples = jnp.clip(samples, 0, size - 1)
     log_probs = jnp.take_along_axis(masked_log_softmax(scores, keep), samples, axis=-1)
+    kept = jnp.take_along_axis(keep, samples, axis=-1)
+    # The advantage over a draw of -inf is infinite, and NaN among the others.
+    worthless = kept & (utilities == -jnp.inf)
+    utilities = jnp.where(worthless, 0.0, utilities)
     # A baseline of the other draws leaves the estimate unbiased; utilities carry no gradient.
     total = utilities.sum(axis=-1, keepdims=True)
     advantage = lax.stop_gradient((draws * utilities - total) / (draws - 1))
-    kept = jnp.take_along_axis(keep, samples, axis=-1)
     terms = jnp.where(kept, advantage * log_probs, 0.0)
-    return -jnp.where(outside, jnp.nan, terms).mean(axis=-1)
+    loss = -jnp.where(outside, jnp.nan, terms).mean(axis=-1)
+    return jnp.where(worthless.any(axis=-1), jnp.inf, loss)

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from ragjax.losses._common import (
     Axes,
+    alike,
     checked_answers,
     fraction,
     masked_log_softmax,
@@ -45,7 +46,8 @@ def rag_sequence_loss(
             same for K = 1.
 
     Returns:
-        `[...]` in nats, float32. A query with no document has loss 0 and gradient 0.
+        `[...]` in nats, float32. A query with no document has loss 0 and gradient 0; one whose
+        answer no document makes possible has loss +inf and gradient 0.
 
     Raises:
         ValueError: Wrong rank, shape or dtype; smoothing out of range or without its log-probs.
@@ -72,12 +74,12 @@ def rag_sequence_loss(
     axes, scores, answers, keep = checked_answers(doc_scores, log_probs, doc_mask, token_mask)
     prior = masked_log_softmax(scores, keep)
     loss = -masked_logsumexp(prior + answers, keep, axis=-1)
-    vocab = _smoothing(axes, label_smoothing, vocab_log_probs)
+    smoothing, vocab = _smoothing(axes, label_smoothing, vocab_log_probs, like=loss)
     if vocab is None:
         return loss
     smooth = axes.answers("vocab_log_probs", vocab.mean(axis=-1), token_mask)
     smooth_loss = -masked_logsumexp(prior + smooth, keep, axis=-1)
-    return (1 - label_smoothing) * loss + label_smoothing * smooth_loss
+    return (1 - smoothing) * loss + smoothing * smooth_loss
 
 
 def rag_token_loss(
@@ -132,20 +134,21 @@ def rag_token_loss(
         0.25
     """
     axes = Axes()
-    scores = axes.floats("doc_scores", doc_scores, "...K")
-    tokens = axes.floats("log_probs", log_probs, "...KT")
+    scores, tokens = alike(
+        axes.floats("doc_scores", doc_scores, "...K"), axes.floats("log_probs", log_probs, "...KT")
+    )
     doc_keep = axes.mask("doc_mask", doc_mask, "...K")
     token_keep = axes.mask("token_mask", token_mask, "...T")
     prior = masked_log_softmax(scores, doc_keep)[..., None]  # [..., K, 1]
     keep = doc_keep[..., None] & token_keep[..., None, :]  # [..., K, T]
     loss = -jnp.sum(masked_logsumexp(prior + tokens, keep, axis=-2), axis=-1)
-    vocab = _smoothing(axes, label_smoothing, vocab_log_probs)
+    smoothing, vocab = _smoothing(axes, label_smoothing, vocab_log_probs, like=loss)
     if vocab is None:
         return loss
     keep_vocab = jnp.broadcast_to(keep[..., None], vocab.shape)
     mixture = masked_logsumexp(prior[..., None] + vocab, keep_vocab, axis=-3)  # [..., T, V]
     smooth_loss = -jnp.sum(mixture.mean(axis=-1), axis=-1)
-    return (1 - label_smoothing) * loss + label_smoothing * smooth_loss
+    return (1 - smoothing) * loss + smoothing * smooth_loss
 
 
 def emdr2_loss(
@@ -303,15 +306,16 @@ def leave_one_out_log_probs(
 
 
 def _smoothing(
-    axes: Axes, label_smoothing: float, vocab_log_probs: ArrayLike | None
-) -> Array | None:
-    """Returns the checked `[..., K, T, V]` log-probs, or None where nothing is smoothed."""
-    fraction("label_smoothing", label_smoothing)
+    axes: Axes, label_smoothing: float, vocab_log_probs: ArrayLike | None, like: Array
+) -> tuple[float | Array, Array | None]:
+    """Returns ε and the checked `[..., K, T, V]` log-probs, None where nothing is smoothed."""
+    smoothing = fraction("label_smoothing", label_smoothing, like.dtype)
     if vocab_log_probs is not None:
-        return axes.floats("vocab_log_probs", vocab_log_probs, "...KTV")
-    if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
+        vocab = axes.floats("vocab_log_probs", vocab_log_probs, "...KTV")
+        return smoothing, vocab.astype(like.dtype)
+    if not isinstance(smoothing, float) or smoothing > 0:
         raise ValueError(
             "vocab_log_probs: expected log-probs of shape [..., K, T, V] for label_smoothing "
             f"{label_smoothing}, got None"
         )
-    return None
+    return smoothing, None

@@ -115,7 +115,9 @@ def merge(params: Params) -> Params:
         adapter, kernel = params["lora"], params["kernel"]
         product = jnp.matmul(adapter["down"], adapter["up"], precision=jax.lax.Precision.HIGHEST)
         scaled = product * adapter["scale"][..., None, None]
-        merged["kernel"] = (kernel + scaled).astype(kernel.dtype)
+        # Added in float32 whatever both are; spelt out for projects that let no dtypes mix.
+        wide = kernel.astype(jnp.float32) + scaled.astype(jnp.float32)
+        merged["kernel"] = wide.astype(kernel.dtype)
     return merged
 
 

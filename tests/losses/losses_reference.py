@@ -244,7 +244,7 @@ def _degeneracy(b: Batch):
 
 def _drawn(b: Batch):
     docs = _call(losses.gumbel_top_k, "doc_scores", key=KEY, num_samples=2)(b)
-    return docs.weights * b.token_log_probs[..., :2].swapaxes(-1, -2).astype(jnp.float32)
+    return docs.weights * b.token_log_probs[..., :2].swapaxes(-1, -2).astype(docs.weights.dtype)
 
 
 def _reinforce(b: Batch):

@@ -158,6 +158,67 @@ def test_loss_of_a_query_does_not_depend_on_the_batch_size(name, rng):
     )
 
 
+def in_dtypes(batch: Batch, floats, integers=np.int32) -> Batch:
+    """The batch with its floating-point and integer arrays in other dtypes."""
+    kinds = {np.dtype(np.float32): floats, np.dtype(np.int32): integers}
+    return jax.tree.map(lambda a: a.astype(kinds.get(a.dtype, a.dtype)), batch)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_strictest_settings_of_a_project_refuse_nothing(name, rng):
+    loss, batch = FUNCTIONS[name], make_batch(rng)
+    mixed = in_dtypes(batch, np.float64, np.int64)._replace(doc_scores=batch.doc_scores)
+
+    def evaluate(batch):
+        return with_gradients(loss, batch)
+
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.eval_shape(evaluate, in_dtypes(batch, np.float16, np.uint8))[0].dtype == "f4"
+        with jax.enable_x64(True):
+            for wide in (batch, in_dtypes(batch, np.float64, np.int64), mixed):
+                jax.eval_shape(evaluate, wide)
+            jax.eval_shape(evaluate, in_dtypes(batch, np.float16, np.int64))
+        # Not compiled: every single operation is looked at. Row 3 has no document.
+        with jax.debug_nans(True):
+            evaluate(batch)
+
+
+# What these make of the log-probs is an embedding, a logit or a product of the test's own.
+NOT_OF_ANSWERS = {
+    "rag_sequence_loss smoothed", "rag_token_loss smoothed", "dpr_loss", "token_log_probs",
+    "symmetric_contrastive_loss", "chunked_token_log_probs", "gumbel_top_k",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - NOT_OF_ANSWERS))
+def test_an_answer_that_no_document_makes_possible_costs_its_own_row_only(name, rng):
+    batch = make_batch(rng)
+    impossible = batch._replace(
+        token_log_probs=with_value(batch.token_log_probs, 0, -np.inf),
+        no_doc_log_probs=with_value(batch.no_doc_log_probs, 0, -np.inf),
+        target=with_value(batch.target, 0, -np.inf),
+        sparse_target=with_value(batch.sparse_target, 0, -np.inf),
+    )
+    evaluate = EVALUATE.get(name) or jax.jit(lambda b: with_gradients(FUNCTIONS[name], b))
+    got, expected = evaluate(impossible), evaluate(batch)
+    assert not np.isnan(got[0]).any()
+    assert all(np.isfinite(slope).all() for slope in got[1:])
+    for ours, without in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(ours[1:], without[1:])
+
+
+@pytest.mark.parametrize("name", ["pdist_loss", "lsr_loss", "kl_divergence", "info_nce_loss"])
+def test_a_score_of_minus_infinity_costs_its_own_row_only(name, rng):
+    batch = make_batch(rng, masked=False)
+    spoiled = batch._replace(doc_scores=with_value(batch.doc_scores, (0, slice(1, 4)), -np.inf))
+    spoiled = spoiled._replace(target=with_value(spoiled.target, (1, 2), -np.inf))
+    got, expected = EVALUATE[name](spoiled), EVALUATE[name](batch)
+    for ours, without in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(ours[2:], without[2:])
+    assert not np.isnan(got[0]).any()
+    assert all(np.isfinite(slope).all() for slope in got[1:])
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_eager_jit_vmap_and_any_leading_axes_agree(name, rng, monkeypatch):
     # The same noise for every query, or each shape would draw other documents.

@@ -63,9 +63,11 @@ def attend(
     if implementation == "cudnn":
         mask, bias = (_with_slots(x, queries, keys) for x in (mask, bias))
         bias = None if bias is None else bias.astype(queries.dtype)
-    return jax.nn.dot_product_attention(
-        queries, keys, values, bias, mask, scale=scale, implementation=implementation
-    )
+    # It mixes dtypes of its own in bfloat16, which a project may have forbidden.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            queries, keys, values, bias, mask, scale=scale, implementation=implementation
+        )
 
 
 def choose_implementation(
