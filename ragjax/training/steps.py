@@ -57,7 +57,8 @@ def make_train_step(
         loss_fn: `(params, frozen, batch, key) -> (loss [], metrics)`; differentiated in `params`.
         optimizer: Transformation over `params`.
         accumulate: N: the batch's rows (the first axis of all its arrays) are taken in N equal
-            parts, one after the other, so that the activations of one part only are in memory. Only
+            parts, one after the other, so that the activations of one part only are in memory; rows
+            that are spread over devices stay spread, in each part. Only
             for losses in which the rows do not meet: a contrastive loss needs
             `losses.encode_in_chunks`.
         weight: With N > 1: batch -> the number [] that `loss_fn` divides by, such as the answer
@@ -92,8 +93,10 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update(_: None) -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
+            # optax mixes integers and floats, which a project may have forbidden.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+                return optax.apply_updates(state.params, updates), opt_state
 
         def skip(_: None) -> tuple[Any, Any]:
             return state.params, state.opt_state
@@ -147,4 +150,10 @@ def _split_rows(batch: Any, parts: int) -> Any:
             f"a batch of {rows} rows cannot be taken in {parts} equal parts; choose a batch size "
             "that is a multiple of accumulate"
         )
-    return jax.tree.map(lambda leaf: leaf.reshape(parts, rows // parts, *leaf.shape[1:]), batch)
+
+    # Part p takes rows p, p + parts, ...: where the rows are spread over devices, each device then
+    # has its share of every part. Of parts in one piece it would have all or nothing.
+    def strided(leaf: Any) -> Any:
+        return leaf.reshape(rows // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(strided, batch)

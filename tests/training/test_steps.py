@@ -1,8 +1,11 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ragjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from ragjax.training.steps import init_state, make_train_step
@@ -164,6 +167,26 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(rng, parts):
     assert found.keys() == expected.keys() and found["count"] == 6
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_each_device_computes_its_share_of_every_part(parts):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+
+    def loss(params, frozen, batch, key):
+        return jnp.tanh(batch @ params["w"]).mean(), {}
+
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(
+        loss, optimizer, accumulate=parts, weight=lambda batch: jnp.float32(batch.shape[0])
+    )
+    state = jax.device_put(init_state({"w": jnp.ones((24, 48))}, optimizer, 0), everywhere)
+    batch = jax.device_put(jnp.ones((64, 24)), rows)
+    program = step.lower(state, batch).compile().as_text()
+    # Of all arrays with 48 columns, the products of the rows have the fewest rows but the weights'.
+    sizes = {int(size) for size in re.findall(r"f32\[(\d+),48\]", program)} - {24}
+    assert sizes == {64 // parts // 8}
 
 
 def test_a_batch_without_anything_to_learn_changes_nothing_in_parts_too(rng):
