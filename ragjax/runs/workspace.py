@@ -34,7 +34,7 @@ from ragjax.runs.folder import add_seconds
 from ragjax.runs.options.modes import check_mode
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
-from ragjax.training.loop import MetricsLog, StopFlag
+from ragjax.training.loop import MetricsLog, StopFlag, not_finite
 
 
 class FrozenLM(NamedTuple):
@@ -214,7 +214,12 @@ def make_workspace(
         lm: The base language model.
         stop: Checked between stages.
         log: Shows one line to the user.
+
+    Raises:
+        ValueError: A weight of a model is NaN or infinite.
     """
+    _check_weights("encoder", config.encoder, encoder.params)
+    _check_weights("lm", config.lm, lm.params)
     encoder = in_compute_dtype(encoder, config)
     log(f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions")
     log(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
@@ -259,6 +264,15 @@ def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
     if asked > sizes.num_layers:
         raise ValueError(
             f"--{flag}.train_layers {asked}: {source} has {sizes.num_layers} layers; 0 trains all"
+        )
+
+
+def _check_weights(flag: str, source: str, params: Any) -> None:
+    if bad := not_finite(params):
+        raise ValueError(
+            f"--{flag} {source}: {len(bad)} arrays of its weights hold NaN or infinity, the first"
+            f" {bad[0]}; the file is damaged, or was saved by a training that diverged: take a"
+            " copy that is whole"
         )
 
 

@@ -4,16 +4,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from ragjax.storage import JsonLog
+from ragjax.storage.log import read_lines
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.steps import TrainState
 
@@ -28,7 +30,7 @@ class Interrupted(Exception):
 
 
 class NonFiniteError(ValueError):
-    """Too many updates in a row had a loss or gradient that is not finite."""
+    """Too many updates had a loss or gradient that is not finite."""
 
 
 class StopFlag:
@@ -103,6 +105,13 @@ class MetricsLog:
     def rewind(self, stage: str, step: int) -> None:
         """Removes the lines of `stage` at or after `step`, and a torn last line."""
         self._log.keep(lambda row: row.get("stage") != stage or row.get("step", -1) < step)
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """Returns the lines of a stage, those of earlier starts among them."""
+        if not self._log.path.exists():
+            return []
+        rows = (row for _, row in read_lines(self._log.path))
+        return [row for row in rows if row is not None and row.get("stage") == stage]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +188,8 @@ def run_steps(
 
     Raises:
         Interrupted: After saving, if a signal came.
-        NonFiniteError: If more than `max_skipped` updates in a row were skipped.
+        NonFiniteError: If more than `max_skipped` updates in a row were skipped, or, at the end,
+            more than half of all.
         ValueError: If the checkpoint was written with other `info` (the message names what
             differs).
     """
@@ -212,14 +222,80 @@ def run_steps(
                 raise NonFiniteError(
                     f"{config.stage}: {int(metrics['skipped'])} updates in a row had a loss or"
                     f" gradient that is not finite, the last at step {step}{where}; parameters are"
-                    " unchanged since the last good one. Lower the learning rate or look at"
-                    " that batch"
+                    " unchanged since the last good one."
+                    f" {_advice(log.rows(config.stage), state.params, frozen)}"
                 )
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.num_steps or stop.signum:
                 save(done, state)
             stop.check()
+    _say_what_was_lost(config, log.rows(config.stage), state, frozen, describe_batch)
     return state
+
+
+def _say_what_was_lost(
+    config: LoopConfig,
+    rows: Sequence[Mapping[str, Any]],
+    state: TrainState,
+    frozen: Any,
+    describe_batch: Callable[[int], str] | None,
+) -> None:
+    """Prints how many updates were skipped and answers left out; raises where few were applied."""
+
+    def where(row: Mapping[str, Any]) -> str:
+        batch = f" ({describe_batch(row['step'])})" if describe_batch else ""
+        return f"step {row['step']}{batch}"
+
+    if impossible := [row for row in rows if row.get("impossible_answers")]:
+        print(
+            f"note: {config.stage}: {sum(int(row['impossible_answers']) for row in impossible):,}"
+            " answers had probability 0 whatever was read, and taught nothing; the first at"
+            f" {where(impossible[0])}",
+            flush=True,
+        )
+    skipped = [row for row in rows if row.get("skipped")]
+    if not skipped:
+        return
+    said = (
+        f"{config.stage}: {len(skipped):,} of {len(rows):,} updates were skipped because their loss"
+        f" or gradient was not finite, the first at {where(skipped[0])}"
+    )
+    if 2 * len(skipped) > len(rows):
+        raise NonFiniteError(f"{said}. {_advice(rows, state.params, frozen)}")
+    print(f"note: {said}", flush=True)
+
+
+def _advice(rows: Sequence[Mapping[str, Any]], params: Any, frozen: Any) -> str:
+    """Returns what helps against updates that are not finite, by their cause."""
+    if bad := not_finite((params, frozen)):
+        return (
+            f"{len(bad)} arrays of the parameters hold NaN or infinity, the first {bad[0]}: no"
+            " learning rate mends that; load the model from a file that is whole"
+        )
+    skipped = [row for row in rows if row.get("skipped")]
+    if len(skipped) < len(rows):
+        return "Lower the learning rate or look at that batch"
+    # No update was ever applied: the learning rate has had no part in it.
+    if any(row.get("loss") is None for row in skipped):
+        return (
+            "The loss itself is not finite from the first step on, though all weights are: look at"
+            " what it is computed from (the scale of the scores, temperatures, targets), not at the"
+            " learning rate"
+        )
+    return (
+        "The gradient overflows from the first step on, and the learning rate has no part in that:"
+        " lower the scale of the scores, or compute in float32"
+    )
+
+
+def not_finite(params: Any) -> list[str]:
+    """Returns the paths of the arrays that hold NaN or infinity."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all()
+    ]
 
 
 def _prepare(

@@ -125,6 +125,49 @@ def test_a_single_nan_is_skipped_and_the_run_goes_on(tmp_path):
     assert [row["skipped"] for row in lines(tmp_path)] == [0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("scale", "frozen", "cause"),
+    [
+        (jnp.nan, 0.0, "The loss itself is not finite from the first step on"),
+        (1.0, 0.0, "The gradient overflows from the first step on"),
+        (1.0, jnp.nan, "1 arrays of the parameters hold NaN or infinity, the first 1/lm: no learn"),
+    ],
+)
+def test_a_stage_of_which_nothing_was_applied_fails_by_its_cause(tmp_path, scale, frozen, cause):
+    def norm(params, frozen, batch, key):  # whose gradient at 0 is 0 / 0
+        return scale * jnp.sqrt((params["w"] ** 2).sum()) + frozen["lm"], {}
+
+    step = make_train_step(norm, OPTIMIZER)
+
+    def run():
+        state = init_state({"w": jnp.zeros(3)}, OPTIMIZER, 0)
+        run_steps(
+            LoopConfig(stage="s", num_steps=3), step, state, batch_at,
+            checkpointer=Checkpointer(tmp_path / "checkpoints"),
+            log=MetricsLog(tmp_path / "metrics.jsonl"), stop=StopFlag(),
+            frozen={"lm": jnp.float32(frozen)},
+        )  # fmt: skip
+
+    with pytest.raises(NonFiniteError, match=f"s: 3 of 3 updates were skipped .*{cause}"):
+        run()
+    with pytest.raises(NonFiniteError, match="3 of 3"):  # nor is it a success the second time
+        run()
+
+
+def test_few_skipped_updates_and_impossible_answers_are_said(tmp_path, capsys):
+    def sick(step):
+        return batch_at(step) * (jnp.nan if step in (4, 6) else 1.0)
+
+    def step_fn(state, batch, frozen):
+        state, metrics = STEP(state, batch, frozen)
+        return state, metrics | {"impossible_answers": jnp.float32(state.step == 3) * 2}
+
+    train(tmp_path, batches=sick, step_fn=step_fn)
+    said = capsys.readouterr().out
+    assert "s: 2 of 9 updates were skipped" in said and "the first at step 4 (questions q4)" in said
+    assert "s: 2 answers had probability 0" in said and "the first at step 2 (questions q2)" in said
+
+
 def test_a_checkpoint_of_another_index_is_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(ValueError, match="index_version=0, this run has 1"):
