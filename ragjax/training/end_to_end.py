@@ -8,7 +8,7 @@ candidates among them, L and T tokens, D embedding size.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,165 +18,34 @@ from ragjax.losses import (
     agreement,
     combine_losses,
     document_posterior,
-    emdr2_loss,
     encode_in_chunks,
-    info_nce_loss,
-    lm_loss,
     lsr_target,
-    pdist_loss,
     posterior_entropy,
     rag_sequence_loss,
-    rag_token_loss,
     retriever_entropy,
+    sequence_log_probs,
     target_entropy,
 )
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.models.seq2seq.fusion import FusionBatch
 from ragjax.training.lsr import Encode, towers
 from ragjax.training.steps import LossFn, Metrics
-
-NULL_DOC = -1
-"""The id of the null document."""
-NO_SLOT = -2
-"""The id in a slot that holds no document."""
-
-
-class RagBatch(NamedTuple):
-    """Questions, the documents that were retrieved for them, and their answers."""
-
-    queries: Tokens  # [B, L]
-    docs: Tokens  # [B, S, L]
-    doc_ids: Array  # [B, S] int32 corpus rows, NULL_DOC or NO_SLOT
-    doc_mask: Array  # [B, K] bool, True = a candidate that the language model reads
-    context_ids: Array  # [B, K, L] int32, left-padded c∘x
-    context_mask: Array  # [B, K, L] bool, True = real token
-    target_ids: Array  # [B, T] int32, right-padded
-    target_mask: Array  # [B, T] bool, True = answer token
-    # For the contrastive term only: the slot of a judged document of each question, -1 for none.
-    positive: Array | None = None  # [B] int32
-    # Documents of the batch that are no negatives of a question, though other questions retrieved
-    # them: judged relevant to it, or what it was made from. None: nothing is known of them.
-    relevant: Array | None = None  # [B, M] bool
-
-
-class LMReader(NamedTuple):
-    """What a language model tells of a batch; None where it cannot."""
-
-    log_probs: Callable[[Any, RagBatch], Array] | None  # [B, K, T], each document alone
-    fused_log_probs: Callable[[Any, RagBatch], Array] | None = None  # [B, T], all at once
-    attention: Callable[[Any, RagBatch], Array] | None = None  # [B, K] attention to each document
-
-
-class Outputs(NamedTuple):
-    """What the terms of the objective are functions of."""
-
-    batch: RagBatch
-    doc_scores: Array  # [B, K] live scores of the candidates
-    batch_scores: Array  # [B, M] live scores of every document of the batch
-    log_probs: Callable[[], Array]  # [B, K, T]
-    fused_log_probs: Callable[[], Array]  # [B, T]
-    attention: Callable[[], Array]  # [B, K]
-
-
-Term = Callable[[Outputs], Array]  # -> [B] nats
-
-
-def sequence_term(outputs: Outputs) -> Array:
-    """Returns `rag_sequence_loss` over the candidates, `[B]`."""
-    return _marginal(rag_sequence_loss, outputs)
-
-
-def token_term(outputs: Outputs) -> Array:
-    """Returns `rag_token_loss` over the candidates, `[B]`."""
-    return _marginal(rag_token_loss, outputs)
-
-
-def emdr2_term(outputs: Outputs) -> Array:
-    """Returns `emdr2_loss` over the candidates, `[B]`: it teaches the retriever alone."""
-    return _marginal(emdr2_loss, outputs)
-
-
-def lm_term(outputs: Outputs) -> Array:
-    """Returns the mean over the candidates of −log p_LM(y|c∘x), `[B]`."""
-    mask = outputs.batch.doc_mask
-    summed = lm_loss(outputs.log_probs(), doc_mask=mask, token_mask=outputs.batch.target_mask)
-    return summed / jnp.maximum(1, mask.sum(axis=1))
-
-
-def fused_lm_term(outputs: Outputs) -> Array:
-    """Returns −log p_LM(y | x and all candidates), `[B]`."""
-    fused = outputs.fused_log_probs()[:, None, :]  # one reading in place of K
-    return lm_loss(fused, token_mask=outputs.batch.target_mask)
-
-
-def make_lsr_term(score: Callable[[Array, Array], Array], temperature: float) -> Term:
-    """Builds KL(p_LSR‖p_R) over the candidates; p_LSR from the live language model, held constant.
-
-    Args:
-        score: `(log p_LM(y|c∘x) [B, K], answer lengths [B]) -> [B, K]`, such as
-            `losses.log_prob_per_token`.
-        temperature: τ, in units of the score.
-    """
-
-    def term(outputs: Outputs) -> Array:
-        sums = outputs.log_probs().astype(jnp.float32).sum(axis=2)
-        lengths = outputs.batch.target_mask.sum(axis=1)
-        return _distilled(outputs, score(sums, lengths), temperature)
-
-    return term
-
-
-def make_attention_term(temperature: float) -> Term:
-    """Builds KL(q‖p_R) with q from the decoder's attention to each document (Atlas, ADist)."""
-
-    def term(outputs: Outputs) -> Array:
-        return _distilled(outputs, outputs.attention(), temperature)
-
-    return term
-
-
-def contrastive_term(outputs: Outputs) -> Array:
-    """Returns −log p(judged document) among all documents of the batch (DPR), `[B]`.
-
-    A question without a judged document has loss 0; other documents judged relevant to it are no
-    negatives, and neither is a second copy of the same document.
-    """
-    batch = outputs.batch
-    assert batch.positive is not None and batch.relevant is not None, "set for this term"
-    rows = jnp.arange(len(batch.positive), dtype=jnp.int32)
-    columns = rows * batch.doc_ids.shape[1] + jnp.maximum(batch.positive, 0)
-    distinct = (batch.doc_ids.reshape(-1) >= 0) & _first_of_its_kind(batch.doc_ids)
-    judged = batch.positive >= 0
-    mask = distinct[None, :] & ~batch.relevant & judged[:, None]
-    # `info_nce_loss` keeps the positive itself; a question whose negatives are all masked counts 0.
-    return info_nce_loss(outputs.batch_scores, columns.astype(jnp.int32), mask=mask)
-
-
-def negatives_term(outputs: Outputs) -> Array:
-    r"""Returns how little p_R, taken over the batch, leaves to the question's candidates, `[B]`.
-
-    .. math::
-        L = -\log \sum_{c \in C} p_R(c | C \cup \text{batch})
-
-    Added to the marginal over C it gives the marginal over all documents of the batch, those of
-    other questions explaining nothing; added to KL(p_LSR‖p_R) over C it gives that KL over the
-    batch with target 0 there. It keeps the embedding space in place while the softmax over C
-    re-ranks within it. A document in `batch.relevant` is left out.
-    """
-    batch = outputs.batch
-    flat = batch.doc_ids.reshape(-1)  # [M]
-    candidates = jnp.where(batch.doc_mask, batch.doc_ids[:, : batch.doc_mask.shape[1]], NO_SLOT)
-    own = (flat[None, None, :] == candidates[:, :, None]).any(axis=1)  # [B, M]
-    others = (flat >= 0) & _first_of_its_kind(batch.doc_ids)
-    negative = others[None, :] & ~own
-    if batch.relevant is not None:
-        negative &= ~batch.relevant
-    has_documents = batch.doc_mask.any(axis=1)
-    # Masked before the reductions: -inf in a row of nothing but -inf has no gradient.
-    far = jnp.finfo(jnp.float32).min
-    ours = jax.nn.logsumexp(jnp.where(batch.doc_mask, outputs.doc_scores, far), axis=1)
-    theirs = jax.nn.logsumexp(jnp.where(negative, outputs.batch_scores, far), axis=1)
-    return jnp.where(has_documents, jnp.logaddexp(ours, theirs) - ours, 0.0)
+from ragjax.training.terms import NO_SLOT as NO_SLOT
+from ragjax.training.terms import NULL_DOC as NULL_DOC
+from ragjax.training.terms import LMReader as LMReader
+from ragjax.training.terms import Outputs as Outputs
+from ragjax.training.terms import RagBatch as RagBatch
+from ragjax.training.terms import Term as Term
+from ragjax.training.terms import contrastive_term as contrastive_term
+from ragjax.training.terms import emdr2_term as emdr2_term
+from ragjax.training.terms import fused_lm_term as fused_lm_term
+from ragjax.training.terms import lm_term as lm_term
+from ragjax.training.terms import make_attention_term as make_attention_term
+from ragjax.training.terms import make_lsr_term as make_lsr_term
+from ragjax.training.terms import negatives_term as negatives_term
+from ragjax.training.terms import sequence_term as sequence_term
+from ragjax.training.terms import token_negatives_term as token_negatives_term
+from ragjax.training.terms import token_term as token_term
 
 
 def make_rag_loss(
@@ -207,7 +76,9 @@ def make_rag_loss(
         `lm` where the language model learns, and the towers that learn (`shared`, or `query` and
         `doc`); `frozen` is `{"lm": ..., "towers": ...}`, what of each does not. Metrics are means
         over the questions: each term by name, entropies as fractions of their maximum, `utility`
-        (nats that the documents add over the null document) where there is one.
+        (nats that the documents add over the null document) where there is one. A question whose
+        answer has probability 0 whatever is read counts 0 in the loss and in the gradient, and in
+        no metric but `impossible_answers`, how many there were.
 
     Gradients:
         To both towers through the live scores and to the language model through its log-probs, as
@@ -226,6 +97,7 @@ def make_rag_loss(
         lm_params = _lm_params(params, frozen, merge_lm)
         trained_towers = {name: part for name, part in params.items() if name != "lm"}
         query_params, doc_params = towers(trained_towers, frozen["towers"], merge_tower)
+        batch = _without_masked(batch)
         own, everyone = _scores(encode, query_params, doc_params, batch, scale, chunk_tokens)
         outputs = Outputs(
             batch=batch,
@@ -238,10 +110,34 @@ def make_rag_loss(
         combined = combine_losses(
             {name: term(outputs) for name, (_, term) in terms.items()}, weights
         )
-        metrics = {name: part.mean() for name, part in combined.parts.items()}
-        return combined.total.mean(), metrics | _diagnostics(outputs, reader)
+        lost = _impossible(outputs, reader) | (combined.total == jnp.inf)
+        metrics = {name: _mean(part, ~lost) for name, part in combined.parts.items()}
+        metrics |= _diagnostics(outputs, reader, ~lost) | {"impossible_answers": lost.sum()}
+        # Divided by all questions, so that the others weigh what they weigh without it.
+        return jnp.where(lost, 0.0, combined.total).mean(), metrics
 
     return loss
+
+
+def _without_masked(batch: RagBatch) -> RagBatch:
+    """Marks the slots of masked candidates as holding no document."""
+    count = batch.doc_mask.shape[1]
+    candidates = jnp.where(batch.doc_mask, batch.doc_ids[:, :count], NO_SLOT)
+    return batch._replace(doc_ids=jnp.asarray(batch.doc_ids).at[:, :count].set(candidates))
+
+
+def _impossible(outputs: Outputs, reader: LMReader) -> Array:
+    """Returns whether no candidate makes the answer possible though there are some, `[B]`."""
+    batch = outputs.batch
+    if reader.log_probs is None:
+        return jnp.zeros(len(batch.doc_mask), bool)
+    answers = sequence_log_probs(outputs.log_probs(), token_mask=batch.target_mask)
+    return batch.doc_mask.any(axis=1) & ~(batch.doc_mask & (answers != -jnp.inf)).any(axis=1)
+
+
+def _mean(values: Array, rows: Array) -> Array:
+    """Returns the mean over some rows; 0 over none."""
+    return jnp.where(rows, values, 0.0).sum() / jnp.maximum(1, rows.sum()).astype(values.dtype)
 
 
 def _lm_params(params: Any, frozen: Any, merge: Callable[[Any, Any], Any] | None) -> Any:
@@ -264,6 +160,8 @@ def _scores(
     flat = Tokens(*(leaf.reshape(questions * slots, length) for leaf in batch.docs))
     chunk = flat.ids.shape[0] if chunk_tokens is None else max(1, chunk_tokens // length)
     docs = encode_in_chunks(encode, doc_params, flat, chunk_size=chunk)  # [M, D]
+    # What an encoder makes of no token may be NaN, and 0 · NaN is NaN in the queries' gradient.
+    docs = jnp.where((batch.doc_ids != NO_SLOT).reshape(-1, 1), docs, 0.0)
     highest = jax.lax.Precision.HIGHEST
     own = jnp.einsum("bd,bsd->bs", queries, docs.reshape(questions, slots, -1), precision=highest)
     everyone = jnp.einsum("bd,md->bm", queries, docs, precision=highest)
@@ -284,59 +182,35 @@ def _once(function: Callable[[Any, RagBatch], Array] | None, params: Any, batch:
     return compute
 
 
-def _marginal(loss: Callable[..., Array], outputs: Outputs) -> Array:
-    batch = outputs.batch
-    return loss(
-        outputs.doc_scores,
-        outputs.log_probs(),
-        doc_mask=batch.doc_mask,
-        token_mask=batch.target_mask,
-    )
-
-
-def _distilled(outputs: Outputs, score: Array, temperature: float) -> Array:
-    mask = outputs.batch.doc_mask
-    target = lsr_target(score, temperature=temperature, doc_mask=mask)
-    return pdist_loss(outputs.doc_scores, target, doc_mask=mask)
-
-
-def _first_of_its_kind(doc_ids: Array) -> Array:
-    """Tells, for each slot of the batch `[M]`, whether no earlier one holds the same document."""
-    flat = doc_ids.reshape(-1)
-    same = flat[:, None] == flat[None, :]
-    return ~jnp.tril(same, k=-1).any(axis=1)
-
-
-def _diagnostics(outputs: Outputs, reader: LMReader) -> Metrics:
+def _diagnostics(outputs: Outputs, reader: LMReader, rows: Array) -> Metrics:
+    """Returns means over the questions `rows` `[B]`."""
     batch, mask = outputs.batch, outputs.batch.doc_mask
-    metrics = {
-        "retriever_entropy": retriever_entropy(outputs.doc_scores, doc_mask=mask).normalized.mean()
-    }
+    entropy = retriever_entropy(outputs.doc_scores, doc_mask=mask).normalized
+    metrics = {"retriever_entropy": _mean(entropy, rows)}
     if reader.log_probs is None and reader.attention is None:
         return metrics
     if reader.log_probs is None:
         mass = lsr_target(outputs.attention(), temperature=1.0, doc_mask=mask)
         return metrics | {
-            "target_entropy": target_entropy(mass, doc_mask=mask).normalized.mean(),
-            "agreement": agreement(outputs.doc_scores, mass, doc_mask=mask).mean(),
+            "target_entropy": _mean(target_entropy(mass, doc_mask=mask).normalized, rows),
+            "agreement": _mean(agreement(outputs.doc_scores, mass, doc_mask=mask), rows),
         }
     log_probs = outputs.log_probs()
     seen = {"doc_mask": mask, "token_mask": batch.target_mask}
     posterior = document_posterior(outputs.doc_scores, log_probs, **seen)
     marginal = rag_sequence_loss(outputs.doc_scores, log_probs, **seen)
-    tokens = jnp.maximum(1, batch.target_mask.sum(axis=1))
+    tokens = jnp.maximum(1, batch.target_mask.sum(axis=1)).astype(marginal.dtype)
+    entropy = posterior_entropy(outputs.doc_scores, log_probs, **seen).normalized
     metrics |= {
-        "posterior_entropy": posterior_entropy(
-            outputs.doc_scores, log_probs, **seen
-        ).normalized.mean(),
-        "agreement": agreement(outputs.doc_scores, posterior, doc_mask=mask).mean(),
-        "marginal_nll": (marginal / tokens).mean(),  # nats per token, whatever is minimised
+        "posterior_entropy": _mean(entropy, rows),
+        "agreement": _mean(agreement(outputs.doc_scores, posterior, doc_mask=mask), rows),
+        "marginal_nll": _mean(marginal / tokens, rows),  # nats per token, whatever is minimised
     }
     last = batch.doc_ids[:, mask.shape[1] - 1]
     has_null = (last == NULL_DOC) & mask[:, -1]
-    null = jnp.where(batch.target_mask, log_probs[:, -1].astype(jnp.float32), 0.0).sum(axis=1)
-    utility = jnp.where(has_null, -marginal - null, 0.0).sum() / jnp.maximum(1, has_null.sum())
-    return metrics | {"utility": utility}
+    null = sequence_log_probs(log_probs[:, -1], token_mask=batch.target_mask)
+    known = rows & has_null & (null != -jnp.inf)
+    return metrics | {"utility": _mean(-marginal - jnp.where(known, null, 0.0), known)}
 
 
 def separate_reader(

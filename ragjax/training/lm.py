@@ -27,7 +27,8 @@ def make_lm_loss(
 
     Returns:
         `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`, with an
-        `LMBatch` as batch. Rows whose target mask is all False count nothing.
+        `LMBatch` as batch. Rows whose target mask is all False count nothing; a row whose answer
+        has probability 0 counts 0, and `impossible_answers` says how many there were.
 
     Gradients:
         To the trainable parameters, through the answer tokens only.
@@ -42,8 +43,9 @@ def make_lm_loss(
         log_probs = token_log_probs(full, batch)[:, None, :]  # [R, 1, T]
         per_row = lm_loss(log_probs, token_mask=batch.target_mask)  # [R]
         tokens = jnp.maximum(1, batch.target_mask.sum())
-        nll = per_row.sum() / tokens
-        return nll, {"answer_tokens": tokens}
+        lost = per_row == jnp.inf
+        nll = jnp.where(lost, 0.0, per_row).sum() / tokens.astype(per_row.dtype)
+        return nll, {"answer_tokens": tokens, "impossible_answers": lost.sum()}
 
     return loss
 

@@ -72,7 +72,9 @@ def make_lsr_loss(
 
     Returns:
         `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
-        fractions of their maximum.
+        fractions of their maximum. A question whose target is impossible (log q of -inf at all
+        candidates, or, for `lsr_loss`, at one) counts 0 in all of them; `impossible_answers` says
+        how many there were.
 
     Gradients:
         To the towers in the trainable parameters; none to the target, hence none to the LM.
@@ -88,6 +90,10 @@ def make_lsr_loss(
         queries = encode(query_params, batch.queries)  # [B, D]
         chunk = max(1, chunk_tokens // batch.docs.ids.shape[1])
         docs = encode_in_chunks(encode, doc_params, batch.docs, chunk_size=chunk)  # [M, D]
+        # What an encoder makes of padding may be NaN, and 0 · NaN is NaN in the others' gradient.
+        real = batch.candidate_mask.any(axis=1)
+        queries = jnp.where(real[:, None], queries, 0.0)
+        docs = jnp.where(batch.doc_mask[:, None], docs, 0.0)
         scores = scale * jnp.einsum(
             "bd,md->bm", queries, docs, precision=jax.lax.Precision.HIGHEST
         )  # [B, M]
@@ -95,9 +101,10 @@ def make_lsr_loss(
         mask = everyone if in_batch else batch.candidate_mask & everyone
         per_query = objective(scores, batch.target_log_probs, doc_mask=mask)  # [B]
         # A padding query (no candidate) has loss 0 by the losses' own rule and must not count.
-        real = batch.candidate_mask.any(axis=1)
-        count = jnp.maximum(1, real.sum())
+        count = jnp.maximum(1, real.sum()).astype(per_query.dtype)
         candidates = batch.candidate_mask
+        possible = (candidates & (batch.target_log_probs != -jnp.inf)).any(axis=1)
+        lost = real & (~possible | (per_query == jnp.inf))
         metrics = {
             "retriever_entropy": retriever_entropy(scores, doc_mask=candidates).normalized,
             "target_entropy": target_entropy(
@@ -105,7 +112,9 @@ def make_lsr_loss(
             ).normalized,
             "agreement": agreement(scores, batch.target_log_probs, doc_mask=candidates),
         }
-        means = {k: jnp.where(real, v, 0.0).sum() / count for k, v in metrics.items()}
-        return jnp.where(real, per_query, 0.0).sum() / count, means
+        kept = real & ~lost
+        means = {k: jnp.where(kept, v, 0.0).sum() / count for k, v in metrics.items()}
+        loss = jnp.where(kept, per_query, 0.0).sum() / count
+        return loss, means | {"impossible_answers": lost.sum()}
 
     return loss

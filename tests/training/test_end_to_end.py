@@ -172,6 +172,78 @@ def test_marginal_and_negatives_are_the_marginal_over_the_whole_batch():
     np.testing.assert_allclose(metrics["marginal"] + metrics["negatives"], loss, rtol=1e-6)
 
 
+@pytest.mark.parametrize("term", [e2e.token_term, e2e.emdr2_term])
+def test_marginal_of_tokens_and_negatives_is_the_same_over_the_whole_batch(term):
+    batch = make_batch()
+    scores, log_probs = reference(make_params(), batch)
+    explained = np.full((*scores.shape, log_probs.shape[2]), -np.inf)
+    for b in range(3):
+        explained[b, 3 * b : 3 * b + 3] = log_probs[b]
+    each = logsumexp(log_softmax(scores, axis=1)[..., None] + explained, axis=1)
+    expected = -(each * np.asarray(batch.target_mask)).sum(1).mean()
+    terms = {"marginal": (1.0, term), "negatives": (1.0, e2e.token_negatives_term)}
+    np.testing.assert_allclose(
+        loss_of(terms)(make_params(), FROZEN, batch, None)[0], expected, rtol=1e-5
+    )
+
+
+def test_an_answer_that_no_document_makes_possible_costs_its_own_question_only():
+    params, batch = make_params(), make_batch()
+
+    def impossible(params, batch):
+        log_probs = READER.log_probs(params, batch)
+        return jnp.where(jnp.arange(3)[:, None, None] == 1, -jnp.inf, log_probs)
+
+    def evaluate(reader, batch):
+        terms = {
+            name: (1.0, term)
+            for name, term in {
+                "marginal": e2e.sequence_term, "token": e2e.token_term, "lm": e2e.lm_term,
+                "lsr": e2e.make_lsr_term(log_prob_per_token, 0.3),
+            }.items()
+        }  # fmt: skip
+        loss = loss_of(terms, reader=reader)
+        return jax.jit(jax.value_and_grad(lambda p: loss(p, FROZEN, batch, None), has_aux=True))(
+            params
+        )
+
+    (loss, metrics), slopes = evaluate(LMReader(impossible), batch)
+    without = batch._replace(doc_mask=batch.doc_mask.at[1].set(False))
+    (expected, others), expected_slopes = evaluate(READER, without)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slopes, expected_slopes)
+    assert (metrics["impossible_answers"], others["impossible_answers"]) == (1, 0)
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_what_an_encoder_and_a_reader_make_of_masked_slots_reaches_nothing():
+    batch = make_batch()
+    batch = batch._replace(
+        doc_mask=batch.doc_mask.at[1, 2].set(False),
+        docs=Tokens(batch.docs.ids, batch.docs.mask.at[1, 2].set(False)),
+    )
+
+    def sick_encode(params, tokens):
+        empty = ~tokens.mask.any(axis=1, keepdims=True)
+        return jnp.where(empty, jnp.nan, encode(params, tokens))
+
+    def sick_reader(params, batch):
+        kept = batch.doc_mask[:, :, None] & batch.target_mask[:, None, :]
+        return jnp.where(kept, READER.log_probs(params, batch), jnp.nan)
+
+    terms = {
+        "marginal": (1.0, e2e.sequence_term), "negatives": (1.0, e2e.negatives_term),
+        "lsr": (1.0, e2e.make_lsr_term(log_prob_per_token, 0.3)),
+    }  # fmt: skip
+
+    def evaluate(encode, reader):
+        loss = make_rag_loss(encode, LMReader(reader), terms, scale=SCALE)
+        return jax.jit(jax.value_and_grad(lambda p: loss(p, FROZEN, batch, None)[0]))(make_params())
+
+    got, expected = evaluate(sick_encode, sick_reader), evaluate(encode, READER.log_probs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+
+
 def test_a_document_of_two_questions_is_no_negative_and_counts_once():
     params, batch = make_params(), make_batch()
     # Question 1 retrieved document 0 of question 0 in place of its own first one.

@@ -42,6 +42,20 @@ def test_rows_without_a_target_count_nothing(rng):
     np.testing.assert_allclose(whole, more, rtol=1e-5)
 
 
+def test_an_impossible_answer_costs_its_own_row_only():
+    ones, weights = jnp.ones((2, 3), jnp.int32), {"w": jnp.array([1.0, 2.0])}
+    batch = LMBatch(ones, ones == 1, ones, ones == 1)
+
+    def log_probs(params, batch):
+        row = jnp.arange(2)[:, None] == 1
+        return jnp.where(row, -jnp.inf, -params["w"][:, None] * batch.target_ids)
+
+    loss_fn = make_lm_loss(log_probs)
+    (loss, metrics), slope = jax.value_and_grad(loss_fn, has_aux=True)(weights, None, batch, None)
+    assert loss == 3.0 / 6.0 and metrics["impossible_answers"] == 1
+    np.testing.assert_array_equal(slope["w"], [3 / 6, 0])
+
+
 def test_the_prompt_gives_no_loss(rng):
     """Other tokens in the masked slots of targets and contexts change nothing."""
     model, batch = tiny_language_model(), random_batch(rng)

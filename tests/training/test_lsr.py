@@ -63,6 +63,37 @@ def test_the_loss_is_the_mean_kl_over_questions(rng, in_batch):
     assert 0 <= float(metrics["retriever_entropy"]) <= 1
 
 
+def test_an_impossible_target_and_nan_in_padding_cost_nothing_but_their_own_question():
+    rng = np.random.default_rng(0)
+    table = {"table": jnp.asarray(rng.normal(size=(40, 4)), jnp.float32)}
+    batch = random_batch(rng)
+    target = batch.target_log_probs.at[1].set(-jnp.inf)
+    padding = Tokens(batch.docs.ids, batch.docs.mask & batch.doc_mask[:, None])
+
+    def encode(params, tokens):
+        weights = tokens.mask[..., None].astype(jnp.float32)
+        total = (params["table"][tokens.ids] * weights).sum(1)
+        return jnp.where(weights.any(1), total, jnp.nan)
+
+    def evaluate(objective, **changes):
+        loss = make_lsr_loss(encode, objective, scale=2.0, in_batch=objective is pdist_loss)
+        return jax.jit(
+            jax.value_and_grad(
+                lambda p: loss({"shared": p}, None, batch._replace(**changes), None), has_aux=True
+            )
+        )(table)
+
+    for objective in (pdist_loss, lsr_loss):
+        (loss, metrics), slope = evaluate(objective, target_log_probs=target, docs=padding)
+        no_question = batch.candidate_mask.at[1].set(False)
+        (rest, _), rest_slope = evaluate(
+            objective, target_log_probs=target, candidate_mask=no_question
+        )
+        np.testing.assert_allclose(loss, rest * 2 / 3, rtol=1e-6)  # divided by all three
+        np.testing.assert_allclose(slope["table"], rest_slope["table"] * 2 / 3, atol=1e-6)
+        assert metrics["impossible_answers"] == 1
+
+
 @pytest.mark.slow
 def test_a_padding_question_changes_neither_loss_nor_gradient(rng):
     encoder, batch = tiny_encoder(), random_batch(rng)

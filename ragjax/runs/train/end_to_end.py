@@ -180,13 +180,18 @@ def make_terms(
         lsr_term = end_to_end.make_attention_term(objective.temperature)
     else:
         lsr_term = end_to_end.make_lsr_term(SCORES[objective.score], objective.temperature)
-    compared = objective.marginal_weight + objective.lsr_weight
+    # p_R weighs the documents once for an answer, or once for each of its tokens.
+    once = objective.marginal == "sequence"
+    in_batch = float(objective.negatives == "batch")
+    compared = objective.lsr_weight + objective.marginal_weight * once
+    per_token = objective.marginal_weight * (not once)
     terms = {
         "marginal": (objective.marginal_weight, _MARGINALS[objective.marginal]),
         "lm": (objective.lm_weight, lm_term),
         "lsr": (objective.lsr_weight, lsr_term),
         "contrastive": (objective.contrastive_weight, end_to_end.contrastive_term),
-        "negatives": (compared * (objective.negatives == "batch"), end_to_end.negatives_term),
+        "negatives": (in_batch * compared, end_to_end.negatives_term),
+        "token_negatives": (in_batch * per_token, end_to_end.token_negatives_term),
     }
     return {name: (weight, term) for name, (weight, term) in terms.items() if weight}
 
