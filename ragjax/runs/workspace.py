@@ -36,6 +36,8 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
 from ragjax.training.loop import MetricsLog, StopFlag, not_finite
 
+_METRICS = "metrics.jsonl"
+
 
 class FrozenLM(NamedTuple):
     """Parameters of a language model that scores and answers, and what identifies them."""
@@ -184,6 +186,8 @@ def open_workspace(
     for note in notes:
         log(f"note: {note}")
     dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
+    # There from the start, for whoever follows the run or reads why it ended.
+    (folder / _METRICS).touch()
     encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
     lm = load_language_model(config.lm)
     check_mode(config.mode, lm, "--evaluation.mode")
@@ -241,7 +245,7 @@ def make_workspace(
         prompts=prompts,
         documents=DocumentTokens(prompts, dataset.corpus),
         doc_tokens=doc_tokens,
-        metrics=MetricsLog(folder / "metrics.jsonl"),
+        metrics=MetricsLog(folder / _METRICS),
         stop=stop,
         log=log,
     )

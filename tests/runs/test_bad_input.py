@@ -182,6 +182,16 @@ def test_b18_tensors_of_another_shape_are_named(refuse, tiny_inputs, tmp_path):
     assert "model.norm.weight" in message and "7" in message
 
 
+@pytest.mark.parametrize("model", ["lm", "encoder"])
+def test_b18_weights_that_are_not_finite_are_named(refuse, tiny_inputs, tmp_path, model):
+    folder = copy(tiny_inputs[model], tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    sorted(tensors.items())[2][1].flat[0] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    message = refuse(**{model: str(folder)})
+    assert f"--{model}" in message and "1 arrays of its weights hold NaN" in message
+
+
 @pytest.mark.parametrize(
     "flag,field",
     [
