@@ -101,3 +101,73 @@ def test_error_messages_end_without_a_full_stop_and_docstrings_begin_with_a_verb
             if first in ("Return", "Raise", "Make", "Get", "Compute", "Read", "Write", "Load"):
                 wrong.append(f"{node.name}: {first}")
     assert wrong == []
+
+
+# What writes to a file; methods of a path by their name alone.
+WRITERS = {
+    *("write_text", "write_bytes", "tofile", "save_file", "serialize"),
+    *("np.save", "np.savez", "np.savetxt", "json.dump", "pickle.dump", "tokenizer.save"),
+    *("shutil.copyfile", "shutil.copy", "shutil.copy2", "shutil.copytree", "shutil.copyfileobj"),
+    *("_orbax().save", "os.mkfifo"),
+}
+NAMED = {"named_if_full", "whole_file", "replacing"}
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call opens a file to write, by itself."""
+    name = ast.unparse(call.func)
+    if name.startswith("storage."):
+        return False
+    if name.rpartition(".")[2] == "open":
+        given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        modes = [a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        flags = ast.unparse(call)
+        return any(set(mode) <= set("rwxabt+") and set(mode) & set("wxa+") for mode in modes) or (
+            name == "os.open" and any(flag in flags for flag in ("O_WRONLY", "O_RDWR", "O_CREAT"))
+        )
+    method = isinstance(call.func, ast.Attribute) and call.func.attr in WRITERS
+    return (
+        method
+        or name in WRITERS - {"write_text", "write_bytes"}
+        or name.endswith(tuple(f".{writer}" for writer in WRITERS if "." in writer))
+    )
+
+
+def unnamed_writes(tree: ast.AST, *, named: bool = False) -> Iterable[ast.Call]:
+    """Calls that write where nothing names the file if the disk is full."""
+    if isinstance(tree, ast.With):
+        calls = [item.context_expr for item in tree.items]
+        names = {ast.unparse(c.func).rpartition(".")[2] for c in calls if isinstance(c, ast.Call)}
+        named = named or bool(names & NAMED)
+    elif isinstance(tree, ast.Call) and writes(tree) and not named:
+        yield tree
+    for child in ast.iter_child_nodes(tree):
+        yield from unnamed_writes(child, named=named)
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if ".storage" not in name])
+def test_only_storage_writes_files_so_that_a_full_disk_is_named(module):
+    found = unnamed_writes(parse(module))
+    assert [f"line {call.lineno}: {ast.unparse(call)}" for call in found] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "open(path, 'w')",
+        "path.open(mode='ab')",
+        "open(p, 'xb')",
+        "open(p, 'r+b')",
+        "np.save(path, array)",
+        "path.write_text('x')",
+        "os.open(path, os.O_WRONLY)",
+        "self.tokenizer.save(path)",
+        "save_file(tensors, path)",
+    ],
+)
+def test_a_file_that_is_written_elsewhere_is_found(text):
+    assert list(unnamed_writes(ast.parse(text)))
+    assert not list(unnamed_writes(ast.parse(f"with named_if_full(path, 3):\n    {text}")))
+    assert not list(
+        unnamed_writes(ast.parse("open(path)\nopen(path, 'rb')\nwrite_text(path, 'x')"))
+    )

@@ -36,6 +36,8 @@ from ragjax.storage import (
     unique_name,
     verify_folder,
     walk_digests,
+    whole_file,
+    write_array,
     write_sealed,
 )
 
@@ -153,7 +155,7 @@ def _build(
     )
     blank = 0
     rejected = RejectedRows(folder / REJECTED, options.on_bad_row)
-    with rejected, open(folder / ROWS, "wb", buffering=1 << 20) as out:
+    with rejected, whole_file(folder / ROWS) as out:
         table = _PassageTable(out)
         for row in read_jsonl(reader, rejected):
             try:
@@ -165,8 +167,6 @@ def _build(
                 blank += 1
             else:
                 table.append(passage, row.line)
-        out.flush()
-        os.fsync(out.fileno())
     report = CorpusReport(
         kept=len(table.lines),
         blank=blank,
@@ -215,9 +215,9 @@ class _PassageTable:
         equal = np.flatnonzero(hashes[1:] == hashes[:-1])
         if len(equal):
             self._refuse_duplicates(source, folder, order[equal], order[equal + 1])
-        np.save(folder / OFFSETS, np.asarray(self._offsets, np.int64))
-        np.save(folder / HASHES, hashes)
-        np.save(folder / HASH_ROWS, order.astype(np.int64))
+        write_array(folder / OFFSETS, np.asarray(self._offsets, np.int64))
+        write_array(folder / HASHES, hashes)
+        write_array(folder / HASH_ROWS, order.astype(np.int64))
 
     def _refuse_duplicates(
         self, source: Path, folder: Path, first_rows: np.ndarray, second_rows: np.ndarray

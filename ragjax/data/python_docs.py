@@ -21,7 +21,7 @@ from typing import Any
 
 from ragjax.data.corpus import Passage
 from ragjax.data.docstrings import clean_docstring, cut_text
-from ragjax.storage import new_folder, write_jsonl
+from ragjax.storage import new_folder, write_jsonl, write_text
 
 MAX_WORDS = 120
 MIN_WORDS = 14
@@ -167,7 +167,7 @@ def _write_folder(
     for split in ("train", "test"):
         rows = [f"{row['id']}\t{row['doc']}\t1" for row in questions if row["split"] == split]
         text = "\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n"
-        (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / "qrels" / f"{split}.tsv", text)
 
 
 def _query(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -197,7 +197,8 @@ class ScannIndex:
             FileExistsError: Something is there already.
         """
         with storage.new_folder(Path(folder)) as building:
-            self._searcher.serialize(str(building), relative_path=True)
+            with storage.named_if_full(Path(folder), 0):
+                self._searcher.serialize(str(building), relative_path=True)
             manifest = {
                 "format": _FORMAT,
                 "details": dataclasses.asdict(self.details),

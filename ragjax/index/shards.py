@@ -101,11 +101,7 @@ class ShardWriter:
         path = self._building / shard_name(shard)
         partial = self._partials / storage.unique_name(path.name)
         try:
-            with storage.whole_file(partial, num_bytes=array.nbytes) as file:
-                # Not np.save: a full disk reaches us as an error without a number from there.
-                header = np.lib.format.header_data_from_array_1_0(array)
-                np.lib.format.write_array_header_1_0(file, header)
-                file.write(array.data)
+            storage.write_array(partial, array)
             digest = storage.sha256(partial)
             for _ in range(_ATTEMPTS):
                 if storage.link_first(partial, path):

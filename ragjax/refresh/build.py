@@ -8,7 +8,6 @@ nothing.
 import ctypes
 import dataclasses
 import faulthandler
-import io
 import logging
 import os
 import shutil
@@ -103,7 +102,7 @@ class ScannBuild:
         for name, array in (("probe_queries", probe_queries), ("rows", rows)):
             (building / f"{name}.npy").unlink(missing_ok=True)
             if array is not None:
-                _save_array(building / f"{name}.npy", array)
+                storage.write_array(building / f"{name}.npy", array)
         path = building / "build.json"
         storage.write_sealed(path, job)
         threads = {name: str(options.num_threads) for name in _THREAD_VARIABLES}
@@ -179,14 +178,6 @@ class ScannBuild:
             if found := [line for line in lines if sign in line]:
                 return found[-1]
         return lines[-1] if lines else ""
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array; a disk without room for it is an error that names the file."""
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
-    with storage.whole_file(path, num_bytes=content.tell()) as file:
-        file.write(content.getbuffer())
 
 
 def _describe_exit(code: int) -> str:

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ragjax import storage
 from ragjax.refresh.task import params_digest
-from ragjax.storage import DiskFullError
 from ragjax.storage.random_keys import key_data, with_keys
 
 _FORMAT = 1
@@ -60,7 +58,9 @@ def write_export(folder: Path, params: Any, *, step: int, info: Mapping[str, Any
     digest = params_digest(params)
     with storage.new_folder(Path(folder)) as building:
         path = building / _PARAMS
-        _save(_named_leaves(params), path)
+        tensors = _named_leaves(params)
+        with storage.named_if_full(path, sum(tensor.nbytes for tensor in tensors.values())):
+            save_file(tensors, path)
         manifest = {
             "format": _FORMAT,
             "step": int(step),
@@ -123,20 +123,6 @@ def _named_leaves(params: Any) -> dict[str, NDArray[Any]]:
         # safetensors writes the memory as it lies, which is not the array where it is transposed.
         named[jax.tree_util.keystr(path)] = np.ascontiguousarray(array).reshape(array.shape)
     return named
-
-
-def _save(tensors: dict[str, NDArray[Any]], path: Path) -> None:
-    """Writes the tensors, naming the bytes needed where the disk is full."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else None
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        kind = DiskFullError if number in DiskFullError.NUMBERS else OSError
-        raise kind(
-            number, f"the parameters could not be written, {needed:,} bytes ({error})", str(path)
-        ) from error
 
 
 def _check_fits(tensors: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

@@ -1,14 +1,19 @@
 """Files and folders that are complete or absent, whatever kills a process that writes them."""
 
 from ragjax.storage.files import DiskFullError as DiskFullError
+from ragjax.storage.files import change_in_place as change_in_place
+from ragjax.storage.files import create_file as create_file
 from ragjax.storage.files import link_first as link_first
 from ragjax.storage.files import link_or_copy as link_or_copy
+from ragjax.storage.files import named_if_full as named_if_full
 from ragjax.storage.files import replacing as replacing
 from ragjax.storage.files import sha256 as sha256
 from ragjax.storage.files import sync_file as sync_file
 from ragjax.storage.files import sync_folder as sync_folder
 from ragjax.storage.files import unique_name as unique_name
 from ragjax.storage.files import whole_file as whole_file
+from ragjax.storage.files import write_array as write_array
+from ragjax.storage.files import write_bytes as write_bytes
 from ragjax.storage.files import write_json as write_json
 from ragjax.storage.files import write_jsonl as write_jsonl
 from ragjax.storage.files import write_text as write_text

@@ -8,43 +8,69 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 # What file systems without hard links answer (FAT, some FUSE and network ones).
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 class DiskFullError(OSError):
-    """There is no room for a file; its message names the file and the bytes it needs."""
+    """There is no room for a file; its message names it, the bytes it needs and those free."""
 
     NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def named_if_full(path: Path, num_bytes: int) -> Iterator[None]:
-    """Turns the error of a full disk in the block into one that names the file.
+    """Turns the error of a full disk in the block, whoever raises it, into one that names the file.
 
     Args:
-        path: The file that is written.
+        path: The file or folder that is written.
         num_bytes: What will be written, for the message; 0 where that is not known.
 
     Raises:
-        DiskFullError: The disk, a quota or a limit on the size of a file has no room for it.
+        DiskFullError: The disk, a quota or a limit on the size of a file has no room for it; the
+            message has the bytes that are needed and those that are free.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in DiskFullError.NUMBERS:
+    except Exception as error:
+        number = _full_disk(error)
+        if number is None or isinstance(error, DiskFullError):
             raise
-        needed = f"{num_bytes:,} bytes are needed; " if num_bytes else ""
-        raise DiskFullError(
-            error.errno,
-            f"{os.strerror(error.errno)}: {needed}make room and start again, finished files are "
-            "kept",
-            str(path),
-        ) from error
+        raise DiskFullError(number, _no_room(number, path, num_bytes), str(path)) from error
+
+
+def _full_disk(error: Exception) -> int | None:
+    """Returns the number of an error that means a full disk; libraries put it in their text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in DiskFullError.NUMBERS else None
+    text = str(error)
+    return next(
+        (
+            number
+            for number in DiskFullError.NUMBERS
+            if os.strerror(number) in text or f"os error {number})" in text
+        ),
+        None,
+    )
+
+
+def _no_room(number: int, path: Path, num_bytes: int) -> str:
+    written = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+    needed = f"{num_bytes:,}" if num_bytes else f"more than {written:,}"
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    # What the unfinished file takes is free again once it is removed.
+    free = shutil.disk_usage(existing).free + written
+    return (
+        f"{os.strerror(number)}: {needed} bytes are needed, {free:,} are free; make room and start"
+        " again, finished files are kept"
+    )
 
 
 @contextlib.contextmanager
@@ -82,10 +108,74 @@ def replacing(path: Path, *, num_bytes: int = 0, shared: bool = False) -> Iterat
         DiskFullError: There is no room; the old file stays.
     """
     beside = path.with_name(f"{unique_name(path.name) if shared else path.name}.tmp")
-    with whole_file(beside, num_bytes=num_bytes) as file:
-        yield file
+    try:
+        with whole_file(beside, num_bytes=num_bytes) as file:
+            yield file
+    except DiskFullError as error:
+        if error.filename == str(beside):
+            error.filename = str(path)
+        raise
     os.replace(beside, path)
     sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, complete or not at all."""
+    with replacing(path, num_bytes=len(content)) as file:
+        file.write(content)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Writes an array as `.npy` under a name that nobody reads yet; refuses Python objects."""
+    array = np.asarray(array, order="C")
+    if array.dtype.hasobject:
+        raise ValueError(f"{path}: an array of Python objects is not written")
+    with whole_file(path, num_bytes=array.nbytes) as file:
+        # Not np.save: a full disk reaches us as an error without a number from there.
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
+
+
+def create_file(path: Path, content: bytes) -> None:
+    """Writes a small file that is not there yet.
+
+    Raises:
+        FileExistsError: The name is taken.
+        DiskFullError: There is no room; nothing is left.
+    """
+    with named_if_full(path, len(content)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(descriptor, content)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def change_in_place(path: Path, change: Callable[[bytes], bytes | None]) -> bool:
+    """Writes over a small file that is not a link, keeping the file itself.
+
+    Args:
+        path: The file.
+        change: Returns the new content, of the old one's length; None: leave it.
+
+    Returns:
+        True = it was changed.
+
+    Raises:
+        FileNotFoundError: No such file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        content = change(os.read(descriptor, os.fstat(descriptor).st_size))
+        if content is not None:
+            os.pwrite(descriptor, content, 0)
+    finally:
+        os.close(descriptor)
+    return content is not None
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
@@ -124,7 +214,7 @@ def sha256(path: Path) -> str:
 
 def sync_file(path: Path) -> None:
     """Waits until a file's contents are on disk."""
-    with path.open("rb") as file:
+    with named_if_full(path, path.stat().st_size), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -134,7 +224,8 @@ def sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named_if_full(folder, 0):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from ragjax.storage.files import named_if_full
+
 _HELD: "weakref.WeakValueDictionary[Path, RunLock]" = weakref.WeakValueDictionary()
 
 
@@ -58,7 +60,8 @@ class RunLock:
         os.ftruncate(descriptor, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         note = {"pid": os.getpid(), "host": socket.gethostname(), "since": started}
-        os.write(descriptor, json.dumps(note).encode())
+        with named_if_full(self._path, 0):
+            os.write(descriptor, json.dumps(note).encode())
         self._file = descriptor
         _HELD[self._path.resolve()] = self
         return self

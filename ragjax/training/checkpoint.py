@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ragjax.storage import publish, read_sealed, sha256, walk_digests, write_sealed
+from ragjax.storage import named_if_full, publish, read_sealed, sha256, walk_digests, write_sealed
 from ragjax.storage.random_keys import key_data, with_keys
 
 FORMAT = 1
@@ -81,19 +81,23 @@ class Checkpointer:
             )
         # Beside its name, so that a save that fails leaves an earlier one of the same step alone.
         building = self._folder / f".{step}.saving"
-        shutil.rmtree(building, ignore_errors=True)
-        _orbax().save(building, arrays)
-        digests = {
-            "format": FORMAT,
-            "step": step,
-            "info": info or {},
-            "arrays": _array_table(state),
-            "sha256": walk_digests(building, known={}),
-        }
-        write_sealed(building / _DIGESTS, digests)
         target = self._folder / str(step)
-        shutil.rmtree(target, ignore_errors=True)  # a step that an earlier life left behind
-        publish(building, target)
+        self._remove_unfinished()
+        try:
+            with named_if_full(target, sum(leaf.nbytes for _, leaf in leaves)):
+                _orbax().save(building, arrays)
+            digests = {
+                "format": FORMAT,
+                "step": step,
+                "info": info or {},
+                "arrays": _array_table(state),
+                "sha256": walk_digests(building, known={}),
+            }
+            write_sealed(building / _DIGESTS, digests)
+            shutil.rmtree(target, ignore_errors=True)  # a step that an earlier life left behind
+            publish(building, target)
+        finally:
+            self._remove_unfinished()
         self._whole.add(step)
         self._remove_old(step)
 
@@ -131,6 +135,11 @@ class Checkpointer:
         if problem is None:
             self._whole.add(step)
         return problem
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a save that failed or was killed left, which takes the room of the next."""
+        for path in self._folder.glob(".*.saving*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self, saved: int) -> None:
         """Removes the steps that are not among the newest whole ones; damaged ones do not count."""

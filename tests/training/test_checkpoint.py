@@ -1,5 +1,6 @@
 import errno
 import json
+import resource
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ragjax.storage import DiskFullError
 from ragjax.training import checkpoint
 from ragjax.training.checkpoint import Checkpointer
 
@@ -49,6 +51,20 @@ def test_flipped_bytes_are_found_and_the_step_before_is_used(tmp_path):
     assert restored is not None and restored.step == 1
     np.testing.assert_array_equal(restored.state["w"], np.full((3, 2), 1.0))
     assert "sha256" in reports[0] and str(tmp_path / "2") in reports[0]
+
+
+def test_a_full_disk_names_the_step_and_leaves_the_earlier_one_alone(tmp_path):
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, tree(1.0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        state = {"w": np.random.default_rng(0).normal(size=50_000).astype(np.float32)}
+        with pytest.raises(DiskFullError, match=r"200,000 bytes are needed.*/2'"):
+            checkpoints.save(2, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.steps() == [1] == [int(path.name) for path in tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("looks_first", [True, False])

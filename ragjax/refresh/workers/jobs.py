@@ -126,9 +126,7 @@ def write_job(root: Path, task: EncodeTask, request: EncodeRequest, *, lease_sec
     try:
         write_export(beside / "params", request.params, step=request.step, info={})
         if request.rows is not None:
-            rows = np.ascontiguousarray(request.rows, np.int64)
-            with storage.whole_file(beside / _ROWS, num_bytes=rows.nbytes) as file:
-                np.save(file, rows, allow_pickle=False)
+            storage.write_array(beside / _ROWS, np.asarray(request.rows, np.int64))
         for name in ("leases", "errors"):
             (beside / name).mkdir()
         storage.write_sealed(beside / _JOB, note)

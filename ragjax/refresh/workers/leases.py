@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ragjax import storage
 from ragjax.storage import link_first, unique_name
-
-_LARGEST = 4096  # bytes of a beacon that are read
 
 
 class Holder(NamedTuple):
@@ -73,14 +72,7 @@ class Beacon:
         self.path = path
         self._token = secrets.token_hex(16)
         self._counter = 0
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            os.write(descriptor, self._content())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
+        storage.create_file(path, self._content())
 
     def renew(self) -> bool:
         """Counts one up; False: the file is gone, or another process's by now.
@@ -88,18 +80,17 @@ class Beacon:
         The counter is changed in place. Replacing the file could write over the lease of one who
         took it over a moment ago; and a full disk stops no beacon that is there already.
         """
+
+        def count_up(content: bytes) -> bytes | None:
+            if not self._is_ours(content):
+                return None
+            self._counter += 1
+            return self._content()
+
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return storage.change_in_place(self.path, count_up)
         except FileNotFoundError:
             return False
-        try:
-            if not self._is_ours(os.read(descriptor, _LARGEST)):
-                return False
-            self._counter += 1
-            os.pwrite(descriptor, self._content(), 0)
-        finally:
-            os.close(descriptor)
-        return True
 
     def release(self) -> None:
         """Removes the file, unless it is another process's by now."""
