@@ -1,6 +1,7 @@
 """What a retrieval-augmented model is trained and judged on: questions, answers, qrels."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from ragjax.data.corpus import Corpus
 from ragjax.data.jsonl import DataError
 from ragjax.data.matching import refuse_string, tokenize
+from ragjax.data.overlap import Twins, find_twins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,12 @@ class Dataset:
     questions: Mapping[str, tuple[Question, ...]]
     qrels: Mapping[str, Mapping[str, Mapping[str, int]]]
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def twins(self) -> Twins:
+        """Passages that are copies of others, and questions that are passages."""
+        questions = {q.id: q.text for split in self.questions.values() for q in split}
+        return find_twins(self.corpus, questions.items())
 
     def graded_rows(
         self, split: str, questions: Sequence[Question] | None = None

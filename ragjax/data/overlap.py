@@ -1,5 +1,6 @@
-"""Texts that stand twice: passages on both sides of a split."""
+"""Texts that stand twice: copied passages, questions that are passages, both sides of a split."""
 
+import hashlib
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,43 @@ class NearCopy(NamedTuple):
 
     row: int
     other: int
+
+
+class Twins(NamedTuple):
+    """Texts that stand more than once."""
+
+    copies: Mapping[int, frozenset[int]]  # row to all rows of its title and text, where several
+    own: Mapping[str, frozenset[int]]  # question id to the passages that are the question itself
+
+
+def find_twins(corpus: Corpus, questions: Iterable[tuple[str, str]]) -> Twins:
+    """Finds passages with the same title and text, and questions that are passages.
+
+    A passage is a question itself if its text, with or without the title, is the question's, or if
+    it has its id. Case, Unicode form and white space do not matter.
+
+    Args:
+        corpus: The passages, read once.
+        questions: (id, text) of each.
+    """
+    asked: dict[bytes, list[str]] = defaultdict(list)
+    own: dict[str, set[int]] = defaultdict(set)
+    for id, text in questions:
+        asked[_digest(text)].append(id)
+        if id in corpus:
+            own[id].add(corpus.row_of(id))
+    first: dict[bytes, int] = {}
+    groups: dict[int, list[int]] = {}
+    for row, passage in enumerate(corpus):
+        whole = _digest(passage_text(passage))
+        leader = first.setdefault(whole, row)
+        if leader != row:
+            groups.setdefault(leader, [leader]).append(row)
+        for text in {whole, _digest(passage.text)} if asked else ():
+            for id in asked.get(text, ()):
+                own[id].add(row)
+    copies = {row: frozenset(group) for group in groups.values() for row in group}
+    return Twins(copies, {id: frozenset(rows) for id, rows in own.items()})
 
 
 def near_copies(corpus: Corpus, rows: Iterable[int], others: Iterable[int]) -> list[NearCopy]:
@@ -56,6 +94,11 @@ def near_copies(corpus: Corpus, rows: Iterable[int], others: Iterable[int]) -> l
         if best is not None and likeness[best] >= NEAR:
             found.append(NearCopy(row, best))
     return found
+
+
+def _digest(text: str) -> bytes:
+    plain = " ".join(fold(text).split())
+    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _sketch(corpus: Corpus, row: int) -> frozenset[int]:

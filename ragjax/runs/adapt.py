@@ -15,6 +15,7 @@ from ragjax.runs.compare.results import evaluate_run
 from ragjax.runs.data import Log
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
+from ragjax.runs.found import Findable, FindableIndex, findable_in_training, first_copies
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers
 from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
@@ -103,15 +104,21 @@ class Candidates:
         # Scores are relative to the candidates of a search, whose number may depend on k.
         if index.depth_of(k) == index.depth_of(self._most):
             return self._best.top(k)
-        return index.search(self._queries, k)
+        return FindableIndex(index, self._findable).search(self._queries, k)
 
     def dense(self, k: int) -> SearchResult:
         """Returns the k best documents `[Q, k]` of the dense index."""
-        return self.retriever.dense.search(self._queries.embeddings, k)
+        index = FindableIndex(self.retriever.dense, self._findable)
+        return index.search(self._queries.embeddings, k)
 
     @functools.cached_property
     def _best(self) -> SearchResult:
-        return self.retriever.hybrid.search(self._queries, self._most)
+        index = FindableIndex(self.retriever.hybrid, self._findable)
+        return index.search(self._queries, self._most)
+
+    @functools.cached_property
+    def _findable(self) -> Findable:
+        return findable_in_training(self._workspace)
 
     @functools.cached_property
     def _queries(self) -> HybridQueries:
@@ -179,7 +186,8 @@ def _labelled_round(
     workspace: Workspace, config: RetrieverConfig, candidates: Candidates, number: int
 ) -> TargetsAt:
     """Takes the relevance judgements, with results of the dense index as hard negatives."""
-    found, relevant = candidates.dense(config.negative_depth), workspace.relevant_rows("train")
+    found = candidates.dense(config.negative_depth)
+    relevant = [first_copies(workspace, rows) for rows in workspace.relevant_rows("train")]
 
     def targets_at(step: int, rows: NDArray[np.int64]) -> Targets:
         chosen, seed = [relevant[row] for row in rows], (workspace.config.seed + number, step)

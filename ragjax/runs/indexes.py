@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.data import Corpus, Question, passage_text
+from ragjax.data import Question, passage_text
 from ragjax.index import (
     Bm25Index,
     EmbeddingStore,
@@ -22,7 +22,6 @@ from ragjax.index import (
     choose_dense_weight,
     choose_index,
 )
-from ragjax.index.base import NO_DOC
 from ragjax.refresh import (
     EncodeTask,
     encode_to_store,
@@ -31,6 +30,7 @@ from ragjax.refresh import (
     tqdm_progress,
 )
 from ragjax.refresh.task import params_digest
+from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.workspace import Workspace
 from ragjax.training.live import StepQueries, StepSearch, search_dense, search_reranked
 from ragjax.training.lsr import towers
@@ -105,22 +105,24 @@ def build_retriever(
     dev = workspace.questions["dev"]
     if dev:
         queries = _hybrid_queries(workspace, query_params, dev)
-        relevant = workspace.relevant_rows("dev")
-        weight = choose_dense_weight(dense, bm25, queries, relevant).weight
+        sides = (FindableIndex(side, findable_in(workspace, "dev")) for side in (dense, bm25))
+        weight = choose_dense_weight(*sides, queries, workspace.relevant_rows("dev")).weight
     chosen = f"chosen on {len(dev)} dev questions" if dev else "no dev questions to choose it on"
     workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
     return Retriever(version, query_params, dense, hybrid, embeddings, store)
 
 
-def search(
-    workspace: Workspace, retriever: Retriever, questions: Sequence[Question], k: int
-) -> Rankings:
-    """Returns the k best documents of each question, dense and hybrid."""
-    queries = _hybrid_queries(workspace, retriever.query_params, questions)
+def search(workspace: Workspace, retriever: Retriever, split: str, k: int) -> Rankings:
+    """Returns the k best documents of each question of a split, dense and hybrid.
+
+    No question finds itself, and a copy of a relevant passage counts as that; see `findable_in`.
+    """
+    queries = _hybrid_queries(workspace, retriever.query_params, workspace.questions[split])
+    findable = findable_in(workspace, split)
     return Rankings(
-        retriever.dense.search(queries.embeddings, k),
-        retriever.hybrid.search(queries, k),
+        FindableIndex(retriever.dense, findable).search(queries.embeddings, k),
+        FindableIndex(retriever.hybrid, findable).search(queries, k),
         np.asarray(queries.embeddings),
     )
 
@@ -246,98 +248,6 @@ def _open_whole(folder: Path, workspace: Workspace) -> EmbeddingStore | None:
     except (FileNotFoundError, ValueError) as error:
         workspace.log(f"note: {folder} is damaged and its documents are encoded again ({error})")
         return None
-
-
-_SHOWN = 3
-
-
-def source_rows(corpus: Corpus, questions: Sequence[Question]) -> list[frozenset[int]]:
-    """Returns the corpus rows that each question was made from.
-
-    A question's source is its `metadata.doc`; the rows of it are those whose id or title it is.
-
-    Args:
-        corpus: The passages.
-        questions: Q questions.
-
-    Returns:
-        Q sets of rows; empty for a question that names no source.
-
-    Raises:
-        ValueError: No question names a source, or no passage is of one.
-    """
-    wanted = {question.source for question in questions if question.source is not None}
-    if not wanted:
-        raise ValueError(
-            "--training.same_source drop: no question names the document it was made from"
-            ' ("doc" in the metadata of queries.jsonl); add it, or use --training.same_source keep'
-        )
-    rows: dict[str, set[int]] = {}
-    for row, passage in enumerate(corpus):
-        for name in {passage.id, passage.title} & wanted:
-            rows.setdefault(name, set()).add(row)
-    if not rows:
-        shown = ", ".join(repr(name) for name in sorted(wanted)[:_SHOWN])
-        raise ValueError(
-            f"--training.same_source drop: no passage has the id or title of a source ({shown},"
-            " ...); make the metadata of queries.jsonl and corpus.jsonl agree, or use"
-            " --training.same_source keep"
-        )
-    return [frozenset(rows.get(question.source or "", ())) for question in questions]
-
-
-def search_without_sources(
-    search: StepSearch, sources: Sequence[frozenset[int]], questions: Sequence[Question]
-) -> StepSearch:
-    """Returns a search that looks deeper by as many documents as it leaves out.
-
-    Args:
-        search: Finds documents.
-        sources: Rows left out for each question.
-        questions: The same questions, to name in an error.
-
-    Returns:
-        The search; it raises ValueError where nothing is left for a question, rather than hand it
-        the document that it was made from.
-    """
-
-    def without(queries: StepQueries, k: int) -> SearchResult:
-        dropped = [sources[row] for row in queries.rows]
-        deepest = k + max(map(len, dropped))
-        found = search(queries, min(deepest, queries.snapshot.index.size))
-        kept = drop_rows(found, dropped, k)
-        for row, mask in zip(queries.rows, kept.mask, strict=True):
-            if not mask.any():
-                raise ValueError(
-                    f"question {questions[row].id!r}: all {found.mask.shape[1]} documents that were"
-                    f" found are its own source {questions[row].source!r}, so nothing is left to"
-                    " read; use --training.same_source keep, or a corpus with other documents"
-                )
-        return kept
-
-    return without
-
-
-def drop_rows(found: SearchResult, dropped: Sequence[frozenset[int]], k: int) -> SearchResult:
-    """Returns the k best documents of each query that are not among its dropped ones.
-
-    Args:
-        found: `[B, D]` documents, best first.
-        dropped: B sets of rows.
-        k: Columns returned.
-    """
-    shape = (len(dropped), k)
-    doc_ids = np.full(shape, NO_DOC, np.int32)
-    scores = np.full(shape, -np.inf, np.float32)
-    for row, unwanted in enumerate(dropped):
-        kept = [
-            column
-            for column in np.flatnonzero(found.mask[row])
-            if int(found.doc_ids[row, column]) not in unwanted
-        ][:k]
-        doc_ids[row, : len(kept)] = found.doc_ids[row, kept]
-        scores[row, : len(kept)] = found.scores[row, kept]
-    return SearchResult(doc_ids, scores, doc_ids != NO_DOC)
 
 
 def build_towers(

@@ -8,7 +8,8 @@ from ragjax.runs.compare.results import evaluate_run
 from ragjax.runs.data import Log
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_rag_cost
-from ragjax.runs.indexes import build_bm25, build_towers, source_rows
+from ragjax.runs.found import source_rows
+from ragjax.runs.indexes import build_bm25, build_towers
 from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.report.page import data_name, report_run

@@ -96,9 +96,9 @@ class Workspace:
             add_seconds(self.folder, stage, took)
 
     def note(self, text: str) -> None:
-        """Shows a sentence on the data to the user, and keeps it for the report."""
-        self.log(f"note: {text}")
+        """Shows a sentence on the data to the user once, and keeps it for the report."""
         if text not in self.notes:
+            self.log(f"note: {text}")
             self.notes.append(text)
 
     def gold_rows(self, split: str) -> list[dict[int, int]]:
@@ -106,9 +106,12 @@ class Workspace:
         return self.dataset.graded_rows(split, self.questions[split])
 
     def relevant_rows(self, split: str) -> list[frozenset[int]]:
-        """Returns the relevant corpus rows of the questions used of a split."""
+        """Returns the relevant corpus rows of the questions used of a split, with their copies."""
+        copies = self.dataset.twins.copies
         return [
-            frozenset(row for row, grade in rows.items() if grade > 0)
+            frozenset(
+                copy for row, grade in rows.items() if grade > 0 for copy in copies.get(row, (row,))
+            )
             for rows in self.gold_rows(split)
         ]
 

@@ -21,6 +21,8 @@ class LsrBatch(NamedTuple):
     target_log_probs: jax.Array  # [B, M] float32, log q; −inf where not a candidate of the query
     candidate_mask: jax.Array  # [B, M] bool, True for the K candidates of the query
     doc_mask: jax.Array  # [M] bool, False for padding rows
+    # [B, M] bool, True for documents that are no negatives of the query, such as itself; None: all.
+    excluded: jax.Array | None = None
 
 
 def towers(
@@ -98,6 +100,8 @@ def make_lsr_loss(
             "bd,md->bm", queries, docs, precision=jax.lax.Precision.HIGHEST
         )  # [B, M]
         everyone = jnp.broadcast_to(batch.doc_mask[None, :], scores.shape)
+        if batch.excluded is not None:
+            everyone &= ~batch.excluded
         mask = everyone if in_batch else batch.candidate_mask & everyone
         per_query = objective(scores, batch.target_log_probs, doc_mask=mask)  # [B]
         # A padding query (no candidate) has loss 0 by the losses' own rule and must not count.

@@ -15,7 +15,8 @@ from ragjax.models.trainable import merge_trainable, split_trainable
 from ragjax.runs.compare import results as results_module
 from ragjax.runs.compare.dev import Side, evaluate_dev, marginal_nll
 from ragjax.runs.forecast import estimate_rag_cost
-from ragjax.runs.indexes import build_bm25, build_towers, drop_rows, source_rows
+from ragjax.runs.found import Findable, search_findable, source_rows
+from ragjax.runs.indexes import build_bm25, build_towers
 from ragjax.runs.options.end_to_end import (
     ObjectiveConfig,
     RagConfig,
@@ -490,7 +491,8 @@ def test_dropped_rows_make_room_for_the_next_best():
     found = SearchResult(
         doc_ids, np.where(doc_ids >= 0, 1.0, -np.inf).astype(np.float32), doc_ids >= 0
     )
-    kept = drop_rows(found, [frozenset({2}), frozenset({3, 5})], 2)
+    findable = Findable([frozenset({2}), frozenset({3, 5})], [{}, {}])
+    kept = search_findable(lambda depth: found, findable, 2, size=8)
     np.testing.assert_array_equal(kept.doc_ids, [[4, 7], [-1, -1]])
     np.testing.assert_array_equal(kept.mask, [[True, True], [False, False]])
 

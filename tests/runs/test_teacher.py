@@ -141,12 +141,14 @@ def test_a_batch_holds_its_candidates_once_and_random_documents_beside(rng):
     found = some_candidates(rng, 6, documents=8)
     rows = np.array([0, 3, 5])
     targets = scored_targets(found, found.scores).take(rows)
-    docs = _batch_docs(targets, 12, 50, (0, 1))
+    docs = _batch_docs(targets, 12, 50, (0, 1), {})
     wanted = {int(d) for d in found.doc_ids[rows][found.mask[rows]]}
     assert wanted == set(docs[: len(wanted)])
     assert len(set(docs)) == len(docs) == 12
-    assert docs == _batch_docs(targets, 12, 50, (0, 1))
-    assert docs != _batch_docs(targets, 12, 50, (0, 2))
+    assert docs == _batch_docs(targets, 12, 50, (0, 1), {})
+    assert docs != _batch_docs(targets, 12, 50, (0, 2), {})
+    copies = dict.fromkeys(range(8, 50), 8)  # all other documents have one text
+    assert sorted(_batch_docs(targets, 12, 50, (0, 1), copies)) == sorted(wanted | {8})
 
 
 def request(workspace, row, docs):

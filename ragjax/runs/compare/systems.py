@@ -18,6 +18,7 @@ from ragjax.evaluation import (
 from ragjax.evaluation.systems import SYSTEMS
 from ragjax.index import Bm25Index, SearchResult
 from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
+from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.indexes import Rankings, Retriever, doc_logits, search
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -63,14 +64,15 @@ def retrieve_documents(
         the documents of BM25 is the base retriever's.
     """
     questions = workspace.questions[split]
-    lexical = bm25.search([question.text for question in questions], _SEARCH_DEPTH)
+    texts = [question.text for question in questions]
+    lexical = FindableIndex(bm25, findable_in(workspace, split)).search(texts, _SEARCH_DEPTH)
     if nothing := int((~lexical.mask.any(axis=1)).sum()):
         workspace.note(
             f"BM25 finds nothing for {nothing} of the {len(questions)} {split} questions:"
             " they share no word with any passage"
         )
-    old = search(workspace, before, questions, _SEARCH_DEPTH)
-    new = old if after is before else search(workspace, after, questions, _SEARCH_DEPTH)
+    old = search(workspace, before, split, _SEARCH_DEPTH)
+    new = old if after is before else search(workspace, after, split, _SEARCH_DEPTH)
     scale = workspace.config.retriever.scale
 
     def weighed(retriever: Retriever, ranked: Rankings, found: SearchResult) -> Documents:

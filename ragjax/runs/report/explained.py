@@ -22,6 +22,7 @@ from ragjax.evaluation.report.questions import (
 from ragjax.evaluation.report.results import main_pair
 from ragjax.index.base import empty_result
 from ragjax.runs.folder import RunFiles
+from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LsrTarget
@@ -163,7 +164,8 @@ def _candidate_scores(
     sides = []
     for retriever in (before, after):
         queries = workspace.encode_queries(retriever.query_params, questions)
-        found = retriever.dense.search(queries, min(_CANDIDATES, len(retriever.embeddings)))
+        index = FindableIndex(retriever.dense, findable_in(workspace, "test", questions))
+        found = index.search(queries, min(_CANDIDATES, len(retriever.embeddings)))
         sides.append((retriever, queries, found))
     scores = []
     for place in range(len(questions)):

@@ -45,8 +45,8 @@ class RagBatches:
             workspace: Data and models.
             config: Options of the run.
             place: Puts a batch on the devices.
-            sources: Corpus rows that each question was made from, which are no negatives of it;
-                None: they are as any other.
+            sources: Corpus rows that each question was made from, or that are itself, which are no
+                negatives of it; None: they are as any other.
         """
         self._workspace, self._config, self._place = workspace, config, place
         encoder, query_ids = workspace.encoder, workspace.train_query_ids

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ragjax.data import batch_rows
 from ragjax.index import Bm25Index
 from ragjax.models.seq2seq.fusion import fusion_attention_mass, fusion_token_log_probs
-from ragjax.runs.indexes import Retriever, source_rows
+from ragjax.runs.found import findable_in_training, source_rows
+from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.end_to_end import ObjectiveConfig, RagConfig
 from ragjax.runs.teacher import SCORES
 from ragjax.runs.train.batches import RagBatches
@@ -96,7 +97,13 @@ def train_end_to_end(
     sources = None
     if training.same_source == "drop":
         sources = source_rows(workspace.dataset.corpus, questions)
-    batches = RagBatches(workspace, config, devices.place_batch, sources=sources)
+    no_negatives = findable_in_training(workspace, sources).dropped
+    batches = RagBatches(
+        workspace,
+        config,
+        devices.place_batch,
+        sources=no_negatives if sources or any(no_negatives) else None,
+    )
     retrieval = open_retrieval(
         workspace,
         split.towers,

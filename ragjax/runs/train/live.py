@@ -14,7 +14,8 @@ import jax
 from ragjax import refresh
 from ragjax.data import batch_rows
 from ragjax.index import Bm25Index, EmbeddingStore
-from ragjax.runs.indexes import live_search, search_without_sources
+from ragjax.runs.found import findable_in_training, search_in_training
+from ragjax.runs.indexes import live_search
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.trainable import SplitTowers
 from ragjax.runs.workspace import Workspace
@@ -54,8 +55,7 @@ def open_retrieval(
     """
     questions, query_ids = workspace.questions["train"], workspace.train_query_ids
     search = live_search(workspace, bm25, dense_weight=dense_weight)
-    if sources is not None:
-        search = search_without_sources(search, sources, questions)
+    search = search_in_training(search, findable_in_training(workspace, sources), questions)
     return LiveRetrieval(
         functools.partial(open_refresher, workspace),
         towers=lambda trainable: towers(split.merged(trainable), None),

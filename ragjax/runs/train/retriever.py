@@ -3,7 +3,7 @@
 Q questions, K candidates, B questions a step, M documents a step, N documents, D embedding size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ragjax.data import batch_rows
 from ragjax.index import Bm25Index, EmbeddingStore, SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
+from ragjax.runs.found import findable_in_training, first_copies
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.teacher import score_step, target_log_probs
@@ -170,7 +171,7 @@ def open_labelled(
     retrieval = open_retrieval(
         workspace, towers, store, k=config.negative_depth, batch_size=config.batch_size
     )
-    relevant = workspace.relevant_rows("train")
+    relevant = [first_copies(workspace, rows) for rows in workspace.relevant_rows("train")]
 
     def targets_at(step: int, rows: NDArray[np.int64]) -> Targets:
         results, chosen = retrieval.retrieved(step).found, [relevant[row] for row in rows]
@@ -221,12 +222,14 @@ def _lsr_batches(
 ) -> Callable[[int], LsrBatch]:
     encoder, query_ids = workspace.encoder, workspace.train_query_ids
     query_length = bucket_of(encoder, max(map(len, query_ids)))
+    own = findable_in_training(workspace).dropped
+    firsts = {row: min(group) for row, group in workspace.dataset.twins.copies.items()}
 
     def batch_at(step: int) -> LsrBatch:
         rows = batch_rows(seed, step, num_examples=len(query_ids), batch_size=config.batch_size)
         targets = targets_at(step, rows)
         num_docs = targets.mask.size
-        docs = _batch_docs(targets, num_docs, len(workspace.doc_tokens), (seed, step))
+        docs = _batch_docs(targets, num_docs, len(workspace.doc_tokens), (seed, step), firsts)
         columns = {doc: column for column, doc in enumerate(docs)}
         log_probs = np.full((len(rows), num_docs), -np.inf, np.float32)
         mask = np.zeros(log_probs.shape, bool)
@@ -236,6 +239,9 @@ def _lsr_batches(
         for row, relevant in enumerate(targets.relevant):
             if there := [columns[doc] for doc in relevant if doc in columns]:
                 log_probs[row, there], mask[row, there] = -np.log(len(there)), True
+        excluded = np.zeros(mask.shape, bool)
+        for place, row in enumerate(rows):
+            excluded[place, [columns[doc] for doc in own[row] if doc in columns]] = True
         doc_ids = [truncated(workspace.doc_tokens[doc], config.doc_tokens) for doc in docs]
         padding: list[list[int]] = [[]] * (num_docs - len(docs))
         doc_length = bucket_of(encoder, max(map(len, doc_ids)))
@@ -245,13 +251,18 @@ def _lsr_batches(
             target_log_probs=jnp.asarray(log_probs),
             candidate_mask=jnp.asarray(mask),
             doc_mask=jnp.arange(num_docs) < len(docs),
+            excluded=jnp.asarray(excluded) if any(own) else None,
         )
 
     return batch_at
 
 
 def _batch_docs(
-    targets: Targets, num_docs: int, corpus_size: int, seed: tuple[int, int]
+    targets: Targets,
+    num_docs: int,
+    corpus_size: int,
+    seed: tuple[int, int],
+    firsts: Mapping[int, int],
 ) -> list[int]:
     """Returns the batch's distinct candidates, then random documents in the slots left over.
 
@@ -260,5 +271,7 @@ def _batch_docs(
     """
     chosen = np.unique(targets.doc_ids[targets.mask]).tolist()
     extra = np.random.default_rng(seed).permutation(corpus_size)[: 2 * num_docs]
+    # Of copies the first, as in the candidates.
+    others = dict.fromkeys(firsts.get(int(doc), int(doc)) for doc in extra)
     known = set(chosen)
-    return (chosen + [int(doc) for doc in extra if int(doc) not in known])[:num_docs]
+    return (chosen + [doc for doc in others if doc not in known])[:num_docs]
