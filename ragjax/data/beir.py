@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ragjax.data.answers import AnswerFields
 from ragjax.data.corpus import DEFAULT_MAX_CHARS, Corpus
 from ragjax.data.examples import Dataset, Question, hold_out
 from ragjax.data.fields import missing_field, resolve_fields
@@ -16,7 +17,6 @@ from ragjax.data.jsonl import (
     ReadProgress,
     RejectedRows,
     SourceFile,
-    check_encodable,
     id_field,
     plain_or_gzipped,
     read_jsonl,
@@ -44,6 +44,7 @@ def read_beir(
     cache: str | os.PathLike[str],
     fields: Mapping[str, str] | None = None,
     on_bad_row: BadRowPolicy = "stop",
+    on_unknown: BadRowPolicy = "stop",
     dev_fraction: float = 0.2,
     max_chars: int = DEFAULT_MAX_CHARS,
     progress: ReadProgress | None = None,
@@ -51,7 +52,8 @@ def read_beir(
     """Reads passages, questions and relevance judgements.
 
     A question belongs to the splits whose qrels file names it. Its answers are
-    `metadata.answers`, or `answers` beside the text; they may be missing. Without
+    `metadata.answers`, or `answers` beside the text, or a usual other name of them; they may be
+    missing. Without
     `qrels/dev.tsv` (or another usual name, such as `validation.tsv`), a part of train is held out,
     chosen by a hash of the question ids.
 
@@ -63,6 +65,9 @@ def read_beir(
             "answers" (questions), where they differ from BEIR's.
         on_bad_row: "stop" raises at the first bad row; "skip" counts bad rows and writes them to
             a `rejected.jsonl` below `cache`.
+        on_unknown: What to do where more than 1 % of a qrels file name ids that the other files do
+            not have: "stop" raises, "skip" drops those rows. Ids of questions and passages that
+            were skipped do not count: their rows are dropped with them.
         dev_fraction: Of the train questions, in [0, 1), used when there is no dev split.
         max_chars: Longest passage, in characters.
         progress: Called with (bytes read, bytes in all) while the corpus is read.
@@ -73,13 +78,15 @@ def read_beir(
     Raises:
         FileNotFoundError: A file is missing; the message suggests the nearest name.
         DataError: Bad rows, duplicate ids, an empty file, or more than 1 % of a qrels file
-            naming unknown ids.
+            naming unknown ids, as `on_bad_row` and `on_unknown` say.
     """
     folder, cache = Path(folder), Path(cache)
     if not require_path(folder).is_dir():
         raise DataError(
             f"{folder} is a file; expected a folder with corpus.jsonl and queries.jsonl"
         )
+    if on_unknown not in ("stop", "skip"):
+        raise DataError(f"on_unknown must be 'stop' or 'skip', got {on_unknown!r}")
     notes = _check_parts(folder)
     qrels_files = _qrels_files(folder / "qrels", notes)
     queries_file = plain_or_gzipped(folder, "queries.jsonl")
@@ -93,10 +100,12 @@ def read_beir(
     )
     path_key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     with RejectedRows(cache / f"queries-{path_key}" / "rejected.jsonl", on_bad_row) as rejected:
-        questions = _read_questions(queries_file, resolve_fields(fields), rejected)
+        questions = _read_questions(queries_file, resolve_fields(fields), rejected, notes)
         notes += corpus.report.notes()
+        skipped = {"passage": corpus.report.rejected + corpus.report.blank}
+        policy = _Unknown(on_unknown, skipped | {"question": rejected.count})
         qrels = {
-            split: _read_qrels(file, corpus, questions, rejected, notes)
+            split: _read_qrels(file, corpus, questions, rejected, notes, policy)
             for split, file in qrels_files.items()
         }
     if rejected.count:
@@ -173,13 +182,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _read_questions(
-    path: Path, names: Mapping[str, str], rejected: RejectedRows
+    path: Path, names: Mapping[str, str], rejected: RejectedRows, notes: list[str]
 ) -> dict[str, Question]:
     questions: dict[str, Question] = {}
     lines: dict[str, int] = {}
+    answers = AnswerFields(names["answers"])
     for row in read_jsonl(SourceFile(path), rejected):
         try:
-            question = _parse_question(row.record, names)
+            question = _parse_question(row.record, names, answers)
         except DataError as error:
             rejected.add(path, row.line, str(error), row.raw)
             continue
@@ -193,10 +203,13 @@ def _read_questions(
         lines[question.id] = row.line
     if not questions:
         raise DataError(f"{path}: 0 questions ({rejected.first_reason or 'the file is empty'})")
+    notes += answers.notes(path)
     return questions
 
 
-def _parse_question(record: dict[str, Any], names: Mapping[str, str]) -> Question:
+def _parse_question(
+    record: dict[str, Any], names: Mapping[str, str], answers: AnswerFields
+) -> Question:
     id_name, text_name = names["query_id"], names["query"]
     if id_name not in record or text_name not in record:
         raise missing_field(record, {"query_id": id_name, "query": text_name})
@@ -206,32 +219,13 @@ def _parse_question(record: dict[str, Any], names: Mapping[str, str]) -> Questio
     text = string_field(record, text_name).strip()
     if not text:
         raise DataError(f"the question in field {text_name!r} is empty")
-    answers = metadata.get(names["answers"])
-    if answers is None:
-        answers = record.get(names["answers"])
     source = metadata.get("doc")
     return Question(
         id=id_field(record, id_name),
         text=text,
-        answers=_parse_answers(answers, names["answers"]),
+        answers=answers.read(record, metadata),
         source=None if source is None else str(source),
     )
-
-
-def _parse_answers(answers: Any, name: str) -> tuple[str, ...]:
-    if answers is None:
-        return ()
-    if not isinstance(answers, list):
-        raise DataError(
-            f"{name} is a {type(answers).__name__}; expected a list of strings, for example "
-            f'{{"{name}": ["31 kb"]}}'
-        )
-    for place, answer in enumerate(answers):
-        if not isinstance(answer, str) or not answer.strip():
-            shown = "empty" if isinstance(answer, str) else f"a {type(answer).__name__}"
-            raise DataError(f"{name}[{place}] is {shown}; expected a flat list of strings")
-        check_encodable(answer, name)
-    return tuple(answer.strip() for answer in answers)
 
 
 def _read_qrels(
@@ -240,20 +234,21 @@ def _read_qrels(
     questions: Mapping[str, Question],
     rejected: RejectedRows,
     notes: list[str],
+    policy: "_Unknown",
 ) -> dict[str, dict[str, int]]:
     """Returns question id to passage id to grade; what is dropped is noted."""
     judged: dict[str, dict[str, int]] = {}
     known_docs: dict[str, bool] = {}
-    unknown: list[str] = []
+    unknown: list[tuple[str, str]] = []
     num_rows = 0
     for row in _qrels_rows(path, rejected):
         num_rows += 1
         if row.doc_id not in known_docs:
             known_docs[row.doc_id] = row.doc_id in corpus
         if row.question_id not in questions:
-            unknown.append(f"question {row.question_id!r}")
+            unknown.append(("question", row.question_id))
         elif not known_docs[row.doc_id]:
-            unknown.append(f"passage {row.doc_id!r}")
+            unknown.append(("passage", row.doc_id))
         else:
             grades = judged.setdefault(row.question_id, {})
             if grades.setdefault(row.doc_id, row.grade) != row.grade:
@@ -265,7 +260,7 @@ def _read_qrels(
     if not num_rows:
         raise DataError(f"{path}: 0 rows; expected query-id, corpus-id and score")
     if unknown:
-        notes.append(_unknown_note(path, unknown, num_rows))
+        notes.append(policy.note(path, unknown, num_rows))
     positive = {id: grades for id, grades in judged.items() if max(grades.values()) > 0}
     if not positive:
         raise DataError(f"{path}: no question has a relevant passage (a score above 0)")
@@ -275,15 +270,29 @@ def _read_qrels(
     return positive
 
 
-def _unknown_note(path: Path, unknown: list[str], num_rows: int) -> str:
-    distinct = list(dict.fromkeys(unknown))
-    message = f"{path}: {len(unknown)} of {num_rows} rows name unknown ids ({_some(distinct)})"
-    if len(unknown) > MAX_UNKNOWN_FRACTION * num_rows:
-        raise DataError(
-            f"{message}, more than {MAX_UNKNOWN_FRACTION:.0%}; do corpus, queries and qrels belong "
-            "together?"
-        )
-    return f"{message} and are dropped"
+class _Unknown(NamedTuple):
+    """What to do with rows of qrels files that name unknown ids."""
+
+    on_unknown: BadRowPolicy
+    skipped: Mapping[str, int]  # rows that were skipped, by what they are: unknown for that reason
+
+    def note(self, path: Path, unknown: list[tuple[str, str]], num_rows: int) -> str:
+        """Returns what is dropped, or raises DataError."""
+        distinct = list(dict.fromkeys(unknown))
+        excused = {
+            one
+            for kind, count in self.skipped.items()
+            for one in [each for each in distinct if each[0] == kind][:count]
+        }
+        shown = _some([f"{kind} {id!r}" for kind, id in distinct])
+        message = f"{path}: {len(unknown)} of {num_rows} rows name unknown ids ({shown})"
+        left = sum(one not in excused for one in unknown)
+        if self.on_unknown == "stop" and left > MAX_UNKNOWN_FRACTION * num_rows:
+            raise DataError(
+                f"{message}, more than {MAX_UNKNOWN_FRACTION:.0%}; do corpus, queries and qrels"
+                " belong together? If they do, on_unknown=skip drops these rows"
+            )
+        return f"{message} and are dropped"
 
 
 class _QrelsRow(NamedTuple):

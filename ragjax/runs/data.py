@@ -31,6 +31,7 @@ def read_data(config: RunConfig, folder: Path, log: Log) -> Dataset:
         cache=folder / "data" / "cache",
         fields=parse_fields(options.fields),
         on_bad_row=options.on_bad_row,
+        on_unknown=options.on_unknown,
         dev_fraction=config.dev_fraction,
     )
     notes = [*dataset.notes, *_leak_notes(dataset)]
@@ -64,9 +65,10 @@ def choose_questions(
             known = _without_leaks(known, leaked, caps.leaks, note)
         if not known and split != "dev":
             need = "answers and " if split == "train" else ""
+            why = "".join(f" ({text})" for text in dataset.notes if "has answers in" in text)
             raise ValueError(
                 f"{dataset.name}: no {split} questions with {need}relevance judgements; add"
-                f" qrels/{split}.tsv and answers in queries.jsonl"
+                f" qrels/{split}.tsv and answers in queries.jsonl{why if need else ''}"
             )
         # A seeded order, so that a cap takes a fair sample and a larger cap a larger one.
         count = None if split == "test" and limit == 0 else limit

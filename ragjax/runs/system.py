@@ -6,6 +6,7 @@
 B questions, K documents each, N documents in all.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,9 @@ def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:
     """Reads a corpus with the questions and judgements that lie beside it, if any."""
     source = Path(config.data)
     if not config.data or (source / "qrels").is_dir():
-        return read_data(config, cache, log)
+        # Judgements only choose the weight of the hybrid, so unknown ids are no reason to stop.
+        options = dataclasses.replace(config.data_options, on_unknown="skip")
+        return read_data(dataclasses.replace(config, data_options=options), cache, log)
     corpus = Corpus.open(
         source,
         cache=cache / "data" / "cache",

@@ -178,6 +178,56 @@ def test_unknown_ids_are_noted_up_to_one_percent(read, unknown, name):
         read(queries, {"test": [*rows[:98], unknown, unknown]}, docs=docs)
 
 
+def test_unknown_ids_are_dropped_where_asked(read):
+    docs, queries, rows = many(99)
+    unknown = [("q0", "dX", 1), ("qX", "d0", 1)] * 5
+    with pytest.raises(DataError, match="on_unknown=skip drops these rows"):
+        read(queries, {"test": [*rows, *unknown]}, docs=docs)
+    dataset = read(queries, {"test": [*rows, *unknown]}, docs=docs, on_unknown="skip")
+    assert "10 of 109 rows name unknown ids (passage 'dX', question 'qX')" in dataset.notes[0]
+    assert len(dataset.questions["test"]) == 99
+    with pytest.raises(DataError, match="on_unknown must be 'stop' or 'skip', got 'drop'"):
+        read(queries, {"test": rows}, docs=docs, on_unknown="drop")
+
+
+def test_rows_of_what_was_skipped_are_dropped_with_it(read):
+    bad = [{"_id": f"bad{n}", "text": 5} for n in range(3)]
+    qrels = {"test": [*(("q1", doc, 1) for doc in DOCS), *((f"bad{n}", "d1", 1) for n in range(3))]}
+    dataset = read([question("q1"), *bad], qrels, on_bad_row="skip")
+    assert any("3 of 6 rows name unknown ids (question 'bad0'" in note for note in dataset.notes)
+    with pytest.raises(DataError, match="4 of 7 rows name unknown ids"):
+        read([question("q1"), *bad], {"test": [*qrels["test"], ("qX", "d1", 1)]}, on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "answers"),
+    [
+        ("golden_answers", ["31 kb", "31 kilobases "], ("31 kb", "31 kilobases")),
+        ("answer", "31 kb", ("31 kb",)),
+        ("output", [{"answer": "31 kb", "provenance": []}, {"provenance": []}], ("31 kb",)),
+        ("output", {"text": "31 kb"}, ()),
+        ("answer", True, ()),
+        ("solution", "31 kb", ()),
+    ],
+)
+def test_answers_under_other_names_are_read_or_the_fields_named(read, field, value, answers):
+    for extra in ({field: value}, {"metadata": {field: value}}):
+        dataset = read([question("q1", **extra)], {"test": [("q1", "d1", 1)]})
+        assert dataset.questions["test"][0].answers == answers
+        (note,) = dataset.notes
+        if answers:
+            assert note.endswith(f"the answers of 1 questions are read from the field '{field}'")
+        else:
+            assert f"other fields there: {field}; the right one is named with" in note
+
+
+def test_one_text_under_an_own_name_is_one_answer(read):
+    rows = [question("q1", solution="31 kb", answer="no")]
+    fields = {"answers": "solution"}
+    dataset = read(rows, {"test": [("q1", "d1", 1)]}, fields=fields)
+    assert dataset.questions["test"][0].answers == ("31 kb",) and dataset.notes == ()
+
+
 def test_question_without_relevant_passage_is_dropped_and_noted(read):
     dataset = read(QUERIES[:3], {**SPLITS, "test": [("q3", "d1", 0), ("q1", "d1", 1)]})
     assert [question.id for question in dataset.questions["test"]] == ["q1"]

@@ -360,7 +360,8 @@ def test_the_options_of_a_run_hold_unless_flags_say_otherwise(run_folder):
 def test_every_option_changes_the_fingerprint_except_where_it_is_written():
     config = EvaluateConfig(mode="rag_token")
     changed = {
-        "data": "x", "fields": "id=a", "language": "none", "encoder": "x", "lm": "x",
+        "data": "x", "fields": "id=a", "language": "none", "on_bad_row": "skip",
+            "on_unknown": "skip", "encoder": "x", "lm": "x",
             "split": "dev",
         "systems": ("bm25",), "documents": 2, "mode": "rag_sequence_fast", "beams": 2,
         "max_new_tokens": 2, "document_tokens": 9, "max_questions": 3, "answer_questions": 3,

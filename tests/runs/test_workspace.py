@@ -1,5 +1,6 @@
 """What a run is told of its data before anything expensive."""
 
+import dataclasses
 import json
 
 import pytest
@@ -56,6 +57,28 @@ def test_training_on_nothing_but_test_questions_is_refused(tmp_path, write_domai
     dataset = read_data(config, tmp_path / "run", lambda line: None)
     with pytest.raises(ValueError, match="80 of the 80 .* --data_options.leaks keep"):
         choose_questions(config, dataset)
+
+
+def test_the_fields_are_named_where_no_question_has_answers(tmp_path, write_domain):
+    folder = write_domain(tmp_path / "data")
+    path = folder / "queries.jsonl"
+    path.write_text(path.read_text().replace('"answers"', '"solution"'))
+    dataset = read_data(AdaptConfig(data=str(folder)), tmp_path / "run", lambda line: None)
+    with pytest.raises(ValueError, match=r"other fields there: solution; .*fields='answers=NAME'"):
+        choose_questions(AdaptConfig(data=str(folder)), dataset)
+
+
+def test_unknown_ids_are_skipped_where_asked(tmp_path, write_domain):
+    folder = write_domain(tmp_path / "data")
+    with open(folder / "qrels" / "test.tsv", "a") as file:
+        file.write("q1\tnowhere\t1\n")
+    config = AdaptConfig(data=str(folder))
+    with pytest.raises(ValueError, match="on_unknown=skip"):
+        read_data(config, tmp_path / "run", lambda line: None)
+    options = dataclasses.replace(config.data_options, on_unknown="skip")
+    told = []
+    read_data(dataclasses.replace(config, data_options=options), tmp_path / "run", told.append)
+    assert "name unknown ids (passage 'nowhere') and are dropped" in told[0]
 
 
 def test_relevant_passages_on_both_sides_are_told(tmp_path):

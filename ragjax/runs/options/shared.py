@@ -25,6 +25,9 @@ class DataConfig(Options):
             `id=docid,text=contents`.
         on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
             keep it in `rejected.jsonl`.
+        on_unknown: What to do where more than 1 % of a qrels file name questions or passages that
+            the data do not have: `stop`, or `skip` those rows. Rows that name what `on_bad_row`
+            skipped are skipped with it.
         language: Language of the passages, whose stems and stop words BM25 uses: `auto` chooses it
             by their commonest words, `none` takes words as they are written; or a name that
             Snowball has, such as `english` or `german`. Scripts without spaces need none.
@@ -39,6 +42,7 @@ class DataConfig(Options):
 
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] = "stop"
+    on_unknown: Literal["stop", "skip"] = "stop"
     language: str = "auto"
     leaks: Literal["drop", "keep"] = "drop"
     train_questions: int = 240
