@@ -47,8 +47,8 @@ def findable_in(
     stands_for: list[dict[int, int]] = []
     for question, grades in zip(questions, graded, strict=True):
         relevant = [row for row, grade in grades.items() if grade > 0]
-        dropped.append(twins.own.get(question.id, frozenset()) - set(relevant))
         copied = {copy: row for row in relevant for copy in twins.copies.get(row, ())}
+        dropped.append(twins.own.get(question.id, frozenset()) - {*relevant, *copied})
         stands_for.append({copy: row for copy, row in copied.items() if copy not in grades})
     if count := sum(map(bool, dropped)):
         workspace.note(
@@ -163,8 +163,8 @@ def search_in_training(
                 raise ValueError(
                     f"question {questions[row].id!r}: all documents that were found are the"
                     f" question itself or its own source {questions[row].source!r}, so nothing is"
-                    " left to read; use --training.same_source keep, or a corpus with other"
-                    " documents"
+                    " left to read; add other documents, or let it find its source (same_source"
+                    " keep)"
                 )
         return kept
 

@@ -105,8 +105,10 @@ def build_retriever(
     dev = workspace.questions["dev"]
     if dev:
         queries = _hybrid_queries(workspace, query_params, dev)
-        sides = (FindableIndex(side, findable_in(workspace, "dev")) for side in (dense, bm25))
-        weight = choose_dense_weight(*sides, queries, workspace.relevant_rows("dev")).weight
+        findable, relevant = findable_in(workspace, "dev"), workspace.relevant_rows("dev")
+        weight = choose_dense_weight(
+            FindableIndex(dense, findable), FindableIndex(bm25, findable), queries, relevant
+        ).weight
     chosen = f"chosen on {len(dev)} dev questions" if dev else "no dev questions to choose it on"
     workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)

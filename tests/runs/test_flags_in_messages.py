@@ -30,7 +30,8 @@ SHOWN_BY = {
     "ragjax/runs/ask": ("ask",),
     "ragjax/runs/data/_without_leaks": TRAINING,
     "ragjax/runs/evaluate": ("evaluate",),
-    "ragjax/runs/indexes": ("train_rag",),  # those that name a flag
+    "ragjax/runs/data": TRAINING,  # those that name a flag
+    "ragjax/runs/found": ("train_rag",),  # those that name a flag
     "ragjax/runs/options/dual": ("adapt",),
     "ragjax/runs/options/end_to_end": ("train_rag",),
     "ragjax/runs/options/evaluate": ("evaluate",),

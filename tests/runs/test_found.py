@@ -8,6 +8,7 @@ import pytest
 from ragjax.data import Question
 from ragjax.index import Bm25Index
 from ragjax.runs.compare import systems
+from ragjax.runs.found import Findable
 from ragjax.runs.indexes import Rankings, build_bm25
 from ragjax.runs.options.evaluate import EvaluateConfig, run_options
 from ragjax.runs.options.shared import DataConfig, RunConfig
@@ -44,6 +45,7 @@ def test_questions_for_which_bm25_finds_nothing_are_counted(monkeypatch):
     found = bm25.search(["cat"] * 3, 2)
     monkeypatch.setattr(systems, "search", lambda *_: Rankings(found, found, np.zeros((3, 1))))
     monkeypatch.setattr(systems, "doc_logits", lambda *_, **__: np.zeros((3, 2)))
+    monkeypatch.setattr(systems, "findable_in", lambda *_: Findable([frozenset()] * 3, [{}] * 3))
     before = SimpleNamespace()
     systems.retrieve_documents(opened, bm25, before, before, "test")
     assert lines == [

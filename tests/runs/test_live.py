@@ -123,8 +123,8 @@ def test_the_hybrid_of_a_step_ranks_as_the_one_that_is_evaluated(make, mode, mon
     workspace, _ = make(mode, mode=mode, **more)
     bm25, towers = build_bm25(workspace), tower_params(workspace)
     retriever = build_towers(workspace, bm25, towers, 0)
-    rows, texts = np.arange(12), workspace.questions["train"]
-    expected = search(workspace, retriever, texts, 3)
+    rows = np.arange(12)
+    expected = search(workspace, retriever, "train", 3)
     snapshot = IndexSnapshot(
         index=retriever.dense, version=0, encoder_step=0, corpus_hash="", built_at=0.0
     )
@@ -138,7 +138,7 @@ def test_the_hybrid_of_a_step_ranks_as_the_one_that_is_evaluated(make, mode, mon
     found = live_search(workspace, bm25, dense_weight=weight)(queries, 3)
     np.testing.assert_array_equal(found.doc_ids, expected.hybrid.doc_ids)
     np.testing.assert_allclose(found.scores, expected.hybrid.scores, atol=1e-4)
-    best = np.unique(search(workspace, retriever, texts, 6).dense.doc_ids)
+    best = np.unique(search(workspace, retriever, "train", 6).dense.doc_ids)
     assert [ids.tolist() for ids in encoded] == ([best.tolist()] if mode == "rerank" else [])
 
 

@@ -161,7 +161,7 @@ def test_adapters_resume_bit_for_bit_and_leave_the_frozen_weights_alone(tiny_inp
     retriever = build_retriever(
         workspace, build_bm25(workspace), version=0, query_params=params, doc_params=params
     )
-    found = search(workspace, retriever, workspace.questions["train"], 1).hybrid
+    found = search(workspace, retriever, "train", 1).hybrid
     adapted = train_lm(workspace, config.language_model, found)
     assert adapted["embed"]["embedding"] is lm.params["embed"]["embedding"]
     merged = lm.family.save_params(lm.config, lora.merge(adapted))
@@ -181,9 +181,8 @@ def test_one_search_gives_the_candidates_of_both_stages(tiny_inputs, tmp_path, m
     config = tiny_config(tiny_inputs, tmp_path)
     workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda line: None)
     retriever = build_towers(workspace, build_bm25(workspace), tower_params(workspace), 0)
-    questions = workspace.questions["train"]
     # The corpus has 80 passages: from there on, scores depend on the number of candidates.
-    expected = {k: search(workspace, retriever, questions, k) for k in (1, 3, 6, 81)}
+    expected = {k: search(workspace, retriever, "train", k) for k in (1, 3, 6, 81)}
     searched = []
     whole = HybridIndex.search
     monkeypatch.setattr(
