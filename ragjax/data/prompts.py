@@ -61,6 +61,7 @@ class PromptBuilder:
         context_end_ids: Put after each context: what an encoder expects there (</s> of T5). The
             target is then a text of its own.
         target_start_ids: Put before each target: what the model begins with (<s> of BART).
+        new_tokens: Room is kept for a generated answer of so many tokens, too.
 
     Raises:
         DataError: `max_length` leaves no context beside the target.
@@ -77,11 +78,12 @@ class PromptBuilder:
         end_id: int | None = None,
         context_end_ids: Sequence[int] = (),
         target_start_ids: Sequence[int] = (),
+        new_tokens: int = 0,
     ):
         """Prepares the tokenizer and the fixed parts of the template."""
         self.template = template or PromptTemplate()
         self.pad_id = pad_id
-        self.max_length = max_length
+        self.max_length, self._new_tokens = max_length, new_tokens
         self._bos = [] if bos_id is None else [bos_id]
         self._end = [] if end_id is None else [end_id]
         self._context_end, self._target_start = list(context_end_ids), list(target_start_ids)
@@ -91,7 +93,7 @@ class PromptBuilder:
         if self.max_context_length < 1:
             raise DataError(
                 f"max_length = {max_length} leaves no context beside a target of "
-                f"{self.max_target_length} tokens"
+                f"{max_length - self.max_context_length} tokens"
             )
 
     @property
@@ -102,7 +104,7 @@ class PromptBuilder:
     @property
     def max_context_length(self) -> int:
         """Most tokens of a context."""
-        return self.max_length - self.max_target_length
+        return self.max_length - max(self.max_target_length, self._new_tokens)
 
     def passage_text(self, passage: Passage) -> str:
         """Returns what the template shows of a passage, as `encode_documents` takes it."""
@@ -136,6 +138,10 @@ class PromptBuilder:
             DataError: No room is left for the question, or for a token of each document.
         """
         return self._fitted(question, documents)[1]
+
+    def fixed_length(self, question: str, count: int) -> int:
+        """Returns the tokens of a context with so many documents but for those of the documents."""
+        return self._around(question, count).fixed
 
     def document_texts(self, question: str, documents: Sequence[DocumentIds]) -> list[str]:
         """Returns of each document as much as its context has room for."""
@@ -221,7 +227,8 @@ class PromptBuilder:
             raise DataError(
                 f"the prompt leaves {max(around.room, 0)} tokens for {count} documents: of "
                 f"{self.max_length} tokens (max_length), question and template take "
-                f"{around.fixed} and the answer {self.max_target_length}; shorten the question "
+                f"{around.fixed} and the answer {self.max_length - self.max_context_length}; "
+                f"shorten the question "
                 f"{question[:60]!r}, use fewer documents, or raise max_length"
             )
         limit = around.fixed + count * budget

@@ -19,6 +19,7 @@ from ragjax.runs.found import Findable, FindableIndex, findable_in_training, fir
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers
 from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
+from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.teacher import score_candidates, target_log_probs
@@ -88,7 +89,9 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     if config.score_cache and not Path(config.score_cache).is_file():
         raise ValueError(f"--score_cache {config.score_cache}: no such file")
-    return open_workspace(config, folder, stop=stop, log=log)
+    workspace = open_workspace(config, folder, stop=stop, log=log)
+    check_prompts(workspace, run_prompts(workspace, dev=False))
+    return workspace
 
 
 class Candidates:

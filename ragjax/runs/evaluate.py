@@ -29,6 +29,7 @@ from ragjax.runs.options.evaluate import (
 )
 from ragjax.runs.options.modes import MODES, check_mode
 from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.prompt_lengths import OF_EVALUATION, Asked, check_prompts
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_notes, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
 from ragjax.runs.workspace import Workspace, make_workspace
@@ -102,19 +103,13 @@ def _choose_questions(
 
 def _check_prompts(workspace: Workspace, config: EvaluateConfig) -> None:
     """Raises ValueError for documents that no prompt has room for, before anything expensive."""
-    evaluation, prompts = workspace.config.evaluation, workspace.prompts
-    size = len(workspace.dataset.corpus)
-    count = min(evaluation.documents, size)
-    if config.robustness:
-        count = min(evaluation.documents + config.distractors, size)
+    count = workspace.config.evaluation.documents + config.robustness * config.distractors
     if MODES[workspace.config.mode].apart:
         count = 1
-    for row in answered_rows(workspace, config.split):
-        question = workspace.questions[config.split][row]
-        try:
-            prompts.context(question.text, [[0]] * count)
-        except ValueError as error:
-            raise ValueError(f"question {question.id!r}, --documents: {error}") from error
+    asked = workspace.questions[config.split]
+    answered = [asked[row] for row in answered_rows(workspace, config.split)]
+    count = min(count, len(workspace.dataset.corpus))
+    check_prompts(workspace, [Asked(config.split, answered, count)], OF_EVALUATION)
 
 
 def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:

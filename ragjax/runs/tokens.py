@@ -85,9 +85,12 @@ def pad_tokens(encoder: TextEncoder, ids: Sequence[Sequence[int]], length: int) 
 
 
 def make_prompts(
-    config: PromptConfig, lm: LanguageModel, *, end_id: int | None = None
+    config: PromptConfig, lm: LanguageModel, *, end_id: int | None = None, new_tokens: int = 0
 ) -> PromptBuilder:
-    """Returns a language model's prompt builder; with `end_id`, targets end with that token."""
+    """Returns a language model's prompt builder; with `end_id`, targets end with that token.
+
+    Room is kept for `new_tokens` that are generated.
+    """
     return PromptBuilder(
         lm.tokenizer,
         template=PromptTemplate(
@@ -99,6 +102,7 @@ def make_prompts(
         end_id=end_id,
         context_end_ids=lm.text_format.context_end_ids,
         target_start_ids=lm.text_format.target_start_ids,
+        new_tokens=new_tokens,
     )
 
 

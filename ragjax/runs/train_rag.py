@@ -12,6 +12,7 @@ from ragjax.runs.found import source_rows
 from ragjax.runs.indexes import build_bm25, build_towers
 from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.options.end_to_end import RagConfig
+from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
@@ -72,6 +73,7 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     choose_devices(config)
     workspace = open_workspace(config, folder, stop=stop, log=log)
+    check_prompts(workspace, run_prompts(workspace, dev=True))
     make_reader(workspace, config)
     if config.training.same_source == "drop":
         source_rows(workspace.dataset.corpus, workspace.questions["train"])

@@ -237,7 +237,7 @@ def make_workspace(
         max_length=encoder.max_length,
         report=lambda note: log(f"note: {note} for the encoder"),
     )
-    prompts = make_prompts(config.prompt, lm)
+    prompts = make_prompts(config.prompt, lm, new_tokens=config.evaluation.max_new_tokens)
     return Workspace(
         config=config,
         folder=folder,

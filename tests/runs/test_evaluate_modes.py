@@ -349,5 +349,5 @@ def test_more_documents_than_a_prompt_has_room_for_is_one_sentence(
     inputs = tiny_inputs | {"data": str(folder), "output": str(tmp_path / "o")}
     code = script.main([*(f"--{k}={v}" for k, v in inputs.items()), "--documents=500"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2 and "question 'q', --documents: the prompt leaves" in error
-    assert np.char.count(error, "use fewer documents") == 1
+    assert code == 2 and "question 'q', 'which word?', has no room for 502 documents" in error
+    assert np.char.count(error, "lower --documents") == 1

@@ -28,6 +28,7 @@ from ragjax.runs.compare.systems import (
 )
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.modes import MODES
+from ragjax.runs.prompt_lengths import OF_EVALUATION, note_cut_answers
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json, write_text
 
@@ -110,6 +111,7 @@ def write_results(
     """
     options = bootstrap_options(workspace.config)
     records = {name: rows for name, rows in records.items() if any(r.metrics for r in rows)}
+    note_cut_answers(workspace, records, None if checks is None else OF_EVALUATION)
     summaries = {name: summarize(rows, **options) for name, rows in records.items()}
     comparisons = compare(
         records, pairs=RUN_PAIRS if checks is None else tuple(PAIRS), metrics=_COMPARED, **options
