@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from ragjax.models.encoders import bert, causal, dpr, modernbert, roberta
 from ragjax.models.families import EncoderFamily
+from ragjax.models.files.adapter import read_adapter
 from ragjax.models.files.config import fingerprint, parse_sizes, read_config
 from ragjax.models.files.key_table import apply_key_table, read_safetensors, renamed
 from ragjax.models.files.placement import loading_as
@@ -148,7 +149,8 @@ def load_encoder(
     folder = resolve_source(source)
     if folder.is_file():
         raise ValueError(f"{folder}: text encoders load from folders, not from GGUF files")
-    recipe = read_recipe(folder)
+    adapter = read_adapter(folder)
+    recipe = read_recipe(folder if adapter is None else adapter.base)
     raw = read_config(recipe.folder, [name for family in FAMILIES for name in family.model_types])
     family = next(family for family in FAMILIES if raw["model_type"] in family.model_types)
     config = parse_sizes(family.parse_config, raw, recipe.folder / "config.json")
@@ -157,8 +159,11 @@ def load_encoder(
     pad = choose_pad_token(tokenizer, recipe.folder, raw)
     if not pad.declared:
         logger.warning("%s: no pad token declared; rows are filled with %r", source, pad.token)
+    tensors = read_safetensors(recipe.folder)
+    if adapter is not None:
+        tensors = adapter.merged(tensors)
     with loading_as(dtype=dtype, shardings=shardings):
-        params = fill_params(family, config, read_safetensors(recipe.folder), recipe.folder)
+        params = fill_params(family, config, tensors, recipe.folder)
     if recipe.projection:
         params["projection"] = recipe.projection
     prefixes = _prefixes(recipe, query_prefix, doc_prefix, [source, raw.get("_name_or_path")])
@@ -246,6 +251,7 @@ def fill_params(
         family.key_table(config),
         target,
         ignored=family.ignored_keys,
+        buffers=family.buffers(config),
         source=source,
     )
 

@@ -29,6 +29,8 @@ class EncoderFamily(NamedTuple):
     key_table: Callable[[Any], dict[str, KeyRule]]  # config -> where each tensor goes
     canonical_key: Callable[[str], str]  # tensor name in any published file -> name in the table
     ignored_keys: tuple[str, ...]  # tensors that may be there and are no part of the encoder
+    # config -> tensors that are computed instead, see `apply_key_table`
+    buffers: Callable[[Any], Mapping[str, Callable[[np.ndarray], bool]]] = lambda config: {}
     default_pooling: str = "mean"  # a pooling, where the folder names none: what it is trained with
     # (config, params, tokens, *, remat) -> hidden states, for models that run from their parameters
     # as they are; None: the module of `make_module` does.
@@ -56,6 +58,8 @@ class LMFamily(NamedTuple):
     packed_token_log_probs: Callable[..., Array] | None = None
     # True: an encoder reads contexts, and a target begins on its own (T5, BART).
     has_encoder: bool = False
+    # (config, tensors, *, source) -> config, where the tensors of a folder say more than its sizes
+    fit_config: Callable[..., Any] = lambda config, tensors, *, source: config
 
 
 class LoadParams(Protocol):

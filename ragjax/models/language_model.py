@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from ragjax.models.decoder.checkpoint import params_from_gguf
 from ragjax.models.decoder.family import FAMILY as DECODER_FAMILY
 from ragjax.models.families import LMFamily
+from ragjax.models.files.adapter import read_adapter
 from ragjax.models.files.config import fingerprint, parse_sizes, read_config, read_json
 from ragjax.models.files.gguf.model import read_gguf
 from ragjax.models.files.key_table import read_safetensors
@@ -89,7 +90,8 @@ def load_language_model(
 
     Args:
         source: A folder as Hugging Face writes it (`config.json`, safetensors, `tokenizer.json`),
-            a `*.gguf` file, a hub id `org/name[@revision]`, or `pip:NAME==VERSION`.
+            a `*.gguf` file, a hub id `org/name[@revision]`, `pip:NAME==VERSION`, or the folder of a
+            LoRA adapter (PEFT), which is merged into its base model.
         dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
         shardings: Where the parameters go, see `sharding_of`; None: the default device.
 
@@ -173,13 +175,19 @@ def _load_gguf(path: Path, source: str) -> LanguageModel:
     )
 
 
-def _load_folder(folder: Path, source: str) -> LanguageModel:
+def _load_folder(given: Path, source: str) -> LanguageModel:
+    adapter = read_adapter(given)
+    folder = given if adapter is None else adapter.base
     settings = read_config(folder, [name for family in FAMILIES for name in family.model_types])
     family = next(family for family in FAMILIES if settings["model_type"] in family.model_types)
     generation = read_json(folder / "generation_config.json")
     missing = [name for name in _MOVED_FIELDS if settings.get(name) is None]
     settings |= {name: generation[name] for name in missing if name in generation}
+    tensors = read_safetensors(folder)
+    if adapter is not None:
+        tensors = adapter.merged(tensors)
     config = parse_sizes(family.parse_config, settings, folder / "config.json")
+    config = family.fit_config(config, tensors, source=folder)
     tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
     pad = choose_pad_token(tokenizer, folder, settings)
     if not pad.declared:
@@ -188,7 +196,7 @@ def _load_folder(folder: Path, source: str) -> LanguageModel:
     return build_language_model(
         family,
         config,
-        family.load_params(config, read_safetensors(folder), source=folder),
+        family.load_params(config, tensors, source=folder),
         tokenizer,
         bos_id=first[0] if first else None,
         eos_ids=_eos_ids(folder, settings),

@@ -1,5 +1,6 @@
 """Loading language models from Hugging Face folders, and what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -63,11 +64,49 @@ def test_shards_give_the_same_model(folder):
     assert load_language_model(str(folder)).fingerprint == tiny_language_model().fingerprint
 
 
-def test_a_tied_head_that_is_stored_twice_is_ignored(folder):
+def test_a_tied_head_that_is_stored_twice_is_ignored(folder, caplog):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 0}, path)
     assert load_language_model(str(folder)).fingerprint == tiny_language_model().fingerprint
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_head_of_its_own_counts_in_a_model_that_says_it_is_tied(tmp_path, family, dtype, caplog):
+    """What merging an adapter leaves; transformers 5 reads it so too."""
+    write_tiny_language_model(tmp_path, family=family)
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = load_file(path)
+    tensors.pop("lm_head.weight", None)
+    head = tensors["model.embed_tokens.weight"].astype(dtype)
+    head[3] += 1
+    save_file(tensors | {"lm_head.weight": head}, path)
+    change(config, tie_word_embeddings=True)
+    model = load_language_model(str(tmp_path))
+    np.testing.assert_array_equal(model.params["unembed"]["kernel"], head.T.astype(np.float32))
+    assert "lm_head.weight is another table than model.embed_tokens.weight" in caplog.text
+    change(config, tie_word_embeddings=False)
+    assert load_language_model(str(tmp_path)).fingerprint == model.fingerprint
+    assert model.family.format_config(model.config)["tie_word_embeddings"] is False
+    with pytest.raises(ValueError, match="so the model is not tied"):
+        tied = dataclasses.replace(model.config, tie_embeddings=True)
+        model.family.load_params(tied, load_file(path), source="memory")
+
+
+def test_stored_rotary_frequencies_are_those_of_the_configuration_or_named(folder, caplog):
+    path = folder / "model.safetensors"
+    tensors, config = load_file(path), tiny_decoder_config()
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    stored = (config.rope_theta**-exponents).astype(np.float32)
+    save_file(tensors | {name.format(0): stored, name.format(1): stored.astype(np.float16)}, path)
+    assert load_language_model(str(folder)).fingerprint == tiny_language_model().fingerprint
+    assert not caplog.records
+    save_file(tensors | {name.format(1): (500000**-exponents).astype(np.float32)}, path)
+    assert load_language_model(str(folder)).fingerprint == tiny_language_model().fingerprint
+    assert f"tensor {name.format(1)} holds other values than config.json gives" in caplog.text
 
 
 def test_an_unknown_tiny_family_is_named():

@@ -1,6 +1,8 @@
 """Which checkpoint tensor fills which parameter of a causal decoder."""
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +16,13 @@ from ragjax.models.files.key_table import (
     KeyRule,
     apply_key_table,
     named_tensors,
+    renamed,
+    same_values,
     transpose,
     unchanged,
 )
+
+logger = logging.getLogger(__name__)
 
 # Parameter of the layer: (name in a Hugging Face folder, name in a GGUF file).
 _LINEAR = {
@@ -79,19 +85,75 @@ def params_from_huggingface(
         Parameters as `ragjax.models.decoder.model` describes them, float32.
 
     Raises:
-        ValueError: A tensor is missing, left over or of another shape.
+        ValueError: A tensor is missing, left over or of another shape, or the unembedding of a tied
+            model is another table (`untied_by_file` says so before).
     """
-    prefix = next(
-        (prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in tensors), "model."
-    )
-    names = _huggingface_names(prefix)
-    # transformers before 4.31 stored the rotary frequencies; a tied head may be stored twice.
-    ignored = [f"{names.layer}self_attn.rotary_emb.inv_freq"]
-    ignored += [names.unembedding] if config.tie_embeddings else []
-    if prefix != "model.":
+    names = _names_in(tensors)
+    if config.tie_embeddings and names.unembedding in tensors:
+        # A tied head may be stored twice.
+        if not same_values(tensors[names.unembedding], tensors[names.embedding]):
+            raise ValueError(
+                f"{source}: {names.unembedding} is not {names.embedding}, so the model is not tied"
+            )
+        tensors = renamed({name: name for name in tensors if name != names.unembedding}, tensors)
+    ignored = []
+    if names.embedding != "model.embed_tokens.weight":
         ignored += [*_VISION, *(f"model.{pattern}" for pattern in _VISION)]
-    table = _key_table(config, names, permuted=False)
-    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+    return apply_key_table(
+        tensors,
+        _key_table(config, names, permuted=False),
+        _shapes(config),
+        ignored=ignored,
+        buffers=rotary_buffers(config, names.layer),
+        source=source,
+    )
+
+
+def untied_by_file(
+    config: DecoderConfig, tensors: Mapping[str, Any], *, source: str | Path
+) -> DecoderConfig:
+    """Returns the sizes with an unembedding of its own where the file has another one.
+
+    `tie_word_embeddings: true` beside two different tables is what merging an adapter leaves; as in
+    transformers 5, what was stored counts.
+
+    Args:
+        config: Sizes, as `config.json` has them.
+        tensors: Tensors named as in a Hugging Face folder.
+        source: Folder they came from, for the message.
+    """
+    names = _names_in(tensors)
+    tables = [name for name in (names.embedding, names.unembedding) if name in tensors]
+    if not config.tie_embeddings or len(tables) < 2 or same_values(*map(tensors.get, tables)):
+        return config
+    logger.warning(
+        "%s: tie_word_embeddings is true, but %s is another table than %s; both count",
+        source, names.unembedding, names.embedding,
+    )  # fmt: skip
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def rotary_buffers(config: DecoderConfig, layer: str) -> dict[str, Callable[[np.ndarray], bool]]:
+    """Returns the rotary frequencies that transformers before 4.31 stored, for `apply_key_table`.
+
+    Args:
+        config: Sizes.
+        layer: Prefix of the layers, {} in the place of the number.
+    """
+
+    def holds(tensor: np.ndarray) -> bool:
+        exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+        expected = [config.rope_theta**-exponents]
+        if config.rope_scaling is not None:
+            expected.append(config.rope_scaling.stretch(expected[0], config.rope_theta))
+        coarse = 1e-2 if tensor.dtype.itemsize < 4 else 1e-4
+        found = np.asarray(tensor, np.float64)
+        return any(
+            found.shape == each.shape and np.allclose(found, each, rtol=coarse, atol=0)
+            for each in expected
+        )
+
+    return {f"{layer}self_attn.rotary_emb.inv_freq": holds}
 
 
 def params_from_gguf(
@@ -117,9 +179,9 @@ def params_from_gguf(
         ValueError: A tensor is missing, left over or of another shape.
     """
     table = _key_table(config, _GGUF, permuted=permuted)
-    # The factors of the rotary frequencies are part of the configuration.
-    ignored = ["rope_freqs.weight"]
-    return apply_key_table(tensors, table, _shapes(config), ignored=ignored, source=source)
+    # The factors of the rotary frequencies were read into the configuration.
+    read = {"rope_freqs.weight": lambda tensor: True}
+    return apply_key_table(tensors, table, _shapes(config), buffers=read, source=source)
 
 
 def params_to_huggingface(
@@ -140,6 +202,12 @@ def params_to_huggingface(
 def huggingface_key_table(config: DecoderConfig) -> dict[str, KeyRule]:
     """Returns where each tensor of a Hugging Face folder goes."""
     return _key_table(config, _huggingface_names("model."), permuted=False)
+
+
+def _names_in(tensors: Mapping[str, Any]) -> _Names:
+    """Returns what the tensors of a Hugging Face folder are called."""
+    found = (prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in tensors)
+    return _huggingface_names(next(found, "model."))
 
 
 def _huggingface_names(prefix: str) -> _Names:

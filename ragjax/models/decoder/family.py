@@ -1,7 +1,11 @@
 """Causal decoders as a family: what loading, training, generation and export need of them."""
 
 from ragjax.models.decoder.cache import CachedDecoder
-from ragjax.models.decoder.checkpoint import params_from_huggingface, params_to_huggingface
+from ragjax.models.decoder.checkpoint import (
+    params_from_huggingface,
+    params_to_huggingface,
+    untied_by_file,
+)
 from ragjax.models.decoder.huggingface import (
     MODEL_TYPES,
     format_huggingface_config,
@@ -21,4 +25,5 @@ FAMILY = LMFamily(
     make_decoder=CachedDecoder,
     layout=DECODER,
     packed_token_log_probs=packed_token_log_probs,
+    fit_config=untied_by_file,
 )

@@ -13,7 +13,7 @@ from jax import Array
 
 from ragjax.models.families import EncoderFamily
 from ragjax.models.files.config import integer_field, number_field, read_sizes, write_fields
-from ragjax.models.files.key_table import KeyRule, transpose
+from ragjax.models.files.key_table import KeyRule, counts_up, transpose
 from ragjax.models.inputs import Tokens
 from ragjax.models.layers.attention import attend
 from ragjax.models.layers.linear import Linear
@@ -277,8 +277,9 @@ KEY_TABLE: dict[str, KeyRule] = {
     **{f"{_LAYER}{hf}.bias": KeyRule(f"layers/{to}/bias") for hf, to in _NORM.items()},
 }
 
-# Constants, and the heads of the pre-training tasks: no part of a text encoder.
-IGNORED_KEYS = ("embeddings.position_ids", "pooler.dense.*", "cls.*")
+# The heads of the pre-training tasks: no part of a text encoder.
+IGNORED_KEYS = ("pooler.dense.*", "cls.*")
+BUFFERS = {"embeddings.position_ids": counts_up}
 
 
 def canonical_key(name: str) -> str:
@@ -307,4 +308,5 @@ FAMILY = EncoderFamily(
     key_table=lambda config: KEY_TABLE,
     canonical_key=canonical_key,
     ignored_keys=IGNORED_KEYS,
+    buffers=lambda config: BUFFERS,
 )

@@ -13,7 +13,7 @@ from typing import Any
 from flax import nnx
 from jax import Array
 
-from ragjax.models.decoder.checkpoint import huggingface_key_table
+from ragjax.models.decoder.checkpoint import huggingface_key_table, rotary_buffers
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.huggingface import (
     MODEL_TYPES,
@@ -108,7 +108,8 @@ FAMILY = EncoderFamily(
     make_module=DecoderEncoder,
     key_table=huggingface_key_table,
     canonical_key=canonical_key,
-    ignored_keys=("lm_head.weight", "model.layers.{}.self_attn.rotary_emb.inv_freq"),
+    ignored_keys=("lm_head.weight",),
+    buffers=lambda config: rotary_buffers(config, "model.layers.{}."),
     default_pooling="lasttoken",
     hidden_states=hidden_states,
 )

@@ -109,10 +109,11 @@ FAMILY = EncoderFamily(
     make_module=Dpr,
     key_table=key_table,
     canonical_key=bert.canonical_key,
-    ignored_keys=tuple(
-        f"{tower}.bert_model.{name}"
+    ignored_keys=tuple(f"{tower}.bert_model.pooler.dense.*" for tower in _TOWERS.values()),
+    buffers=lambda config: {
+        f"{tower}.bert_model.{name}": holds
         for tower in _TOWERS.values()
-        for name in ("embeddings.position_ids", "pooler.dense.*")
-    ),
+        for name, holds in bert.BUFFERS.items()
+    },
     default_pooling="cls",
 )

@@ -109,5 +109,6 @@ FAMILY = EncoderFamily(
     make_module=Roberta,
     key_table=lambda config: bert.KEY_TABLE,
     canonical_key=canonical_key,
-    ignored_keys=("embeddings.position_ids", "pooler.dense.*", "lm_head.*"),
+    ignored_keys=("pooler.dense.*", "lm_head.*"),
+    buffers=lambda config: bert.BUFFERS,
 )

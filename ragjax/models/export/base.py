@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ragjax.models.files.adapter import read_adapter
 from ragjax.models.files.config import read_json
 from ragjax.models.files.gguf.file import read_gguf_file
 from ragjax.models.files.sources import resolve_source
@@ -39,6 +40,8 @@ def read_base(source: str) -> BaseModel:
     """
     try:
         path = resolve_source(source)
+        if adapter := read_adapter(path):
+            path = adapter.base
     except (OSError, ValueError):
         return BaseModel(source, None, None, {}, {}, {}, {}, None, {})
     if path.is_file():

@@ -8,9 +8,11 @@ params = apply_key_table(read_safetensors(folder), table, abstract_params, sourc
 """
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,7 +28,10 @@ from ragjax.models.files.placement import (
 )
 from ragjax.models.files.safetensors import read_safetensors as read_safetensors
 
+logger = logging.getLogger(__name__)
+
 _MAX_LISTED = 10
+_COMPARED_BYTES = 2**24
 _KEPT_DTYPES = (np.float32, jnp.bfloat16, np.float16)
 
 
@@ -56,6 +61,7 @@ def apply_key_table(
     target: Mapping[str, Any],
     *,
     ignored: Sequence[str] = (),
+    buffers: Mapping[str, Callable[[np.ndarray], bool]] = MappingProxyType({}),
     source: str | Path = "checkpoint",
     placement: Placement | None = None,
 ) -> dict[str, Any]:
@@ -75,8 +81,10 @@ def apply_key_table(
         target: Nested dict of what has `.shape` (arrays or `jax.ShapeDtypeStruct`): the
             parameters to fill, for instance from `stacks.abstract`. The size of axis 0 of a
             parameter with a `{}` rule is the number of layers.
-        ignored: Patterns of tensor names that may be there and are not used; `{}` stands for a
-            number and `*` for anything.
+        ignored: Patterns of tensor names that may be there and are not used, which a warning then
+            says; `{}` stands for a number and `*` for anything.
+        buffers: Patterns of tensors that are computed instead → whether a tensor holds just that;
+            a warning names one that does not.
         source: File or folder that the tensors came from, for the messages.
         placement: Dtype of the parameters and where they go; None takes what the surrounding
             `ragjax.models.files.placement.loading_as` says: float32 on the default device without
@@ -92,7 +100,7 @@ def apply_key_table(
     shapes = {path: tuple(leaf.shape) for path, (leaf,) in _flatten(target)}
     _check_layers(table, shapes, len(tensors), source)
     places = _places(table, shapes)
-    problems = _key_problems(tensors, table, places, shapes, ignored)
+    problems = _key_problems(tensors, table, places, shapes, (*ignored, *buffers))
     parts: dict[str, list[Part]] = {}
     for name, place in places.items():
         if name in tensors:
@@ -106,12 +114,30 @@ def apply_key_table(
             f"{source}: the tensors do not fit the model that its configuration describes:"
             f"{listed}" + (f"\n  and {more} more" if more > 0 else "")
         )
+    _name_unused(
+        [name for name in tensors if name not in places], tensors, ignored, buffers, source
+    )
     dtype, shardings = current_placement() if placement is None else placement
     sharded = {path: sharding_of(shardings, path, shapes[path]) for path in parts}
     filled = {}
     for path, pieces in parts.items():
         filled[path] = fill(shapes[path], _dtype(dtype, pieces), pieces, sharded[path])
     return _nest(filled)
+
+
+def counts_up(tensor: np.ndarray) -> bool:
+    """Says whether a tensor holds 0, 1, 2, ...: the positions that old checkpoints store."""
+    return np.array_equal(np.ravel(tensor), np.arange(np.size(tensor)))
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Says whether two stored tensors are equal, reading a part of them at a time."""
+    if tuple(one.shape) != tuple(other.shape):
+        return False
+    if one.dtype != other.dtype or not (hasattr(one, "rows") and hasattr(other, "rows")):
+        return np.array_equal(np.asarray(one), np.asarray(other))
+    parts = zip(one.rows(_COMPARED_BYTES, 1), other.rows(_COMPARED_BYTES, 1), strict=True)
+    return all(np.array_equal(left, right) for (_, left), (_, right) in parts)
 
 
 def named_tensors(params: Mapping[str, Any], table: Mapping[str, KeyRule]) -> Mapping[str, Any]:
@@ -226,6 +252,31 @@ def _key_problems(
         if name not in places and not any(regex.fullmatch(name) for regex in skip):
             problems.append(f"unexpected tensor {name} of shape {tuple(tensors[name].shape)}")
     return problems
+
+
+def _name_unused(
+    names: Sequence[str],
+    tensors: Mapping[str, Any],
+    ignored: Sequence[str],
+    buffers: Mapping[str, Callable[[np.ndarray], bool]],
+    source: str | Path,
+) -> None:
+    """Warns of the tensors that are left out, unless they hold what is computed anyway."""
+    unused: dict[str, list[str]] = {}
+    for name in names:
+        pattern = next(each for each in (*buffers, *ignored) if _regex(each).fullmatch(name))
+        if pattern not in buffers:
+            unused.setdefault(pattern, []).append(name)
+        elif not buffers[pattern](np.asarray(tensors[name])):
+            logger.warning(
+                "%s: tensor %s holds other values than config.json gives, which count", source, name
+            )
+    if unused:
+        listed = (
+            found[0] if len(found) == 1 else f"{pattern.replace('{}', '*')} ({len(found)} tensors)"
+            for pattern, found in unused.items()
+        )
+        logger.warning("%s: not read, no part of this model: %s", source, ", ".join(listed))
 
 
 def _check_layers(

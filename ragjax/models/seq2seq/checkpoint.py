@@ -76,7 +76,10 @@ def load_params(
         ValueError: A tensor is missing, left over or of another shape, or two copies of the
             embedding table differ.
     """
-    stored = {name.removeprefix(names.prefix): name for name in tensors}
+    stored: dict[str, str] = {}
+    for name in tensors:
+        if (other := stored.setdefault(name.removeprefix(names.prefix), name)) != name:
+            raise ValueError(f"{source}: tensors {other} and {name} are the same parameter twice")
     table = {**_outer_table(config), **names.table(config)}
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     _choose_embedding(config, tensors, stored, source)

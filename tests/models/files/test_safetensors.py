@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ragjax.models.files import key_table
 from ragjax.models.files.key_table import KeyRule, apply_key_table, read_safetensors, transpose
 
 TABLE = {
@@ -135,11 +136,39 @@ def test_only_the_first_ten_problems_are_listed(tensors):
     assert str(raised.value).endswith("and 3 more")
 
 
-def test_ignored_patterns_cover_numbers_and_anything(tensors):
+def test_ignored_patterns_cover_numbers_and_anything_and_are_named(tensors, caplog):
     extra = {"layer.11.mask": np.zeros(1, np.float32), "head.a.b": np.zeros(1, np.float32)}
-    apply_key_table(tensors | extra, TABLE, TARGET, ignored=["layer.{}.mask", "head.*"])
+    apply_key_table(
+        tensors | extra | {"layer.2.mask": np.ones(1)}, TABLE, TARGET, source="folder",
+        ignored=["layer.{}.mask", "head.*"],
+    )  # fmt: skip
+    left = "folder: not read, no part of this model: layer.*.mask (2 tensors), head.a.b"
+    assert [record.getMessage() for record in caplog.records] == [left]
     with pytest.raises(ValueError, match=r"unexpected tensor layer.11.mask"):
         apply_key_table(tensors | extra, TABLE, TARGET, ignored=["layer.{}", "head.*"])
+
+
+def test_a_stored_buffer_is_what_is_computed_or_named(tensors, caplog):
+    for stored, said in (([[0, 1, 2]], 0), ([[0, 1, 1]], 1)):
+        apply_key_table(
+            tensors | {"position_ids": np.array(stored)}, TABLE, TARGET,
+            buffers={"position_ids": key_table.counts_up}, source="folder",
+        )  # fmt: skip
+        assert len(caplog.records) == said
+    assert "folder: tensor position_ids holds other values than config.json" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_stored_tensors_are_compared_in_parts(tmp_path, rng, dtype, monkeypatch):
+    monkeypatch.setattr(key_table, "_COMPARED_BYTES", 40)
+    one = rng.normal(size=(7, 5)).astype(np.float16)
+    last = one.copy()
+    last[-1, -1] += 1
+    tensors = {"one": one, "copy": one.astype(dtype), "last": last, "wide": one[:, :4].copy()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored = read_safetensors(tmp_path)
+    equal = [key_table.same_values(stored["one"], stored[name]) for name in tensors]
+    assert equal == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])

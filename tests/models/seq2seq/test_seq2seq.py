@@ -270,6 +270,15 @@ def test_copies_of_the_embedding_must_agree(two):
         two.family.load_params(two.config, other, source="memory")
 
 
+def test_a_parameter_under_two_names_is_refused():
+    model = tiny_seq2seq(family="bart")
+    tensors = saved(model)
+    name = "encoder.layers.0.fc1.bias"
+    with pytest.raises(ValueError, match=f"model.{name} and {name} are the same parameter twice"):
+        twice = tensors | {name: tensors[f"model.{name}"] + 1}
+        model.family.load_params(model.config, twice, source="memory")
+
+
 def test_an_unscaled_model_that_transformers_5_tied_is_filled_twice():
     model = tiny_seq2seq(family="flan-t5")
     settings = model.family.format_config(model.config)
