@@ -171,3 +171,9 @@ def test_a_file_that_is_written_elsewhere_is_found(text):
     assert not list(
         unnamed_writes(ast.parse("open(path)\nopen(path, 'rb')\nwrite_text(path, 'x')"))
     )
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_kinds_of_numbers_are_told_by_jax_which_knows_bfloat16(module):
+    calls = [node for node in ast.walk(parse(module)) if isinstance(node, ast.Call)]
+    assert "np.issubdtype" not in {ast.unparse(call.func) for call in calls}

@@ -219,7 +219,7 @@ def _encode_corpus(
     if folder.exists():
         store = _open_whole(folder, workspace)
         if store is not None:
-            return EmbeddingStore.open(folder, verified=True, **wanted)
+            return EmbeddingStore.open(folder, verified=True, **wanted, settings=spec.settings)
         shutil.rmtree(folder)
     for other in earlier:
         store = _open_whole(other, workspace)
