@@ -65,6 +65,10 @@ class Flags:
         fields: Names of the fields in corpus.jsonl where they differ from BEIR's, for example
             `id=docid,text=contents`.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
+        query_prefix: Text that the encoder reads before each question of `data` ("" for none);
+            None: what its files say.
+        doc_prefix: Text that the encoder reads before each document of `data` ("" for none); None:
+            what its files say.
         lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
         cache: Folder for the embeddings of `data`.
         answer: Explain this answer instead of generating one.
@@ -92,6 +96,8 @@ class Flags:
     data: str = ""
     fields: str = ""
     encoder: str = _DEFAULTS.encoder
+    query_prefix: str | None = None
+    doc_prefix: str | None = None
     lm: str = _DEFAULTS.lm
     cache: str = "runs/ask"
     answer: str = ""
@@ -199,6 +205,8 @@ def _open(flags: Flags) -> System:
         _DEFAULTS,
         data=_corpus_folder(flags),
         encoder=flags.encoder,
+        query_prefix=flags.query_prefix,
+        doc_prefix=flags.doc_prefix,
         lm=flags.lm,
         data_options=DataConfig(fields=flags.fields),
         prompt=PromptConfig(answer_tokens=flags.max_new_tokens),

@@ -24,12 +24,11 @@ from _program import BAD_INPUT, flag_names, show_error
 
 from ragjax.data import Corpus
 from ragjax.data.fields import parse_fields
-from ragjax.models.encoder import load_encoder
 from ragjax.refresh import WorkerOptions, run_worker
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.tokens import corpus_task
-from ragjax.runs.workspace import in_compute_dtype
+from ragjax.runs.workspace import in_compute_dtype, load_run_encoder
 from ragjax.training.loop import graceful_stop
 
 
@@ -42,6 +41,8 @@ class Flags:
         data: Folder with the trainer's `corpus.jsonl`.
         cache: Folder for the prepared corpus of this host; "" takes `cache` beside the data.
         encoder: The trainer's base encoder.
+        query_prefix: As the trainer's `--query_prefix`.
+        doc_prefix: As the trainer's `--doc_prefix`.
         encoder_max_length: As the trainer's `--encoder_max_length`.
         compute_dtype: As the trainer's `--compute_dtype`.
         fields: As the trainer's `--data_options.fields`.
@@ -57,6 +58,8 @@ class Flags:
     data: str
     cache: str = ""
     encoder: str = AdaptConfig().encoder
+    query_prefix: str | None = None
+    doc_prefix: str | None = None
     encoder_max_length: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     fields: str = ""
@@ -93,8 +96,14 @@ def _run(flags: Flags) -> int:
             fields=fields,
             on_bad_row=flags.on_bad_row,
         )
-        encoder = load_encoder(flags.encoder, max_length=flags.encoder_max_length or None)
-        encoder = in_compute_dtype(encoder, AdaptConfig(compute_dtype=flags.compute_dtype))
+        trainer = AdaptConfig(
+            encoder=flags.encoder,
+            query_prefix=flags.query_prefix,
+            doc_prefix=flags.doc_prefix,
+            encoder_max_length=flags.encoder_max_length,
+            compute_dtype=flags.compute_dtype,
+        )
+        encoder = in_compute_dtype(load_run_encoder(trainer), trainer)
         # Sizes of batches and shards come with each job.
         task = corpus_task(encoder, corpus, encode_tokens=1024)
         devices = jax.local_devices()

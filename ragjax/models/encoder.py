@@ -132,8 +132,10 @@ def load_encoder(
         normalize: True scales embeddings to length 1 (after truncation); None does as the folder
             says, before truncation as sentence-transformers does.
         max_length: Tokens per text, special tokens included; None takes the folder's.
-        query_prefix: Text put before each query; None takes the folder's prompt.
-        doc_prefix: Text put before each document; None takes the folder's prompt.
+        query_prefix: Text put before each query; None takes the folder's prompt ("query" or another
+            name that is for retrieval).
+        doc_prefix: Text put before each document; None takes the folder's prompt ("document" or
+            another name that is for retrieval).
         truncate_dim: Dimensions to keep (Matryoshka); None takes the folder's.
         dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
         shardings: Where the parameters go, see `sharding_of`; None: the default device.
@@ -368,11 +370,14 @@ def _prefixes(
         recipe.query_prefix if query_prefix is None else query_prefix,
         recipe.doc_prefix if doc_prefix is None else doc_prefix,
     )
+    for note, asked in zip(recipe.prompt_notes, (query_prefix, doc_prefix), strict=True):
+        if note and asked is None:
+            logger.warning("%s: %s (query_prefix and doc_prefix change that)", names[0], note)
     known = None
     if recipe.query_prefix is None and recipe.doc_prefix is None and None in chosen:
         known = known_prompts([name for name in names if isinstance(name, str)])
     if known is not None:
-        logger.info(
+        logger.warning(
             "%s: the folder names no prompts; from the model card, queries start with %r and "
             "documents with %r (query_prefix and doc_prefix change that)",
             names[0],

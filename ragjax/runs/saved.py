@@ -11,7 +11,7 @@ from typing import Any, Self
 import jax
 
 from ragjax.evaluation.systems import SYSTEMS
-from ragjax.models.encoder import TextEncoder, load_encoder
+from ragjax.models.encoder import TextEncoder
 from ragjax.models.export.card import Card
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.runs.folder import CONFIG, REPORT
@@ -22,7 +22,7 @@ from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.trainable import END_TO_END, Trained, split_lm, split_models, split_towers
-from ragjax.runs.workspace import in_compute_dtype
+from ragjax.runs.workspace import in_compute_dtype, load_run_encoder
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.lsr import towers
 
@@ -65,7 +65,7 @@ class Models:
             ValueError: Another one has its name today.
         """
         config = self._config
-        encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+        encoder = load_run_encoder(config)
         check_model(in_compute_dtype(encoder, config), "encoder", self._inputs, self._folder)
         return encoder
 

@@ -191,12 +191,22 @@ def open_workspace(
     dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
     # There from the start, for whoever follows the run or reads why it ended.
     (folder / _METRICS).touch()
-    encoder = load_encoder(config.encoder, max_length=config.encoder_max_length or None)
+    encoder = load_run_encoder(config)
     lm = load_language_model(config.lm)
     check_mode(config.mode, lm, "--evaluation.mode")
     _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
     _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)
     return make_workspace(config, folder, dataset, questions, encoder, lm, stop=stop, log=log)
+
+
+def load_run_encoder(config: RunConfig) -> TextEncoder:
+    """Loads the encoder of a run, used as its options say."""
+    return load_encoder(
+        config.encoder,
+        max_length=config.encoder_max_length or None,
+        query_prefix=config.query_prefix,
+        doc_prefix=config.doc_prefix,
+    )
 
 
 def make_workspace(
@@ -229,6 +239,8 @@ def make_workspace(
     _check_weights("lm", config.lm, lm.params)
     encoder = in_compute_dtype(encoder, config)
     log(f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions")
+    if encoder.query_prefix or encoder.doc_prefix:
+        log(f"queries start with {encoder.query_prefix!r}, documents with {encoder.doc_prefix!r}")
     log(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
     doc_tokens = CorpusTokens(
         len(dataset.corpus),

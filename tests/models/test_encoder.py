@@ -194,6 +194,53 @@ def test_prompts_are_read(folder, declared, expected):
     assert (encoder.query_prefix, encoder.doc_prefix) == expected
 
 
+_INSTRUCT = "Instruct: find passages\nQuery: "
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected", "said"),
+    [
+        (
+            {"web_search_query": _INSTRUCT, "sts_query": "S: "}, (_INSTRUCT, ""),
+            ["queries get 'web_search_query' of the prompts 'web_search_query', 'sts_query'"],
+        ),
+        (
+            {"Retrieval-query": "Q: ", "Retrieval-document": "D: "}, ("Q: ", "D: "),
+            ["queries get 'Retrieval-query' of", "documents get 'Retrieval-document' of"],
+        ),
+        (
+            {"retrieval.query": "Q: ", "retrieval.passage": "P: "}, ("Q: ", "P: "),
+            ["queries get 'retrieval.query' of", "documents get 'retrieval.passage' of"],
+        ),
+        ({"nl2code": "N: "}, ("", ""), ["queries get none of the prompts 'nl2code'"]),
+        ({"query": "Q: ", "code_doc": "D: "}, ("Q: ", ""), ["documents get none of"]),
+        ({"query": "Q: "}, ("Q: ", ""), []),
+    ],
+)  # fmt: skip
+def test_prompts_under_other_names_are_used_or_named(folder, prompts, expected, said, caplog):
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"prompts": prompts}))
+    with caplog.at_level(logging.WARNING):
+        encoder = load_encoder(str(folder))
+    assert (encoder.query_prefix, encoder.doc_prefix) == expected
+    notes = [record.getMessage() for record in caplog.records]
+    assert [part in note for part, note in zip(said, notes, strict=True)] == [True] * len(said)
+    caplog.clear()
+    given = load_encoder(str(folder), query_prefix="", doc_prefix="mine: ")
+    assert (given.query_prefix, given.doc_prefix) == ("", "mine: ")
+    assert not caplog.records
+
+
+def test_prefixes_of_a_model_card_are_said(folder, caplog):
+    (folder / "config_sentence_transformers.json").unlink(missing_ok=True)
+    place = folder.rename(folder.parent / "e5-small-v2")
+    (place.parent / "intfloat").mkdir()
+    place = place.rename(place.parent / "intfloat" / "e5-small-v2")
+    with caplog.at_level(logging.WARNING):  # as the scripts show it
+        assert load_encoder(str(place)).query_prefix == "query: "
+    assert "from the model card, queries start with 'query: '" in caplog.text
+
+
 def test_do_lower_case_is_honoured(folder):
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["normalizer"] = None

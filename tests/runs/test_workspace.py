@@ -5,9 +5,12 @@ import json
 
 import pytest
 
-from ragjax.data import read_beir
+from ragjax.data import Question, read_beir
 from ragjax.runs.data import choose_questions, note_shared_passages, read_data
 from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.evaluate import EvaluateConfig, run_options
+from ragjax.runs.tokens import query_ids
+from ragjax.runs.workspace import load_run_encoder
 
 
 @pytest.mark.parametrize("leaks", [0, 1, 5])
@@ -102,3 +105,18 @@ def test_relevant_passages_on_both_sides_are_told(tmp_path):
         "1 of the 3 relevant passages of the test questions are almost the same as one of a"
         " training question: b ~ a",
     ]
+
+
+def test_what_the_encoder_reads_before_a_text_is_an_option(tiny_inputs):
+    options = {"query_prefix": "query: ", "doc_prefix": ""}
+    given = load_run_encoder(AdaptConfig.from_dict(tiny_inputs | options))
+    assert (given.query_prefix, given.doc_prefix) == ("query: ", "")
+    plain = load_run_encoder(AdaptConfig.from_dict(tiny_inputs))
+    assert plain.query_prefix == "" and plain.fingerprint != given.fingerprint
+    question = Question(id="q", text="what?")
+    read = plain.tokenizer.encode("query: what?").ids
+    assert query_ids(given, [question]) == [read] != query_ids(plain, [question])
+    # Of an evaluation: "" is none at all, and a run has its own.
+    assert run_options(EvaluateConfig(query_prefix=""), None).query_prefix == ""
+    with pytest.raises(ValueError, match="--doc_prefix : --run r says which models"):
+        EvaluateConfig(run="r", doc_prefix="")

@@ -21,8 +21,12 @@ from ragjax.models.layers.stacks import Params
 
 logger = logging.getLogger(__name__)
 
+# Names of prompts for retrieval: those of sentence-transformers, then what published models call
+# theirs.
 _QUERY_PROMPTS = ("query",)
 _DOC_PROMPTS = ("document", "passage", "corpus")
+_OTHER_QUERY_PROMPTS = ("search_query", "web_search_query", "retrieval_query", "s2p_query")
+_OTHER_DOC_PROMPTS = ("search_document", "retrieval_document", "retrieval_passage")
 # Until version 5: one switch per mode. In the order in which several are concatenated.
 POOLING_SWITCHES = {
     "pooling_mode_cls_token": "cls",
@@ -61,6 +65,7 @@ class Recipe:
     lowercase: bool
     query_prefix: str | None
     doc_prefix: str | None
+    prompt_notes: tuple[str, ...]  # on the prefix of queries and that of documents; "": nothing
     truncate_dim: int | None
 
 
@@ -78,21 +83,22 @@ def read_recipe(folder: Path) -> Recipe:
     transformer, pooling = folder, None
     steps: list[Step] = []
     projection: Params = {}
-    for path, name in _modules(file):
+    for place, name in _modules(file):
         if name == "Transformer":
-            transformer = path
+            transformer = place
         elif name == "Pooling":
-            pooling = _read_pooling(path / "config.json")
+            pooling = _read_pooling(place / "config.json")
         elif name == "Normalize":
-            _check_place(path / "config.json", read_json(path / "config.json"))
+            _check_place(place / "config.json", read_json(place / "config.json"))
             steps.append(Normalize())
         else:
-            dense, params = _read_dense(path)
+            dense, params = _read_dense(place)
             projection[str(len(projection))] = params
             steps.append(dense)
     settings = _read_settings(transformer)
-    declared = read_json(folder / "config_sentence_transformers.json")
-    query_prefix, doc_prefix = _prompts(folder / "config_sentence_transformers.json", declared)
+    path = folder / "config_sentence_transformers.json"
+    declared = read_json(path)
+    query_prefix, doc_prefix, notes = _prompts(path, declared)
     return Recipe(
         folder=transformer,
         pooling=pooling,
@@ -102,7 +108,8 @@ def read_recipe(folder: Path) -> Recipe:
         lowercase=bool(settings.get("do_lower_case")),
         query_prefix=query_prefix,
         doc_prefix=doc_prefix,
-        truncate_dim=_truncate_dim(folder / "config_sentence_transformers.json", declared),
+        prompt_notes=notes,
+        truncate_dim=_truncate_dim(path, declared),
     )
 
 
@@ -228,8 +235,14 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _prompts(path: Path, declared: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Returns the prefixes of queries and documents, as encode_query and encode_document do."""
+def _prompts(
+    path: Path, declared: Mapping[str, Any]
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Returns the prefixes of queries and documents, and what is to be said of each.
+
+    As encode_query and encode_document of sentence-transformers choose them, and where these find
+    none, by the names that published models use.
+    """
     prompts = declared.get("prompts") or {}
     if not isinstance(prompts, Mapping) or any(
         not isinstance(text, str | None) for text in prompts.values()
@@ -243,10 +256,24 @@ def _prompts(path: Path, declared: Mapping[str, Any]) -> tuple[str | None, str |
         )
     default = None if default_name is None else prompts[default_name] or ""
 
-    def first(names: Sequence[str]) -> str | None:
-        return next((prompts[name] or "" for name in names if name in prompts), default)
+    notes = []
 
-    return first(_QUERY_PROMPTS), first(_DOC_PROMPTS)
+    def first(names: Sequence[str], others: Sequence[str], what: str, like: str) -> str | None:
+        notes.append("")
+        if named := [prompts[name] or "" for name in names if name in prompts]:
+            return named[0]
+        # A model whose documents are read as they are has no prompt with such a name.
+        if default is not None or not any(re.search(like, name.lower()) for name in prompts):
+            return default
+        plain = {re.sub(r"[^a-z0-9]", "_", name.lower()): name for name in prompts}
+        chosen = next((plain[name] for name in others if name in plain), None)
+        listed = ", ".join(map(repr, prompts))
+        notes[-1] = f"{what} get {f'{chosen!r}' if chosen else 'none'} of the prompts {listed}"
+        return None if chosen is None else prompts[chosen] or ""
+
+    query = first(_QUERY_PROMPTS, _OTHER_QUERY_PROMPTS, "queries", "")
+    doc = first(_DOC_PROMPTS, _OTHER_DOC_PROMPTS, "documents", "doc|passage|corpus")
+    return query, doc, tuple(notes)
 
 
 def _truncate_dim(path: Path, declared: Mapping[str, Any]) -> int | None:

@@ -40,6 +40,10 @@ class EvaluateConfig(Options):
         language: Language of the passages, for BM25: `auto`, `none` or a name that Snowball has;
             empty: as the run, else `auto`.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`; not with `run`.
+        query_prefix: Text that the encoder reads before each query ("" for none); None: what its
+            files say; not with `run`.
+        doc_prefix: Text that the encoder reads before each document ("" for none); None: what its
+            files say; not with `run`.
         lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`; not with `run`.
         output: Output folder; the same command resumes an interrupted evaluation.
         split: Questions to evaluate on: the name of a file in qrels/.
@@ -74,6 +78,8 @@ class EvaluateConfig(Options):
     on_unknown: Literal["stop", "skip"] | None = None
     language: str = ""
     encoder: str = ""
+    query_prefix: str | None = None
+    doc_prefix: str | None = None
     lm: str = ""
     output: str = "runs/evaluate"
     split: str = "test"
@@ -113,8 +119,9 @@ class EvaluateConfig(Options):
             )
         if len(set(self.systems)) != len(self.systems):
             raise ValueError(f"systems names a system twice: {' '.join(self.systems)}")
-        for name in ("encoder", "lm"):
-            if self.run and getattr(self, name):
+        for name in ("encoder", "query_prefix", "doc_prefix", "lm"):
+            default = EvaluateConfig.__dataclass_fields__[name].default
+            if self.run and getattr(self, name) != default:
                 raise ValueError(
                     f"--{name} {getattr(self, name)}: --run {self.run} says which models it"
                     " adapted; leave one of them out"
@@ -162,6 +169,11 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
         return {name: given[name] for name in names if name in given}
 
     changes = chosen("data", "encoder", "lm", "output", "seed", "encode_tokens", "score_tokens")
+    changes |= {
+        name: prefix
+        for name in ("query_prefix", "doc_prefix")
+        if (prefix := getattr(config, name)) is not None  # "" is one: none at all
+    }
     if run is not None and not (base.data or config.data):
         # Written by the run: the packages may be others today.
         changes["data"] = str(Path(config.run) / "data" / "python-docs")

