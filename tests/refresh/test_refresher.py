@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refresh_tasks import wait_for
 
 from ragjax.index import EmbeddingStore, EmbeddingWriter
 from ragjax.refresh import (
@@ -201,11 +202,15 @@ def test_triggers_count_and_as_soon_as_possible_keeps_one_under_way(make):
     refresher.close()
     soon = make(trigger=AsSoonAsPossible())
     soon.start(params_at(100), step=100)
-    seen = set()
-    for step in range(101, 140):
+    seen, step = set(), 100
+
+    def one_step():
+        nonlocal step
+        step += 1
         seen.add(soon.update(step, params_at(step)).encoder_step)
-        time.sleep(0.02)
-    assert len(seen) > 3
+        return len(seen) > 3
+
+    wait_for(one_step)
 
 
 def versions(refresher, steps):

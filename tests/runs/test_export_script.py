@@ -83,7 +83,7 @@ def test_two_towers_with_adapters_come_out_merged(export, tiny_run, tmp_path, ca
     assert np.abs(np.subtract(*(embed(tower, ["a"]) for tower in towers.values()))).max() > 1e-5
     capsys.readouterr()
     assert export([f"--run={run}", "--what=encoder", f"--output={tmp_path / 'x'}"]) == 2
-    assert "this run has two encoders (--retriever.train both)" in capsys.readouterr().err
+    assert "this run has two encoders (retriever.train both)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

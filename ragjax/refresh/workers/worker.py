@@ -337,7 +337,7 @@ def _check_dim(task: EncodeTask, params: Any, job: Job) -> None:
     if found != f"gives {job.spec.dim} dimensions":
         raise MismatchError(
             f"This worker's encoder {found}, that of the trainer {job.spec.dim} in job "
-            f"{job.number}; start it with the trainer's --encoder"
+            f"{job.number}; start it with the trainer's encoder"
         )
 
 
