@@ -204,7 +204,7 @@ def test_a_disk_without_room_for_the_last_file_publishes_nothing(make, mounted, 
     refresher = make(disk / "refresh", executor=executor)
     refresher.start(make_params(0))
     executor.disk = disk
-    with pytest.raises(RefreshError, match="manifest.json.tmp.*step 0 still serves") as error:
+    with pytest.raises(RefreshError, match="manifest.json'.*step 0 still serves") as error:
         refresh(refresher, make_params(1), 1)
     assert re.search(r"[\d,]+ bytes are needed", str(error.value))
     check_published(disk / "refresh", [0])
