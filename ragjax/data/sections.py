@@ -88,9 +88,9 @@ def _markdown_headings(lines: list[str]) -> list[_Heading]:
             lines[start:end] = [""] * (end - start)
         elif token.type == "heading_open":
             words = tokens[place + 1].content.split()
-            if len(words) > MAX_HEADING_WORDS:
-                lines[end - 1] = lines[end - 1] if token.markup.startswith("#") else ""
-            else:
+            if not words or (len(words) > MAX_HEADING_WORDS and token.markup[0] in "=-"):
+                lines[end - 1] = ""
+            elif len(words) <= MAX_HEADING_WORDS:
                 found.append(_Heading(start, end, int(token.tag[1:]), " ".join(words)))
     return found
 

@@ -64,7 +64,7 @@ MARKDOWN = {
         [("A ![logo]()", ["see ![a pump]( 'it') here", "[i]: <>"])],
     ),
     "nothing": ("", []),
-    "an empty heading": ("#\n\n##\n", []),
+    "empty headings": ("#\n\n##\n\n# A\n##\n", [("A", ["A"])]),
 }
 
 
@@ -136,7 +136,24 @@ def test_plain_text_has_no_headings():
     ]
 
 
-LINES = ["", "# ", "## ", "```", "~~~", "````", "- ", "> ", "    ", "===", "---", "w", "<p>", "1. "]
+LINES = [
+    "",
+    "#",
+    "###",
+    "# ",
+    "## ",
+    "```",
+    "~~~",
+    "````",
+    "- ",
+    "> ",
+    "    ",
+    "===",
+    "---",
+    "w",
+    "<p>",
+    "1. ",
+]
 
 
 @settings(max_examples=300, deadline=None)
