@@ -125,6 +125,19 @@ class Gauges:
     def metrics(self, snapshot: IndexSnapshot, step: int) -> dict[str, float]:
         """Returns `Refresher.metrics` of the index that serves."""
         values = {
+            "refreshing": float(self._background.busy),
+            "failures": self._background.failures,
+            "swap_seconds": self.swap_seconds,
+            "step_seconds_inside": self.clock.median(inside=True),
+            "step_seconds_outside": self.clock.median(inside=False),
+        }
+        return index_metrics(snapshot, step) | _finite(values)
+
+
+def index_metrics(snapshot: IndexSnapshot, step: int) -> dict[str, float]:
+    """Returns the part of `Refresher.metrics` that is of one index, searched for a step."""
+    return _finite(
+        {
             "version": snapshot.version,
             "staleness_steps": snapshot.staleness_steps(step),
             "staleness_seconds": max(0.0, time.time() - snapshot.built_at),
@@ -133,10 +146,9 @@ class Gauges:
             "fresh_fraction": snapshot.fresh_fraction,
             "encode_seconds": snapshot.encode_seconds,
             "build_seconds": snapshot.build_seconds,
-            "refreshing": float(self._background.busy),
-            "failures": self._background.failures,
-            "swap_seconds": self.swap_seconds,
-            "step_seconds_inside": self.clock.median(inside=True),
-            "step_seconds_outside": self.clock.median(inside=False),
         }
-        return {f"index/{k}": float(v) for k, v in values.items() if np.isfinite(v)}
+    )
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    return {f"index/{k}": float(v) for k, v in values.items() if np.isfinite(v)}

@@ -24,6 +24,7 @@ from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.teacher import score_candidates, target_log_probs
 from ragjax.runs.train.language_model import train_lm
+from ragjax.runs.train.live import check_machine
 from ragjax.runs.train.retriever import (
     Targets,
     TargetsAt,
@@ -32,7 +33,14 @@ from ragjax.runs.train.retriever import (
     train_live,
     train_retriever,
 )
-from ragjax.runs.workspace import FrozenLM, Workspace, open_workspace, tower_params
+from ragjax.runs.workspace import (
+    FrozenLM,
+    Workspace,
+    note_batch,
+    note_limits,
+    open_workspace,
+    tower_params,
+)
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -87,11 +95,37 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
 
 def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
-    if config.score_cache and not Path(config.score_cache).is_file():
-        raise ValueError(f"--score_cache {config.score_cache}: no such file")
+    if config.score_cache:
+        if not Path(config.score_cache).is_file():
+            raise ValueError(f"--score_cache {config.score_cache}: no such file")
+        try:
+            ResultCache(config.score_cache, Score)
+        except ValueError as error:
+            raise ValueError(f"--score_cache {error}") from error
+    if config.refresh.mode != "off":
+        check_machine(config.refresh)
     workspace = open_workspace(config, folder, stop=stop, log=log)
     check_prompts(workspace, run_prompts(workspace, dev=False))
+    _note_limits(workspace, config)
     return workspace
+
+
+def _note_limits(workspace: Workspace, config: AdaptConfig) -> None:
+    """Tells where the run takes less than it was asked for, or than there is."""
+    retriever, documents = config.retriever, {"evaluation.documents": config.evaluation.documents}
+    if config.trains_lm:
+        documents["language_model.documents"] = config.language_model.documents
+    if config.trains_retriever:
+        documents["retriever.candidates"] = retriever.candidates
+        note_batch(workspace, "retriever.batch_size", retriever.batch_size)
+        most = max(1, retriever.candidates - 1)
+        cut = sum(len(relevant) > most for relevant in workspace.relevant_rows("train"))
+        if cut and retriever.objective == "dpr":
+            workspace.log(
+                f"note: --retriever.candidates {retriever.candidates}: {cut} training questions"
+                f" have more than {most} relevant passages, of which {most} are taken"
+            )
+    note_limits(workspace, documents, devices=1 + config.refresh.devices)
 
 
 class Candidates:

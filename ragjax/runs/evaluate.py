@@ -32,7 +32,7 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.prompt_lengths import OF_EVALUATION, Asked, check_prompts
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_notes, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
-from ragjax.runs.workspace import Workspace, make_workspace
+from ragjax.runs.workspace import Workspace, make_workspace, note_limits
 from ragjax.training.loop import StopFlag
 
 
@@ -77,6 +77,8 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     )
     _check_prompts(workspace, config)
     _note_what_was_seen(workspace, config)
+    distractors = {"distractors": config.distractors} if config.robustness else {}
+    note_limits(workspace, {"evaluation.documents": options.evaluation.documents} | distractors)
     dev = shuffled(dataset.questions.get("dev", ()), options.seed)
     weighing = {"dev": dev[: options.data_options.dev_questions]}
     return Opened(
@@ -207,7 +209,10 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
         if workspace.config.trains_lm
         else base
     )
-    documents = retrieve_documents(workspace, bm25, before, after, split)
+    documents = retrieve_documents(
+        workspace, bm25, before, after, split,
+        distractors=config.distractors if config.robustness else 0,
+    )  # fmt: skip
     cache = answer_cache(workspace.folder, _earlier_answers(opened.run))
     evidence = corpus_evidence(workspace, documents, split)
     measure = measure_answer(workspace, config.support_threshold, evidence)

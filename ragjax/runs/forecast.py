@@ -229,7 +229,7 @@ class _Texts:
         """Tokens encoded a second, from one batch in the length of most documents."""
         encoder = self.workspace.encoder
         length = bucket_of(encoder, int(np.median(self._lengths)))
-        rows = max(1, min(64, self.config.encode_tokens // length))
+        rows = max(1, self.config.encode_tokens // length)
         tokens, encode = Tokens(*_filled(rows, length, encoder.pad_id)), jax.jit(encoder.encode)
         return rows * length / _mean_seconds(lambda: encode(encoder.params, tokens))
 

@@ -38,7 +38,7 @@ def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> 
     Args:
         encoder: The base encoder; its fingerprint identifies the initial parameters.
         corpus: Passages, tokenised when they are encoded.
-        encode_tokens: Tokens in a batch, padding included.
+        encode_tokens: Tokens in a batch, padding included; nothing else limits its rows.
     """
 
     def tokenize(passages: Sequence[Passage]) -> list[list[int]]:
@@ -51,7 +51,9 @@ def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> 
         pad_id=encoder.pad_id,
         tokenize=tokenize,
         make_tokens=Tokens,
-        options=EncodeOptions(batch_tokens=encode_tokens, buckets=buckets(encoder)),
+        options=EncodeOptions(
+            batch_tokens=encode_tokens, max_rows=encode_tokens, buckets=buckets(encoder)
+        ),
         corpus_fingerprint=corpus.fingerprint,
         model_fingerprint=encoder.fingerprint,
     )

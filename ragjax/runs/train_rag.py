@@ -16,7 +16,14 @@ from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
-from ragjax.runs.workspace import Workspace, open_workspace, tower_params
+from ragjax.runs.train.live import check_machine
+from ragjax.runs.workspace import (
+    Workspace,
+    note_batch,
+    note_limits,
+    open_workspace,
+    tower_params,
+)
 from ragjax.training.loop import StopFlag
 
 
@@ -71,9 +78,16 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
 
 def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
-    choose_devices(config)
+    devices = choose_devices(config)
+    check_machine(config.refresh)
     workspace = open_workspace(config, folder, stop=stop, log=log)
     check_prompts(workspace, run_prompts(workspace, dev=True))
+    documents = {
+        "evaluation.documents": config.evaluation.documents,
+        "training.documents": config.training.documents,
+    }
+    note_limits(workspace, documents, devices=devices.count + config.refresh.devices)
+    note_batch(workspace, "training.batch_size", config.training.batch_size)
     make_reader(workspace, config)
     if config.training.same_source == "drop":
         source_rows(workspace.dataset.corpus, workspace.questions["train"])

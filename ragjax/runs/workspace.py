@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from ragjax.refresh.task import params_digest
 from ragjax.runs.data import Log, choose_questions, note_shared_passages, read_data
 from ragjax.runs.folder import add_seconds
 from ragjax.runs.options.modes import check_mode
-from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.options.shared import RunConfig, TowersConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
 from ragjax.training.loop import MetricsLog, StopFlag, not_finite
 
@@ -264,6 +264,37 @@ def make_workspace(
         stop=stop,
         log=log,
     )
+
+
+def note_limits(workspace: Workspace, documents: Mapping[str, int], *, devices: int = 1) -> None:
+    """Tells where a run takes less than it was asked for, or than there is.
+
+    Args:
+        workspace: Data and options.
+        documents: Options to the passages that they ask for of each question.
+        devices: Local devices that compute.
+    """
+    size = len(workspace.dataset.corpus)
+    for name, count in documents.items():
+        if count > size:
+            workspace.log(f"note: --{name} {count:,}: there are {size:,} passages, all are taken")
+    kept, most = workspace.config.retriever.doc_tokens, workspace.encoder.max_length
+    if kept > most and kept != TowersConfig.doc_tokens:
+        workspace.log(f"note: --retriever.doc_tokens {kept:,}: the encoder reads {most:,} tokens")
+    local = jax.local_device_count()
+    if devices < local:
+        used = "is" if devices == 1 else "are"
+        workspace.log(f"note: {devices} of the {local} local devices {used} used")
+
+
+def note_batch(workspace: Workspace, name: str, batch_size: int) -> None:
+    """Tells where a batch takes more questions than there are, so that it repeats some."""
+    count = len(workspace.questions["train"])
+    if batch_size > count:
+        workspace.log(
+            f"note: --{name} {batch_size:,}: with {count:,} training questions a batch holds"
+            " some more than once"
+        )
 
 
 def _cast_dtype(config: RunConfig) -> str | None:

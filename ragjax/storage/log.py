@@ -1,12 +1,15 @@
 """Append-only files of JSON objects, one a line; what a killed process tore off is dropped."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragjax.storage.files import named_if_full, replacing
+
+_LOG = logging.getLogger(__name__)
 
 
 class LogLine(NamedTuple):
@@ -60,10 +63,16 @@ class JsonLog:
         self._is_whole = True
 
     def keep(self, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Removes the rows that are not wanted, and lines that are none."""
+        """Removes the rows that are not wanted, and lines that are none, which are logged."""
         if not self.path.exists():
             return
-        kept = [row for _, row in read_lines(self.path) if row is not None and is_wanted(row)]
+        lines = list(read_lines(self.path))
+        if damaged := [number for number, row in lines if row is None]:
+            _LOG.warning(
+                "%s: %d lines hold no JSON object (the first is line %d) and are left out",
+                self.path, len(damaged), damaged[0],
+            )  # fmt: skip
+        kept = [row for _, row in lines if row is not None and is_wanted(row)]
         with replacing(self.path) as file:
             file.writelines(f"{json.dumps(row)}\n".encode() for row in kept)
 
@@ -71,6 +80,6 @@ class JsonLog:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

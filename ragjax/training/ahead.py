@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.index.base import NO_DOC, pad_result
+from ragjax.index.base import NO_DOC, IndexSnapshot, pad_result
 from ragjax.training.live import LiveRetrieval, StepDocuments
 from ragjax.training.steps import TrainState
 
@@ -42,6 +42,7 @@ class AheadRetrieval:
         *,
         num_steps: int,
         overlap: bool = True,
+        max_lag: int = 0,
     ) -> None:
         """Takes its parts.
 
@@ -52,9 +53,12 @@ class AheadRetrieval:
             num_steps: Steps of the stage; nothing is retrieved for more.
             overlap: False: each step's documents are retrieved just before it, with its own
                 parameters. Needed where the search uses live parameters (`search_reranked`).
+            max_lag: Most steps that the index searched may lag behind the step; 0: no limit. Where
+                it would lag by more, the step's documents are retrieved just before it, from the
+                index that serves then.
         """
         self.retrieval, self._prepare = retrieval, prepare
-        self._num_steps, self._overlap = num_steps, overlap
+        self._num_steps, self._overlap, self._max_lag = num_steps, overlap, max_lag
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
         self._ahead: Future[Prepared] | None = None  # of the next step
         self._prepared: Prepared | None = None
@@ -90,7 +94,7 @@ class AheadRetrieval:
             self._prepared = self._work(self.retrieval.look_up(step, snapshot))
         waited = time.perf_counter() - updated
         metrics = self.retrieval.note(self._prepared.retrieved)
-        if self._overlap and step + 1 < self._num_steps:
+        if self._may_search_for(step + 1, snapshot):
             search = self.retrieval.look_up(step + 1, snapshot)
             self._ahead = self._pool.submit(self._work, search)
         return metrics | {
@@ -117,6 +121,11 @@ class AheadRetrieval:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.retrieval.refresher.close()
 
+    def _may_search_for(self, step: int, snapshot: IndexSnapshot) -> bool:
+        if not self._overlap or step >= self._num_steps:
+            return False
+        return not self._max_lag or snapshot.staleness_steps(step) <= self._max_lag
+
     def _work(self, search: Callable[[], StepDocuments]) -> Prepared:
         started = time.perf_counter()
         retrieved = search()
@@ -132,10 +141,12 @@ def _to_json(retrieved: StepDocuments) -> dict[str, Any]:
         "doc_ids": np.where(found.mask, found.doc_ids, NO_DOC).tolist(),
         # Infinity in masked slots is no JSON.
         "scores": np.where(found.mask, found.scores, 0.0).tolist(),
+        "index": dict(retrieved.index),
     }
 
 
 def _from_json(saved: Mapping[str, Any]) -> StepDocuments:
     doc_ids = np.asarray(saved["doc_ids"], np.int32)
     found = pad_result(doc_ids, np.asarray(saved["scores"], np.float32), doc_ids.shape[1])
-    return StepDocuments(int(saved["step"]), np.asarray(saved["rows"], np.int64), found)
+    rows, index = np.asarray(saved["rows"], np.int64), saved.get("index", {})
+    return StepDocuments(int(saved["step"]), rows, found, index)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ragjax.index import EmbeddingStore, IndexSnapshot, SearchResult
 from ragjax.refresh import Never, Refresher, Trigger, live_embeddings, rerank
+from ragjax.refresh.gauges import index_metrics
 from ragjax.refresh.task import EncodeTask
 from ragjax.training.steps import TrainState
 
@@ -46,6 +47,8 @@ class StepDocuments(NamedTuple):
     step: int
     rows: NDArray[np.int64]  # [B] examples of the step
     found: SearchResult  # [B, K]
+    # Of the index that was searched, which may not be the one that serves by then; empty: unknown.
+    index: Mapping[str, float] = {}
 
 
 def refresh_trigger(mode: Freshness, trigger: Trigger) -> Trigger:
@@ -165,15 +168,17 @@ class LiveRetrieval:
         rows = self._rows_at(step)
         embeddings = self._encode_queries(self.query_params, rows)
         queries = StepQueries(snapshot, rows, embeddings, self.doc_params)
-        return lambda: StepDocuments(step, rows, self._search(queries, self._k))
+        index = index_metrics(snapshot, step)
+        return lambda: StepDocuments(step, rows, self._search(queries, self._k), index)
 
     def note(self, retrieved: StepDocuments) -> dict[str, float]:
-        """Counts what a step retrieved; returns the metrics of the index and of that."""
-        found = retrieved.found
+        """Counts what a step retrieved; returns its metrics and those of the index searched."""
+        found, metrics = retrieved.found, self.refresher.metrics(retrieved.step)
         self.refresher.note_retrieved(found.doc_ids, found.mask)
-        return self.refresher.metrics(retrieved.step) | {
-            "retrieval/short": float((~found.mask).any(axis=1).mean())
-        }
+        if retrieved.index:
+            served = index_metrics(self.refresher.snapshot, retrieved.step)
+            metrics = {k: v for k, v in metrics.items() if k not in served} | dict(retrieved.index)
+        return metrics | {"retrieval/short": float((~found.mask).any(axis=1).mean())}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which index serves, for the checkpoint."""

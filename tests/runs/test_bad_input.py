@@ -133,9 +133,20 @@ def test_a_missing_score_cache_is_found_before_anything_is_computed(refuse, tmp_
     assert "no such file" in refuse(f"--score_cache={tmp_path / 'none.jsonl'}")
 
 
+def test_a_damaged_score_cache_is_found_before_anything_is_computed(refuse, tmp_path):
+    (tmp_path / "scores.jsonl").write_text('{"key": "a"}\n')
+    message = refuse(f"--score_cache={tmp_path / 'scores.jsonl'}")
+    assert "--score_cache " in message and "scores.jsonl:1: not a whole Score" in message
+
+
 def test_more_layers_than_the_model_has_gives_the_numbers(refuse):
     assert "99" in (message := refuse("--language_model.train_layers=99"))
     assert "3 layers" in message
+
+
+def test_devices_that_are_not_there_are_named_before_anything_is_read(refuse):
+    message = refuse("--refresh.mode=async", "--refresh.devices=8", data="nowhere")
+    assert "--refresh.devices 8: there are 8 local devices" in message
 
 
 def test_b16_a_prompt_without_room_gives_the_numbers(refuse):

@@ -38,6 +38,14 @@ def test_lines_that_hold_no_object_are_told_by_their_number(tmp_path):
         rows(tmp_path / "none")
 
 
+def test_lines_that_are_left_out_are_logged_with_their_file(tmp_path, caplog):
+    log = JsonLog(tmp_path / "metrics.jsonl")
+    log.path.write_bytes(b'{"a": 1}\n{"a": \xff}\n' + b"[" * 100_000 + b'\n{"a": 2}\n')
+    log.keep(lambda row: True)
+    assert rows(log.path) == [{"a": 1}, {"a": 2}]
+    assert "metrics.jsonl: 2 lines hold no JSON object (the first is line 2)" in caplog.text
+
+
 def test_kept_rows_are_as_they_were_written(tmp_path):
     log = JsonLog(tmp_path / "log.jsonl")
     log.keep(bool)  # there is none

@@ -1,12 +1,14 @@
+import json
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ragjax.index import SearchResult
+from ragjax.index import IndexSnapshot, SearchResult
+from ragjax.refresh.gauges import index_metrics
 from ragjax.training.ahead import AheadRetrieval
-from ragjax.training.live import StepDocuments
+from ragjax.training.live import LiveRetrieval, StepDocuments
 
 
 class FakeRetrieval:
@@ -121,8 +123,6 @@ def test_a_run_that_is_continued_learns_from_what_had_been_retrieved():
 
 
 def test_what_was_retrieved_survives_json_to_the_bit():
-    import json
-
     host = AheadRetrieval(FakeRetrieval(), lambda retrieved: (retrieved, {}), num_steps=2)
     host.resume(0, state(0), None)
     host.before_step(0, state(0))
@@ -159,3 +159,79 @@ def test_a_step_that_was_not_prepared_is_refused():
     with pytest.raises(RuntimeError, match="not prepared"):
         host.batch_at(1)
     host.close()
+
+
+class ServedRefresher:
+    """Serves the index of step 0, and from step 5 on that of step 4."""
+
+    def __init__(self):
+        self.snapshot = None
+
+    def start(self, params, *, step, state, store):
+        self.update(step, params)
+
+    def update(self, step, params):
+        version = int(step >= 5)
+        self.snapshot = IndexSnapshot(
+            index=None, version=version, encoder_step=4 * version, corpus_hash="", built_at=0.0,
+            overlap=0.5 if version else float("nan"),
+        )  # fmt: skip
+        return self.snapshot
+
+    def metrics(self, step):
+        return index_metrics(self.snapshot, step) | {"index/failures": 0.0}
+
+    def note_retrieved(self, doc_ids, mask):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def close(self):
+        pass
+
+
+def ahead_of_a_served_index(**options):
+    found = SearchResult(*(np.zeros((1, 1), kind) for kind in (np.int32, np.float32, bool)))
+    retrieval = LiveRetrieval(
+        lambda _: ServedRefresher(),
+        towers=lambda params: (params, params),
+        encode_queries=lambda params, rows: np.zeros((1, 1), np.float32),
+        rows_at=lambda step: np.zeros(1, np.int64),
+        k=1,
+        search=lambda queries, k: found,
+    )
+    return AheadRetrieval(retrieval, lambda retrieved: (0, {}), num_steps=8, **options)
+
+
+@pytest.mark.parametrize(
+    "options,versions,staleness",
+    [
+        # What step 5 learns from was searched before the index of step 4 was there.
+        ({}, [0] * 6 + [1] * 2, [0, 1, 2, 3, 4, 5, 2, 3]),
+        ({"max_lag": 4}, [0] * 5 + [1] * 3, [0, 1, 2, 3, 4, 1, 2, 3]),
+        ({"overlap": False}, [0] * 5 + [1] * 3, [0, 1, 2, 3, 4, 1, 2, 3]),
+    ],
+)
+def test_the_index_that_was_searched_is_logged_and_bounded(options, versions, staleness):
+    host = ahead_of_a_served_index(**options)
+    host.resume(0, state(0), None)
+    lines = [host.before_step(step, state(step)) for step in range(8)]
+    assert [line["index/version"] for line in lines] == versions
+    assert [line["index/staleness_steps"] for line in lines] == staleness
+    assert [line.get("index/overlap") for line in lines] == [0.5 if v else None for v in versions]
+    host.close()
+
+
+def test_a_run_that_is_continued_logs_the_index_that_had_been_searched():
+    host = ahead_of_a_served_index()
+    host.resume(0, state(0), None)
+    for step in range(5):
+        host.before_step(step, state(step))
+    again = ahead_of_a_served_index()
+    again.resume(5, state(5), json.loads(json.dumps(host.state_dict())))
+    ours, theirs = (each.before_step(5, state(5)) for each in (host, again))
+    assert ours["index/version"] == theirs["index/version"] == 0
+    assert ours["index/staleness_steps"] == theirs["index/staleness_steps"] == 5
+    host.close()
+    again.close()

@@ -179,7 +179,8 @@ class _Worker:
         self._report(f"job {job.number}: parameters of step {job.step}")
         options, rows = job.options, job.rows()
         if (batch_tokens := self._options.batch_tokens) is not None:
-            options = dataclasses.replace(options, batch_tokens=batch_tokens)
+            most = max(options.max_rows, batch_tokens)
+            options = dataclasses.replace(options, batch_tokens=batch_tokens, max_rows=most)
         self._prepared = _Prepared(
             job=job,
             task=dataclasses.replace(self._task, options=options),

@@ -115,9 +115,9 @@ def marginal_nll(
 def _records(
     workspace: Workspace, side: Side, questions: Sequence[Question]
 ) -> list[QuestionRecord]:
-    found = search(workspace, side.retriever, "dev", _DEPTH).dense
-    columns = retrieval_metrics(found.doc_ids, workspace.gold_rows("dev"))
     read = workspace.config.evaluation.documents
+    found = search(workspace, side.retriever, "dev", max(_DEPTH, read)).dense
+    columns = retrieval_metrics(found.doc_ids, workspace.gold_rows("dev"))
     top = found.top(read)
     answered = [row for row, question in enumerate(questions) if question.answers]
     nll, fused = np.full(len(questions), np.nan), MODES[workspace.config.mode].fused

@@ -24,7 +24,7 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache
 
-# Documents listed for each question; recall@20 is the deepest metric.
+# Documents listed for each question, at least: recall@20 is the deepest metric.
 _SEARCH_DEPTH = 20
 
 Records = dict[str, list[QuestionRecord]]
@@ -48,7 +48,13 @@ class Column(NamedTuple):
 
 
 def retrieve_documents(
-    workspace: Workspace, bm25: Bm25Index, before: Retriever, after: Retriever, split: str
+    workspace: Workspace,
+    bm25: Bm25Index,
+    before: Retriever,
+    after: Retriever,
+    split: str,
+    *,
+    distractors: int = 0,
 ) -> dict[str, Documents]:
     """Searches each index once.
 
@@ -58,21 +64,26 @@ def retrieve_documents(
         before: The base retriever.
         after: The adapted one, or the base one again.
         split: Of the workspace's questions.
+        distractors: Irrelevant documents that are wanted of each question.
 
     Returns:
         The documents by their name in `SYSTEMS`. p_R is a dense retriever's in all of them; that of
         the documents of BM25 is the base retriever's.
     """
     questions = workspace.questions[split]
+    depth = max(_SEARCH_DEPTH, workspace.config.evaluation.documents)
+    if distractors:
+        most = max(map(len, workspace.relevant_rows(split)), default=0)
+        depth = max(depth, distractors + most)
     texts = [question.text for question in questions]
-    lexical = FindableIndex(bm25, findable_in(workspace, split)).search(texts, _SEARCH_DEPTH)
+    lexical = FindableIndex(bm25, findable_in(workspace, split)).search(texts, depth)
     if nothing := int((~lexical.mask.any(axis=1)).sum()):
         workspace.note(
             f"BM25 finds nothing for {nothing} of the {len(questions)} {split} questions:"
             " they share no word with any passage"
         )
-    old = search(workspace, before, split, _SEARCH_DEPTH)
-    new = old if after is before else search(workspace, after, split, _SEARCH_DEPTH)
+    old = search(workspace, before, split, depth)
+    new = old if after is before else search(workspace, after, split, depth)
     scale = workspace.config.retriever.scale
 
     def weighed(retriever: Retriever, ranked: Rankings, found: SearchResult) -> Documents:

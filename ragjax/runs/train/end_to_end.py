@@ -122,6 +122,7 @@ def train_end_to_end(
         # Re-ranking reads the live document encoder, whose buffers the step donates, so it cannot
         # overlap the step.
         overlap=training.overlap and config.refresh.mode != "rerank",
+        max_lag=config.refresh.max_lag,
     )
 
     def describe_batch(step: int) -> str:

@@ -14,6 +14,7 @@ import jax
 from ragjax import refresh
 from ragjax.data import batch_rows
 from ragjax.index import Bm25Index, EmbeddingStore
+from ragjax.index.scann import scann_problem
 from ragjax.runs.found import findable_in_training, search_in_training
 from ragjax.runs.indexes import live_search
 from ragjax.runs.options.refresh import RefreshConfig
@@ -121,15 +122,22 @@ def refresh_options(config: RefreshConfig) -> refresh.RefreshOptions:
     )
 
 
+def check_machine(config: RefreshConfig) -> None:
+    """Raises ValueError for an index that this machine cannot build, or devices that it lacks."""
+    count = jax.local_device_count()
+    if config.devices and config.devices >= count:
+        raise ValueError(
+            f"--refresh.devices {config.devices}: there are {count} local devices and training"
+            " needs one; use 0 to encode beside training"
+        )
+    if config.index == "scann" and (problem := scann_problem()):
+        raise ValueError(f"--refresh.index scann: {problem}")
+
+
 def _executor(config: RefreshConfig, folder: Path) -> refresh.Executor:
+    check_machine(config)
     if config.workers:
         return refresh.ProcessExecutor(folder)
     if not config.devices:
         return refresh.ThreadExecutor()
-    local = jax.local_devices()
-    if config.devices >= len(local):
-        raise ValueError(
-            f"--refresh.devices {config.devices}: there are {len(local)} local devices and training"
-            " needs one; use 0 to encode beside training"
-        )
-    return refresh.ThreadExecutor(local[-config.devices :])
+    return refresh.ThreadExecutor(jax.local_devices()[-config.devices :])
