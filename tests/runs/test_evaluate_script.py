@@ -16,6 +16,7 @@ from ragjax.runs.options.evaluate import (
     system_names,
 )
 from ragjax.runs.saved import open_run
+from ragjax.storage import sealed
 from ragjax.training.loop import Interrupted, StopFlag
 
 RESULTS = (
@@ -179,6 +180,8 @@ def test_robustness_has_every_condition_and_reads_what_it_says(evaluated, tiny_i
     assert robustness["n"] == 5
     pairs = {(row["system"], row["baseline"]) for row in robustness["differences"]}
     assert ("gold_first", "gold") in pairs and ("distractors", "closed_book") in pairs
+    compared = {row["metric"] for row in robustness["differences"] if row["system"] == "gold"}
+    assert compared == {"exact_match", "f1", "answer_nll", "corpus_hallucination"}
     lines = [line for line in load(evaluated, "predictions.jsonl") if "robustness" in line]
     assert len(lines) == 5
     same = []
@@ -266,7 +269,7 @@ def test_answers_without_their_probability_are_computed_again(script, base, eval
     path = output / "evaluation" / "answers.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     old = [{k: row[k] for k in ("key", "prediction", "nll")} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    path.write_text("".join(json.dumps(sealed(row)) + "\n" for row in old))
     assert script.main([*base, f"--output={output}"]) == 0
     assert (output / "calibration.json").read_bytes() == (
         evaluated / "calibration.json"

@@ -241,7 +241,7 @@ def _legend(systems: Sequence[str], checks: Checks | None, mode: str) -> str:
 
 
 def _robustness_report(summary: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
-    names = (*CONDITION_METRICS, "hallucination", "corpus_hallucination", "n")
+    names = (*CONDITION_METRICS, "hallucination", "n")
     conditions = {
         condition: {name: values[name] for name in names if name in values}
         for condition, values in summary["conditions"].items()

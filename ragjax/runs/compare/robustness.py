@@ -18,7 +18,7 @@ from ragjax.runs.options.modes import MODES
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache
 
-CONDITION_METRICS = ("exact_match", "f1", "answer_nll")
+CONDITION_METRICS = ("exact_match", "f1", "answer_nll", "corpus_hallucination")
 _CONDITIONS: dict[str, Callable[[PassageSets], tuple[int, ...]]] = {
     "closed_book": lambda sets: (),
     "gold": lambda sets: sets.gold,
