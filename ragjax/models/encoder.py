@@ -132,10 +132,8 @@ def load_encoder(
         normalize: True scales embeddings to length 1 (after truncation); None does as the folder
             says, before truncation as sentence-transformers does.
         max_length: Tokens per text, special tokens included; None takes the folder's.
-        query_prefix: Text put before each query; None takes the folder's prompt ("query" or another
-            name that is for retrieval).
-        doc_prefix: Text put before each document; None takes the folder's prompt ("document" or
-            another name that is for retrieval).
+        query_prefix: Text put before each query; None takes the folder's prompt.
+        doc_prefix: Text put before each document; None takes the folder's prompt.
         truncate_dim: Dimensions to keep (Matryoshka); None takes the folder's.
         dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
         shardings: Where the parameters go, see `sharding_of`; None: the default device.

@@ -18,6 +18,7 @@ import numpy as np
 
 from ragjax.data import (
     CorpusTokens,
+    DataError,
     Dataset,
     DocumentTokens,
     PromptBuilder,
@@ -249,7 +250,14 @@ def make_workspace(
         max_length=encoder.max_length,
         report=lambda note: log(f"note: {note} for the encoder"),
     )
-    prompts = make_prompts(config.prompt, lm, new_tokens=config.evaluation.max_new_tokens)
+    try:
+        prompts = make_prompts(config.prompt, lm, new_tokens=config.evaluation.max_new_tokens)
+    except DataError as error:
+        raise ValueError(
+            f"{lm.source} reads {lm.max_length} tokens, which leaves no room for a prompt beside"
+            f" the {config.prompt.answer_tokens} tokens of --prompt.answer_tokens and the"
+            f" {config.evaluation.max_new_tokens} of --evaluation.max_new_tokens; lower the larger"
+        ) from error
     return Workspace(
         config=config,
         folder=folder,

@@ -62,6 +62,14 @@ def test_room_is_kept_for_all_documents_and_all_generated_tokens(changed, tmp_pa
         dry_run(changed(AdaptConfig, **options), stop=StopFlag(), log=lambda line: None)
 
 
+@pytest.mark.parametrize(
+    "group", [{"prompt": {"answer_tokens": 600}}, {"evaluation": {"max_new_tokens": 600}}]
+)
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(changed, group):
+    with pytest.raises(ValueError, match=r"reads 512 .* 600 .*; lower the larger"):
+        dry_run(changed(AdaptConfig, **OPTIONS, **group), stop=StopFlag(), log=lambda line: None)
+
+
 def test_what_the_language_model_does_not_read_is_counted_and_named(changed, tmp_path):
     config = changed(
         AdaptConfig, question="q5", text="what?", answer="x" * 40, passage="a long text " * 20,
