@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import shutil
-import string
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from ragjax.data.corpus import Passage
 from ragjax.data.docstrings import clean_docstring, cut_text
+from ragjax.data.matching import holds_answer
 from ragjax.storage import new_folder, write_jsonl, write_text
 
 MAX_WORDS = 120
@@ -115,7 +115,7 @@ def questions_without_gold(corpus: Sequence[Passage]) -> list[tuple[str, str]]:
         text = texts.get(question["doc"])
         if text is None:
             missing.append((question["id"], f"no passage {question['doc']}"))
-        elif not any(_contains(text, answer) for answer in question["answers"]):
+        elif not any(holds_answer(text, answer) for answer in question["answers"]):
             reason = f"{question['doc']} does not contain {' or '.join(question['answers'])!r}"
             missing.append((question["id"], reason))
     return missing
@@ -173,19 +173,6 @@ def _write_folder(
 def _query(row: Mapping[str, Any]) -> dict[str, Any]:
     metadata = {"answers": row["answers"], "doc": row["doc"], "split": row["split"]}
     return {"_id": row["id"], "text": row["question"], "metadata": metadata}
-
-
-def _contains(text: str, answer: str) -> bool:
-    """Whether the answer is in the text as whole words, as written or normalised."""
-    if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text):
-        return True
-    return f" {_normalise(answer)} " in f" {_normalise(text)} "
-
-
-def _normalise(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(char for char in text.lower() if char not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def _objects() -> Iterator[tuple[str, Any]]:

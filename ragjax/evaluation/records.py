@@ -146,7 +146,9 @@ def compare(
     Raises:
         ValueError: If a question occurs twice in a system, or two systems that are compared were
             asked different questions.
+        TypeError: `metrics` is one string.
     """
+    refuse_string(metrics, "metrics")
     comparisons = []
     for system, baseline in pairs:
         if system not in records_by_system or baseline not in records_by_system:

@@ -12,6 +12,7 @@ from ragjax.evaluation import (
     QuestionRecord,
     answer_at_k,
     answer_in_text,
+    compare,
     exact_match,
     f1_score,
     ndcg,
@@ -19,6 +20,7 @@ from ragjax.evaluation import (
     recall_at_k,
     reciprocal_rank,
 )
+from ragjax.evaluation.report.html import excerpt
 from ragjax.evaluation.robustness import same_answers
 from ragjax.evaluation.support import answer_support
 
@@ -233,6 +235,8 @@ ONE_STRING = {
     "QuestionRecord, documents": lambda: QuestionRecord(
         id="q", system="s", question="?", doc_ids="d1"
     ),
+    "compare": lambda: compare({}, metrics="f1"),
+    "excerpt": lambda: excerpt("a b", "a"),
     "Question": lambda: Question(id="q", text="?", answers="abc"),
 }
 

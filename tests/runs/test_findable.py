@@ -21,6 +21,7 @@ from ragjax.runs.found import (
     search_findable,
     search_in_training,
 )
+from ragjax.runs.workspace import Workspace
 from ragjax.training.lsr import LsrBatch, make_lsr_loss
 
 PASSAGES = {
@@ -76,6 +77,12 @@ def test_a_copy_of_a_relevant_passage_counts_as_that(workspace):
     (copy,), (pump,) = rows("pump-2"), rows("pump")
     assert findable.stands_for == [{}, {copy: pump}, {}]
     assert "1 of the 3 test questions have a relevant passage with copies" in workspace.notes[1]
+
+
+def test_copies_of_relevant_passages_are_relevant(workspace):
+    workspace.gold_rows = lambda split: workspace.dataset.graded_rows(split)
+    relevant = Workspace.relevant_rows(workspace, "train")
+    assert relevant == [rows("lamp"), rows("pump", "pump-2"), rows("q3")]
 
 
 def test_in_training_copies_are_one_passage_and_none_finds_itself(workspace):

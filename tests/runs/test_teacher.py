@@ -8,10 +8,12 @@ from ragjax.index import SearchResult
 from ragjax.models import LMBatch
 from ragjax.runs import teacher as teacher_module
 from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
+from ragjax.runs.found import Findable
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.teacher import TeacherScores, score_candidates, target_log_probs
-from ragjax.runs.train.retriever import _batch_docs, scored_targets
+from ragjax.runs.train import retriever as retriever_module
+from ragjax.runs.train.retriever import _batch_docs, _lsr_batches, scored_targets
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
@@ -149,6 +151,20 @@ def test_a_batch_holds_its_candidates_once_and_random_documents_beside(rng):
     assert docs != _batch_docs(targets, 12, 50, (0, 2), {})
     copies = dict.fromkeys(range(8, 50), 8)  # all other documents have one text
     assert set(_batch_docs(targets, 12, 50, (0, 1), copies)) - set(range(8)) == {8}
+
+
+def test_a_question_is_no_negative_of_itself_in_the_batch(workspace, rng, monkeypatch):
+    config = RetrieverConfig(batch_size=4)
+    found = some_candidates(rng, 9, documents=40)
+    targets = scored_targets(found, found.scores)
+    batch_at = _lsr_batches(workspace, config, 0, lambda step, rows: targets.take(rows))
+    assert batch_at(0).excluded is None
+    every = [frozenset(range(80))] * 9  # whatever is in the batch
+    allowed = Findable(every, [{}] * 9)
+    monkeypatch.setattr(retriever_module, "findable_in_training", lambda _: allowed)
+    batch_at = _lsr_batches(workspace, config, 0, lambda step, rows: targets.take(rows))
+    batch = batch_at(0)
+    np.testing.assert_array_equal(batch.excluded, np.tile(batch.doc_mask, (4, 1)))
 
 
 def request(workspace, row, docs):

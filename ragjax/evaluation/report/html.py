@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from ragjax.data.matching import find_answer
+from ragjax.data.matching import find_answer, refuse_string
 from ragjax.evaluation.report.style import STYLE
 
 # What HTML forbids or no font can draw: control characters, lone surrogates, noncharacters.
@@ -154,6 +154,7 @@ def page(title: str, body: str) -> str:
 
 def _occurrences(text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
     """Returns where answers stand, in order and without overlap."""
+    refuse_string(answers, "answers")
     found: list[tuple[int, int]] = []
     for answer in answers:
         found += find_answer(text, answer)
