@@ -23,13 +23,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from _program import (
-    BAD_INPUT,
-    escape_what_is_no_utf8,
-    flag_names,
-    in_own_flags,
-    show_error,
-)
 from tqdm import tqdm
 
 from ragjax.data.folders import holds_data_set, write_documents
@@ -46,6 +39,13 @@ from ragjax.runs.ask.view import (
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.modes import ModeName
 from ragjax.runs.options.shared import DataConfig
+from ragjax.runs.program import (
+    BAD_INPUT,
+    escape_what_is_no_utf8,
+    flag_names,
+    in_own_flags,
+    show_error,
+)
 from ragjax.runs.system import SEARCHES, System
 
 INTERRUPTED = 130
@@ -101,7 +101,7 @@ class Flags:
     lm: str = _DEFAULTS.lm
     cache: str = "runs/ask"
     answer: str = ""
-    documents: int = 4
+    documents: Annotated[int, tyro.conf.arg(aliases=("--k",))] = 4
     retriever: Literal["hybrid", "dense", "bm25"] = "hybrid"
     decode: ModeName | None = None
     max_new_tokens: int = 16

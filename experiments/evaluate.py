@@ -12,9 +12,8 @@ cores. Re-run the same command to resume an interrupted evaluation.
 import sys
 from collections.abc import Sequence
 
-from _program import run_program
-
 from ragjax.runs import EvaluateConfig, evaluate
+from ragjax.runs.program import run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

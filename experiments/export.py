@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from _program import BAD_INPUT, flag_names, show_error
 
 from ragjax.models import load_encoder, load_language_model
 from ragjax.models.export import plan_encoder, plan_language_model
@@ -26,6 +25,7 @@ from ragjax.models.export.card import Card
 from ragjax.models.export.folder import ModelFolder, check_destination, publish
 from ragjax.models.export.language_model import auto_class
 from ragjax.runs.options.checks import check_numbers
+from ragjax.runs.program import BAD_INPUT, flag_names, show_error
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
 
 What = Literal["encoder", "query_encoder", "doc_encoder", "language_model"]

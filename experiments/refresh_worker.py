@@ -20,13 +20,13 @@ from typing import Literal
 
 import jax
 import tyro
-from _program import BAD_INPUT, flag_names, show_error
 
 from ragjax.data import Corpus
 from ragjax.data.fields import parse_fields
 from ragjax.refresh import WorkerOptions, run_worker
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.program import BAD_INPUT, flag_names, show_error
 from ragjax.runs.tokens import corpus_task
 from ragjax.runs.workspace import in_compute_dtype, load_run_encoder
 from ragjax.training.loop import graceful_stop

@@ -13,9 +13,8 @@ the same command to resume an interrupted run.
 import sys
 from collections.abc import Sequence
 
-from _program import run_program
-
 from ragjax.runs import RagConfig, train_rag
+from ragjax.runs.program import run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

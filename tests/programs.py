@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-# Where the scripts find the module that they share.
-sys.path.append(str(ROOT / "experiments"))
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from ragjax.runs import AdaptConfig, RagConfig
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.options.refresh import RefreshConfig
+from ragjax.runs.program import parse_flags
 
 RECIPES = ROOT / "experiments" / "recipes"
-parse_flags = load_script("experiments/_program.py").parse_flags
 
 
 @pytest.fixture(scope="module")

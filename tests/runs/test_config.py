@@ -15,6 +15,7 @@ from ragjax.runs import (
 from ragjax.runs.folder import config_record
 from ragjax.runs.options.checks import check_all, checked_later
 from ragjax.runs.options.files import load_config_file
+from ragjax.runs.program import parse_flags
 
 
 def write(tmp_path, name, text):
@@ -114,7 +115,6 @@ def test_the_file_that_a_run_wrote_is_a_config_file_of_its_script(tmp_path, conf
     path = write(
         tmp_path, "config.json", json.dumps(config_record(config, "digest", mode="concat"))
     )
-    parse_flags = load_script("experiments/_program.py").parse_flags
     assert parse_flags(type(config)(), None, [f"--config={path}"]).options == config
     other = RagConfig() if isinstance(config, AdaptConfig) else AdaptConfig()
     with pytest.raises(ValueError, match=r"config.json: options of experiments/.* not those of"):
@@ -173,7 +173,7 @@ def test_values_out_of_range_are_named(make, match):
 )
 def test_a_flag_out_of_range_is_named_as_it_was_given(config, flags, start):
     with pytest.raises(ValueError) as error:
-        load_script("experiments/_program.py").parse_flags(config, None, flags)
+        parse_flags(config, None, flags)
     assert str(error.value).startswith(start)
 
 
@@ -206,7 +206,6 @@ def test_every_number_among_the_flags_is_checked_for_what_no_computation_takes()
 
 @pytest.mark.parametrize("config", [AdaptConfig(), RagConfig(), EvaluateConfig()])
 def test_documents_read_for_an_answer_are_one_flag_of_every_script(config):
-    parse_flags = load_script("experiments/_program.py").parse_flags
     options = parse_flags(config, None, ["--documents=3"]).options
     assert getattr(options, "evaluation", options).documents == 3
     if isinstance(config, RunConfig):

@@ -15,6 +15,7 @@ from ragjax.runs.options.evaluate import (
     run_options,
     system_names,
 )
+from ragjax.runs.program import parse_flags
 from ragjax.runs.saved import open_run
 from ragjax.storage import sealed
 from ragjax.training.loop import Interrupted, StopFlag
@@ -408,11 +409,7 @@ def test_flags_of_what_is_measured(script, base, evaluated, tmp_path, capsys):
 def test_the_config_file_comes_before_the_flags(script, tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('documents = 3\nsystems = ["bm25", "before"]\nbins = 4\n')
-    flags = (
-        load_script("experiments/_program.py")
-        .parse_flags(EvaluateConfig(), None, [f"--config={path}", "--bins=5"])
-        .options
-    )
+    flags = parse_flags(EvaluateConfig(), None, [f"--config={path}", "--bins=5"]).options
     assert (flags.documents, flags.systems, flags.bins) == (3, ("bm25", "before"), 5)
 
 

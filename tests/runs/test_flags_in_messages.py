@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from programs import ROOT, load_script
 
-from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig
+from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig, program
 
-PROGRAM = load_script("experiments/_program.py")
 CONFIGS = {"adapt": AdaptConfig(), "train_rag": RagConfig(), "evaluate": EvaluateConfig()}
-COMMON = {field for field in PROGRAM.Flags.__dataclass_fields__ if field != "options"}
-FLAGS = {name: PROGRAM.flag_names(config) | COMMON for name, config in CONFIGS.items()} | {
-    name: PROGRAM.flag_names(load_script(f"experiments/{name}.py").Flags)
+COMMON = {field for field in program.Flags.__dataclass_fields__ if field != "options"}
+FLAGS = {name: program.flag_names(config) | COMMON for name, config in CONFIGS.items()} | {
+    name: program.flag_names(load_script(f"experiments/{name}.py").Flags)
     for name in ("ask", "export", "refresh_worker", "verify_index")
 }
 FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
 FLAGS["train_rag"] |= {"documents"}
+FLAGS["ask"] |= {"k"}
 TRAINING, RUNS = ("adapt", "train_rag"), ("adapt", "train_rag", "evaluate")
 
 # Who shows the messages of a module, or of a function in it; the longest beginning counts. Nobody:
@@ -32,6 +32,7 @@ SHOWN_BY = {
     "ragjax/runs/evaluate": ("evaluate",),
     "ragjax/runs/data": TRAINING,  # those that name a flag
     "ragjax/runs/found": ("train_rag",),  # those that name a flag
+    "ragjax/runs/program": RUNS,
     "ragjax/runs/options/dual": ("adapt",),
     "ragjax/runs/options/end_to_end": ("train_rag",),
     "ragjax/runs/options/evaluate": ("evaluate",),
@@ -45,7 +46,6 @@ SHOWN_BY = {
     "ragjax/runs/workspace": TRAINING,
     "ragjax/evaluation/report/style": None,  # CSS
     "ragjax/models/files/pip_packages": None,  # the flags of pip
-    "experiments/_program": RUNS,
     **{f"experiments/{name}": (name,) for name in FLAGS},
 }
 # Of programs that are not ours, whose command stands in the message.
@@ -141,4 +141,4 @@ def test_the_check_finds_flags_that_a_script_does_not_have(text, shown_by, wrong
     ],
 )
 def test_a_message_is_shown_in_the_flags_of_the_script(script, message, shown):
-    assert PROGRAM.in_own_flags(message, FLAGS[script]) == shown
+    assert program.in_own_flags(message, FLAGS[script]) == shown

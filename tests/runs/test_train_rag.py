@@ -10,6 +10,7 @@ from programs import load_script
 
 from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
+from ragjax.runs.program import parse_flags
 from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
 
 
@@ -122,5 +123,5 @@ def test_flags_override_a_config_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[objective]\nmarginal = "token"\nlsr_weight = 2.0\n')
     flags = [f"--config={path}", "--objective.lsr_weight=3"]
-    parsed = load_script("experiments/_program.py").parse_flags(RagConfig(), None, flags).options
+    parsed = parse_flags(RagConfig(), None, flags).options
     assert (parsed.objective.marginal, parsed.objective.lsr_weight) == ("token", 3.0)
