@@ -124,7 +124,9 @@ def _split_names(tensors: Iterable[str], folder: Path) -> dict[str, dict[str, st
                 f"{folder}: unexpected tensor {name}; the names of a RAG checkpoint begin with "
                 "rag.question_encoder. or rag.generator."
             )
-        names[part][plain.removeprefix(part)] = name
+        other = names[part].setdefault(plain.removeprefix(part), name)
+        if other != name:
+            raise ValueError(f"{folder}: tensors {other} and {name} are the same parameter twice")
     return names
 
 

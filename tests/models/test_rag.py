@@ -201,6 +201,7 @@ def test_a_configuration_that_cannot_be_is_refused(folder, tmp_path, settings, m
         ("rag.reader.weight", "unexpected tensor rag.reader.weight; the names"),
         ("rag.generator.model.extra", "unexpected tensor (model.)?extra"),
         ("rag.question_encoder.question_encoder.extra", "unexpected tensor question_encoder.extra"),
+        ("generator.model.encoder.layers.0.fc1.bias", "generator.*are the same parameter twice"),
     ],
 )
 def test_a_tensor_that_belongs_nowhere_is_refused(folder, tmp_path, name, message):

@@ -6,6 +6,7 @@ for, through the file instead of a memory map, whose pages would count as this p
 read them instead, was closed without being merged.
 """
 
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from ragjax.models.files.config import parse_json, read_bytes
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -145,6 +148,10 @@ def read_safetensors(folder: Path) -> Mapping[str, Any]:
             GPTQ, ...) tensors.
     """
     files = weight_files(Path(folder))
+    unread = {path.name for path in Path(folder).glob("*.safetensors")} - {p.name for p in files}
+    if unread:
+        read = next(iter(files)).name
+        logger.warning("%s: not read beside %s: %s", folder, read, ", ".join(sorted(unread)))
     tensors: dict[str, StoredTensor] = {}
     for path, listed in files.items():
         found = read_header(path)

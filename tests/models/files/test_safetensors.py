@@ -148,6 +148,14 @@ def test_ignored_patterns_cover_numbers_and_anything_and_are_named(tensors, capl
         apply_key_table(tensors | extra, TABLE, TARGET, ignored=["layer.{}", "head.*"])
 
 
+def test_weights_beside_those_that_are_read_are_named(tmp_path, caplog):
+    for name in ("model", "consolidated", "adapter_model"):
+        save_file({name: np.ones(1)}, tmp_path / f"{name}.safetensors")
+    assert list(read_safetensors(tmp_path)) == ["model"]
+    left = "not read beside model.safetensors: adapter_model.safetensors, consolidated.safetensors"
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: {left}"]
+
+
 def test_a_stored_buffer_is_what_is_computed_or_named(tensors, caplog):
     for stored, said in (([[0, 1, 2]], 0), ([[0, 1, 1]], 1)):
         apply_key_table(
