@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ class Score(NamedTuple):
 
 
 Value = TypeVar("Value", bound=Any)
+_LOG = logging.getLogger(__name__)
 
 
 def result_key(*parts: Any) -> str:
@@ -102,10 +104,14 @@ class ResultCache(Generic[Value]):
         )
 
     def _read(self, path: Path) -> None:
+        unsure = 0
         for number, row in read_lines(path):
+            if row is not None and "key" in row and "checksum" not in row:
+                unsure += 1
+                continue
             try:
                 if (values := unsealed(row or {})) is None:
-                    raise TypeError("its checksum is missing or that of something else")
+                    raise TypeError("its checksum is that of something else")
                 key = values.pop("key")
                 result = self._kind(**values)
                 if bad := _bad_fields(result):
@@ -116,6 +122,11 @@ class ResultCache(Generic[Value]):
                     f"{path}:{number}: not a whole {self._kind.__name__} ({error}); delete the line"
                     " to compute it again"
                 ) from error
+        if unsure:
+            _LOG.warning(
+                "%s: %d results without a checksum, of an earlier version, are computed again",
+                path, unsure,
+            )  # fmt: skip
 
 
 def _bad_fields(result: Any) -> str:

@@ -44,7 +44,6 @@ def test_a_broken_line_names_file_and_line(tmp_path):
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ({"key": "a", "log_prob": -1.0, "length": 2}, "checksum is missing"),
         (sealed({"key": "a", "log_prob": -1.0, "length": 2}) | {"log_prob": -3.0}, "checksum"),
         (sealed({"key": "a", "log_prob": float("nan"), "length": 2}), "log_prob is not finite"),
         (sealed({"key": "a", "log_prob": -1.0, "tokens": 2}), "tokens"),
@@ -55,6 +54,15 @@ def test_a_changed_or_impossible_score_is_refused_by_line(tmp_path, line, what):
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=rf"s\.jsonl:1: not a whole Score .*{what}"):
         ResultCache(path, Score)
+
+
+def test_scores_of_an_earlier_version_have_no_checksum_and_are_computed_again(tmp_path, caplog):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"key": "a", "log_prob": -1.0, "length": 2}\n')
+    cache = ResultCache(path, Score)
+    assert cache.get("a") is None and "1 results without a checksum" in caplog.text
+    cache.put(["a"], [Score(-2.0, 2)])
+    assert ResultCache(path, Score).get("a") == Score(-2.0, 2)
 
 
 def test_a_score_that_is_not_finite_is_not_kept_on_disk(tmp_path):
