@@ -25,7 +25,7 @@ class EncodeOptions:
         batch_tokens: Tokens in a batch for each device, padding included: a batch of length L
             has about `batch_tokens` / L rows. The default keeps a batch in the cache of a CPU
             core; an accelerator wants many times more.
-        max_rows: Most rows in a batch for each device.
+        max_rows: Most rows in a batch for each device; by default `batch_tokens` alone limits them.
         window: Documents tokenised and sorted by length at a time; bounds the host memory.
         compute_dtype: "float32", or "bfloat16" for half the memory and, on an accelerator, more
             speed at a precision of about two decimals; a CPU is slower with it. The floating
@@ -34,7 +34,7 @@ class EncodeOptions:
 
     buckets: tuple[int, ...] = DEFAULT_BUCKETS
     batch_tokens: int = 1024
-    max_rows: int = 64
+    max_rows: int = 2**31 - 1
     window: int = 8192
     compute_dtype: str = "float32"
 

@@ -91,7 +91,7 @@ def run_program(
         if not isinstance(error, ResumeError):
             print(again, file=sys.stderr)
         return NO_FRESH_INDEX
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         show_error(error, arguments, names)
         return DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
 

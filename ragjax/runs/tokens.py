@@ -51,9 +51,7 @@ def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> 
         pad_id=encoder.pad_id,
         tokenize=tokenize,
         make_tokens=Tokens,
-        options=EncodeOptions(
-            batch_tokens=encode_tokens, max_rows=encode_tokens, buckets=buckets(encoder)
-        ),
+        options=EncodeOptions(batch_tokens=encode_tokens, buckets=buckets(encoder)),
         corpus_fingerprint=corpus.fingerprint,
         model_fingerprint=encoder.fingerprint,
     )

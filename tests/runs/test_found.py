@@ -58,11 +58,13 @@ def test_questions_for_which_bm25_finds_nothing_are_counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "documents,distractors,depth", [(1, 0, 20), (50, 0, 50), (4, 40, 42), (60, 2, 60)]
+    "documents,distractors,depth",
+    [(1, 0, 20), (50, 0, 50), (4, 40, 42), (60, 2, 60), (10**9, 0, 60)],
 )
 def test_as_many_documents_are_searched_as_are_read(monkeypatch, documents, distractors, depth):
     opened, _ = workspace("red cat")
     opened.config = RunConfig(evaluation=EvaluationConfig(documents=documents))
+    opened.dataset.corpus = [SimpleNamespace(title="", text="", id="")] * 60
     opened.relevant_rows = lambda split: [frozenset({0, 1})]
     asked = []
 

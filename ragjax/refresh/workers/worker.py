@@ -179,8 +179,7 @@ class _Worker:
         self._report(f"job {job.number}: parameters of step {job.step}")
         options, rows = job.options, job.rows()
         if (batch_tokens := self._options.batch_tokens) is not None:
-            most = max(options.max_rows, batch_tokens)
-            options = dataclasses.replace(options, batch_tokens=batch_tokens, max_rows=most)
+            options = dataclasses.replace(options, batch_tokens=batch_tokens)
         self._prepared = _Prepared(
             job=job,
             task=dataclasses.replace(self._task, options=options),

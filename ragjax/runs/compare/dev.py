@@ -116,7 +116,8 @@ def _records(
     workspace: Workspace, side: Side, questions: Sequence[Question]
 ) -> list[QuestionRecord]:
     read = workspace.config.evaluation.documents
-    found = search(workspace, side.retriever, "dev", max(_DEPTH, read)).dense
+    depth = max(_DEPTH, min(read, len(workspace.dataset.corpus)))
+    found = search(workspace, side.retriever, "dev", depth).dense
     columns = retrieval_metrics(found.doc_ids, workspace.gold_rows("dev"))
     top = found.top(read)
     answered = [row for row, question in enumerate(questions) if question.answers]

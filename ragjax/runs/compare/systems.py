@@ -71,10 +71,12 @@ def retrieve_documents(
         the documents of BM25 is the base retriever's.
     """
     questions = workspace.questions[split]
-    depth = max(_SEARCH_DEPTH, workspace.config.evaluation.documents)
+    wanted = workspace.config.evaluation.documents
     if distractors:
         most = max(map(len, workspace.relevant_rows(split)), default=0)
-        depth = max(depth, distractors + most)
+        wanted = max(wanted, distractors + most)
+    # Beyond the corpus there is nothing to find.
+    depth = max(_SEARCH_DEPTH, min(wanted, len(workspace.dataset.corpus)))
     texts = [question.text for question in questions]
     lexical = FindableIndex(bm25, findable_in(workspace, split)).search(texts, depth)
     if nothing := int((~lexical.mask.any(axis=1)).sum()):
