@@ -49,8 +49,8 @@ class System:
 
     @property
     def scale(self) -> float:
-        """p_R = softmax(scale · cosine)."""
-        return self.workspace.config.retriever.scale
+        """p_R = softmax(scale · q·d)."""
+        return self.workspace.scale
 
     @property
     def size(self) -> int:

@@ -102,6 +102,11 @@ class Workspace:
             self.log(f"note: {text}")
             self.notes.append(text)
 
+    @property
+    def scale(self) -> float:
+        """p_R = softmax(scale · q·d): the option, or what the encoder needs."""
+        return self.config.retriever.scale or self.encoder.score_scale
+
     def gold_rows(self, split: str) -> list[dict[int, int]]:
         """Returns corpus row to grade for the questions used of a split."""
         return self.dataset.graded_rows(split, self.questions[split])
@@ -242,6 +247,7 @@ def make_workspace(
     log(f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions")
     if encoder.query_prefix or encoder.doc_prefix:
         log(f"queries start with {encoder.query_prefix!r}, documents with {encoder.doc_prefix!r}")
+    _say_scale(config, encoder, log)
     log(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
     doc_tokens = CorpusTokens(
         len(dataset.corpus),
@@ -322,6 +328,23 @@ def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
     if asked > sizes.num_layers:
         raise ValueError(
             f"--{flag}.train_layers {asked}: {source} has {sizes.num_layers} layers; 0 trains all"
+        )
+
+
+def _say_scale(config: RunConfig, encoder: TextEncoder, log: Log) -> None:
+    """Says by which factor p_R weighs embeddings that are not of length 1."""
+    if encoder.normalized:
+        return
+    if not (asked := config.retriever.scale):
+        log(
+            f"note: embeddings of {config.encoder} are not scaled to length 1: p_R is the softmax"
+            f" of their dot products, times {encoder.score_scale:g} (--retriever.scale)"
+        )
+    elif asked > encoder.score_scale:
+        log(
+            f"note: --retriever.scale {asked:g} multiplies the dot products of embeddings that are"
+            f" not scaled to length 1 ({config.encoder}): p_R may be all on one document; such"
+            f" encoders are trained with {encoder.score_scale:g}"
         )
 
 

@@ -601,6 +601,6 @@ def test_every_system_of_the_table_weighs_documents_by_the_dense_retriever(
         for row, docs in enumerate(found.doc_ids):
             there = found.mask[row]
             cosines = before.embeddings[docs[there]] @ asked[row]
-            expected = workspace.config.retriever.scale * cosines
+            expected = workspace.scale * cosines
             np.testing.assert_allclose(logits[row, there], expected, rtol=1e-4, err_msg=name)
             assert not logits[row, ~there].any()

@@ -6,11 +6,13 @@ import json
 import pytest
 
 from ragjax.data import Question, read_beir
+from ragjax.models.testing import tiny_encoder, tiny_language_model
 from ragjax.runs.data import choose_questions, note_shared_passages, read_data
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.evaluate import EvaluateConfig, run_options
 from ragjax.runs.tokens import query_ids
-from ragjax.runs.workspace import load_run_encoder
+from ragjax.runs.workspace import load_run_encoder, make_workspace
+from ragjax.training.loop import StopFlag
 
 
 @pytest.mark.parametrize("leaks", [0, 1, 5])
@@ -120,3 +122,32 @@ def test_what_the_encoder_reads_before_a_text_is_an_option(tiny_inputs):
     assert run_options(EvaluateConfig(query_prefix=""), None).query_prefix == ""
     with pytest.raises(ValueError, match="--doc_prefix : --run r says which models"):
         EvaluateConfig(run="r", doc_prefix="")
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "scale", "note"),
+    [
+        ("bert", 0.0, 20.0, None),
+        ("bert", 7.0, 7.0, None),
+        ("dpr", 0.0, 1.0, "p_R is the softmax of their dot products, times 1"),
+        ("dpr", 20.0, 20.0, "--retriever.scale 20 multiplies the dot products"),
+    ],
+)
+def test_the_scale_of_scores_is_that_of_the_encoder_unless_asked(
+    tmp_path, write_domain, kind, asked, scale, note
+):
+    config = AdaptConfig.from_dict({"retriever": {"scale": asked}})
+    told = []
+    workspace = make_workspace(
+        config,
+        tmp_path,
+        read_beir(write_domain(tmp_path / "data"), cache=tmp_path / "cache"),
+        {"train": (), "dev": (), "test": ()},
+        tiny_encoder(family=kind),
+        tiny_language_model(),
+        stop=StopFlag(),
+        log=told.append,
+    )
+    assert workspace.scale == scale
+    notes = [line for line in told if line.startswith("note: ")]
+    assert len(notes) == (note is not None) and all(note in line for line in notes)

@@ -105,7 +105,7 @@ def marginal_nll(
         `[Q]` float32, nats per token of the answer.
     """
     scores = score_candidates(workspace, lm, questions, found, cache)
-    scaled = np.where(found.mask, found.scores, 0.0) * workspace.config.retriever.scale
+    scaled = np.where(found.mask, found.scores, 0.0) * workspace.scale
     nats = rag_sequence_loss(
         scaled.astype(np.float32), scores.log_probs, doc_mask=np.asarray(found.mask)
     )

@@ -80,7 +80,7 @@ def answer_conditions(
     passages = sorted({doc for chosen in sets.values() for doc in chosen.gold_first})
     place = {doc: column for column, doc in enumerate(passages)}
     queries = workspace.encode_queries(retriever.query_params, asked)
-    scale = workspace.config.retriever.scale
+    scale = workspace.scale
     logits = scale * queries @ retriever.embeddings[np.array(passages)].T  # [Q, R]
     records = {}
     for name, condition in _CONDITIONS.items():

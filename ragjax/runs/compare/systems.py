@@ -86,7 +86,7 @@ def retrieve_documents(
         )
     old = search(workspace, before, split, depth)
     new = old if after is before else search(workspace, after, split, depth)
-    scale = workspace.config.retriever.scale
+    scale = workspace.scale
 
     def weighed(retriever: Retriever, ranked: Rankings, found: SearchResult) -> Documents:
         return Documents(found, doc_logits(retriever, ranked.queries, found, scale=scale))

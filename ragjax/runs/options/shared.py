@@ -175,7 +175,9 @@ class TowersConfig(LearningConfig):
     Attributes:
         train: Encoders that are trained: `query`, `both` apart, one `shared` by queries and
             documents, or `none`.
-        scale: p_R = softmax(scale · cosine); 20 is a temperature of 0.05.
+        scale: p_R = softmax(scale · q·d). 0: as the encoder needs, 20 where embeddings have
+            length 1 (a temperature of 0.05 of cosines), 1 where they are compared by their dot
+            product as it is (DPR, Contriever).
         doc_tokens: Tokens kept of a document while training; the index always sees all of it.
         learning_rate: Peak learning rate of the query encoder (or the shared one).
         doc_learning_rate: Peak learning rate of the document encoder; negative: the same.
@@ -184,7 +186,7 @@ class TowersConfig(LearningConfig):
     """
 
     train: Literal["query", "both", "shared", "none"] = "shared"
-    scale: float = 20.0
+    scale: float = 0.0
     doc_tokens: int = 160
     learning_rate: float = 5e-5
     doc_learning_rate: float = -1.0
@@ -198,7 +200,7 @@ class TowersConfig(LearningConfig):
         """Raises ValueError naming the field that is out of range."""
         super().check()
         at_least(self, 8, "doc_tokens")
-        positive(self, "scale")
+        at_least(self, 0, "scale")
 
 
 class LsrTarget(NamedTuple):

@@ -79,7 +79,7 @@ def explain(
     settings = {
         "score": target.score,
         "temperature": target.temperature,
-        "scale": workspace.config.retriever.scale,
+        "scale": workspace.scale,
     }
     if MODES[workspace.config.mode].fused:
         settings["read"] = "each passage alone, unlike for the answers"
@@ -199,7 +199,7 @@ def _explained(
     cache = ResultCache(workspace.folder / "scores" / "explained.jsonl", Score)
     taught = score_candidates(workspace, lm, questions, candidates, cache)
     targets = np.exp(target_log_probs(target, taught, candidates).astype(np.float64))
-    scale = workspace.config.retriever.scale
+    scale = workspace.scale
     described = []
     for place, (question, one) in enumerate(zip(questions, scores, strict=True)):
         count = len(one.rows)

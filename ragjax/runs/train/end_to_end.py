@@ -167,7 +167,7 @@ def make_loss(
         workspace.training_encode(),
         make_reader(workspace, config),
         make_terms(config.objective, fusion=config.language_model.reader == "fusion"),
-        scale=config.retriever.scale,
+        scale=workspace.scale,
         chunk_tokens=None if sharded else 2048,
         merge_tower=split.towers.merge,
         merge_lm=split.lm.merge,

@@ -93,7 +93,7 @@ def train_retriever(
     loss = make_lsr_loss(
         workspace.training_encode(),
         _OBJECTIVES[config.objective],
-        scale=config.scale,
+        scale=workspace.scale,
         in_batch=config.negatives == "batch",
         merge=split.merge,
     )
