@@ -106,11 +106,6 @@ class TextEncoder(EncoderOptions):
     normalized: bool
     fingerprint: str
 
-    @property
-    def score_scale(self) -> float:
-        """Factor from q·d to a logit of p_R: 20 for cosines, 1 for the dot products of the rest."""
-        return 20.0 if self.normalized else 1.0
-
 
 def load_encoder(
     source: str,

@@ -105,7 +105,7 @@ class Workspace:
     @property
     def scale(self) -> float:
         """p_R = softmax(scale · q·d): the option, or what the encoder needs."""
-        return self.config.retriever.scale or self.encoder.score_scale
+        return self.config.retriever.scale or scale_of(self.encoder)
 
     def gold_rows(self, split: str) -> list[dict[int, int]]:
         """Returns corpus row to grade for the questions used of a split."""
@@ -331,6 +331,11 @@ def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
         )
 
 
+def scale_of(encoder: TextEncoder) -> float:
+    """Returns the factor from q·d to a logit of p_R: 20 of cosines, 1 of other dot products."""
+    return 20.0 if encoder.normalized else 1.0
+
+
 def _say_scale(config: RunConfig, encoder: TextEncoder, log: Log) -> None:
     """Says by which factor p_R weighs embeddings that are not of length 1."""
     if encoder.normalized:
@@ -338,13 +343,13 @@ def _say_scale(config: RunConfig, encoder: TextEncoder, log: Log) -> None:
     if not (asked := config.retriever.scale):
         log(
             f"note: embeddings of {config.encoder} are not scaled to length 1: p_R is the softmax"
-            f" of their dot products, times {encoder.score_scale:g} (--retriever.scale)"
+            f" of their dot products, times {scale_of(encoder):g} (--retriever.scale)"
         )
-    elif asked > encoder.score_scale:
+    elif asked > scale_of(encoder):
         log(
             f"note: --retriever.scale {asked:g} multiplies the dot products of embeddings that are"
             f" not scaled to length 1 ({config.encoder}): p_R may be all on one document; such"
-            f" encoders are trained with {encoder.score_scale:g}"
+            f" encoders are trained with {scale_of(encoder):g}"
         )
 
 
