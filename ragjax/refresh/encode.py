@@ -55,7 +55,8 @@ def encode_corpus(
         params: Its parameters.
         rows: Which documents; None: all. N is their number.
         devices: Of this process; each batch is divided by rows among them, each gets a copy of
-            the parameters, and no other device is touched. None: where the parameters are.
+            the parameters, and no other device is touched. None: where the parameters are, divided
+            likewise where several devices have a copy.
         progress: Called after each batch, in this thread.
         cancelled: Read before each batch; once set, the call is given up.
 
@@ -168,8 +169,13 @@ class _Placement(NamedTuple):
     num_devices: int
 
     @classmethod
-    def on(cls, devices: Sequence[jax.Device] | None) -> "_Placement":
-        """Divides rows among these devices, in this order, and copies the rest to each."""
+    def on(cls, devices: Sequence[jax.Device] | None, params: Any) -> "_Placement":
+        """Divides rows among these devices, in this order, and copies the rest to each.
+
+        None: those that each have a copy of the parameters already, as a mesh of the trainer does.
+        Left to follow the parameters, each of them would encode every row.
+        """
+        devices = _copied_to(params) if devices is None else devices
         if devices is None:
             return cls(None, 1)
         if not devices or len(set(devices)) != len(devices):
@@ -200,6 +206,18 @@ class _Placement(NamedTuple):
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("rows")))
 
 
+def _copied_to(params: Any) -> list[jax.Device] | None:
+    """Returns the devices of this process that hold all parameters alike; None for fewer than 2."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, Array)]
+    sets = {frozenset(leaf.sharding.device_set) for leaf in leaves}
+    if len(sets) != 1 or not all(
+        leaf.is_fully_replicated and leaf.is_fully_addressable for leaf in leaves
+    ):
+        return None
+    devices = sorted(sets.pop(), key=lambda device: device.id)
+    return devices if len(devices) > 1 else None
+
+
 class _Job:
     """One call: what is encoded, where, and how far it is."""
 
@@ -218,7 +236,7 @@ class _Job:
             raise ValueError("there are no documents to encode")
         self._task, self._progress, self._cancelled = task, progress, cancelled
         self._encode = _compiled(task.encode, task.make_tokens)
-        self._placement = _Placement.on(devices)
+        self._placement = _Placement.on(devices, params)
         self._params = self._placement.place(params, task.options.compute_dtype)
         self._already = self._done = 0
         self._shapes: set[tuple[int, int]] = set()

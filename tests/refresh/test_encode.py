@@ -194,6 +194,29 @@ def test_new_parameters_compile_nothing_on_several_devices(params, token_ids):
     assert compiled[0] == compiled[1] == compiled[2] <= 6
 
 
+def test_devices_that_hold_the_same_parameters_share_the_rows(params, token_ids):
+    expected = encode_corpus(task_of(token_ids), params)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shares = []
+
+    def watched(params, tokens):
+        jax.debug.inspect_array_sharding(
+            tokens.ids,
+            callback=lambda found: shares.append(found.shard_shape(tokens.ids.shape)[0]),
+        )
+        shares.append(tokens.ids.shape[0] // 8)
+        return tiny_encode(params, tokens)
+
+    # As a trainer's parameters lie; few texts are the questions of one step.
+    copies = jax.device_put(params, everywhere)
+    for texts in (token_ids, token_ids[:8]):
+        found = encode_corpus(task_of(texts, encode=watched), copies)
+        np.testing.assert_allclose(found, expected[: len(texts)], atol=1e-6)
+    assert shares and sorted(shares[::2]) == sorted(shares[1::2])
+    assert min(shares) == 1
+
+
 @pytest.mark.parametrize("devices", [[], [jax.devices()[1]] * 2])
 def test_bad_devices_are_refused(params, token_ids, devices):
     with pytest.raises(ValueError, match="devices must be distinct and at least one, got"):
