@@ -224,10 +224,10 @@ def reinforce_loss(
     kept = jnp.take_along_axis(keep, samples, axis=-1)
     # The advantage over a draw of -inf is infinite, and NaN among the others.
     worthless = kept & (utilities == -jnp.inf)
-    utilities = jnp.where(worthless, 0.0, utilities)
+    utilities = jnp.where(kept & ~worthless, utilities, 0.0)
     # A baseline of the other draws leaves the estimate unbiased; utilities carry no gradient.
     total = utilities.sum(axis=-1, keepdims=True)
     advantage = lax.stop_gradient((draws * utilities - total) / (draws - 1))
-    terms = jnp.where(kept, advantage * log_probs, 0.0)
+    terms = advantage * jnp.where(kept, log_probs, 0.0)
     loss = -jnp.where(outside, jnp.nan, terms).mean(axis=-1)
     return jnp.where(worthless.any(axis=-1), jnp.inf, loss)

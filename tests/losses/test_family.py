@@ -259,3 +259,69 @@ def test_any_shape_mask_and_scale_is_finite_and_in_any_order(seed, shape, spread
     assert np.isfinite(contrastive).all() and (np.asarray(contrastive) > -1e-4).all()
     for slope in slopes:
         assert np.isfinite(slope).all()
+
+
+def test_documents_without_which_an_answer_is_impossible_share_the_loop_target():
+    without = f32([[-np.inf, -1.0, -np.inf, -2.0], [-np.inf, -np.inf, np.nan, np.nan], [-1.0] * 4])
+    keep = np.array([[True] * 4, [True, True, False, False], [True, True, False, False]])
+    got = losses.loop_target(without, temperature=0.5, doc_mask=keep)
+    np.testing.assert_allclose(np.exp(got[0]), [0.5, 0, 0.5, 0], rtol=1e-6)
+    np.testing.assert_array_equal(got[1], -np.inf)  # impossible with them as well
+    np.testing.assert_allclose(np.exp(got[2]), [0.5, 0.5, 0, 0], rtol=1e-6)
+
+
+def test_a_utility_of_minus_infinity_is_an_infinite_loss_without_gradient():
+    scores, key = f32(np.zeros((3, 2))), jax.random.key(0)
+    utilities = f32([[-np.inf, 1.0], [0.5, 1.0], [-np.inf, 1.0]])
+    keep = np.array([[True, True], [True, True], [False, True]])
+    samples = np.array([[0, 1]] * 3)
+
+    def stochastic(s, u):
+        return losses.stochastic_rag_loss(s, u, key, num_samples=2, doc_mask=keep)
+
+    def reinforce(s, u):
+        return losses.reinforce_loss(s, samples, u, doc_mask=keep)
+
+    for loss in (stochastic, reinforce):
+        value = loss(scores, utilities)
+        np.testing.assert_array_equal(np.isposinf(value), [True, False, False])
+        slope, _ = jax.grad(lambda s, u, loss=loss: loss(s, u).sum(), (0, 1))(scores, utilities)
+        assert np.isfinite(slope).all() and not slope[0].any()
+
+
+def test_what_is_impossible_with_and_without_documents_gains_nothing():
+    scores, never, maybe = np.zeros((1, 2)), np.full((1, 2, 1), -np.inf), np.full((1, 1), -1.0)
+    gains = losses.retrieval_utility
+    with jax.debug_nans(True):
+        assert gains(scores, never, f32(never[:, 0])) == 0
+    assert gains(scores, never, maybe) == -np.inf
+    assert gains(scores, np.full((1, 2, 1), -1.0), f32(never[:, 0])) == np.inf
+    slope = jax.grad(lambda s: gains(s, never, f32(never[:, 0])).sum())(f32(scores))
+    np.testing.assert_array_equal(slope, 0)
+
+
+def test_factors_of_any_dtype_are_taken_under_strict_promotion(rng):
+    b = make_batch(rng)
+    scores = b.doc_scores.astype(np.float64)
+    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+        for factor in (np.float32(0.5), np.float64(0.5), jnp.float32(0.5), jnp.float64(0.5)):
+            for given in (b.doc_scores, scores):
+                known = losses.lsr_target(given, temperature=factor)
+                traced = jax.jit(lambda g, t: losses.lsr_target(g, temperature=t))(given, factor)
+                np.testing.assert_allclose(known, traced, rtol=1e-6)
+                assert known.dtype == traced.dtype == given.dtype
+                total = losses.combine_losses({"a": given, "b": scores}, {"a": factor, "b": 1})
+                assert total.total.dtype == np.float64
+            smooth = losses.rag_token_loss(
+                b.doc_scores, b.token_log_probs, label_smoothing=factor,
+                vocab_log_probs=b.token_log_probs[..., None],
+            )  # fmt: skip
+            assert smooth.dtype == np.float32
+
+
+def test_small_integers_are_ids_of_any_vocabulary():
+    hidden, table = f32(np.ones((3, 2))), f32(np.sin(np.arange(600)).reshape(300, 2))
+    ids = np.array([0, 5, 100])
+    expected = losses.chunked_token_log_probs(hidden, table, ids, chunk_size=128)
+    got = losses.chunked_token_log_probs(hidden, table, ids.astype(np.int8), chunk_size=128)
+    np.testing.assert_array_equal(got, expected)
