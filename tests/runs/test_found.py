@@ -29,6 +29,7 @@ def workspace(*texts, **options):
             corpus=[SimpleNamespace(title="", text=text, id=text) for text in PASSAGES]
         ),
         questions={"test": tuple(Question(id=text, text=text) for text in texts)},
+        scale=20.0,
         log=lines.append,
         note=lines.append,
     ), lines
