@@ -271,7 +271,7 @@ def retrieval_utility(
     loss, without = alike(loss, without)
     # What is impossible either way gains nothing; the difference would be NaN.
     counts = doc_mask.any(axis=-1) & ((loss != jnp.inf) | (without != -jnp.inf))
-    return jnp.where(counts, -jnp.where(counts, loss, 0.0) - jnp.where(counts, without, 0.0), 0.0)
+    return jnp.where(counts, -loss - jnp.where(counts, without, 0.0), 0.0)
 
 
 class Degeneracy(NamedTuple):

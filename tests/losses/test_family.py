@@ -325,3 +325,12 @@ def test_small_integers_are_ids_of_any_vocabulary():
     expected = losses.chunked_token_log_probs(hidden, table, ids, chunk_size=128)
     got = losses.chunked_token_log_probs(hidden, table, ids.astype(np.int8), chunk_size=128)
     np.testing.assert_array_equal(got, expected)
+
+
+def test_a_divergence_from_what_is_impossible_is_infinite_without_gradient():
+    p, q = f32(np.log([[0.5, 0.5]] * 2)), f32(np.log([[0.25, 0.75]] * 2))
+    q[0] = [-np.inf, 0.0]
+    value = losses.kl_divergence(p, q)
+    np.testing.assert_array_equal(np.isposinf(value), [True, False])
+    slopes = jax.grad(lambda p, q: losses.kl_divergence(p, q).sum(), (0, 1))(p, q)
+    assert not any(slope[0].any() for slope in slopes) and slopes[0][1].any()
