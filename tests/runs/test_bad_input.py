@@ -134,7 +134,7 @@ def test_a_missing_score_cache_is_found_before_anything_is_computed(refuse, tmp_
 
 
 def test_a_damaged_score_cache_is_found_before_anything_is_computed(refuse, tmp_path):
-    (tmp_path / "scores.jsonl").write_text('{"key": "a"}\n')
+    (tmp_path / "scores.jsonl").write_text('{"key": "a", "checksum": "b"}\n')
     message = refuse(f"--score_cache={tmp_path / 'scores.jsonl'}")
     assert "--score_cache " in message and "scores.jsonl:1: not a whole Score" in message
 
