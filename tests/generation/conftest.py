@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import generation_reference as reference
+import jax
 import numpy as np
 import pytest
 
@@ -65,3 +66,11 @@ def causal():
 def seq2seq():
     """An encoder-decoder whose answers may begin with any token."""
     return make_setting("t5")
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes(request):
+    """A project may let no dtypes mix; what the slow tests compare with does."""
+    promotion = "standard" if request.node.get_closest_marker("slow") else "strict"
+    with jax.numpy_dtype_promotion(promotion):
+        yield

@@ -51,6 +51,14 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_optimiser_bit_identical
     assert not np.array_equal(before[0]["w"], state.params["w"])
 
 
+def test_a_step_mixes_no_dtypes_of_its_own():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), total_steps=10)
+    state = start(optimizer)
+    with jax.numpy_dtype_promotion("strict"):
+        state, _ = make_train_step(quadratic, optimizer)(state, 1.0, FROZEN)
+    assert int(state.skipped) == 0
+
+
 def test_the_caller_keeps_its_parameters_though_the_state_is_donated():
     optimizer = optax.sgd(0.1)
     params = {"w": jnp.array([1.0, -2.0])}
