@@ -69,6 +69,7 @@ def test_an_impossible_target_and_nan_in_padding_cost_nothing_but_their_own_ques
     batch = random_batch(rng)
     target = batch.target_log_probs.at[1].set(-jnp.inf)
     padding = Tokens(batch.docs.ids, batch.docs.mask & batch.doc_mask[:, None])
+    no_text = Tokens(batch.queries.ids, batch.queries.mask.at[1].set(False))
 
     def encode(params, tokens):
         weights = tokens.mask[..., None].astype(jnp.float32)
@@ -87,7 +88,7 @@ def test_an_impossible_target_and_nan_in_padding_cost_nothing_but_their_own_ques
         (loss, metrics), slope = evaluate(objective, target_log_probs=target, docs=padding)
         no_question = batch.candidate_mask.at[1].set(False)
         (rest, _), rest_slope = evaluate(
-            objective, target_log_probs=target, candidate_mask=no_question
+            objective, target_log_probs=target, candidate_mask=no_question, queries=no_text
         )
         np.testing.assert_allclose(loss, rest * 2 / 3, rtol=1e-6)  # divided by all three
         np.testing.assert_allclose(slope["table"], rest_slope["table"] * 2 / 3, atol=1e-6)
