@@ -16,7 +16,7 @@ import pytest
 from programs import ROOT, environment
 
 from ragjax import refresh
-from ragjax.refresh.gauges import Gauges
+from ragjax.refresh.gauges import Gauges, index_metrics
 from ragjax.training.live import Freshness
 
 EXAMPLE = ROOT / "docs" / "plain_jax_refresh.py"
@@ -100,7 +100,7 @@ def test_the_tables_have_the_states_the_modes_and_the_metrics():
     modes = [name for names, _ in first_columns("Ways to stay fresh") for name in names]
     assert modes == list(get_args(Freshness))
     figures = [name for names, _ in first_columns("Figures for the log") for name in names]
-    source = inspect.getsource(Gauges.metrics)
+    source = inspect.getsource(index_metrics) + inspect.getsource(Gauges.metrics)
     assert figures == [f"index/{name}" for name in re.findall(r'^ +"(\w+)": ', source, re.M)]
 
 
