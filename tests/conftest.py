@@ -7,10 +7,12 @@ was compiled from session to session.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once. Processes that tests start inherit them.
 os.environ["XLA_FLAGS"] = (
@@ -40,3 +42,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def rng() -> np.random.Generator:
     """A generator with a fixed seed, one per test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+    """Frees what was compiled once there is much of it.
+
+    Each program holds memory maps. Linux allows a process 65,530 of them; without one more, XLA
+    ends the process with a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()

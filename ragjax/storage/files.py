@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -130,10 +131,11 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
     array = np.asarray(array, order="C")
     if array.dtype.hasobject:
         raise ValueError(f"{path}: an array of Python objects is not written")
-    with whole_file(path, num_bytes=array.nbytes) as file:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    with whole_file(path, num_bytes=header.tell() + array.nbytes) as file:
         # Not np.save: a full disk reaches us as an error without a number from there.
-        header = np.lib.format.header_data_from_array_1_0(array)
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(header.getbuffer())
         file.write(array.data)
 
 

@@ -15,7 +15,6 @@ from ragjax.runs.adapt import Candidates, adapt
 from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.indexes import build_bm25, build_retriever, build_towers, search
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
-from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.trainable import split_lm, split_towers
@@ -33,14 +32,8 @@ from ragjax.training.lsr import towers
         (lambda: LMConfig(lora_alpha=0.0), "lora_alpha must be greater than 0"),
         (lambda: RetrieverConfig(lora_rank=-1), "lora_rank must be at least 0"),
         (lambda: RetrieverConfig(train_layers=-1), "train_layers must be at least 0"),
-        (
-            lambda: AdaptConfig(
-                compute_dtype="bfloat16", refresh=RefreshConfig(mode="async", workers=True),
-            ),
-            "compute_dtype=bfloat16: the workers",
-        ),
     ],
-)  # fmt: skip
+)
 def test_options_out_of_range_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

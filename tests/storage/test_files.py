@@ -70,7 +70,7 @@ def test_a_full_disk_names_the_file_and_the_bytes_and_keeps_the_old_file(tmp_pat
         write_text(path, "n" * 5000)
     with pytest.raises(DiskFullError, match=r"make room and start again.*y\.jsonl"):
         write_jsonl(tmp_path / "y.jsonl", [{"a": "n" * 5000}])
-    with pytest.raises(DiskFullError, match=r"8,000 bytes are needed.*z\.npy'$"):
+    with pytest.raises(DiskFullError, match=r"8,128 bytes are needed.*z\.npy'$"):
         write_array(tmp_path / "z.npy", np.zeros(1000))
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]

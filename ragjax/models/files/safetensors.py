@@ -281,6 +281,8 @@ def _shards(index: Path) -> Iterator[tuple[Path, set[str]]]:
         raise ValueError(
             f'{index}: expected a JSON object with a "weight_map" object ({error})'
         ) from error
+    if not listed:
+        raise ValueError(f'{index}: its "weight_map" lists no tensor')
     shards: dict[str, set[str]] = {}
     for name, shard in shard_of:
         if not isinstance(shard, str):
