@@ -361,7 +361,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, embeddings):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(DiskFullError, match=r"32,000 bytes are needed.*shard-000000.npy"):
+        with pytest.raises(DiskFullError, match=r"32,128 bytes are needed.*shard-000000.npy"):
             writer.write(0, np.zeros((2000, 4)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

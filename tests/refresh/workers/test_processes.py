@@ -352,7 +352,7 @@ def test_a_full_disk_fails_with_the_bytes_needed_and_goes_on_when_there_is_room(
     assert left_over(root) == [root / "store.building"]
     ballast.unlink()
     with WorkerThread(root, task) as worker:
-        with pytest.raises(DiskFullError, match=r"process .*12,800 bytes are needed"):
+        with pytest.raises(DiskFullError, match=r"process .*12,928 bytes are needed"):
             executor.encode(task, request)
     assert not request.folder.exists()
     assert 0 < worker.num_shards == len(list((root / "store.building").glob("shard-*.npy"))) < 30
