@@ -24,6 +24,7 @@ def lm(tmp_path_factory):
     return f"--lm={folder}"
 
 
+@pytest.mark.slow
 def test_the_sizes_are_those_of_the_flags(script, lm, capsys):
     assert script.main([lm, *SIZES, "--no-torch", "--dtype=bfloat16"]) == 0
     printed = capsys.readouterr().out

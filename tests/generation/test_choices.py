@@ -20,6 +20,7 @@ def score(setting, choices, **options):
     return score_choices(model.decoder, model.params, prompts, *choices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["causal", "seq2seq"])
 def test_choices_are_scored_as_by_full_forwards(setting, choices, request):
     setting = request.getfixturevalue(setting)

@@ -117,6 +117,7 @@ def assert_same(got, exact):
     np.testing.assert_allclose(got[1], exact[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", ["vmap", "pmap"])
 def test_gradient_inside_vmap_axis_and_pmap_needs_a_pmean(mapped, rng):
     weights, _, parts, exact = sharded_inputs(rng)

@@ -164,6 +164,7 @@ def in_dtypes(batch: Batch, floats, integers=np.int32) -> Batch:
     return jax.tree.map(lambda a: a.astype(kinds.get(a.dtype, a.dtype)), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_strictest_settings_of_a_project_refuse_nothing(name, rng):
     loss, batch = FUNCTIONS[name], make_batch(rng)

@@ -234,6 +234,7 @@ MARGINALS = jax.jit(jax.value_and_grad(_marginals, (0, 1), has_aux=True))
 
 
 # Few shapes: each is compiled.
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -270,6 +271,7 @@ def test_documents_without_which_an_answer_is_impossible_share_the_loop_target()
     np.testing.assert_allclose(np.exp(got[2]), [0.5, 0.5, 0, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_utility_of_minus_infinity_is_an_infinite_loss_without_gradient():
     scores, key = f32(np.zeros((3, 2))), jax.random.key(0)
     utilities = f32([[-np.inf, 1.0], [0.5, 1.0], [-np.inf, 1.0]])
@@ -300,6 +302,7 @@ def test_what_is_impossible_with_and_without_documents_gains_nothing():
     np.testing.assert_array_equal(slope, 0)
 
 
+@pytest.mark.slow
 def test_factors_of_any_dtype_are_taken_under_strict_promotion(rng):
     b = make_batch(rng)
     scores = b.doc_scores.astype(np.float64)

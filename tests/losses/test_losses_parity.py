@@ -11,6 +11,8 @@ from losses_reference import f32
 
 from ragjax import losses
 
+pytestmark = pytest.mark.slow
+
 PAD, BATCH, DOCS, TOKENS, VOCAB = 1, 3, 4, 6, 11
 
 
@@ -65,7 +67,6 @@ def our_rag(loss, bart, epsilon):
     return value, *slopes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "loss", "epsilon"),
     [
@@ -105,7 +106,6 @@ def our_mnrl(queries, gold, hard):
     return losses.dpr_loss(unit(queries), docs, temperature=1 / 20).mean()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_dpr_loss_equals_multiple_negatives_ranking(cached, pairs):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")

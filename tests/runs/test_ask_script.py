@@ -8,6 +8,8 @@ import re
 import pytest
 from programs import load_script
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "what does the red cat like?"
 
 
@@ -40,7 +42,6 @@ def ask_json(ask, flags, capsys):
     return run
 
 
-@pytest.mark.slow
 def test_words_and_question_are_the_question(ask_json):
     assert ask_json("what", "likes", "7?")[0]["question"] == "what likes 7?"
     assert ask_json("--question", "what likes 7?")[0]["question"] == "what likes 7?"
@@ -53,7 +54,6 @@ def test_json_reads_questions_from_stdin_and_writes_nothing_else(ask_json, monke
     assert [value["question"] for value in objects] == ["red cat", "green cat", "elk"]
 
 
-@pytest.mark.slow
 def test_a_byte_order_mark_is_no_part_of_a_question(ask_json, monkeypatch):
     text = b"\xef\xbb\xbf red cat\r\n\xef\xbb\xbf\r\nelk\r\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
@@ -169,13 +169,11 @@ def test_decode_chooses_how_the_answer_is_written(ask_json):
     assert apart["documents"][0]["p_r"] == pytest.approx(together["documents"][0]["p_r"])
 
 
-@pytest.mark.slow
 def test_max_new_tokens_limits_the_answer(ask_json):
     value = ask_json(QUESTION, "--max_new_tokens=2")[0]
     assert value["num_tokens"] <= 2
 
 
-@pytest.mark.slow
 def test_document_tokens_change_what_is_read(ask_json):
     most, few = ask_json(QUESTION)[0], ask_json(QUESTION, "--document_tokens=5")[0]
     assert most["documents"][0]["log_prob"] != few["documents"][0]["log_prob"]
@@ -199,7 +197,6 @@ def test_embeddings_are_kept_in_the_cache(ask_json, tmp_path, monkeypatch):
     assert ask_json("a", f"--cache={tmp_path}")
 
 
-@pytest.mark.slow
 def test_warm_up_compiles_before_the_first_question(ask, flags, capsys):
     assert ask([*flags, "--warm_up", "--json", QUESTION]) == 0
     captured = capsys.readouterr()

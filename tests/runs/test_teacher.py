@@ -192,6 +192,7 @@ def test_an_answer_depends_on_its_prompt_only_and_is_computed_once(
     assert alone[0].nll == pytest.approx(answers[1].nll, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_nll_of_an_answer_is_that_of_its_tokens(workspace, teacher, tmp_path):
     cache = ResultCache(tmp_path / "a.jsonl", ScoredAnswer)
     (answer,) = answer_requests(workspace, teacher, [request(workspace, 0, [7])], cache)

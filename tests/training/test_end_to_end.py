@@ -17,6 +17,8 @@ from ragjax.training import end_to_end as e2e
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, LMReader, Outputs, RagBatch, make_rag_loss
 from ragjax.training.steps import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 SCALE = 3.0
 VOCABULARY = 11
 
@@ -116,7 +118,6 @@ def value(term, batch, params=None, **kwargs):
     return loss_of({"only": (1.0, term)}, **kwargs)(params, FROZEN, batch, None)
 
 
-@pytest.mark.slow
 def test_the_sequence_term_is_the_marginal_over_whole_answers():
     params, batch = make_params(), make_batch()
     scores, log_probs = reference(params, batch)
@@ -129,7 +130,6 @@ def test_the_sequence_term_is_the_marginal_over_whole_answers():
     np.testing.assert_allclose(metrics["marginal_nll"], per_token, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_token_and_emdr2_terms_are_the_marginal_of_each_token():
     params, batch = make_params(), make_batch()
     scores, log_probs = reference(params, batch)
@@ -307,7 +307,6 @@ def size(tree):
     return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("term", "query", "doc", "lm"),
     [
@@ -341,7 +340,6 @@ def test_the_gradient_to_the_scores_is_prior_minus_posterior():
     np.testing.assert_allclose(found, prior - posterior, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [7, 10])
 def test_what_a_masked_slot_holds_changes_nothing(garbage):
     terms = {
@@ -365,7 +363,6 @@ def test_what_a_masked_slot_holds_changes_nothing(garbage):
     jax.tree.map(np.testing.assert_array_equal, loss(params, clean), loss(params, dirty))
 
 
-@pytest.mark.slow
 def test_a_question_without_documents_counts_nothing_and_has_no_gradient():
     terms = {"marginal": (1.0, e2e.sequence_term), "negatives": (1.0, e2e.negatives_term)}
     batch = make_batch(questions=1)
@@ -395,7 +392,6 @@ def test_a_weight_scales_its_term_and_zero_turns_it_off():
     assert metrics["lm"] > 0
 
 
-@pytest.mark.slow
 def test_a_questions_loss_does_not_depend_on_the_others():
     params, batch = make_params(), make_batch()
     alone = [
@@ -429,7 +425,6 @@ def judged(batch):
     return batch._replace(positive=jnp.zeros(questions, jnp.int32), relevant=jnp.asarray(relevant))
 
 
-@pytest.mark.slow
 def test_eight_devices_learn_what_one_learns():
     batch, params = judged(make_batch(questions=8)), make_params()
     loss = loss_of(ALL_TERMS, chunk_tokens=None)
@@ -445,7 +440,6 @@ def test_eight_devices_learn_what_one_learns():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one, eight)
 
 
-@pytest.mark.slow
 def test_a_step_taken_in_parts_is_the_whole_step():
     batch, params = make_batch(questions=4), make_params()
     optimizer = optax.sgd(0.1)

@@ -23,6 +23,7 @@ def random_batch(rng, rows=4):
     )
 
 
+@pytest.mark.slow
 def test_the_loss_is_nats_per_answer_token(rng):
     model, batch = tiny_language_model(), random_batch(rng)
     loss, metrics = make_lm_loss(model.token_log_probs)(
@@ -34,6 +35,7 @@ def test_the_loss_is_nats_per_answer_token(rng):
     assert metrics["answer_tokens"] == mask.sum()
 
 
+@pytest.mark.slow
 def test_rows_without_a_target_count_nothing(rng):
     model, batch = tiny_language_model(), random_batch(rng)
     loss_fn = make_lm_loss(model.token_log_probs)

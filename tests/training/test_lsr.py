@@ -141,6 +141,7 @@ def differs(a, b):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [pdist_loss, lsr_loss])
 def test_query_only_training_leaves_the_document_tower_bit_identical_after_10_steps(rng, objective):
     before, after, losses = train(objective, ["query"], rng)
@@ -149,6 +150,7 @@ def test_query_only_training_leaves_the_document_tower_bit_identical_after_10_st
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_both_towers_learn_apart(rng):
     before, after, _ = train(pdist_loss, ["query", "doc"], rng)
     assert differs(before["query"], after["query"]) and differs(before["doc"], after["doc"])
@@ -161,6 +163,7 @@ def test_a_shared_tower_serves_both_sides():
     assert towers({"query": 1}, {"doc": 2}) == (1, 2)
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_target(rng):
     encoder, batch = tiny_encoder(), random_batch(rng)
     loss_fn = make_lsr_loss(encoder.encode, lsr_loss, scale=20.0, in_batch=False)

@@ -208,6 +208,7 @@ def test_what_is_written_is_what_was_read(case, rng):
         )
 
 
+@pytest.mark.slow
 def test_gemma3_beside_a_vision_tower():
     reference = torch_model("gemma3")
     text = reference.config.to_dict()
@@ -324,6 +325,7 @@ def test_cached_steps_equal_the_full_forward(model, rng):
             state = step(model.params, state.cache, extra[:, place])
 
 
+@pytest.mark.slow
 def test_scores_from_the_cache_equal_token_log_probs(model, rng):
     batch = make_batch(rng, 258)
     expected = jax.jit(model.token_log_probs)(model.params, batch)
@@ -336,6 +338,7 @@ def test_scores_from_the_cache_equal_token_log_probs(model, rng):
     np.testing.assert_allclose(from_cache(model.params), expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_packed_scores_equal_separate_rows(model, rng):
     document = rng.integers(0, 258, 8).tolist()
     pairs = [Suffix(rng.integers(0, 258, 3).tolist(), rng.integers(0, 258, 4).tolist())]
@@ -389,6 +392,7 @@ def equations(jaxpr):
 BFLOAT16_ERRORS = (0.5, 0.1)
 
 
+@pytest.mark.slow
 def test_bfloat16_multiplies_in_bfloat16_and_normalises_in_float32(model, rng):
     batch = make_batch(rng, 258)
     half = cast_floats(model.params, jnp.bfloat16)

@@ -104,6 +104,7 @@ def test_equals_the_equations_in_numpy_with_and_without_padding(params, tokens):
         np.testing.assert_allclose(hidden[row, :length], expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
 def test_equals_pytorch_on_the_same_weights(params, tokens, activation):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")

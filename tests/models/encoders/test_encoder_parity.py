@@ -185,6 +185,7 @@ def test_embeddings_and_gradients_equal_pytorch(name, tmp_path):
     assert compared == len(found) and np.abs(embeddings).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_configuration_and_tensors_go_back_exactly(name, tmp_path):
     """What is written from the loaded encoder is what PyTorch wrote."""

@@ -80,6 +80,7 @@ def test_bfloat16_stays_within_its_rounding(rng, implementation):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_without_any_allowed_slot_is_finite_and_so_is_its_gradient(

@@ -236,6 +236,7 @@ def saved(model):
     return dict(model.family.save_params(model.config, model.params))
 
 
+@pytest.mark.slow
 def test_names_of_a_checkpoint_round_trip(model):
     merged = merge_trainable(*split_trainable(model.params, SEQ2SEQ, 2))
     tensors = model.family.save_params(model.config, merged)

@@ -163,6 +163,7 @@ def test_a_stopped_worker_loses_its_shard_and_does_no_harm_when_it_wakes(tmp_pat
     assert list((root / "workers").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_script_has_the_encoder_of_a_trainer_in_its_dtype(tmp_path, monkeypatch, dtype):
     write_tiny_encoder(tmp_path / "encoder")
