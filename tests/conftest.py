@@ -7,6 +7,7 @@ was compiled from session to session.
 """
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
@@ -56,3 +57,27 @@ def free_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def compilations():
+    """Makes a context that gives a list with an entry for each program compiled in it."""
+
+    @contextlib.contextmanager
+    def collected():
+        compiled = []
+
+        def hear(name, seconds, **rest):
+            if "backend_compile" in name:  # also where the program comes from the cache
+                compiled.append(name)
+
+        jax.monitoring.register_event_duration_secs_listener(hear)
+        try:
+            jax.jit(lambda x: x * 3 + 1)(np.ones(5))
+            assert compiled, "the listener does not hear"
+            compiled.clear()
+            yield compiled
+        finally:
+            jax.monitoring.unregister_event_duration_listener(hear)
+
+    return collected

@@ -233,21 +233,12 @@ def test_an_encoder_decoder_reads_the_prompt_again_without_the_part(tmp_path, ti
 
 
 @pytest.mark.slow
-def test_no_question_compiles_after_the_warm_up(system):
+def test_no_question_compiles_after_the_warm_up(system, compilations):
     asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_hybrid)
     assert len(list(asker.warm_up())) > 3
-    compiled = []
-
-    def hear(name, seconds, **rest):
-        if "backend_compile" in name:
-            compiled.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(hear)
-    try:
+    with compilations() as compiled:
         for question in ("cat", QUESTION, "what does the pink elk like? " * 9, "zz"):
             asker.ask(question)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(hear)
     assert compiled == []
 
 

@@ -134,7 +134,7 @@ def test_an_excluded_document_is_no_negative():
         ]
         target = jnp.array([[0.0, -jnp.inf, -jnp.inf]])
         batch = LsrBatch(*tokens, target, jnp.array([[True, False, False]]), jnp.ones(3, bool))
-        encode = lambda params, tokens: params["w"] * tokens.ids  # noqa: E731
+        encode = lambda params, tokens: params["w"] * tokens.ids  # noqa: E731  (of this case alone)
         make = make_lsr_loss(encode, pdist_loss, scale=1.0, in_batch=True)
         params = {"shared": {"w": jnp.ones(())}}
         return float(make(params, None, batch._replace(excluded=excluded), None)[0])

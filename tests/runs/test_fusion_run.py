@@ -260,20 +260,11 @@ def test_a_reply_says_that_no_posterior_applies(asker):
 
 
 @pytest.mark.slow
-def test_nothing_compiles_after_the_warm_up(asker):
+def test_nothing_compiles_after_the_warm_up(asker, compilations):
     assert list(asker.warm_up())
-    compiled = []
-
-    def hear(name, seconds, **rest):
-        if "backend_compile" in name:
-            compiled.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(hear)
-    try:
+    with compilations() as compiled:
         for question in ("cat", QUESTION):
             asker.ask(question)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(hear)
     assert compiled == []
 
 
