@@ -21,12 +21,15 @@ class Question:
         text: As written; the readers take the white space around it off.
         answers: Accepted answers; empty when the data has relevance judgements only.
         source: The document the question was written about (`metadata.doc`), if known.
+        passage: Id of the passage that a language model wrote the question from, which is then
+            its truth; None for one that a person asked.
     """
 
     id: str
     text: str
     answers: tuple[str, ...] = ()
     source: str | None = None
+    passage: str | None = None
 
     def __post_init__(self):
         """Raises TypeError for answers that are one string."""
@@ -63,6 +66,8 @@ class Dataset:
     ) -> list[dict[int, int]]:
         """Returns corpus row to grade for each question of a split, in the same order.
 
+        A question that was written from a passage has that one as its only relevant passage.
+
         Args:
             split: Its name.
             questions: Of the split; None: all of them.
@@ -70,12 +75,18 @@ class Dataset:
         Raises:
             DataError: The data has no such split.
         """
-        if split not in self.questions:
-            raise DataError(f"{self.name} has no split {split!r}; it has {sorted(self.questions)}")
-        judged = self.qrels[split]
+        if questions is None:
+            if split not in self.questions:
+                known = sorted(self.questions)
+                raise DataError(f"{self.name} has no split {split!r}; it has {known}")
+            questions = self.questions[split]
+        judged = self.qrels.get(split, {})
         return [
-            {self.corpus.row_of(doc_id): grade for doc_id, grade in judged[question.id].items()}
-            for question in (self.questions[split] if questions is None else questions)
+            {self.corpus.row_of(doc_id): grade for doc_id, grade in grades.items()}
+            for grades in (
+                judged[question.id] if question.passage is None else {question.passage: 1}
+                for question in questions
+            )
         ]
 
 

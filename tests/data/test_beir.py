@@ -73,6 +73,10 @@ def test_splits_answers_and_order(read):
     assert dataset.graded_rows("test") == [{2: 2, 0: 0}, {1: 1}, {0: 1}]
     last = dataset.questions["test"][-1:]
     assert dataset.graded_rows("test", last) == [{0: 1}]
+    # Whatever is judged, also in a split that the data do not have.
+    written = [Question(id="d2-0", text="?", passage="d2")]
+    for split in ("test", "train"):
+        assert dataset.graded_rows(split, written) == [{1: 1}]
     with pytest.raises(DataError, match=r"no split 'train'; it has \['dev', 'liveqa', 'test'\]"):
         dataset.graded_rows("train")
 
