@@ -1,0 +1,138 @@
+"""Choices made on dev questions: when a gain is more than noise.
+
+Q questions, C candidates.
+
+Why one standard error: over 30 to 200 dev questions the reciprocal ranks of two versions of one
+system differ with a standard deviation of about .2, so their mean difference has a standard error
+of .014 to .036. A true gain of .03 is then taken in 6 of 10 cases at 75 questions and 8 of 10 at
+200, where the usual 1.64 errors would take 4 and 7 of them. What is taken by mistake is a candidate
+as good as the incumbent (1 in 7), which costs nothing on the mean; one that is worse by .02 is
+taken once in 30 to 50 times. What would make it worse is to test the best of many candidates, whose
+figure on the questions that chose it is too high: `choose` tests it on questions that did not.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ragjax.evaluation.retrieval import reciprocal_rank
+from ragjax.index import HybridQueries, Index, SearchResult
+from ragjax.runs.found import FindableIndex, findable_in
+from ragjax.runs.workspace import Workspace
+
+MIN_KNOWN = 20
+"""Dev questions with a known truth that a choice needs."""
+FIGURE_DEPTH = 10
+"""Ranks that the figure looks at."""
+# One question alone that changed is exactly 1 standard error.
+_ERRORS = 1.1
+_FOLDS = 5
+
+
+def prefer(candidate: ArrayLike, incumbent: ArrayLike) -> bool:
+    """Says whether a candidate is better than the incumbent by more than noise.
+
+    A one-sided paired test: the mean gain is above 1.1 of its standard errors.
+
+    Args:
+        candidate: `[Q]` figure of each dev question, higher is better, in any unit; NaN: unknown.
+        incumbent: `[Q]` the same of the default, which is kept in case of doubt.
+
+    Returns:
+        False also where fewer than `MIN_KNOWN` questions have both figures.
+
+    Raises:
+        ValueError: The shapes differ or are not `[Q]`.
+    """
+    gain = _gains(candidate, incumbent)
+    if len(gain) < MIN_KNOWN:
+        return False
+    return bool(gain.mean() > _ERRORS * gain.std(ddof=1) / np.sqrt(len(gain)))
+
+
+def choose(figures: Sequence[ArrayLike], default: int = 0) -> int:
+    """Chooses among candidates, or keeps the default where none is better by more than noise.
+
+    The best mean is taken. Whether it may replace the default is tested without the optimism of a
+    maximum: in each of 5 parts of the questions stands the figure of the candidate that is best on
+    the other 4, and that row of figures has to be preferred to the default's.
+
+    Args:
+        figures: C rows `[Q]` as `prefer` takes them, all with the same questions unknown.
+        default: Which of them is the incumbent.
+
+    Returns:
+        The number of the chosen candidate; of equal ones the default, then the first.
+
+    Raises:
+        ValueError: There are none, or their shapes differ.
+    """
+    if not figures or not 0 <= default < len(figures):
+        raise ValueError(f"default must be one of the candidates, got {default} of {len(figures)}")
+    gains = np.stack([_gains(row, figures[default]) for row in figures])  # [C, known]
+    num_known = gains.shape[1]
+    if num_known < MIN_KNOWN:
+        return default
+    fold = np.arange(num_known) % _FOLDS
+    held_out = np.zeros(num_known)
+    for part in range(_FOLDS):
+        best = _best(gains[:, fold != part], default)
+        held_out[fold == part] = gains[best, fold == part]
+    best = _best(gains, default)
+    better = prefer(held_out, np.zeros(num_known)) and prefer(gains[best], np.zeros(num_known))
+    return best if better else default
+
+
+def ranking_figure(found: SearchResult, relevant: Sequence[frozenset[int]]) -> NDArray[np.float64]:
+    """Computes the figure of a ranking, whose mean is MRR@10.
+
+    Args:
+        found: `[Q, K]` documents, best first.
+        relevant: Q sets of corpus rows that count as found.
+
+    Returns:
+        `[Q]`, 1 over the rank of the first of them; NaN where none is known.
+    """
+    grades = [dict.fromkeys(rows, 1) for rows in relevant]
+    return reciprocal_rank(found.doc_ids, grades, k=FIGURE_DEPTH)
+
+
+def served_figure(
+    workspace: Workspace, hybrid: Index[HybridQueries], query_params: object, split: str = "dev"
+) -> NDArray[np.float64]:
+    """Computes the figure of a served retriever on dev questions, for `prefer`.
+
+    Args:
+        workspace: Data; its `relevant_rows` say what counts as found.
+        hybrid: Of the retriever (`Retriever.hybrid`), or what ranks in its place.
+        query_params: Of its query encoder.
+        split: Of the workspace's questions.
+
+    Returns:
+        `[Q]` as of `ranking_figure`.
+    """
+    questions = workspace.questions[split]
+    if not questions:
+        return np.zeros(0)
+    embeddings = workspace.encode_queries(query_params, questions)
+    queries = HybridQueries(embeddings, [question.text for question in questions])
+    found = FindableIndex(hybrid, findable_in(workspace, split)).search(queries, FIGURE_DEPTH)
+    return ranking_figure(found, workspace.relevant_rows(split))
+
+
+def _gains(candidate: ArrayLike, incumbent: ArrayLike) -> NDArray[np.float64]:
+    new, old = np.asarray(candidate, np.float64), np.asarray(incumbent, np.float64)
+    if new.ndim != 1 or new.shape != old.shape:
+        raise ValueError(
+            f"candidate and incumbent must have one figure per question, got {new.shape} and"
+            f" {old.shape}"
+        )
+    gain = new - old
+    return gain[~np.isnan(gain)]
+
+
+def _best(gains: NDArray[np.float64], default: int) -> int:
+    """Returns the row of highest mean; its gain over the default's is that mean."""
+    means = gains.mean(axis=1)
+    return default if means.max() <= 0 else int(means.argmax())
