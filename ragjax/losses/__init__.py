@@ -53,3 +53,4 @@ from ragjax.losses.scores import log_prob as log_prob
 from ragjax.losses.scores import log_prob_per_token as log_prob_per_token
 from ragjax.losses.scores import prob as prob
 from ragjax.losses.scores import prob_per_token as prob_per_token
+from ragjax.losses.scores import rerank_log_probs as rerank_log_probs

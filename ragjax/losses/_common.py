@@ -173,6 +173,13 @@ def fraction(name: str, value: Any, dtype: Any) -> float | Array:
     return _factor(value, dtype)
 
 
+def weight_scalar(name: str, value: Any, dtype: Any) -> float | Array:
+    """Returns `value` as `positive_scalar` does, if it is finite and at least 0."""
+    if jnp.ndim(value) or (is_known(value) and not 0 <= float(value) < float("inf")):
+        raise ValueError(f"{name}: expected a finite scalar of at least 0, got {value}")
+    return _factor(value, dtype)
+
+
 def _factor(value: Any, dtype: Any) -> float | Array:
     # A Python number takes the dtype of what it meets; NumPy's have one of their own.
     return float(value) if is_known(value) else value.astype(dtype)

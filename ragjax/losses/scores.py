@@ -1,6 +1,6 @@
-"""Scores of documents: the language model's likelihood of the answer, four ways.
+"""Scores of documents: how likely the language model finds the answer, four ways, or the question.
 
-They share one signature, so that a trainer can be handed any of them.
+Those by the answer share one signature, so that a trainer can be handed any of them.
 """
 
 import jax.numpy as jnp
@@ -9,6 +9,9 @@ from jax.typing import ArrayLike
 
 from ragjax.losses._common import (
     Axes,
+    checked_answers,
+    masked_log_softmax,
+    weight_scalar,
 )
 
 
@@ -154,3 +157,61 @@ def log_prob_per_token(sequence_log_probs: ArrayLike, lengths: ArrayLike) -> Arr
     """
     log_probs = log_prob(sequence_log_probs, lengths)
     return log_probs / jnp.maximum(jnp.asarray(lengths), 1).astype(log_probs.dtype)[..., None]
+
+
+def rerank_log_probs(
+    doc_scores: ArrayLike,
+    log_probs: ArrayLike,
+    *,
+    weight: ArrayLike,
+    doc_mask: ArrayLike | None = None,
+    token_mask: ArrayLike | None = None,
+) -> Array:
+    r"""Ranks the documents again by how likely each makes the question; no answer is needed.
+
+    .. math::
+        \log p(c|x) = \log\operatorname{softmax}_c \Big(
+            \log p_R(c|x) + \alpha \sum_t \log p_{LM}(x_t | c, x_{<t})\Big)
+
+    Bayes' rule where α = 1, with p_R as the prior of a document and the language model as the
+    likelihood of the question. UPR takes the mean over the tokens of the question and no prior.
+
+    Args:
+        doc_scores: `[..., K]` retrieval scores, already scaled: logits of p_R, or the fused scores
+            of a hybrid search. Only their differences count.
+        log_probs: `[..., K, T]` log p_LM(x_t | c, x_<t) in nats, or `[..., K]`: their sum, their
+            mean, or any other score of the pair, such as a cross-encoder's logit.
+        weight: α, a finite scalar of at least 0; 0 leaves log p_R as it is.
+        doc_mask: `[..., K]` bool, True = a document; all, if not given.
+        token_mask: `[..., T]` bool, True = a token of the question; all, if not given.
+
+    Returns:
+        `[..., K]` log-probs in nats, float32; -inf at masked documents.
+
+    Raises:
+        ValueError: Wrong rank, shape or dtype, or a weight that is negative or not finite.
+
+    Gradients:
+        The ordinary derivative of the log-softmax, to scores, log-probs and weight.
+
+    References:
+        Sachan et al., Improving Passage Retrieval with Zero-Shot Question Generation, 2022 (UPR),
+        section 2.2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from ragjax import losses
+        >>> question_probs = jnp.array([[0.1, 0.3]])
+        >>> ranked = losses.rerank_log_probs(
+        ...     jnp.zeros((1, 2)), jnp.log(question_probs), weight=1.0)
+        >>> print(np.asarray(jnp.exp(ranked)).round(3))
+        [[0.25 0.75]]
+    """
+    _, scores, likely, keep = checked_answers(doc_scores, log_probs, doc_mask, token_mask)
+    factor = weight_scalar("weight", weight, scores.dtype)
+    # 0 · (-inf) is NaN, in the value and in the gradient: replace the argument, not the product.
+    possible = keep & (likely != -jnp.inf)
+    added = factor * jnp.where(possible, likely, 0.0)
+    impossible = jnp.where(jnp.asarray(factor) > 0, -jnp.inf, 0.0).astype(scores.dtype)
+    return masked_log_softmax(scores + jnp.where(possible, added, impossible), keep)

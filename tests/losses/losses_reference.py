@@ -272,6 +272,7 @@ OTHERS = {
         b.doc_scores, b.token_log_probs.sum(-1), doc_mask=b.doc_mask
     ),
     "document_posterior": _exp(_answers(losses.document_posterior)),
+    "rerank_log_probs": _exp(_answers(losses.rerank_log_probs, weight=0.5)),
     "leave_one_out_log_probs": _answers(losses.leave_one_out_log_probs),
     "lsr_target": _exp(_call(losses.lsr_target, "doc_scores", temperature=0.5)),
     "loop_target": _exp(_call(losses.loop_target, "doc_scores", temperature=0.5)),
