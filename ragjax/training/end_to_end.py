@@ -19,6 +19,7 @@ from ragjax.losses import (
     combine_losses,
     document_posterior,
     encode_in_chunks,
+    leave_one_out_log_probs,
     lsr_target,
     posterior_entropy,
     rag_sequence_loss,
@@ -41,7 +42,10 @@ from ragjax.training.terms import emdr2_term as emdr2_term
 from ragjax.training.terms import fused_lm_term as fused_lm_term
 from ragjax.training.terms import lm_term as lm_term
 from ragjax.training.terms import make_attention_term as make_attention_term
+from ragjax.training.terms import make_gumbel_term as make_gumbel_term
+from ragjax.training.terms import make_leave_one_out_term as make_leave_one_out_term
 from ragjax.training.terms import make_lsr_term as make_lsr_term
+from ragjax.training.terms import make_reinforce_term as make_reinforce_term
 from ragjax.training.terms import negatives_term as negatives_term
 from ragjax.training.terms import sequence_term as sequence_term
 from ragjax.training.terms import token_negatives_term as token_negatives_term
@@ -93,19 +97,23 @@ def make_rag_loss(
     weights = {name: weight for name, (weight, _) in terms.items()}
 
     def loss(params: Any, frozen: Any, batch: RagBatch, key: Array) -> tuple[Array, Metrics]:
-        del key  # no dropout: what is scored is what is trained
+        # No dropout: what is scored is what is trained.
         lm_params = _lm_params(params, frozen, merge_lm)
         trained_towers = {name: part for name, part in params.items() if name != "lm"}
         query_params, doc_params = towers(trained_towers, frozen["towers"], merge_tower)
         batch = _without_masked(batch)
         own, everyone = _scores(encode, query_params, doc_params, batch, scale, chunk_tokens)
+        doc_scores = own[:, : batch.doc_mask.shape[1]]
+        log_probs = _once(reader.log_probs, lm_params, batch)
         outputs = Outputs(
             batch=batch,
-            doc_scores=own[:, : batch.doc_mask.shape[1]],
+            doc_scores=doc_scores,
             batch_scores=everyone,
-            log_probs=_once(reader.log_probs, lm_params, batch),
+            log_probs=log_probs,
             fused_log_probs=_once(reader.fused_log_probs, lm_params, batch),
             attention=_once(reader.attention, lm_params, batch),
+            leave_one_out=_leave_one_out(reader, lm_params, batch, doc_scores, log_probs),
+            key=key,
         )
         combined = combine_losses(
             {name: term(outputs) for name, (_, term) in terms.items()}, weights
@@ -180,6 +188,24 @@ def _once(function: Callable[[Any, RagBatch], Array] | None, params: Any, batch:
         return known[0]
 
     return compute
+
+
+def _leave_one_out(
+    reader: LMReader, params: Any, batch: RagBatch, doc_scores: Array, log_probs: Callable[[], Any]
+) -> Callable[[], Array]:
+    """Returns what computes `Outputs.leave_one_out`: a fusion reader reads once more for each."""
+    if reader.fused_log_probs is None:
+        seen = {"doc_mask": batch.doc_mask, "token_mask": batch.target_mask}
+        return lambda: leave_one_out_log_probs(doc_scores, log_probs(), **seen)
+    fused, columns = reader.fused_log_probs, jnp.arange(batch.doc_mask.shape[1])
+    held = jax.lax.stop_gradient(params)  # a target: nothing is kept for a backward pass
+
+    def without(column: Array) -> Array:
+        others = batch._replace(doc_mask=batch.doc_mask & (columns != column)[None])
+        read = sequence_log_probs(fused(held, others), token_mask=batch.target_mask)
+        return jnp.where(others.doc_mask.any(axis=1), read, 0.0)
+
+    return lambda: jax.lax.map(without, columns).T
 
 
 def _diagnostics(outputs: Outputs, reader: LMReader, rows: Array) -> Metrics:

@@ -15,11 +15,14 @@ from ragjax.losses import (
     emdr2_loss,
     info_nce_loss,
     lm_loss,
+    loop_target,
     lsr_target,
     pdist_loss,
     rag_sequence_loss,
     rag_token_loss,
+    reinforce_loss,
     sequence_log_probs,
+    stochastic_rag_loss,
 )
 from ragjax.models.inputs import Tokens
 
@@ -64,9 +67,16 @@ class Outputs(NamedTuple):
     log_probs: Callable[[], Array]  # [B, K, T]
     fused_log_probs: Callable[[], Array]  # [B, T]
     attention: Callable[[], Array]  # [B, K]
+    # [B, K] log-prob of the whole answer without each document, constant
+    leave_one_out: Callable[[], Array]
+    key: Array  # of the step's random draws
 
 
 Term = Callable[[Outputs], Array]  # -> [B] nats
+Score = Callable[[Array, Array], Array]
+"""(log p_LM(y|c∘x) [B, K], answer lengths [B]) -> [B, K], such as `losses.log_prob_per_token`."""
+Divergence = Callable[..., Array]
+"""`losses.pdist_loss`, KL(q‖p_R), or `losses.lsr_loss`, KL(p_R‖q)."""
 
 
 def sequence_term(outputs: Outputs) -> Array:
@@ -97,29 +107,87 @@ def fused_lm_term(outputs: Outputs) -> Array:
     return lm_loss(fused, token_mask=outputs.batch.target_mask)
 
 
-def make_lsr_term(score: Callable[[Array, Array], Array], temperature: float) -> Term:
+def make_lsr_term(score: Score, temperature: float, divergence: Divergence = pdist_loss) -> Term:
     """Builds KL(p_LSR‖p_R) over the candidates; p_LSR from the live language model, held constant.
 
     Args:
-        score: `(log p_LM(y|c∘x) [B, K], answer lengths [B]) -> [B, K]`, such as
-            `losses.log_prob_per_token`.
+        score: Of each document.
         temperature: τ, in units of the score.
+        divergence: `pdist_loss`, or `lsr_loss` for KL(p_R‖p_LSR).
     """
 
     def term(outputs: Outputs) -> Array:
-        target_mask = outputs.batch.target_mask
-        sums = sequence_log_probs(outputs.log_probs(), token_mask=target_mask)
-        lengths = target_mask.sum(axis=1)
-        return _distilled(outputs, score(sums, lengths), temperature)
+        mask = outputs.batch.doc_mask
+        target = lsr_target(_scored(outputs, score), temperature=temperature, doc_mask=mask)
+        return divergence(outputs.doc_scores, target, doc_mask=mask)
 
     return term
 
 
-def make_attention_term(temperature: float) -> Term:
+def make_attention_term(temperature: float, divergence: Divergence = pdist_loss) -> Term:
     """Builds KL(q‖p_R) with q from the decoder's attention to each document (Atlas, ADist)."""
 
     def term(outputs: Outputs) -> Array:
-        return _distilled(outputs, outputs.attention(), temperature)
+        mask = outputs.batch.doc_mask
+        target = lsr_target(outputs.attention(), temperature=temperature, doc_mask=mask)
+        return divergence(outputs.doc_scores, target, doc_mask=mask)
+
+    return term
+
+
+def make_leave_one_out_term(temperature: float, divergence: Divergence = pdist_loss) -> Term:
+    """Builds KL(q‖p_R) with q from what the answer loses without each document (Atlas, LOOP).
+
+    Args:
+        temperature: τ, in nats per answer token.
+        divergence: `pdist_loss`, or `lsr_loss` for KL(p_R‖q).
+    """
+
+    def term(outputs: Outputs) -> Array:
+        mask = outputs.batch.doc_mask
+        without = outputs.leave_one_out()
+        lengths = jnp.maximum(1, outputs.batch.target_mask.sum(axis=1)).astype(without.dtype)
+        target = loop_target(without / lengths[:, None], temperature=temperature, doc_mask=mask)
+        return divergence(outputs.doc_scores, target, doc_mask=mask)
+
+    return term
+
+
+def make_gumbel_term(score: Score, num_samples: int) -> Term:
+    """Builds `stochastic_rag_loss`: documents drawn with Gumbel top-k, both models learn.
+
+    Args:
+        score: The utility of each document.
+        num_samples: S, drawn without replacement; all candidates where there are fewer.
+    """
+
+    def term(outputs: Outputs) -> Array:
+        return stochastic_rag_loss(
+            outputs.doc_scores,
+            _scored(outputs, score),
+            outputs.key,
+            num_samples=min(num_samples, outputs.doc_scores.shape[1]),
+            doc_mask=outputs.batch.doc_mask,
+        )
+
+    return term
+
+
+def make_reinforce_term(score: Score, num_samples: int) -> Term:
+    """Builds `reinforce_loss`, the leave-one-out baseline in it: it teaches the retriever alone.
+
+    Args:
+        score: The utility of each document.
+        num_samples: S ≥ 2, drawn with replacement.
+    """
+
+    def term(outputs: Outputs) -> Array:
+        mask, utilities = outputs.batch.doc_mask, _scored(outputs, score)
+        logits = jnp.where(mask, outputs.doc_scores, jnp.finfo(jnp.float32).min)
+        shape = (num_samples, len(logits))
+        samples = jax.random.categorical(outputs.key, logits, axis=-1, shape=shape).T  # [B, S]
+        drawn = jnp.take_along_axis(utilities, samples, axis=1)
+        return reinforce_loss(outputs.doc_scores, samples, drawn, doc_mask=mask)
 
     return term
 
@@ -192,10 +260,10 @@ def _marginal(loss: Callable[..., Array], outputs: Outputs) -> Array:
     )
 
 
-def _distilled(outputs: Outputs, score: Array, temperature: float) -> Array:
-    mask = outputs.batch.doc_mask
-    target = lsr_target(score, temperature=temperature, doc_mask=mask)
-    return pdist_loss(outputs.doc_scores, target, doc_mask=mask)
+def _scored(outputs: Outputs, score: Score) -> Array:
+    target_mask = outputs.batch.target_mask
+    sums = sequence_log_probs(outputs.log_probs(), token_mask=target_mask)
+    return score(sums, target_mask.sum(axis=1))
 
 
 def _first_of_its_kind(doc_ids: Array) -> Array:

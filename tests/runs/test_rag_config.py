@@ -37,6 +37,23 @@ FROZEN = RefreshConfig(mode="frozen")
         (lambda: ObjectiveConfig(lsr_weight=-1), ["lsr_weight", "-1"]),
         (lambda: ObjectiveConfig(temperature=0), ["temperature"]),
         (
+            lambda: ObjectiveConfig(lsr_weight=1, direction="lsr"),
+            ["infinite where p_LSR is 0", "--objective.negatives none"],
+        ),
+        (lambda: ObjectiveConfig(marginal="gumbel"), ["--objective.negatives none"]),
+        (
+            lambda: ObjectiveConfig(marginal="reinforce", negatives="none", samples=1),
+            ["samples must be at least 2"],
+        ),
+        (
+            lambda: ObjectiveConfig(marginal="gumbel", negatives="none", score="leave_one_out"),
+            ["--objective.score log_prob_per_token"],
+        ),
+        (
+            lambda: RagConfig(objective=ObjectiveConfig(marginal="reinforce", negatives="none")),
+            ["--objective.lm_weight", "no-train"],
+        ),
+        (
             lambda: RagConfig(objective=ObjectiveConfig(score="attention", lsr_weight=1)),
             ["--language_model.reader fusion"],
         ),

@@ -205,12 +205,54 @@ def test_score_and_temperature_change_the_lsr_term(change):
     target_mask = jnp.ones((1, 3), bool)
     batch = e2e.RagBatch(None, None, None, jnp.ones((1, 2), bool), None, None, None, target_mask)
     log_probs = jnp.asarray([[[-1.0, -1, -1], [-2.0, -2, -2]]])
-    outputs = e2e.Outputs(batch, jnp.zeros((1, 2)), None, lambda: log_probs, None, None)
+    outputs = e2e.Outputs(batch, jnp.zeros((1, 2)), None, lambda: log_probs, *[None] * 4)
     values = [
         float(make_terms(objective, fusion=False)["lsr"][1](outputs)[0])
         for objective in (ObjectiveConfig(lsr_weight=1), ObjectiveConfig(lsr_weight=1, **change))
     ]
     assert abs(values[0] - values[1]) > 1e-3
+
+
+def terms_at(objective, scores=(0.0, 2.0), key=0):
+    """The value of each term for two documents of log-probs -3 and -6."""
+    target_mask = jnp.ones((1, 3), bool)
+    batch = e2e.RagBatch(None, None, None, jnp.ones((1, 2), bool), None, None, None, target_mask)
+    log_probs = jnp.asarray([[[-1.0, -1, -1], [-2.0, -2, -2]]])
+    outputs = e2e.Outputs(
+        batch, jnp.asarray([scores]), None, lambda: log_probs, None, None,
+        lambda: jnp.asarray([[-6.0, -3.0]]), jax.random.key(key),
+    )  # fmt: skip
+    terms = make_terms(objective, fusion=False)
+    return {name: float(term(outputs)[0]) for name, (_, term) in terms.items()}
+
+
+def test_the_direction_is_that_of_the_divergence():
+    options = {"lsr_weight": 1.0, "negatives": "none", "score": "log_prob", "temperature": 3.0}
+    target, live = (np.exp(x) / np.exp(x).sum() for x in (np.array([-1.0, -2]), np.array([0.0, 2])))
+    for direction, p, q in (("pdist", target, live), ("lsr", live, target)):
+        found = terms_at(ObjectiveConfig(**options, direction=direction))["lsr"]
+        np.testing.assert_allclose(found, (p * np.log(p / q)).sum(), rtol=1e-5)
+
+
+def test_leave_one_out_is_a_score_of_its_own():
+    options = {"lsr_weight": 1.0, "temperature": 1.0, "negatives": "none"}
+    found = terms_at(ObjectiveConfig(**options, score="leave_one_out"), scores=(0.0, 0.0))["lsr"]
+    target = np.exp([2.0, 1.0]) / np.exp([2.0, 1.0]).sum()  # 6 / 3 and 3 / 3 nats per token
+    np.testing.assert_allclose(found, (target * np.log(target / 0.5)).sum(), rtol=1e-5)
+
+
+def test_what_is_drawn_depends_on_samples_and_key():
+    gumbel = ObjectiveConfig(marginal="gumbel", negatives="none", samples=1)
+    values = {terms_at(gumbel, scores=(0.0, 0.0), key=key)["marginal"] for key in range(20)}
+    assert values == {1.0, 2.0}  # minus the log-prob per token of the one that was drawn
+    both = dataclasses.replace(gumbel, samples=2)
+    np.testing.assert_allclose(terms_at(both)["marginal"], 1.5, rtol=1e-6)
+    worth = dataclasses.replace(both, score="prob")
+    np.testing.assert_allclose(
+        terms_at(worth)["marginal"], -(np.exp(-3) + np.exp(-6)) / 2, rtol=1e-5
+    )
+    reinforce = dataclasses.replace(gumbel, marginal="reinforce", samples=4)
+    assert len({terms_at(reinforce, key=key)["marginal"] for key in range(20)}) > 1
 
 
 def test_epochs_and_batch_size_give_the_number_of_steps(opened):

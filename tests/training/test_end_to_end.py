@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.special import log_softmax, logsumexp
 
+from ragjax import losses
 from ragjax.losses import log_prob_per_token
 from ragjax.models.inputs import Tokens
 from ragjax.models.seq2seq.fusion import FusionBatch
@@ -159,6 +160,88 @@ def test_the_lsr_term_is_the_divergence_from_the_language_models_view():
     np.testing.assert_allclose(value(term, batch)[0], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_the_other_direction_is_the_divergence_from_the_retriever(temperature):
+    params, batch = make_params(), make_batch()
+    scores, log_probs = reference(params, batch)
+    lengths = np.asarray(batch.target_mask).sum(1)
+    target = log_softmax(log_probs.sum(2) / lengths[:, None] / temperature, axis=1)
+    live = log_softmax(own(scores, batch), axis=1)
+    expected = (np.exp(live) * (live - target)).sum(1).mean()
+    term = e2e.make_lsr_term(log_prob_per_token, temperature, losses.lsr_loss)
+    np.testing.assert_allclose(value(term, batch)[0], expected, rtol=1e-4)
+
+
+def loop_by_hand(scores, log_probs, lengths, temperature):
+    """KL(q‖p_R) with q from the answer's likelihood without each document, `[B]`."""
+    live, answers = log_softmax(scores, axis=1), log_probs.sum(2)
+    without = np.zeros(live.shape)
+    for left_out in range(live.shape[1]):
+        others = [column for column in range(live.shape[1]) if column != left_out]
+        prior = log_softmax(scores[:, others], axis=1)
+        without[:, left_out] = logsumexp(prior + answers[:, others], axis=1) / lengths
+    target = log_softmax(-without / temperature, axis=1)
+    return (np.exp(target) * (target - live)).sum(1)
+
+
+def test_the_leave_one_out_term_distils_what_the_answer_loses_without_a_document():
+    params, batch = make_params(), make_batch()
+    scores, log_probs = reference(params, batch)
+    lengths = np.asarray(batch.target_mask).sum(1)
+    expected = loop_by_hand(own(scores, batch), log_probs, lengths, 0.5).mean()
+    term = e2e.make_leave_one_out_term(0.5)
+    np.testing.assert_allclose(value(term, batch)[0], expected, rtol=1e-4)
+
+
+def test_a_fusion_reader_reads_once_more_without_each_document():
+    batch = make_batch()
+    batch = batch._replace(doc_mask=batch.doc_mask.at[1, 1:].set(False))
+    worth = jnp.asarray([3.0, 1.0, 0.5])  # of the documents to every answer, in nats
+
+    def fused(params, batch):
+        there = jnp.where(batch.context_mask.any(axis=2), worth, 0.0).sum(axis=1)
+        there = jnp.where(batch.context_mask.any(axis=(1, 2)), there, jnp.nan)
+        first = jnp.arange(batch.target_mask.shape[1]) == 0
+        return jnp.where(first, there[:, None] - 9, 0.0)
+
+    reader = LMReader(None, e2e.fusion_reader(fused), lambda params, batch: jnp.zeros((3, 3)))
+    found = value(e2e.make_leave_one_out_term(0.5), batch, reader=reader)[0]
+    scores, _ = reference(make_params(), batch)
+    lengths = np.asarray(batch.target_mask).sum(1)
+    live = log_softmax(own(scores, batch), axis=1)
+    target = log_softmax(np.asarray(worth) / lengths[:, None] / 0.5, axis=1)
+    each = (np.exp(target) * (target - live)).sum(1)
+    each[1] = 0.0  # one document is all there is
+    np.testing.assert_allclose(found, each.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [e2e.make_gumbel_term, e2e.make_reinforce_term])
+def test_drawn_documents_give_the_gradient_of_the_expected_score(make):
+    batch = make_batch()
+    scores, log_probs = reference(make_params(), batch)
+    live = jnp.asarray(own(scores, batch) / SCALE, jnp.float32)
+    sums = jnp.asarray(log_probs, jnp.float32)
+    lengths = np.asarray(batch.target_mask).sum(1)
+    utility = log_probs.sum(2) / lengths[:, None]
+    prior = np.exp(log_softmax(np.asarray(live, np.float64), axis=1))
+    expected = -prior * (utility - (prior * utility).sum(1, keepdims=True))
+
+    def loss(doc_scores, key):
+        outputs = Outputs(batch, doc_scores, doc_scores, lambda: sums, None, None, None, key)
+        return make(log_prob_per_token, 2)(outputs).sum()
+
+    keys = jax.random.split(jax.random.key(0), 4000)
+    found = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(live, keys)
+    assert float(jnp.abs(found[0] - found[1]).max()) > 1e-3  # other draws, other gradients
+    if make is e2e.make_reinforce_term:
+        np.testing.assert_allclose(found.mean(0), expected, atol=0.05)
+    else:  # biased, of the same sign
+        cosine = (found.mean(0) * expected).sum() / (
+            np.linalg.norm(found.mean(0)) * np.linalg.norm(expected)
+        )
+        assert cosine > 0.9
+
+
 def test_marginal_and_negatives_are_the_marginal_over_the_whole_batch():
     params, batch = make_params(), make_batch()
     scores, log_probs = reference(params, batch)
@@ -299,8 +382,8 @@ def test_the_contrastive_term_is_the_softmax_over_the_batch_without_other_releva
 
 
 def gradients(terms, batch, reader=READER):
-    loss = loss_of(terms, reader=reader)
-    return jax.grad(lambda params: loss(params, FROZEN, batch, None)[0])(make_params())
+    loss, key = loss_of(terms, reader=reader), jax.random.key(0)
+    return jax.grad(lambda params: loss(params, FROZEN, batch, key)[0])(make_params())
 
 
 def size(tree):
@@ -315,6 +398,10 @@ def size(tree):
         (e2e.emdr2_term, True, True, False),
         (e2e.lm_term, False, False, True),
         (e2e.make_lsr_term(log_prob_per_token, 0.3), True, True, False),
+        (e2e.make_lsr_term(log_prob_per_token, 0.3, losses.lsr_loss), True, True, False),
+        (e2e.make_leave_one_out_term(0.3), True, True, False),
+        (e2e.make_gumbel_term(log_prob_per_token, 2), True, True, True),
+        (e2e.make_reinforce_term(log_prob_per_token, 4), True, True, False),
         (e2e.negatives_term, True, True, False),
     ],
 )
@@ -333,7 +420,9 @@ def test_the_gradient_to_the_scores_is_prior_minus_posterior():
     prior = np.exp(log_softmax(live, axis=1))
 
     def of_scores(doc_scores):
-        outputs = Outputs(batch, doc_scores, doc_scores, lambda: jnp.asarray(log_probs), None, None)
+        outputs = Outputs(
+            batch, doc_scores, doc_scores, lambda: jnp.asarray(log_probs), *[None] * 4
+        )
         return e2e.sequence_term(outputs).sum()
 
     found = jax.grad(of_scores)(jnp.asarray(live, jnp.float32))

@@ -15,6 +15,9 @@ from ragjax.runs.options.shared import (
     TowersConfig,
 )
 
+# Scores of a document that depend on the others.
+OF_ALL_DOCUMENTS = ("attention", "leave_one_out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderConfig(LearningConfig):
@@ -41,36 +44,56 @@ class ObjectiveConfig(Options):
         marginal: -log p(y|x) over the retrieved documents: `sequence` Σ_c p_R(c) Π_t p_LM(y_t|c∘x)
             (RAG-Sequence), `token` Π_t Σ_c p_R(c) p_LM(y_t|c∘x) (RAG-Token, REALM), `emdr2` the
             token form with a stop gradient on the language model, which `lm_weight` then trains.
+            `gumbel` and `reinforce` take in its place the expected score Σ_c p_R(c) score(c), by
+            `samples` documents that are drawn: with Gumbel top-k, straight through (Stochastic
+            RAG), or by REINFORCE with a leave-one-out baseline, which teaches the retriever alone.
         marginal_weight: Weight of that term; 0 turns it off.
+        samples: Documents that `gumbel` draws for a question without, `reinforce` with replacement.
         negatives: `batch` adds the documents of the batch's other questions to the softmax of p_R,
             in the marginal and the LSR term, with likelihood 0; `none` compares a question's own
             documents only, as the papers do.
         lm_weight: Weight of the mean over documents of -log p_LM(y|c∘x); with `fusion`, of
             -log p_LM(y|x, all documents).
-        lsr_weight: Weight of KL(p_LSR||p_R).
-        score: What p_LSR compares: `prob` p(y|c∘x), `log_prob`, either per token, or `attention`,
-            the attention of the decoder on each document (`fusion` only).
+        lsr_weight: Weight of the divergence between p_LSR and p_R.
+        direction: Of that divergence, named as `adapt.py` does: `pdist` is KL(p_LSR||p_R), `lsr` is
+            KL(p_R||p_LSR).
+        score: What p_LSR compares: `prob` p(y|c∘x), `log_prob`, either per token; `attention`, the
+            attention of the decoder on each document (`fusion` only); `leave_one_out`, the answer's
+            log-probability per token that is lost without the document (LOOP; `fusion` reads the
+            others again for each).
         temperature: τ of p_LSR = softmax(score/τ), in units of the score.
         contrastive_weight: Weight of the contrastive term on the labels (DPR), over all documents
             of the batch; a labelled document that was not retrieved joins the batch.
     """
 
-    marginal: Literal["sequence", "token", "emdr2"] = "sequence"
+    marginal: Literal["sequence", "token", "emdr2", "gumbel", "reinforce"] = "sequence"
     marginal_weight: float = 1.0
+    samples: int = 4
     negatives: Literal["batch", "none"] = "batch"
     lm_weight: float = 0.0
     lsr_weight: float = 0.0
-    score: Literal["prob", "prob_per_token", "log_prob", "log_prob_per_token", "attention"] = (
-        "log_prob_per_token"
-    )
+    direction: Literal["pdist", "lsr"] = "pdist"
+    score: Literal[
+        "prob", "prob_per_token", "log_prob", "log_prob_per_token", "attention", "leave_one_out"
+    ] = "log_prob_per_token"
     temperature: float = 0.3
     contrastive_weight: float = 0.0
 
     @property
     def target(self) -> LsrTarget:
-        """Options of p_LSR over single documents; attention is of all documents at once."""
-        score = "log_prob_per_token" if self.score == "attention" else self.score
+        """Options of p_LSR over single documents; some scores are of all documents at once."""
+        score = "log_prob_per_token" if self.score in OF_ALL_DOCUMENTS else self.score
         return LsrTarget(score, self.temperature)
+
+    @property
+    def draws(self) -> bool:
+        """Whether documents are drawn in place of summing over them."""
+        return self.marginal in ("gumbel", "reinforce") and self.marginal_weight > 0
+
+    @property
+    def marginal_trains_lm(self) -> bool:
+        """Whether the marginal term has a gradient to the language model."""
+        return self.marginal not in ("emdr2", "reinforce") and self.marginal_weight > 0
 
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
@@ -81,6 +104,24 @@ class ObjectiveConfig(Options):
             self.marginal_weight or self.lm_weight or self.lsr_weight or self.contrastive_weight
         ):
             raise ValueError("all weights are 0, so nothing is trained; set one of them above 0")
+        at_least(self, 2 if self.marginal == "reinforce" else 1, "samples")
+        if self.draws and self.score in OF_ALL_DOCUMENTS:
+            raise ValueError(
+                f"marginal={self.marginal} draws single documents, and score={self.score} is of all"
+                " of them; use --objective.score log_prob_per_token"
+            )
+        if self.negatives == "none":
+            return
+        if self.lsr_weight and self.direction == "lsr":
+            raise ValueError(
+                "direction=lsr is KL(p_R||p_LSR), infinite where p_LSR is 0, so it cannot take the"
+                " batch's other documents as negatives; add --objective.negatives none"
+            )
+        if self.draws:
+            raise ValueError(
+                f"marginal={self.marginal} is an expected score, which the batch's other documents"
+                " do not have; add --objective.negatives none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,13 +244,10 @@ class RagConfig(RunConfig):
                 " --objective.marginal_weight 0 with --objective.lm_weight 1"
                 " --objective.lsr_weight 1 --objective.score attention"
             )
-        learns = objective.lm_weight or (
-            objective.marginal_weight and objective.marginal != "emdr2"
-        )
-        if model.train and not learns:
+        if model.train and not (objective.lm_weight or objective.marginal_trains_lm):
             raise ValueError(
-                "nothing trains the language model: with marginal=emdr2, or without the marginal"
-                " term, only --objective.lm_weight does; set it above 0, or add"
+                "nothing trains the language model: with marginal=emdr2 or reinforce, or without"
+                " the marginal term, only --objective.lm_weight does; set it above 0, or add"
                 " --language_model.no-train"
             )
         if not model.train and objective.lm_weight:

@@ -14,10 +14,11 @@ from ragjax.index import Bm25Index
 from ragjax.models.seq2seq.fusion import fusion_attention_mass, fusion_token_log_probs
 from ragjax.runs.found import findable_in_training, source_rows
 from ragjax.runs.indexes import Retriever
-from ragjax.runs.options.end_to_end import ObjectiveConfig, RagConfig
+from ragjax.runs.options.end_to_end import OF_ALL_DOCUMENTS, ObjectiveConfig, RagConfig
 from ragjax.runs.teacher import SCORES
 from ragjax.runs.train.batches import RagBatches
 from ragjax.runs.train.live import open_retrieval
+from ragjax.runs.train.retriever import OBJECTIVES
 from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates
 from ragjax.runs.trainable import END_TO_END, SplitModels, Trained, split_models
 from ragjax.runs.workspace import Workspace
@@ -29,6 +30,7 @@ _MARGINALS = {
     "token": end_to_end.token_term,
     "emdr2": end_to_end.emdr2_term,
 }
+_DRAWN = {"gumbel": end_to_end.make_gumbel_term, "reinforce": end_to_end.make_reinforce_term}
 
 
 class Devices(NamedTuple):
@@ -184,17 +186,25 @@ def make_terms(
         fusion: The reader sees all documents at once.
     """
     lm_term = end_to_end.fused_lm_term if fusion else end_to_end.lm_term
+    score, tau = SCORES[objective.target.score], objective.temperature
+    divergence = OBJECTIVES[objective.direction]
     if objective.score == "attention":
-        lsr_term = end_to_end.make_attention_term(objective.temperature)
+        lsr_term = end_to_end.make_attention_term(tau, divergence)
+    elif objective.score == "leave_one_out":
+        lsr_term = end_to_end.make_leave_one_out_term(tau, divergence)
     else:
-        lsr_term = end_to_end.make_lsr_term(SCORES[objective.score], objective.temperature)
+        lsr_term = end_to_end.make_lsr_term(score, tau, divergence)
+    if objective.marginal in _DRAWN:
+        marginal = _DRAWN[objective.marginal](score, objective.samples)
+    else:
+        marginal = _MARGINALS[objective.marginal]
     # p_R weighs the documents once for an answer, or once for each of its tokens.
     once = objective.marginal == "sequence"
     in_batch = float(objective.negatives == "batch")
     compared = objective.lsr_weight + objective.marginal_weight * once
     per_token = objective.marginal_weight * (not once)
     terms = {
-        "marginal": (objective.marginal_weight, _MARGINALS[objective.marginal]),
+        "marginal": (objective.marginal_weight, marginal),
         "lm": (objective.lm_weight, lm_term),
         "lsr": (objective.lsr_weight, lsr_term),
         "contrastive": (objective.contrastive_weight, end_to_end.contrastive_term),
@@ -222,7 +232,8 @@ def make_reader(workspace: Workspace, config: RagConfig) -> end_to_end.LMReader:
         )
     fused = functools.partial(fusion_token_log_probs, lm.config, remat=options.remat)
     attention = functools.partial(fusion_attention_mass, lm.config)
-    alone = objective.marginal_weight or (objective.lsr_weight and objective.score != "attention")
+    scored = objective.lsr_weight and objective.score not in OF_ALL_DOCUMENTS
+    alone = objective.marginal_weight or scored
     return end_to_end.LMReader(
         separate if alone else None,
         end_to_end.fusion_reader(workspace.cast_lm(fused)),

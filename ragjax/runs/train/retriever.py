@@ -29,7 +29,7 @@ from ragjax.training.lsr import LsrBatch, make_lsr_loss
 from ragjax.training.score_cache import ResultCache, Score
 
 # With a target that is 1 on the relevant document, KL(target‖p_R) is DPR's loss.
-_OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss, "dpr": pdist_loss}
+OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss, "dpr": pdist_loss}
 
 
 class Targets(NamedTuple):
@@ -92,7 +92,7 @@ def train_retriever(
     )
     loss = make_lsr_loss(
         workspace.training_encode(),
-        _OBJECTIVES[config.objective],
+        OBJECTIVES[config.objective],
         scale=workspace.scale,
         in_batch=config.negatives == "batch",
         merge=split.merge,
