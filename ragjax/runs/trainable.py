@@ -141,6 +141,33 @@ def split_models(
     return SplitModels(split_towers(config.retriever, tower_params, seed=config.seed), lm)
 
 
+def average_params(before: Any, after: Any, factor: float) -> Any:
+    r"""Averages weights before and after training (WiSE-FT).
+
+    .. math::
+        \theta = \theta_{before} + factor \cdot (\theta_{after} - \theta_{before})
+
+    Args:
+        before: Parameters before training, all of them or the trainable ones.
+        after: The same after it. Of adapters the product is averaged, not its two factors: `up` is
+            scaled, since it was 0 before.
+        factor: 0 returns `before`, 1 returns `after`, both as they are.
+
+    References:
+        Wortsman et al., "Robust fine-tuning of zero-shot models", 2022, section 3.
+    """
+    if factor in (0, 1):
+        return after if factor else before
+
+    def average(path: Any, old: Any, new: Any) -> Any:
+        names = [getattr(part, "key", None) for part in path]
+        if "lora" in names:
+            return new * factor if names[-1] == "up" else new
+        return (old + factor * (new - old)).astype(old.dtype)
+
+    return jax.tree_util.tree_map_with_path(average, before, after)
+
+
 def _split(
     config: LearningConfig, params: Any, layout: Layout, seed: int, *, embeddings: bool = False
 ) -> SplitModel:

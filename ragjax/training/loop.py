@@ -164,6 +164,7 @@ def run_steps(
     info: Mapping[str, Any] | None = None,
     describe_batch: Callable[[int], str] | None = None,
     host: HostWork | None = None,
+    after_step: Callable[[int, TrainState], None] | None = None,
 ) -> TrainState:
     """Runs a stage to its end, from its newest good checkpoint if there is one.
 
@@ -182,6 +183,8 @@ def run_steps(
         info: JSON values kept in each checkpoint; the one on disk must agree.
         describe_batch: Step number to a sentence on that batch, for the error about NaN.
         host: Called before each step, for batches that depend on the state.
+        after_step: Called with the number of steps done and their state, whose buffers the next
+            step takes; before that state is saved, so once more where a run is killed in between.
 
     Returns:
         The state after the last step.
@@ -226,6 +229,8 @@ def run_steps(
                     f" {_advice(log.rows(config.stage), state.params, frozen)}"
                 )
             done = step + 1
+            if after_step is not None:
+                after_step(done, state)
             if done % config.checkpoint_every == 0 or done == config.num_steps or stop.signum:
                 save(done, state)
             stop.check()

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from ragjax.index.base import pad_result
-from ragjax.runs.compare.choice import MIN_KNOWN, choose, prefer, ranking_figure
+from ragjax.runs.compare.choice import (
+    MIN_KNOWN,
+    _chance,
+    choose,
+    judge_problem,
+    optimism,
+    prefer,
+    ranking_figure,
+)
 
 
 def ranks(seed: int, count: int, gain: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -86,3 +94,40 @@ def test_the_figure_is_the_reciprocal_rank_of_the_first_document_that_counts():
     found = pad_result(np.array([[3, 1], [2, 0], [0, 1]]), np.ones((3, 2)), 2)
     figure = ranking_figure(found, [frozenset({1, 9}), frozenset({5}), frozenset()])
     np.testing.assert_array_equal(figure, [0.5, 0.0, np.nan])
+
+
+class TestJudge:
+    def test_enough_questions_that_are_found_can_judge(self):
+        assert judge_problem(np.linspace(0, 1, 40), [frozenset({1})] * 40, 1000) == ""
+
+    def test_few_known_questions_cannot(self):
+        figure = np.r_[np.ones(MIN_KNOWN - 1), [np.nan] * 10]
+        relevant = [frozenset({1})] * (MIN_KNOWN - 1) + [frozenset()] * 10
+        assert f"known for {MIN_KNOWN - 1} of 29" in judge_problem(figure, relevant, 1000)
+
+    def test_what_is_found_as_often_as_by_chance_cannot(self):
+        draw = np.random.default_rng(0)
+        relevant = [frozenset(draw.choice(50, 5, replace=False).tolist()) for _ in range(100)]
+        ranked = np.stack([draw.permutation(50)[:10] for _ in range(100)])
+        figure = ranking_figure(pad_result(ranked, np.ones(ranked.shape), 10), relevant)
+        assert figure.mean() > 0.2  # each question has many passages that count
+        assert "hardly better than chance" in judge_problem(figure, relevant, 50)
+        # By chance alone: what the mean of many random rankings is.
+        assert _chance(5, 50) == pytest.approx(0.27, abs=0.03)
+        assert _chance(1, 1) == _chance(50, 50) == 1.0
+
+
+class TestOptimism:
+    def test_is_on_average_that_of_a_maximum_over_candidates_without_a_gain(self):
+        draw, best, estimated = np.random.default_rng(2), [], []
+        for _ in range(50):
+            old = draw.random(100)
+            figures = [old, *(old + draw.normal(0, 0.2, (30, 100)))]
+            best.append(max(float((row - old).mean()) for row in figures))
+            estimated.append(optimism(figures))
+        assert 0.8 < np.mean(estimated) / np.mean(best) < 1.4
+
+    def test_is_none_for_one_clear_gain(self):
+        old = np.linspace(0, 0.5, 50)
+        assert optimism([old, old + 0.3]) == pytest.approx(0)
+        assert optimism([old[:3], old[:3] + 0.3]) == 0

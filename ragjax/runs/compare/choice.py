@@ -28,6 +28,8 @@ FIGURE_DEPTH = 10
 # One question alone that changed is exactly 1 standard error.
 _ERRORS = 1.1
 _FOLDS = 5
+# Far below what any retriever reaches on questions that belong to the corpus.
+_ABOVE_CHANCE = 0.1
 
 
 def prefer(candidate: ArrayLike, incumbent: ArrayLike) -> bool:
@@ -68,20 +70,61 @@ def choose(figures: Sequence[ArrayLike], default: int = 0) -> int:
     Raises:
         ValueError: There are none, or their shapes differ.
     """
-    if not figures or not 0 <= default < len(figures):
-        raise ValueError(f"default must be one of the candidates, got {default} of {len(figures)}")
-    gains = np.stack([_gains(row, figures[default]) for row in figures])  # [C, known]
-    num_known = gains.shape[1]
-    if num_known < MIN_KNOWN:
+    gains = _all_gains(figures, default)
+    held_out, none = _held_out(gains, default), np.zeros(gains.shape[1])
+    if len(none) < MIN_KNOWN:
         return default
-    fold = np.arange(num_known) % _FOLDS
-    held_out = np.zeros(num_known)
-    for part in range(_FOLDS):
-        best = _best(gains[:, fold != part], default)
-        held_out[fold == part] = gains[best, fold == part]
     best = _best(gains, default)
-    better = prefer(held_out, np.zeros(num_known)) and prefer(gains[best], np.zeros(num_known))
-    return best if better else default
+    return best if prefer(held_out, none) and prefer(gains[best], none) else default
+
+
+def optimism(figures: Sequence[ArrayLike], default: int = 0) -> float:
+    """Estimates by how much the figure of the best candidate is too high on what chose it.
+
+    Args:
+        figures: As for `choose`.
+        default: As for `choose`.
+
+    Returns:
+        At least 0, in the unit of the figures: to be taken off those of the candidate that was
+        best, where they are measured again on the same questions.
+    """
+    gains = _all_gains(figures, default)
+    if gains.shape[1] < _FOLDS:
+        return 0.0
+    best = gains[_best(gains, default)].mean()
+    return float(max(0.0, best - _held_out(gains, default).mean()))
+
+
+def judge_problem(figure: ArrayLike, relevant: Sequence[frozenset[int]], size: int) -> str:
+    """Says why dev questions cannot judge a retriever; "" where they can.
+
+    What counts as found may be nonsense: shuffled answers, or those of another domain. Then even
+    the un-adapted system finds it no more often than chance would. So its mean figure has to be
+    above that of a random ranking by .1, and by 3 standard errors.
+
+    Args:
+        figure: `[Q]` of the un-adapted system, as of `ranking_figure`.
+        relevant: Q sets of corpus rows that count as found.
+        size: Documents in the corpus.
+    """
+    figure = np.asarray(figure, np.float64)
+    known = ~np.isnan(figure)
+    if known.sum() < MIN_KNOWN:
+        return (
+            f"what is to be found is known for {known.sum()} of {len(figure)} dev questions, and"
+            f" {MIN_KNOWN} are the fewest that judge"
+        )
+    chance = np.array([_chance(len(rows), size) for rows in relevant])[known]
+    above = figure[known] - chance
+    needed = max(_ABOVE_CHANCE, 3 * above.std(ddof=1) / np.sqrt(len(above)))
+    if above.mean() > needed:
+        return ""
+    return (
+        f"the un-adapted system finds what is to be found for the {known.sum()} dev questions"
+        f" hardly better than chance (MRR@{FIGURE_DEPTH} {figure[known].mean():.3f}, by chance"
+        f" {chance.mean():.3f})"
+    )
 
 
 def ranking_figure(found: SearchResult, relevant: Sequence[frozenset[int]]) -> NDArray[np.float64]:
@@ -130,6 +173,34 @@ def _gains(candidate: ArrayLike, incumbent: ArrayLike) -> NDArray[np.float64]:
         )
     gain = new - old
     return gain[~np.isnan(gain)]
+
+
+def _all_gains(figures: Sequence[ArrayLike], default: int) -> NDArray[np.float64]:
+    """Returns what each candidate gains over the default, `[C, known]`."""
+    if not 0 <= default < len(figures):
+        raise ValueError(f"default must be one of the candidates, got {default} of {len(figures)}")
+    return np.stack([_gains(row, figures[default]) for row in figures])
+
+
+def _held_out(gains: NDArray[np.float64], default: int) -> NDArray[np.float64]:
+    """Returns for each question the gain of the candidate that is best on other questions."""
+    fold = np.arange(gains.shape[1]) % _FOLDS
+    held_out = np.zeros(gains.shape[1])
+    for part in set(fold.tolist()):
+        others = gains[:, fold != part]
+        best = _best(others, default) if others.size else default
+        held_out[fold == part] = gains[best, fold == part]
+    return held_out
+
+
+def _chance(num_relevant: int, size: int) -> float:
+    """Returns the expected figure of a random ranking."""
+    expected, missed = 0.0, 1.0
+    for rank in range(1, min(FIGURE_DEPTH, size) + 1):
+        hit = min(1.0, num_relevant / (size - rank + 1))
+        expected += missed * hit / rank
+        missed *= 1 - hit
+    return expected
 
 
 def _best(gains: NDArray[np.float64], default: int) -> int:

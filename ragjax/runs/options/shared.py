@@ -235,6 +235,9 @@ class RunConfig(Options):
         compute_dtype: Dtype of both models' computations. With `bfloat16` trained parameters,
             gradients and optimizer state stay in float32, and so do norms, softmax and losses; made
             for accelerators, on CPU it is slower than `float32`.
+        keep: What is kept of a training: `best` measures it on dev every few steps, takes the best
+            step, averages its weights with those before training (WiSE-FT) and ships what is
+            better on dev, un-adapted models among it; `last` takes the last step, as papers do.
         dev_fraction: Share of the training questions held out where the data has no dev split.
         checkpoint_every: Steps between two checkpoints.
         encode_tokens: Tokens in a batch of the encoder, for indexes and queries.
@@ -256,6 +259,7 @@ class RunConfig(Options):
     output: str = "runs/adapt"
     seed: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    keep: Literal["best", "last"] = "best"
     dev_fraction: float = 0.2
     checkpoint_every: int = 10
     encode_tokens: int = 1024

@@ -57,6 +57,7 @@ def run_stage(
     *,
     host: HostWork | None = None,
     describe_batch: Callable[[int], str] | None = None,
+    watch: Callable[[int, Any], None] | None = None,
 ) -> Any:
     """Runs a stage to its end, from its last checkpoint if there is one.
 
@@ -68,6 +69,8 @@ def run_stage(
         batch_at: Step to its batch.
         host: As in `run_steps`.
         describe_batch: As in `run_steps`.
+        watch: Called with the steps done and the trainable parameters of that moment, as
+            `after_step` of `run_steps`.
 
     Returns:
         The trainable parameters after the last step.
@@ -95,6 +98,7 @@ def run_stage(
         info=version | {"num_steps": stage.num_steps},
         host=host,
         describe_batch=describe_batch,
+        after_step=None if watch is None else lambda done, state: watch(done, state.params),
     ).params
 
 
