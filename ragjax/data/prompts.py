@@ -24,6 +24,7 @@ from ragjax.data.template import TemplateTexts, fill
 from ragjax.data.template import passage_text as passage_text
 from ragjax.data.tokenization import EncodedTexts, pad_left, pad_right
 
+_ASKED = "\n\nQuestion:"  # between a document and its question, where nothing else is read
 _LENGTH_MULTIPLE = 32  # of context lengths chosen by `pack`, to bound the number of shapes
 
 
@@ -165,6 +166,36 @@ class PromptBuilder:
             text=shown.text,
         )
 
+    @property
+    def asks_after_document(self) -> bool:
+        """Whether a question follows its document in one text, as `question_place` needs it."""
+        tail = self._texts.context.partition("{document}")[2]
+        return "{question}" in tail and not (self._context_end or self._target_start)
+
+    def question_place(self, question: str, document: DocumentIds) -> tuple[int, int]:
+        """Returns the tokens of a context that are its question's: the first, and that behind.
+
+        A token that stands for characters of both, question and template, is the question's. For a
+        prompt that `asks_after_document`.
+        """
+        (head, shown, tail), _ = self._fitted(question, [document])
+        label = self._texts.context.partition("{document}")[2].partition("{question}")[0]
+        before = head + shown.text + label
+        return self._place(before, question, tail[len(label) + len(question) :])
+
+    def question_reading(self, question: str, document: DocumentIds) -> tuple[list[int], list[int]]:
+        """Returns context and target in which a question follows its document and nothing else.
+
+        An encoder reads the document and a decoder the question; elsewhere `Question:` stands
+        between the two.
+        """
+        if self._context_end or self._target_start:
+            target = [*self._target_start, *self.joiner.encode(question), *self._end]
+            return [*self._bos, *document, *self._context_end], target
+        ids = [*self._bos, *self.joiner.join([document, f"{_ASKED} {question}"])]
+        start, end = self._place(f"{document.text}{_ASKED} ", question, "")
+        return ids[:start], ids[start:end]
+
     def target(self, answer: str) -> list[int]:
         """Returns the token ids of an answer, cut to `max_answer_tokens`, then `end_id` if uncut.
 
@@ -215,6 +246,13 @@ class PromptBuilder:
         left = pad_left(contexts, length=context_length, pad_id=self.pad_id)
         right = pad_right(targets, length=target_length, pad_id=self.pad_id)
         return PromptBatch(left.ids, left.mask, right.ids, right.mask)
+
+    def _place(self, before: str, text: str, after: str) -> tuple[int, int]:
+        """Returns the tokens of a part of a whole text, its first and that behind, after `bos`."""
+        offsets = self.joiner.encoding(before + text + after).offsets
+        start, end = len(before), len(before) + len(text)
+        inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < end]
+        return len(self._bos) + inside[0], len(self._bos) + inside[-1] + 1
 
     def _fitted(
         self, question: str, documents: Sequence[Sequence[int] | np.ndarray]

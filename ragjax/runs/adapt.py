@@ -22,7 +22,8 @@ from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
-from ragjax.runs.teacher import score_candidates, target_log_probs
+from ragjax.runs.teachers.reading import score_candidates
+from ragjax.runs.teachers.target import target_log_probs
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import check_machine
 from ragjax.runs.train.retriever import (

@@ -24,7 +24,7 @@ from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LearningConfig, RunConfig
-from ragjax.runs.teacher import context_batches
+from ragjax.runs.teachers.batches import context_batches
 from ragjax.runs.tokens import bucket_of, buckets
 from ragjax.runs.train.batches import RagBatches
 from ragjax.runs.train.stages import stage_steps

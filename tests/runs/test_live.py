@@ -17,7 +17,7 @@ from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.indexes import build_bm25, build_towers, live_search, search
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.refresh import RefreshConfig
-from ragjax.runs.teacher import score_candidates, score_step
+from ragjax.runs.teachers.reading import score_candidates, score_step
 from ragjax.runs.train import retriever as retriever_stage
 from ragjax.runs.train.live import open_refresher, refresh_options
 from ragjax.runs.train.retriever import labelled_targets, open_labelled, train_retriever

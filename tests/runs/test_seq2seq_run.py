@@ -2,15 +2,17 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import load_script
 from test_teacher import plain_score, some_candidates
 
+from ragjax.models import LMBatch
 from ragjax.models.testing import write_tiny_language_model
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.options.shared import DataConfig
-from ragjax.runs.teacher import score_candidates
+from ragjax.runs.teachers.reading import score_candidates
 from ragjax.runs.tokens import answer_end_id
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
@@ -43,6 +45,35 @@ def test_unpacked_scores_are_those_of_each_pair_alone(t5_inputs, tmp_path, rng):
         expected = plain_score(workspace, questions[q], int(found.doc_ids[q, k]))
         assert scores.log_probs[q, k] == pytest.approx(expected, abs=1e-3)
     assert (scores.log_probs[~found.mask] == 0).all()
+
+
+@pytest.mark.slow
+def test_an_encoder_reads_the_document_and_a_decoder_the_question(t5_inputs, tmp_path, rng):
+    config = AdaptConfig(
+        **t5_inputs,
+        data_options=DataConfig(train_questions=3),
+        language_model=LMConfig(train_layers=1),
+    )
+    workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda _: None)
+    questions, lm = workspace.questions["train"], workspace.lm
+    found = some_candidates(rng, len(questions), documents=9)
+    cache = ResultCache(tmp_path / "s.jsonl", Score)
+    scores = score_candidates(
+        workspace, workspace.base_lm(), questions, found, cache, wanted=("answer", "question")
+    )
+    encode = workspace.prompts.joiner.encode
+    for q, k in np.argwhere(found.mask):
+        doc = int(found.doc_ids[q, k])
+        assert scores.log_probs[q, k] == pytest.approx(
+            plain_score(workspace, questions[q], doc), abs=1e-3
+        )
+        ends = lm.text_format.context_end_ids
+        context = [*workspace.documents.get([doc])[0], *ends]
+        target = encode(questions[q].text)
+        packed = workspace.prompts.pack([context], [target], target_length=len(target))
+        batch = LMBatch(*map(jnp.asarray, packed))
+        expected = float(lm.token_log_probs(lm.params, batch).sum())
+        assert scores.question_log_probs[q, k] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ import pytest
 
 from ragjax.index import SearchResult
 from ragjax.models import LMBatch
-from ragjax.runs import teacher as teacher_module
 from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
 from ragjax.runs.found import Findable
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
-from ragjax.runs.teacher import TeacherScores, score_candidates, target_log_probs
+from ragjax.runs.teachers import batches as batches_module
+from ragjax.runs.teachers import reading as reading_module
+from ragjax.runs.teachers.reading import TeacherScores, score_candidates
+from ragjax.runs.teachers.target import target_log_probs
 from ragjax.runs.train import retriever as retriever_module
 from ragjax.runs.train.retriever import _batch_docs, _lsr_batches, scored_targets
 from ragjax.runs.workspace import open_workspace
@@ -71,6 +73,63 @@ def test_packed_scores_are_those_of_each_pair_alone(workspace, teacher, rng, tmp
     ]
 
 
+def question_score(workspace, question, doc):
+    """log p(x|c) of one pair, the question read alone behind its document, in plain text."""
+    document = workspace.documents.get([doc])[0]
+    encode = workspace.prompts.joiner.encode
+    # The tiny tokenizer has a token for each byte.
+    before = encode(f"{document.text}\n\nQuestion: ")
+    before = [*before] if (bos := workspace.lm.bos_id) is None else [bos, *before]
+    target = encode(question.text)
+    packed = workspace.prompts.pack([before], [target], target_length=len(target))
+    batch = LMBatch(*map(jnp.asarray, packed))
+    return float(workspace.lm.token_log_probs(workspace.lm.params, batch).sum()), len(target)
+
+
+def test_one_reading_scores_question_and_answer(workspace, teacher, rng, tmp_path, monkeypatch):
+    # The last has no answer: only its question is scored. Some share a document and first words.
+    questions = [*workspace.questions["train"][:4]]
+    questions[3] = dataclasses.replace(questions[3], answers=())
+    found = some_candidates(rng, 4, documents=5)
+    read = []
+    packed = batches_module.batch_scores
+    monkeypatch.setattr(
+        reading_module, "batch_scores", lambda *args: read.extend(args[2].rows) or packed(*args)
+    )
+    cache = ResultCache(tmp_path / "s.jsonl", Score)
+    scores = score_candidates(
+        workspace, teacher, questions, found, cache, wanted=("answer", "question")
+    )
+    assert len(read) == found.mask.sum()  # each pair once
+    for q, k in np.argwhere(found.mask):
+        doc, question = int(found.doc_ids[q, k]), questions[q]
+        expected, length = question_score(workspace, question, doc)
+        assert scores.question_log_probs[q, k] == pytest.approx(expected, abs=1e-3)
+        assert scores.question_lengths[q] == length
+        if question.answers:
+            expected = plain_score(workspace, question, doc)
+            assert scores.log_probs[q, k] == pytest.approx(expected, abs=1e-3)
+    assert scores.lengths[3] == 0 and (scores.log_probs[3] == 0).all()
+    assert (scores.question_log_probs[~found.mask] == 0).all()
+
+
+def test_a_missing_question_score_of_an_earlier_run_is_computed_when_it_is_wanted(
+    workspace, teacher, rng, tmp_path
+):
+    questions = workspace.questions["train"][:4]
+    found = some_candidates(rng, 4, documents=5)
+    earlier = tmp_path / "s.jsonl"
+    old = score_candidates(workspace, teacher, questions, found, ResultCache(earlier, Score))
+    cache = ResultCache(tmp_path / "t.jsonl", Score, earlier=[earlier])
+    score_candidates(workspace, teacher, questions, found, cache)
+    assert not (tmp_path / "t.jsonl").exists()
+    both = score_candidates(
+        workspace, teacher, questions, found, cache, wanted=("answer", "question")
+    )
+    np.testing.assert_allclose(both.log_probs, old.log_probs, atol=1e-4)
+    assert (both.question_log_probs[found.mask] < 0).all()
+
+
 def test_known_scores_cost_no_forward_pass(workspace, teacher, rng, tmp_path, monkeypatch):
     questions = workspace.questions["train"]
     found = some_candidates(rng, len(questions), documents=20)
@@ -81,7 +140,7 @@ def test_known_scores_cost_no_forward_pass(workspace, teacher, rng, tmp_path, mo
     def forbidden(*_):
         raise AssertionError("a forward pass")
 
-    monkeypatch.setattr(teacher_module, "_score", forbidden)
+    monkeypatch.setattr(batches_module, "_score", forbidden)
     for cache in (
         ResultCache(tmp_path / "s.jsonl", Score),
         ResultCache(tmp_path / "t.jsonl", Score, earlier=[tmp_path / "s.jsonl"]),
@@ -120,7 +179,10 @@ def test_the_target_is_the_softmax_of_score_plus_weighted_z():
         np.array([[True, True, True], [True, True, False]]),
     )
     scores = TeacherScores(
-        np.array([[-4.0, -2.0, -8.0], [-1.0, -3.0, 0.0]], np.float32), np.array([4, 2], np.int32)
+        np.array([[-4.0, -2.0, -8.0], [-1.0, -3.0, 0.0]], np.float32),
+        np.array([4, 2], np.int32),
+        np.zeros((2, 3), np.float32),
+        np.zeros(2, np.int32),
     )
     config = RetrieverConfig(score="log_prob_per_token", temperature=0.5, prior_weight=0.2)
     target = target_log_probs(config.target, scores, found)
@@ -220,7 +282,7 @@ def test_the_ensemble_nll_is_the_marginal_over_documents(workspace, teacher, tmp
 def test_a_packed_row_may_be_longer_than_any_context(workspace):
     # It holds the targets too: a prompt that fills the model still finds a bucket.
     longest = workspace.prompts.max_context_length + workspace.config.prompt.answer_tokens
-    batches = teacher_module.context_batches(
+    batches = batches_module.context_batches(
         workspace.prompts, [longest, 40], workspace.config.score_tokens
     )
     assert [(batch.rows.tolist(), batch.length) for batch in batches] == [([0], longest), ([1], 64)]

@@ -18,7 +18,7 @@ from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
 from ragjax.models.seq2seq.fusion import fusion_decoder
 from ragjax.runs.options.modes import MODES
-from ragjax.runs.teacher import context_batches, pack_batch
+from ragjax.runs.teachers.batches import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, result_key
 

@@ -22,7 +22,7 @@ from ragjax.runs.compare.answers import Request, answer_requests
 from ragjax.runs.compare.systems import answer_cache, bootstrap_options, make_record
 from ragjax.runs.indexes import Retriever, search
 from ragjax.runs.options.modes import MODES
-from ragjax.runs.teacher import score_candidates
+from ragjax.runs.teachers.reading import score_candidates
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json
 from ragjax.training.score_cache import ResultCache, Score

@@ -26,7 +26,8 @@ from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LsrTarget
-from ragjax.runs.teacher import score_candidates, target_log_probs
+from ragjax.runs.teachers.reading import score_candidates
+from ragjax.runs.teachers.target import target_log_probs
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json
 from ragjax.training.score_cache import ResultCache, Score

@@ -15,7 +15,7 @@ from ragjax.models.seq2seq.fusion import fusion_attention_mass, fusion_token_log
 from ragjax.runs.found import findable_in_training, source_rows
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.end_to_end import OF_ALL_DOCUMENTS, ObjectiveConfig, RagConfig
-from ragjax.runs.teacher import SCORES
+from ragjax.runs.teachers.target import SCORES
 from ragjax.runs.train.batches import RagBatches
 from ragjax.runs.train.live import open_retrieval
 from ragjax.runs.train.retriever import OBJECTIVES

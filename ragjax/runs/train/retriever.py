@@ -17,7 +17,8 @@ from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.runs.found import findable_in_training, first_copies
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
-from ragjax.runs.teacher import score_step, target_log_probs
+from ragjax.runs.teachers.reading import score_step
+from ragjax.runs.teachers.target import target_log_probs
 from ragjax.runs.tokens import bucket_of, pad_tokens, truncated
 from ragjax.runs.train.live import open_retrieval
 from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates

@@ -1,0 +1,1 @@
+"""Teachers of the retriever: what a language model, another model or a file thinks of passages."""
