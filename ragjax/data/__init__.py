@@ -22,8 +22,10 @@ from ragjax.data.prompts import passage_text as passage_text
 from ragjax.data.python_docs import write_python_docs as write_python_docs
 from ragjax.data.tokenization import DEFAULT_BUCKETS as DEFAULT_BUCKETS
 from ragjax.data.tokenization import CorpusTokens as CorpusTokens
+from ragjax.data.tokenization import EncodedPairs as EncodedPairs
 from ragjax.data.tokenization import EncodedTexts as EncodedTexts
 from ragjax.data.tokenization import PaddedIds as PaddedIds
+from ragjax.data.tokenization import encode_pairs as encode_pairs
 from ragjax.data.tokenization import encode_texts as encode_texts
 from ragjax.data.tokenization import pad_left as pad_left
 from ragjax.data.tokenization import pad_right as pad_right

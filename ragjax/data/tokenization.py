@@ -77,6 +77,24 @@ def encode_texts(
     return EncodedTexts(ids, num_truncated)
 
 
+class EncodedPairs(NamedTuple):
+    """Token ids of (query, document) pairs and the types of the tokens."""
+
+    ids: list[list[int]]
+    types: list[list[int]]  # 1 for tokens of the second text, where the tokenizer says so
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> EncodedPairs:
+    """Tokenises pairs of texts with the special tokens around and between them.
+
+    Args:
+        tokenizer: Truncates by itself, as that of `ragjax.models.CrossEncoder` does.
+        pairs: Query and document.
+    """
+    encoded = tokenizer.encode_batch(list(pairs))
+    return EncodedPairs([pair.ids for pair in encoded], [pair.type_ids for pair in encoded])
+
+
 class CorpusTokens(Sequence[list[int]]):
     """Token ids of many texts: all tokenised at once, when one is first asked for.
 

@@ -1,5 +1,7 @@
 """Text encoders and language models: loading, placing, converting and exporting them."""
 
+from ragjax.models.cross_encoder import CrossEncoder as CrossEncoder
+from ragjax.models.cross_encoder import load_cross_encoder as load_cross_encoder
 from ragjax.models.encoder import TextEncoder as TextEncoder
 from ragjax.models.encoder import load_encoder as load_encoder
 from ragjax.models.export import export_encoder as export_encoder

@@ -18,6 +18,18 @@ from ragjax.models.layers.stacks import Params, abstract
 from ragjax.models.trainable import Layout
 
 
+class ClassifierKeys(NamedTuple):
+    """Tensors of the head for sequence classification: a dense layer, perhaps a norm, the output.
+
+    Names as `EncoderFamily.canonical_key` returns them, without ".weight" and ".bias".
+    """
+
+    dense: str
+    output: str
+    norm: str = ""  # "": there is none
+    typed: bool = False  # True: the second text of a pair has token type 1
+
+
 class EncoderFamily(NamedTuple):
     """A family of text encoders."""
 
@@ -35,6 +47,7 @@ class EncoderFamily(NamedTuple):
     # (config, params, tokens, *, remat) -> hidden states, for models that run from their parameters
     # as they are; None: the module of `make_module` does.
     hidden_states: Callable[..., Array] | None = None
+    classifier: ClassifierKeys | None = None  # None: no cross-encoders of it are loaded
 
     def abstract(self, config: Any) -> tuple[Any, Params]:
         """Returns structure and parameters of the module, as `stacks.abstract` does."""

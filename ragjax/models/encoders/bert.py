@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from ragjax.models.families import EncoderFamily
+from ragjax.models.families import ClassifierKeys, EncoderFamily
 from ragjax.models.files.config import integer_field, number_field, read_sizes, write_fields
 from ragjax.models.files.key_table import KeyRule, counts_up, transpose
 from ragjax.models.inputs import Tokens
@@ -51,7 +51,7 @@ class BertConfig:
     num_heads: int
     intermediate_size: int  # floats per token inside the feed-forward block
     max_positions: int  # tokens per text
-    type_vocab_size: int = 2  # token types; ragjax feeds type 0 only
+    type_vocab_size: int = 2  # token types; the second text of a pair is of type 1
     layer_norm_eps: float = 1e-12
     activation: str = "gelu"  # a key of ACTIVATIONS
 
@@ -187,13 +187,15 @@ class BertEmbeddings(nnx.Module):
         self.norm = _layer_norm(config, rngs)
 
     def __call__(self, tokens: Tokens) -> Array:
-        """Embeds `[B, L]` tokens as `[B, L, D]`; every token is of type 0."""
+        """Embeds `[B, L]` tokens as `[B, L, D]`."""
         length = tokens.ids.shape[1]
         if length > self.max_positions:
             raise ValueError(
                 f"{length} tokens per text, but the model has {self.max_positions} positions"
             )
-        added = self._embed_positions(tokens) + self.types.embedding[0][None, None]
+        types = self.types.embedding
+        typed = types[0][None, None] if tokens.types is None else types[tokens.types]
+        added = self._embed_positions(tokens) + typed
         # Rows by index: calling nnx.Embed would cast to the dtype it was initialised with.
         return self.norm(self.words.embedding[tokens.ids] + added)
 
@@ -309,4 +311,5 @@ FAMILY = EncoderFamily(
     canonical_key=canonical_key,
     ignored_keys=IGNORED_KEYS,
     buffers=lambda config: BUFFERS,
+    classifier=ClassifierKeys(dense="pooler.dense", output="classifier", typed=True),
 )

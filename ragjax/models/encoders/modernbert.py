@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from ragjax.models.encoders.bert import ACTIVATIONS, SIZES
-from ragjax.models.families import EncoderFamily
+from ragjax.models.families import ClassifierKeys, EncoderFamily
 from ragjax.models.files.config import integer_field, number_field, read_sizes, write_fields
 from ragjax.models.files.key_table import KeyRule, transpose
 from ragjax.models.inputs import Tokens
@@ -330,4 +330,5 @@ FAMILY = EncoderFamily(
     key_table=key_table,
     canonical_key=lambda name: name.removeprefix("model."),
     ignored_keys=("head.*", "decoder.*", "classifier.*"),
+    classifier=ClassifierKeys(dense="head.dense", norm="head.norm", output="classifier"),
 )

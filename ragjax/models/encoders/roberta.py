@@ -11,7 +11,7 @@ from jax import Array
 
 from ragjax.models.encoders import bert
 from ragjax.models.encoders.bert import Bert, BertConfig, BertEmbeddings
-from ragjax.models.families import EncoderFamily
+from ragjax.models.families import ClassifierKeys, EncoderFamily
 from ragjax.models.inputs import Tokens
 
 # `model_type`: the class that Hugging Face loads it with.
@@ -111,4 +111,5 @@ FAMILY = EncoderFamily(
     canonical_key=canonical_key,
     ignored_keys=("pooler.dense.*", "lm_head.*"),
     buffers=lambda config: bert.BUFFERS,
+    classifier=ClassifierKeys(dense="classifier.dense", output="classifier.out_proj"),
 )

@@ -95,7 +95,7 @@ def read_recipe(folder: Path) -> Recipe:
             dense, params = _read_dense(place)
             projection[str(len(projection))] = params
             steps.append(dense)
-    settings = _read_settings(transformer)
+    settings = read_settings(transformer)
     path = folder / "config_sentence_transformers.json"
     declared = read_json(path)
     query_prefix, doc_prefix, notes = _prompts(path, declared)
@@ -129,6 +129,29 @@ def known_prompts(names: Sequence[str | None]) -> tuple[str, str] | None:
             if re.fullmatch(rf"(.*[/:])?{pattern}(@.*)?/?", place):
                 return query_prefix, doc_prefix
     return None
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns `max_seq_length` (None: no limit) and `do_lower_case` of a Transformer module.
+
+    Args:
+        folder: Of the module.
+
+    Raises:
+        ValueError: A file is damaged, or the length is no positive number; names it.
+    """
+    # Old versions named the file after the model: sentence_roberta_config.json, ...
+    files = [folder / "sentence_bert_config.json", *sorted(folder.glob("sentence_*_config.json"))]
+    path = next((file for file in files if file.is_file()), files[0])
+    settings = read_json(path)
+    if settings.get("max_seq_length") is None:
+        # From version 6 on, the tokenizer alone holds it; 1e30 stands for no limit.
+        tokenizer = read_json(folder / "tokenizer_config.json")
+        settings["max_seq_length"] = tokenizer.get("model_max_length")
+    length = settings["max_seq_length"]
+    if length is not None and (not isinstance(length, int | float) or length < 1):
+        raise ValueError(f"{path}: max_seq_length must be a positive number, got {length!r}")
+    return settings
 
 
 def _modules(file: Path) -> list[tuple[Path, str]]:
@@ -217,22 +240,6 @@ def _check_place(path: Path, config: Mapping[str, Any]) -> None:
     for field in ("module_input_name", "module_output_name"):
         if (name := config.get(field) or "sentence_embedding") != "sentence_embedding":
             raise ValueError(f"{path}: {field} {name!r} is not supported, sentence_embedding is")
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """Returns `max_seq_length` and `do_lower_case` of a Transformer module."""
-    # Old versions named the file after the model: sentence_roberta_config.json, ...
-    files = [folder / "sentence_bert_config.json", *sorted(folder.glob("sentence_*_config.json"))]
-    path = next((file for file in files if file.is_file()), files[0])
-    settings = read_json(path)
-    if settings.get("max_seq_length") is None:
-        # From version 6 on, the tokenizer alone holds it; 1e30 stands for no limit.
-        tokenizer = read_json(folder / "tokenizer_config.json")
-        settings["max_seq_length"] = tokenizer.get("model_max_length")
-    length = settings["max_seq_length"]
-    if length is not None and (not isinstance(length, int | float) or length < 1):
-        raise ValueError(f"{path}: max_seq_length must be a positive number, got {length!r}")
-    return settings
 
 
 def _prompts(

@@ -104,9 +104,9 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
     write_bytes(folder / "model.safetensors", save(dict(named_tensors(encoder.params, table))))
     write_text(folder / "tokenizer.json", encoder.tokenizer.to_str(pretty=True))
     settings = encoder.family.format_config(encoder.config) | {"pad_token_id": encoder.pad_id}
-    _write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": encoder.max_length}
-    _write_json(folder / "tokenizer_config.json", special)
+    write_json(folder / "tokenizer_config.json", special)
     if family == "dpr":
         return folder
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
@@ -114,15 +114,15 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(kinds)
     ]
-    _write_json(folder / "modules.json", modules)
+    write_json(folder / "modules.json", modules)
     switches = {"mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}
     pooling = {
         "word_embedding_dimension": encoder.embedding_size,
         "pooling_mode_mean_tokens": False,
         switches[encoder.pooling]: True,
     }
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
     return folder
 
 
@@ -151,6 +151,12 @@ def random_params(family: EncoderFamily, config: Any, seed: int, *, vary: bool =
     return jax.tree_util.tree_map_with_path(draw, family.abstract(config)[1])
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of a model folder, and the folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1))
+
+
 def _tokenizer() -> Tokenizer:
     vocab = {token: i for i, token in enumerate([*_SPECIAL, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
@@ -163,8 +169,3 @@ def _tokenizer() -> Tokenizer:
         special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
     )
     return tokenizer
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1))
