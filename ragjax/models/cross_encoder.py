@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from tokenizers import Tokenizer
 
-from ragjax.models.encoder import FAMILIES, Encode, fill_params, make_encode
+from ragjax.models.encoder import FAMILIES, fill_params, make_encode
 from ragjax.models.encoders import bert
 from ragjax.models.families import ClassifierKeys, EncoderFamily
 from ragjax.models.files.config import fingerprint, parse_sizes, read_config, read_json
@@ -31,11 +31,12 @@ from ragjax.models.files.key_table import (
 from ragjax.models.files.sentence_transformers import read_settings
 from ragjax.models.files.sources import resolve_source
 from ragjax.models.files.tokenizers import choose_pad_token, load_tokenizer, lowercased
-from ragjax.models.inputs import Tokens
+from ragjax.models.inputs import PairTokens
 from ragjax.models.layers.head import ACTIVATIONS
 from ragjax.models.layers.pooling import Pool, cls_pool, mean_pool
 from ragjax.models.layers.stacks import Params
 
+Score = Callable[[Params, PairTokens], Array]
 _FAMILIES = [family for family in FAMILIES if family.classifier is not None]
 _POOLINGS: dict[str, Pool] = {"cls": cls_pool, "mean": mean_pool}
 _EXAMPLE = "such as cross-encoder/ms-marco-MiniLM-L6-v2"
@@ -60,7 +61,7 @@ class CrossEncoder:
     """
 
     params: Params
-    logits: Encode
+    logits: Score
     activation: str
     tokenizer: Tokenizer
     pad_id: int
@@ -69,7 +70,7 @@ class CrossEncoder:
     source: str
     fingerprint: str
 
-    def score(self, params: Params, tokens: Tokens) -> Array:
+    def score(self, params: Params, tokens: PairTokens) -> Array:
         """Returns the scores `[B]` that sentence-transformers' `CrossEncoder.predict` returns."""
         return ACTIVATIONS[self.activation](self.logits(params, tokens))
 
@@ -167,8 +168,8 @@ def _linear(layer: Params, inputs: Array) -> Array:
     return outputs + layer["bias"][None] if "bias" in layer else outputs
 
 
-def _make_logits(family: EncoderFamily, config: Any, head: _Head) -> Encode:
-    encode = make_encode(family, config, head.pool, head.apply)
+def _make_logits(family: EncoderFamily, config: Any, head: _Head) -> Score:
+    encode: Any = make_encode(family, config, head.pool, head.apply)
     return lambda params, tokens: encode(params, tokens)[:, 0]
 
 
@@ -239,9 +240,7 @@ def _activation(folder: Path, raw: Mapping[str, Any]) -> str:
     path = folder / _SETTINGS
     declared = read_json(path)
     if name := declared.get("default_prompt_name"):
-        raise ValueError(
-            f"{path}: default_prompt_name {name!r}: prompts are not supported here"
-        )
+        raise ValueError(f"{path}: default_prompt_name {name!r}: prompts are not supported here")
     kinds = [
         str(module.get("type", "")) if isinstance(module, Mapping) else repr(module)
         for module in read_json(folder / "modules.json", list)

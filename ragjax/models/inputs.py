@@ -10,6 +10,13 @@ class Tokens(NamedTuple):
 
     ids: Array  # [B, L] int32
     mask: Array  # [B, L] bool, True = real token
+
+
+class PairTokens(NamedTuple):
+    """Pairs of texts for a cross-encoder, as `Tokens`."""
+
+    ids: Array  # [B, L] int32
+    mask: Array  # [B, L] bool, True = real token
     types: Array | None = None  # [B, L] int32, BERT's token types; None: all of type 0
 
 

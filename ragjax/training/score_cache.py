@@ -45,7 +45,7 @@ class ResultCache(Generic[Value]):
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike | None,
         kind: type[Value],
         *,
         earlier: Sequence[str | os.PathLike] = (),
@@ -53,7 +53,7 @@ class ResultCache(Generic[Value]):
         """Reads what is there; a last line torn by a killed run is dropped.
 
         Args:
-            path: The JSONL file; created at the first `put`.
+            path: The JSONL file; created at the first `put`. None: results are not kept on disk.
             kind: The NamedTuple of a result; its fields are the keys of a line.
             earlier: Files of results that were complete before this cache was begun; only read.
 
@@ -61,14 +61,14 @@ class ResultCache(Generic[Value]):
             ValueError: If a line other than the last cannot be read, has changed, or holds NaN or
                 infinity.
         """
-        self._log, self._kind = JsonLog(path), kind
+        self._log, self._kind = None if path is None else JsonLog(path), kind
         self._results: dict[str, Value] = {}
         self.hits = 0
         self.misses = 0
         for file in earlier:
             self._read(Path(file))
         self._earlier = frozenset(self._results)
-        if self._log.path.exists():
+        if self._log is not None and self._log.path.exists():
             self._read(self._log.path)
 
     def __len__(self) -> int:
@@ -94,6 +94,8 @@ class ResultCache(Generic[Value]):
         """Appends results; on disk when this returns, all but those that are not finite."""
         known = dict(zip(keys, results, strict=True))
         self._results |= known
+        if self._log is None:
+            return
         self._log.append(
             (
                 sealed({"key": key, **result._asdict()})

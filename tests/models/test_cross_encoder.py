@@ -9,7 +9,8 @@ import pytest
 from encoder_folders import edit_json
 
 from ragjax.data import encode_pairs, pad_right
-from ragjax.models import Tokens, load_cross_encoder
+from ragjax.models import load_cross_encoder
+from ragjax.models.inputs import PairTokens
 from ragjax.models.testing import write_tiny_cross_encoder, write_tiny_encoder
 
 PAIRS = [
@@ -25,7 +26,7 @@ def tokens_of(model, pairs):
     length = max(map(len, ids))
     padded = pad_right(ids, length=length, pad_id=model.pad_id)
     kinds = pad_right(types, length=length, pad_id=0).ids
-    return Tokens(
+    return PairTokens(
         jnp.asarray(padded.ids),
         jnp.asarray(padded.mask),
         jnp.asarray(kinds) if model.typed else None,

@@ -14,7 +14,7 @@ from jax import Array
 from ragjax.models.families import ClassifierKeys, EncoderFamily
 from ragjax.models.files.config import integer_field, number_field, read_sizes, write_fields
 from ragjax.models.files.key_table import KeyRule, counts_up, transpose
-from ragjax.models.inputs import Tokens
+from ragjax.models.inputs import PairTokens, Tokens
 from ragjax.models.layers.attention import attend
 from ragjax.models.layers.linear import Linear
 from ragjax.models.layers.norms import layer_norm
@@ -186,20 +186,20 @@ class BertEmbeddings(nnx.Module):
         self.types = table(config.type_vocab_size)
         self.norm = _layer_norm(config, rngs)
 
-    def __call__(self, tokens: Tokens) -> Array:
-        """Embeds `[B, L]` tokens as `[B, L, D]`."""
+    def __call__(self, tokens: Tokens | PairTokens) -> Array:
+        """Embeds `[B, L]` tokens as `[B, L, D]`; those of a single text are of type 0."""
         length = tokens.ids.shape[1]
         if length > self.max_positions:
             raise ValueError(
                 f"{length} tokens per text, but the model has {self.max_positions} positions"
             )
-        types = self.types.embedding
-        typed = types[0][None, None] if tokens.types is None else types[tokens.types]
+        types, table = getattr(tokens, "types", None), self.types.embedding
+        typed = table[0][None, None] if types is None else table[types]
         added = self._embed_positions(tokens) + typed
         # Rows by index: calling nnx.Embed would cast to the dtype it was initialised with.
         return self.norm(self.words.embedding[tokens.ids] + added)
 
-    def _embed_positions(self, tokens: Tokens) -> Array:
+    def _embed_positions(self, tokens: Tokens | PairTokens) -> Array:
         """Returns what stands for the places of the tokens, `[B or 1, L, D]`."""
         return self.positions.embedding[: tokens.ids.shape[1]][None]
 

@@ -12,7 +12,7 @@ from jax import Array
 from ragjax.models.encoders import bert
 from ragjax.models.encoders.bert import Bert, BertConfig, BertEmbeddings
 from ragjax.models.families import ClassifierKeys, EncoderFamily
-from ragjax.models.inputs import Tokens
+from ragjax.models.inputs import PairTokens, Tokens
 
 # `model_type`: the class that Hugging Face loads it with.
 _CLASSES = {
@@ -57,7 +57,7 @@ class RobertaEmbeddings(BertEmbeddings):
         super().__init__(config, unused_positions=config.padding_id + 1, rngs=rngs)
         self.padding_id = config.padding_id
 
-    def _embed_positions(self, tokens: Tokens) -> Array:
+    def _embed_positions(self, tokens: Tokens | PairTokens) -> Array:
         # A padding token inside a text has no position, as in Hugging Face's implementation.
         real = tokens.mask & (tokens.ids != self.padding_id)
         counted = jnp.where(real, jnp.cumsum(real, axis=1, dtype=jnp.int32), 0)
