@@ -84,7 +84,7 @@ class Dataset:
         return [
             {self.corpus.row_of(doc_id): grade for doc_id, grade in grades.items()}
             for grades in (
-                judged[question.id] if question.passage is None else {question.passage: 1}
+                judged.get(question.id, {}) if question.passage is None else {question.passage: 1}
                 for question in questions
             )
         ]

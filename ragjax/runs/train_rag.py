@@ -1,5 +1,6 @@
 """End-to-end training from documents and questions to a before/after table, resumable."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
 from ragjax.runs.train.live import check_machine
+from ragjax.runs.train.statements import read_statements
 from ragjax.runs.workspace import (
     Workspace,
     note_batch,
@@ -80,7 +82,7 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     devices = choose_devices(config)
     check_machine(config.refresh)
-    workspace = open_workspace(config, folder, stop=stop, log=log)
+    workspace = _with_statements(open_workspace(config, folder, stop=stop, log=log), config)
     check_prompts(workspace, run_prompts(workspace, dev=True))
     documents = {
         "evaluation.documents": config.evaluation.documents,
@@ -92,3 +94,13 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
     if config.training.same_source == "drop":
         source_rows(workspace.dataset.corpus, workspace.questions["train"])
     return workspace
+
+
+def _with_statements(workspace: Workspace, config: RagConfig) -> Workspace:
+    """Returns the workspace with statements among its training questions, if there are any."""
+    if not (source := config.training.statements):
+        return workspace
+    statements = read_statements(source, workspace.dataset.corpus, seed=config.seed)
+    workspace.note(f"{len(statements):,} statements are reconstructed from passages in training")
+    train = (*workspace.questions["train"], *statements)
+    return dataclasses.replace(workspace, questions=workspace.questions | {"train": train})

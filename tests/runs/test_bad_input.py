@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import ROOT, load_script
+from programs import load_script
 from safetensors.numpy import load_file, save_file
 
 from ragjax.runs import AdaptConfig, RagConfig
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.program import parse_flags
-
-RECIPES = ROOT / "experiments" / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -243,12 +241,6 @@ def test_flags_override_the_config_file(tmp_path):
     path.write_text("seed: 5\nretriever:\n  learning_rate: 1e-4\n")
     options = parse_flags(AdaptConfig(), None, [f"--config={path}", "--seed=6"]).options
     assert options.seed == 6 and options.retriever.learning_rate == 1e-4
-
-
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")))
-def test_every_recipe_is_read(recipe):
-    flags = parse_flags(AdaptConfig(), None, ["--config", str(recipe)])
-    assert flags.options.retriever.negatives == "none"
 
 
 def test_b29_a_folder_with_something_else_is_left_alone(refuse, tmp_path):

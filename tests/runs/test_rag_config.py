@@ -1,7 +1,5 @@
 import dataclasses
 import re
-import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +11,6 @@ from ragjax.runs.options.end_to_end import (
     TowersConfig,
     TrainingConfig,
 )
-from ragjax.runs.options.files import load_config_file
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import RunConfig
 
@@ -128,20 +125,3 @@ def test_every_option_has_a_help_text():
         for field in dataclasses.fields(kind):
             # Python 3.13 takes the indentation out of a docstring.
             assert re.search(rf"^ +{field.name}: ", documented, re.M), f"{kind}.{field.name}"
-
-
-RECIPES = Path(__file__).parents[2] / "experiments" / "recipes" / "end_to_end"
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_each_recipe_loads_and_changes_what_it_says(path):
-    config = load_config_file(path, RagConfig())
-    values = tomllib.loads(path.read_text("utf-8"))
-    for section, options in values.items():
-        for name, value in options.items():
-            assert getattr(getattr(config, section), name) == value
-    assert "section" in path.read_text("utf-8")  # each names its source
-
-
-def test_there_are_recipes():
-    assert len(list(RECIPES.glob("*.toml"))) >= 4

@@ -136,6 +136,9 @@ class TrainingConfig(StepsConfig):
             query encoder alone (`dense`); p_R is of the encoders in both cases.
         same_source: `drop` leaves out the documents that a question was made from: those whose id
             or title is the question's `metadata.doc`. They are no negatives of it either.
+        statements: Statements to reconstruct from retrieved passages, trained on beside the
+            questions: a file with one a line, or how many sentences to draw from the corpus, which
+            `same_source drop` then keeps from finding their own passage; "" for none.
         overlap: Retrieve for step n+1 while step n runs, with the query encoder of step n; `False`
             waits for that step first.
         accumulate: Microbatches in which a step takes its questions.
@@ -148,6 +151,7 @@ class TrainingConfig(StepsConfig):
     null_document: bool = False
     candidates: Literal["hybrid", "dense"] = "hybrid"
     same_source: Literal["keep", "drop"] = "keep"
+    statements: str = ""
     overlap: bool = True
     accumulate: int = 1
     devices: int = 0

@@ -15,6 +15,7 @@ from ragjax.index import SearchResult
 from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.tokens import bucket_of, pad_tokens, training_prompts, truncated
+from ragjax.runs.train.statements import shown
 from ragjax.runs.workspace import Workspace
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, RagBatch
 from ragjax.training.live import StepDocuments
@@ -109,7 +110,7 @@ class RagBatches:
 
     def _context(self, row: int, doc: int) -> list[int]:
         documents = [] if doc == NULL_DOC else self._workspace.documents.get([doc])
-        return self._prompts.context(self._questions[row].text, documents)
+        return self._prompts.context(shown(self._questions[row]), documents)
 
     def _slots(self, rows: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray) -> tuple[Any, ...]:
         """Returns the slot of a relevant document of each question, non-negatives, and all slots.
@@ -146,7 +147,7 @@ class RagBatches:
         """Returns one length for the contexts of all steps, so that the step is compiled once."""
         longest_document = [0] * self._prompts.template.max_document_tokens
         longest = max(
-            len(self._prompts.context(question.text, [longest_document]))
+            len(self._prompts.context(shown(question), [longest_document]))
             for question in self._questions
         )
         whole = -(-longest // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
@@ -156,7 +157,8 @@ class RagBatches:
         hits = [
             bool(relevant & set(docs[mask].tolist()))
             for row, docs, mask in zip(rows, results.doc_ids, results.mask, strict=True)
-            if (relevant := self._relevant[row])
+            # What a question may not find is not what it failed to find.
+            if (relevant := self._relevant[row] - (self._sources[row] if self._sources else set()))
         ]
         return {"retrieval/recall": float(np.mean(hits))} if hits else {}
 
