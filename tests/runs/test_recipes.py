@@ -14,7 +14,8 @@ from ragjax.models.testing import write_tiny_language_model
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.program import parse_flags
-from ragjax.runs.teacher import TeacherScores, target_log_probs
+from ragjax.runs.teachers.reading import TeacherScores
+from ragjax.runs.teachers.target import target_log_probs
 from ragjax.runs.train.end_to_end import make_terms
 from ragjax.runs.train.retriever import OBJECTIVES
 from ragjax.training import end_to_end as e2e
@@ -46,6 +47,7 @@ def test_each_recipe_is_read_and_takes_what_it_says(path):
         if isinstance(options, dict):
             for name, value in options.items():
                 assert getattr(getattr(config, section), name) == value
+    assert config.keep == "last"
     assert "section" in path.read_text("utf-8")  # each names its source
     # No paper compares a question with the candidates of others.
     part = config.objective if path in END_TO_END else config.retriever
@@ -84,7 +86,8 @@ def test_the_retriever_of_a_recipe_learns_by_the_printed_divergence(name):
     doc_ids = np.arange(3, dtype=np.int32)[None]
     # The prior that is ours alone would change the target.
     found = SearchResult(doc_ids, np.array([[9.0, 0, 4]], np.float32), doc_ids >= 0)
-    scores = TeacherScores(LOG_PROBS[None].astype(np.float32), np.array([LENGTH], np.int32))
+    read = LOG_PROBS[None].astype(np.float32), np.array([LENGTH], np.int32)
+    scores = TeacherScores(*read, *read)
     target = target_log_probs(config.target, scores, found)
     loss = OBJECTIVES[config.objective](DOC_SCORES[None].astype(np.float32), target)
     np.testing.assert_allclose(loss[0], divergence_of(name), rtol=1e-3)
