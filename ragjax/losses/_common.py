@@ -166,13 +166,6 @@ def positive_scalar(name: str, value: Any, dtype: Any) -> float | Array:
     return _factor(value, dtype)
 
 
-def fraction(name: str, value: Any, dtype: Any) -> float | Array:
-    """Returns `value` as `positive_scalar` does, if it lies in 0 … 1, 1 excluded."""
-    if jnp.ndim(value) or (is_known(value) and not 0 <= float(value) < 1):
-        raise ValueError(f"{name}: expected a scalar of at least 0 and below 1, got {value}")
-    return _factor(value, dtype)
-
-
 def weight_scalar(name: str, value: Any, dtype: Any) -> float | Array:
     """Returns `value` as `positive_scalar` does, if it is finite and at least 0."""
     if jnp.ndim(value) or (is_known(value) and not 0 <= float(value) < float("inf")):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ragjax.losses._common import Axes, fraction, wide
+from ragjax.losses._common import Axes, wide
 from ragjax.losses._mesh_axes import varying_alike
 
 # Logits held at a time: 64 MiB in float32. Blocks below 512 entries would starve the matmul.
@@ -23,14 +23,12 @@ def chunked_token_log_probs(
     targets: ArrayLike,
     *,
     mask: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
     chunk_size: int | None = None,
 ) -> Array:
     r"""Computes the log-prob of each target token from hidden states, in blocks of the vocabulary.
 
     .. math::
-        \ell_t = (1 - \epsilon) \log p(y_t) + \frac{\epsilon}{V} \sum_v \log p(v),\qquad
-        p = \operatorname{softmax}(W h_t)
+        \ell_t = \log p(y_t),\qquad p = \operatorname{softmax}(W h_t)
 
     Equals `token_log_probs(hidden @ unembedding.T, targets)`, but logits `[..., T, V]` exist for
     one block of the vocabulary only. The forward pass also keeps the softmax's mean row of the
@@ -43,7 +41,6 @@ def chunked_token_log_probs(
             kernel's transpose.
         targets: `[..., T]` integer token ids in 0 … V−1.
         mask: `[..., T]` bool, True = a target token; all, if not given.
-        label_smoothing: Scalar ε in 0 … 1, 1 excluded.
         chunk_size: Vocabulary entries per block; chosen for about 64 MiB of logits, if not given.
 
     Returns:
@@ -51,10 +48,10 @@ def chunked_token_log_probs(
         outside 0 … V−1 gives NaN.
 
     Raises:
-        ValueError: Wrong rank, shape or dtype, smoothing out of range, or a block below 1.
+        ValueError: Wrong rank, shape or dtype, or a block below 1.
 
     Gradients:
-        ∂ℓ_t/∂logits = (1 − ε) onehot(y_t) + ε / V − softmax, to hidden and unembedding; none to a
+        ∂ℓ_t/∂logits = onehot(y_t) − softmax, to hidden and unembedding; none to a
         masked position's hidden state, whatever it holds (what the caller drops afterwards is not
         protected so). Reverse mode only: with several blocks `jax.jvp` refuses the custom rule. A
         table that is not differentiated costs the backward pass no product with the vocabulary.
@@ -79,7 +76,6 @@ def chunked_token_log_probs(
     targets = axes.integers("targets", targets, "...T")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    smoothing = fraction("label_smoothing", label_smoothing, wide(hidden, unembedding))
     if mask is not None:
         mask = axes.mask("mask", mask, "...T")
         # NaN · 0 is NaN in the unembedding's gradient: what is masked must not enter the product.
@@ -95,11 +91,6 @@ def chunked_token_log_probs(
         hidden, unembedding, targets = varying_alike(hidden, unembedding, targets)
         logit, total = _logit_and_normaliser(size, hidden, unembedding, targets)
     log_probs = logit - total
-    if not isinstance(smoothing, float) or smoothing > 0:
-        # The mean logit is the logit of the mean row: no block is needed for it.
-        mean = unembedding.astype(log_probs.dtype).mean(axis=0, keepdims=True)
-        everything = _logits(hidden, mean)[..., 0] - total
-        log_probs = (1 - smoothing) * log_probs + smoothing * everything
     # What the look-ups made of an id outside does not matter here.
     log_probs = jnp.where((targets >= 0) & (targets < vocab), log_probs, jnp.nan)
     return log_probs if mask is None else jnp.where(mask, log_probs, 0.0)

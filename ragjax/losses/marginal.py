@@ -9,7 +9,6 @@ from ragjax.losses._common import (
     Axes,
     alike,
     checked_answers,
-    fraction,
     masked_log_softmax,
     masked_logsumexp,
 )
@@ -21,8 +20,6 @@ def rag_sequence_loss(
     *,
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
-    vocab_log_probs: ArrayLike | None = None,
 ) -> Array:
     r"""Computes the negative marginal log-likelihood, one document per whole answer.
 
@@ -31,8 +28,7 @@ def rag_sequence_loss(
           = -\operatorname{LSE}_c \Big(\log p_R(c|x) + \sum_t \ell_{ct}\Big)
 
     with p_R the softmax of `doc_scores` over the K documents. Equals `rag_token_loss` only for
-    T = 1. With label smoothing ε the loss is (1 − ε) L(ℓ) + ε L(u), where u_ct is the mean over
-    the vocabulary of log p_LM(v | c∘x, y_<t).
+    T = 1.
 
     Args:
         doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
@@ -40,17 +36,13 @@ def rag_sequence_loss(
             over t.
         doc_mask: `[..., K]` bool, True = a document; all, if not given.
         token_mask: `[..., T]` bool, True = a target token; all, if not given.
-        label_smoothing: Scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
-        vocab_log_probs: `[..., K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
-            Smoothing inside the LM (`chunked_token_log_probs`) needs no such array, and is the
-            same for K = 1.
 
     Returns:
         `[...]` in nats, float32. A query with no document has loss 0 and gradient 0; one whose
         answer no document makes possible has loss +inf and gradient 0.
 
     Raises:
-        ValueError: Wrong rank, shape or dtype; smoothing out of range or without its log-probs.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         ∂/∂doc_scores = p_R − posterior; ∂/∂ℓ_ct = −posterior_c at every kept token: both models
@@ -58,9 +50,7 @@ def rag_sequence_loss(
 
     References:
         Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, 2020,
-        section 2.1 (RAG-Sequence). The smoothing is that of the authors' code with the mean over
-        the vocabulary inside the log-sum, where the code has the sum, which multiplies the
-        retriever's log-prob by V.
+        section 2.1 (RAG-Sequence).
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,15 +61,8 @@ def rag_sequence_loss(
         >>> print(round(float(jnp.exp(-loss)[0]), 4))  # 0.75 * 0.1 + 0.25 * 0.5
         0.2
     """
-    axes, scores, answers, keep = checked_answers(doc_scores, log_probs, doc_mask, token_mask)
-    prior = masked_log_softmax(scores, keep)
-    loss = -masked_logsumexp(prior + answers, keep, axis=-1)
-    smoothing, vocab = _smoothing(axes, label_smoothing, vocab_log_probs, like=loss)
-    if vocab is None:
-        return loss
-    smooth = axes.answers("vocab_log_probs", vocab.mean(axis=-1), token_mask)
-    smooth_loss = -masked_logsumexp(prior + smooth, keep, axis=-1)
-    return (1 - smoothing) * loss + smoothing * smooth_loss
+    _, scores, answers, keep = checked_answers(doc_scores, log_probs, doc_mask, token_mask)
+    return -masked_logsumexp(masked_log_softmax(scores, keep) + answers, keep, axis=-1)
 
 
 def rag_token_loss(
@@ -88,8 +71,6 @@ def rag_token_loss(
     *,
     doc_mask: ArrayLike | None = None,
     token_mask: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
-    vocab_log_probs: ArrayLike | None = None,
 ) -> Array:
     r"""Computes the negative marginal log-likelihood, documents summed out at every token.
 
@@ -97,23 +78,19 @@ def rag_token_loss(
         L = -\sum_t \log \sum_c p_R(c|x)\, p_{LM}(y_t|c \circ x, y_{<t})
           = -\sum_t \operatorname{LSE}_c \big(\log p_R(c|x) + \ell_{ct}\big)
 
-    Each token may rely on another document. Equals `rag_sequence_loss` only for T = 1. With label
-    smoothing ε the target of each token is (1 − ε) onehot(y_t) + ε / V against the mixture
-    Σ_c p_R(c) p_LM(v | c∘x, y_<t).
+    Each token may rely on another document. Equals `rag_sequence_loss` only for T = 1.
 
     Args:
         doc_scores: `[..., K]` live, differentiable retrieval scores, already scaled.
         log_probs: `[..., K, T]` ℓ_ct = log p_LM(y_t | c∘x, y_<t) in nats.
         doc_mask: `[..., K]` bool, True = a document; all, if not given.
         token_mask: `[..., T]` bool, True = a target token; all, if not given.
-        label_smoothing: Scalar ε in 0 … 1, 1 excluded; needs `vocab_log_probs` above 0.
-        vocab_log_probs: `[..., K, T, V]` log p_LM(v | c∘x, y_<t) in nats, for label smoothing.
 
     Returns:
         `[...]` in nats, float32. A query with no document has loss 0 and gradient 0.
 
     Raises:
-        ValueError: Wrong rank, shape or dtype; smoothing out of range or without its log-probs.
+        ValueError: Wrong rank, shape or dtype.
 
     Gradients:
         With r_ct = softmax_c(log p_R(c) + ℓ_ct): ∂/∂doc_scores = Σ_t (p_R − r_t) and
@@ -141,14 +118,7 @@ def rag_token_loss(
     token_keep = axes.mask("token_mask", token_mask, "...T")
     prior = masked_log_softmax(scores, doc_keep)[..., None]  # [..., K, 1]
     keep = doc_keep[..., None] & token_keep[..., None, :]  # [..., K, T]
-    loss = -jnp.sum(masked_logsumexp(prior + tokens, keep, axis=-2), axis=-1)
-    smoothing, vocab = _smoothing(axes, label_smoothing, vocab_log_probs, like=loss)
-    if vocab is None:
-        return loss
-    keep_vocab = jnp.broadcast_to(keep[..., None], vocab.shape)
-    mixture = masked_logsumexp(prior[..., None] + vocab, keep_vocab, axis=-3)  # [..., T, V]
-    smooth_loss = -jnp.sum(mixture.mean(axis=-1), axis=-1)
-    return (1 - smoothing) * loss + smoothing * smooth_loss
+    return -jnp.sum(masked_logsumexp(prior + tokens, keep, axis=-2), axis=-1)
 
 
 def emdr2_loss(
@@ -303,19 +273,3 @@ def leave_one_out_log_probs(
     joint = jnp.broadcast_to((scores + answers)[..., None, :], others.shape)
     prior = jnp.broadcast_to(scores[..., None, :], others.shape)
     return masked_logsumexp(joint, others, axis=-1) - masked_logsumexp(prior, others, axis=-1)
-
-
-def _smoothing(
-    axes: Axes, label_smoothing: float, vocab_log_probs: ArrayLike | None, like: Array
-) -> tuple[float | Array, Array | None]:
-    """Returns ε and the checked `[..., K, T, V]` log-probs, None where nothing is smoothed."""
-    smoothing = fraction("label_smoothing", label_smoothing, like.dtype)
-    if vocab_log_probs is not None:
-        vocab = axes.floats("vocab_log_probs", vocab_log_probs, "...KTV")
-        return smoothing, vocab.astype(like.dtype)
-    if not isinstance(smoothing, float) or smoothing > 0:
-        raise ValueError(
-            "vocab_log_probs: expected log-probs of shape [..., K, T, V] for label_smoothing "
-            f"{label_smoothing}, got None"
-        )
-    return smoothing, None

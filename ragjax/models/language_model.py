@@ -45,6 +45,15 @@ class TextFormat(NamedTuple):
 PLAIN_TEXT = TextFormat()
 
 
+class PromptText(NamedTuple):
+    """How a model was trained to read a document and a question, as `PromptTemplate` has them."""
+
+    context: str  # of {document} and {question}
+    closed_book: str  # of {question}
+    answer: str  # of {answer}
+    passage: str  # of {title} and {text}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
     """Parameters, sizes and tokenizer of a language model, and its scoring function.
@@ -66,6 +75,7 @@ class LanguageModel:
         decoder: Reads prompts once and appends tokens, for `ragjax.generation`.
         text_format: Special tokens around contexts and targets; `token_log_probs` scores exactly
             the target ids it is given, so whoever tokenises puts them there.
+        prompt: The text of contexts that the model was trained on; None: any may be taken.
     """
 
     params: dict[str, Any]
@@ -81,6 +91,7 @@ class LanguageModel:
     token_log_probs: Callable[[dict[str, Any], LMBatch], Array]
     decoder: Any
     text_format: TextFormat = PLAIN_TEXT
+    prompt: PromptText | None = None
 
 
 def load_language_model(

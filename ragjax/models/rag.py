@@ -9,20 +9,26 @@ References:
     section 2.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ragjax.models.encoder import EncoderOptions, TextEncoder, build_encoder, fill_params
 from ragjax.models.encoders import dpr
-from ragjax.models.files.config import parse_sizes, read_config
+from ragjax.models.files.config import parse_sizes, read_config, read_json
 from ragjax.models.files.key_table import read_safetensors, renamed
 from ragjax.models.files.sources import resolve_source
 from ragjax.models.files.tokenizers import choose_pad_token, load_tokenizer
-from ragjax.models.language_model import LanguageModel, added_ids, build_language_model
+from ragjax.models.language_model import (
+    LanguageModel,
+    PromptText,
+    added_ids,
+    build_language_model,
+)
 from ragjax.models.seq2seq import bart, t5
 
 _QUESTION_ENCODER, _GENERATOR = "question_encoder.", "generator."
@@ -58,6 +64,13 @@ class RagCheckpointConfig:
         joined = f"{self.prefix}{title}{self.title_separator}{text}{self.document_separator}"
         return (joined + question).replace("  ", " ")
 
+    @property
+    def prompt(self) -> PromptText:
+        """The same as a template."""
+        question = f"{self.prefix}{{question}}"
+        context = f"{self.prefix}{{document}}{self.document_separator}{{question}}"
+        return PromptText(context, question, "{answer}", f"{{title}}{self.title_separator}{{text}}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RagModel:
@@ -91,26 +104,51 @@ def load_rag(source: str) -> RagModel:
         ValueError: One of the two models is not supported, or a tensor is missing, left over or
             of another shape.
     """
+    file = _open(source)
+    return RagModel(
+        query_encoder=_load_query_encoder(file),
+        language_model=_load_generator(file),
+        config=_read_config(file.settings, file.folder / "config.json"),
+    )
+
+
+def is_rag(source: str) -> bool:
+    """Returns whether a source is a RAG checkpoint: two models in one file."""
+    folder = resolve_source(source)
+    return folder.is_dir() and read_json(folder / "config.json").get("model_type") == "rag"
+
+
+def load_rag_query_encoder(source: str) -> TextEncoder:
+    """Loads the question encoder of a RAG checkpoint alone; see `load_rag`."""
+    return _load_query_encoder(_open(source))
+
+
+def load_rag_language_model(source: str) -> LanguageModel:
+    """Loads the generator of a RAG checkpoint alone; see `load_rag`."""
+    return _load_generator(_open(source))
+
+
+class _File(NamedTuple):
+    """A RAG checkpoint, its tensors not read yet."""
+
+    source: str
+    folder: Path
+    settings: dict[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    names: dict[str, dict[str, str]]  # of each part: own names and names in the file
+
+    def part(self, name: str) -> Mapping[str, np.ndarray]:
+        """Returns the tensors of a part by their own names."""
+        return renamed(self.names[name], self.tensors)
+
+
+def _open(source: str) -> _File:
     folder = resolve_source(source)
     if folder.is_file():
         raise ValueError(f"{folder}: RAG checkpoints load from folders, not from GGUF files")
     settings = read_config(folder, ["rag"])
-    path = folder / "config.json"
     tensors = read_safetensors(folder)
-    names = _split_names(tensors, folder)
-    # Read here, as transformers does, where a sub-configuration leaves it out.
-    encoder = {"model_type": "dpr", "architectures": ["DPRQuestionEncoder"]}
-    encoder |= _part(settings, "question_encoder", path)
-    generator = {"model_type": "bart"} | _part(settings, "generator", path)
-    return RagModel(
-        query_encoder=_load_query_encoder(
-            encoder, renamed(names[_QUESTION_ENCODER], tensors), folder, source
-        ),
-        language_model=_load_generator(
-            generator, renamed(names[_GENERATOR], tensors), folder, source
-        ),
-        config=_read_config(settings, path),
-    )
+    return _File(source, folder, settings, tensors, _split_names(tensors, folder))
 
 
 def _split_names(tensors: Iterable[str], folder: Path) -> dict[str, dict[str, str]]:
@@ -139,14 +177,15 @@ def _part(settings: Mapping[str, Any], field: str, path: Path) -> dict[str, Any]
     return part
 
 
-def _load_query_encoder(
-    settings: dict[str, Any], tensors: Mapping[str, np.ndarray], folder: Path, source: str
-) -> TextEncoder:
+def _load_query_encoder(file: _File) -> TextEncoder:
+    folder, path = file.folder, file.folder / "config.json"
+    # Read here, as transformers does, where a sub-configuration leaves it out.
+    settings = {"model_type": "dpr"} | _part(file.settings, "question_encoder", path)
     family, place = dpr.FAMILY, folder / "question_encoder_tokenizer"
     _check_kind(settings, "question_encoder", family.model_types, folder)
     # Some files name the class that they were made from.
     settings = settings | {"architectures": ["DPRQuestionEncoder"]}
-    config = parse_sizes(family.parse_config, settings, folder / "config.json")
+    config = parse_sizes(family.parse_config, settings, path)
     tokenizer = load_tokenizer(
         place, vocab_size=config.vocab_size, converter="DPRQuestionEncoderTokenizer"
     )
@@ -154,34 +193,35 @@ def _load_query_encoder(
         pad_id=choose_pad_token(tokenizer, place, settings).id,
         pooling=family.default_pooling,
         max_length=config.max_positions,
-        source=source,
+        source=file.source,
     )
-    params = fill_params(family, config, tensors, folder)
+    params = fill_params(family, config, file.part(_QUESTION_ENCODER), folder)
     return build_encoder(family, config, params, tokenizer, options)
 
 
-def _load_generator(
-    settings: dict[str, Any], tensors: Mapping[str, np.ndarray], folder: Path, source: str
-) -> LanguageModel:
+def _load_generator(file: _File) -> LanguageModel:
+    folder, path = file.folder, file.folder / "config.json"
+    settings = {"model_type": "bart"} | _part(file.settings, "generator", path)
     kinds = [kind for family in _FAMILIES for kind in family.model_types]
     _check_kind(settings, "generator", kinds, folder)
     family = next(family for family in _FAMILIES if settings["model_type"] in family.model_types)
-    config = parse_sizes(family.parse_config, settings, folder / "config.json")
+    config = parse_sizes(family.parse_config, settings, path)
     place = folder / "generator_tokenizer"
     converter = {"bart": "BartTokenizer", "t5": "T5Tokenizer"}[settings["model_type"]]
     tokenizer = load_tokenizer(place, vocab_size=config.vocab_size, converter=converter)
     first, last = added_ids(tokenizer)
     end = settings.get("eos_token_id")
-    return build_language_model(
+    model = build_language_model(
         family,
         config,
-        family.load_params(config, tensors, source=folder),
+        family.load_params(config, file.part(_GENERATOR), source=folder),
         tokenizer,
         bos_id=first[0] if first else None,
         eos_ids=last if end is None else (int(end),),
         pad_id=choose_pad_token(tokenizer, place, settings).id,
-        source=source,
+        source=file.source,
     )
+    return dataclasses.replace(model, prompt=_read_config(file.settings, path).prompt)
 
 
 def _check_kind(settings: Mapping[str, Any], field: str, kinds: Any, folder: Path) -> None:

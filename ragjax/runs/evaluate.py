@@ -70,7 +70,7 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
         folder,
         dataset,
         questions,
-        models.base_encoder,
+        models.base_encoders,
         models.base_language_model,
         stop=stop,
         log=log,
@@ -236,14 +236,14 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
 
 def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:
     """Builds BM25, the base index and the adapted one, which may be the base one again."""
-    workspace, encoder = opened.workspace, opened.workspace.encoder
+    workspace = opened.workspace
     indexes = sorted((opened.run.folder / "index").glob("*")) if opened.run else []
     earlier = [folder for folder in indexes if folder.name.isdecimal()]
     with workspace.timed("index before"):
         bm25 = build_bm25(workspace)
         before = build_retriever(
-            opened.weighing, bm25, version=0, query_params=encoder.params,
-            doc_params=encoder.params, earlier=earlier,
+            opened.weighing, bm25, version=0, query_params=workspace.query_encoder.params,
+            doc_params=workspace.encoder.params, earlier=earlier,
         )  # fmt: skip
     if not workspace.config.trains_retriever:
         return bm25, before, before

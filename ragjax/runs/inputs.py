@@ -14,6 +14,7 @@ from ragjax.models.encoder import TextEncoder
 from ragjax.models.language_model import LanguageModel
 from ragjax.runs.data import Log
 from ragjax.runs.folder import CONFIG
+from ragjax.runs.models import Encoders
 from ragjax.runs.workspace import Workspace
 from ragjax.storage import write_json
 
@@ -26,8 +27,9 @@ def run_inputs(workspace: Workspace) -> dict[str, Any]:
 
     They are named as the messages name them, and are JSON values.
     """
+    encoders = Encoders(workspace.query_encoder, workspace.encoder)
     inputs: dict[str, Any] = {
-        "encoder": model_identity(workspace.encoder),
+        **{name: model_identity(encoder) for name, encoder in encoders.named.items()},
         "language model": model_identity(workspace.lm),
         "corpus": {"passages": workspace.dataset.corpus.fingerprint},
     }

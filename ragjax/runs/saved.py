@@ -13,16 +13,16 @@ import jax
 from ragjax.evaluation.systems import SYSTEMS
 from ragjax.models.encoder import TextEncoder
 from ragjax.models.export.card import Card
-from ragjax.models.language_model import LanguageModel, load_language_model
+from ragjax.models.language_model import LanguageModel
 from ragjax.runs.folder import CONFIG, REPORT
 from ragjax.runs.inputs import check_model
+from ragjax.runs.models import Encoders, base_towers, in_compute_dtype, load_encoders, load_lm
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.trainable import END_TO_END, Trained, split_lm, split_models, split_towers
-from ragjax.runs.workspace import in_compute_dtype, load_run_encoder
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.lsr import towers
 
@@ -58,16 +58,22 @@ class Models:
         return self
 
     @cached_property
-    def base_encoder(self) -> TextEncoder:
-        """The encoder that training started from.
+    def base_encoders(self) -> Encoders:
+        """The encoders that training started from.
 
         Raises:
-            ValueError: Another one has its name today.
+            ValueError: Another one has the name of one of them today.
         """
         config = self._config
-        encoder = load_run_encoder(config)
-        check_model(in_compute_dtype(encoder, config), "encoder", self._inputs, self._folder)
-        return encoder
+        encoders = load_encoders(config)
+        for name, encoder in encoders.named.items():
+            check_model(in_compute_dtype(encoder, config), name, self._inputs, self._folder)
+        return encoders
+
+    @property
+    def base_encoder(self) -> TextEncoder:
+        """The encoder of documents, and of queries where there is one, before training."""
+        return self.base_encoders.doc
 
     @cached_property
     def base_language_model(self) -> LanguageModel:
@@ -76,14 +82,14 @@ class Models:
         Raises:
             ValueError: Another one has its name today.
         """
-        lm = load_language_model(self._config.lm)
+        lm = load_lm(self._config)
         check_model(lm, "language model", self._inputs, self._folder)
         return lm
 
     @property
     def query_encoder(self) -> TextEncoder:
         """The encoder of queries with its trained parameters."""
-        return dataclasses.replace(self.base_encoder, params=self._towers[0])
+        return dataclasses.replace(self.base_encoders.query, params=self._towers[0])
 
     @property
     def doc_encoder(self) -> TextEncoder:
@@ -105,10 +111,10 @@ class Models:
     @cached_property
     def _towers(self) -> tuple[Any, Any]:
         """Parameters of the query and of the document encoder."""
-        config, base = self._config, self.base_encoder.params
-        params = dict.fromkeys(config.retriever.tower_names, base)
+        config = self._config
+        params = base_towers(config, self.base_encoders)
         if self._folder is None or not config.trains_retriever:
-            return base, base
+            return towers(params, None)
         if isinstance(config, RagConfig):
             params = self._end_to_end.towers
         elif isinstance(config, AdaptConfig):
@@ -122,7 +128,7 @@ class Models:
     def _end_to_end(self) -> Trained:
         config, lm = self._config, self.base_language_model
         assert isinstance(config, RagConfig), "both models were trained and saved together"
-        params = dict.fromkeys(config.retriever.tower_names, self.base_encoder.params)
+        params = base_towers(config, self.base_encoders)
         split = split_models(config, lm.family, lm.params, params)
         return split.merged(self._restore(END_TO_END, split.trainable))
 

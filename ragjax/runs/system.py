@@ -100,7 +100,7 @@ def open_system(folder: str | Path, *, stop: StopFlag | None = None, log: Log = 
         folder,
         dataset,
         choose_questions(config, dataset),
-        models.base_encoder,
+        models.base_encoders,
         models.base_language_model,
         stop=stop or StopFlag(),
         log=log,
@@ -138,7 +138,7 @@ def open_base_system(
         cache / hashlib.sha256(identity.encode()).hexdigest()[:16],
         dataset,
         {"train": (), "dev": dev, "test": dataset.questions.get("test", ())},
-        encoder,
+        models.base_encoders,
         models.base_language_model,
         stop=stop or StopFlag(),
         log=log,
@@ -181,7 +181,8 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
 def encode_query_of(system: System, num_tokens: int) -> None:
     """Encodes a dummy query of this many tokens, which compiles that shape."""
     workspace = system.workspace
-    task = workspace.task.of_token_ids([[workspace.encoder.pad_id] * num_tokens])
+    ids = [[workspace.query_encoder.pad_id] * num_tokens]
+    task = workspace.query_task.of_token_ids(ids)
     encode_corpus(task, system.retriever.query_params)
 
 

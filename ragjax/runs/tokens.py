@@ -91,10 +91,14 @@ def make_prompts(
 
     Room is kept for `new_tokens` that are generated.
     """
+    # A model that was trained on prompts of its own reads those.
+    texts = lm.prompt._asdict() if lm.prompt else {}
     return PromptBuilder(
         lm.tokenizer,
         template=PromptTemplate(
-            max_document_tokens=config.document_tokens, max_answer_tokens=config.answer_tokens
+            **texts,
+            max_document_tokens=config.document_tokens,
+            max_answer_tokens=config.answer_tokens,
         ),
         max_length=lm.max_length,
         pad_id=lm.pad_id,

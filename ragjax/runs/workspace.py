@@ -5,7 +5,6 @@ Q questions, N documents, D embedding size.
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,13 +24,23 @@ from ragjax.data import (
     Question,
     passage_text,
 )
-from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_options
-from ragjax.models.language_model import LanguageModel, load_language_model
+from ragjax.models.encoder import Encode, TextEncoder
+from ragjax.models.language_model import LanguageModel
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.refresh import EncodeTask, encode_corpus
 from ragjax.refresh.task import params_digest
 from ragjax.runs.data import Log, choose_questions, note_shared_passages, read_data
 from ragjax.runs.folder import add_seconds
+from ragjax.runs.models import (
+    Encoders,
+    base_towers,
+    in_compute_dtype,
+    load_encoders,
+    load_lm,
+    scale_note,
+    scale_of,
+    training_encode,
+)
 from ragjax.runs.options.modes import check_mode
 from ragjax.runs.options.shared import RunConfig, TowersConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
@@ -56,7 +65,8 @@ class Workspace:
         folder: Output folder.
         dataset: Corpus, questions, relevance judgements.
         questions: Questions used, by split ("train", "dev", "test"), after the caps of the config.
-        encoder: The base text encoder.
+        encoder: The base encoder of documents, and of queries where there is one.
+        query_encoder: The base encoder of queries.
         lm: The base language model.
         prompts: Turns (documents, question, answer) into token ids, for scoring and answering.
         documents: Token ids of the documents for the language model.
@@ -73,6 +83,7 @@ class Workspace:
     dataset: Dataset
     questions: dict[str, tuple[Question, ...]]
     encoder: TextEncoder
+    query_encoder: TextEncoder
     lm: LanguageModel
     prompts: PromptBuilder
     documents: DocumentTokens
@@ -123,16 +134,24 @@ class Workspace:
 
     @functools.cached_property
     def train_query_ids(self) -> list[list[int]]:
-        """The encoder's token ids of the training questions."""
-        return query_ids(self.encoder, self.questions["train"])
+        """The query encoder's token ids of the training questions."""
+        return query_ids(self.query_encoder, self.questions["train"])
 
     def encode_queries(self, params: Any, questions: Sequence[Question]) -> np.ndarray:
         """Returns query embeddings `[Q, D]` float32."""
-        return self.encode_query_ids(params, query_ids(self.encoder, questions))
+        return self.encode_query_ids(params, query_ids(self.query_encoder, questions))
 
     def encode_query_ids(self, params: Any, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns embeddings `[Q, D]` float32 of queries that are token ids already."""
-        return encode_corpus(self.task.of_token_ids(ids), params)
+        return encode_corpus(self.query_task.of_token_ids(ids), params)
+
+    @functools.cached_property
+    def query_task(self) -> EncodeTask:
+        """As `task`, with the encoder of queries: made for `of_token_ids`."""
+        if self.query_encoder is self.encoder:
+            return self.task
+        tokens = self.config.encode_tokens
+        return corpus_task(self.query_encoder, self.dataset.corpus, encode_tokens=tokens)
 
     @functools.cached_property
     def task(self) -> EncodeTask:
@@ -165,12 +184,11 @@ class Workspace:
         name = fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
         return FrozenLM(self.in_compute_dtype(params), name)
 
-    def training_encode(self) -> Encode:
-        """Returns `encode` as training runs it: recomputing its layers if the options say so."""
-        if not self.config.retriever.remat:
-            return self.encoder.encode
-        dtype = _cast_dtype(self.config)
-        return with_options(self.encoder, remat=True, compute_dtype=dtype).encode
+    def training_encodes(self) -> tuple[Encode, Encode]:
+        """Returns `encode` of queries and of documents as training runs them."""
+        encoders = (self.query_encoder, self.encoder)
+        query, doc = (training_encode(encoder, self.config) for encoder in encoders)
+        return query, doc
 
 
 def open_workspace(
@@ -197,22 +215,13 @@ def open_workspace(
     dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
     # There from the start, for whoever follows the run or reads why it ended.
     (folder / _METRICS).touch()
-    encoder = load_run_encoder(config)
-    lm = load_language_model(config.lm)
+    encoders = load_encoders(config)
+    lm = load_lm(config)
     check_mode(config.mode, lm, "--evaluation.mode")
     _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
-    _check_layers(config.retriever.train_layers, "retriever", config.encoder, encoder.config)
-    return make_workspace(config, folder, dataset, questions, encoder, lm, stop=stop, log=log)
-
-
-def load_run_encoder(config: RunConfig) -> TextEncoder:
-    """Loads the encoder of a run, used as its options say."""
-    return load_encoder(
-        config.encoder,
-        max_length=config.encoder_max_length or None,
-        query_prefix=config.query_prefix,
-        doc_prefix=config.doc_prefix,
-    )
+    for encoder in encoders:
+        _check_layers(config.retriever.train_layers, "retriever", encoder.source, encoder.config)
+    return make_workspace(config, folder, dataset, questions, encoders, lm, stop=stop, log=log)
 
 
 def make_workspace(
@@ -220,7 +229,7 @@ def make_workspace(
     folder: Path,
     dataset: Dataset,
     questions: dict[str, tuple[Question, ...]],
-    encoder: TextEncoder,
+    encoders: Encoders,
     lm: LanguageModel,
     *,
     stop: StopFlag,
@@ -233,7 +242,7 @@ def make_workspace(
         folder: Output folder.
         dataset: Corpus, questions, relevance judgements.
         questions: Questions used, by split.
-        encoder: The base text encoder.
+        encoders: The base text encoders.
         lm: The base language model.
         stop: Checked between stages.
         log: Shows one line to the user.
@@ -241,13 +250,18 @@ def make_workspace(
     Raises:
         ValueError: A weight of a model is NaN or infinite.
     """
-    _check_weights("encoder", config.encoder, encoder.params)
+    for name, encoder in encoders.named.items():
+        _check_weights(name.replace(" ", "_"), encoder.source, encoder.params)
     _check_weights("lm", config.lm, lm.params)
-    encoder = in_compute_dtype(encoder, config)
-    log(f"encoder {config.encoder}: {_size(encoder.params)}, {encoder.embedding_size} dimensions")
-    if encoder.query_prefix or encoder.doc_prefix:
-        log(f"queries start with {encoder.query_prefix!r}, documents with {encoder.doc_prefix!r}")
-    _say_scale(config, encoder, log)
+    encoders = encoders.mapped(lambda encoder: in_compute_dtype(encoder, config))
+    query_encoder, encoder = encoders
+    for name, each in encoders.named.items():
+        log(f"{name} {each.source}: {_size(each.params)}, {each.embedding_size} dimensions")
+    if query_encoder.query_prefix or encoder.doc_prefix:
+        prefixes = (query_encoder.query_prefix, encoder.doc_prefix)
+        log("queries start with {!r}, documents with {!r}".format(*prefixes))
+    if scale := scale_note(encoder, config.retriever.scale):
+        log(f"note: {scale}")
     log(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
     doc_tokens = CorpusTokens(
         len(dataset.corpus),
@@ -270,6 +284,7 @@ def make_workspace(
         dataset=dataset,
         questions=questions,
         encoder=encoder,
+        query_encoder=query_encoder,
         lm=lm,
         prompts=prompts,
         documents=DocumentTokens(prompts, dataset.corpus),
@@ -311,45 +326,10 @@ def note_batch(workspace: Workspace, name: str, batch_size: int) -> None:
         )
 
 
-def _cast_dtype(config: RunConfig) -> str | None:
-    return None if config.compute_dtype == "float32" else config.compute_dtype
-
-
-def in_compute_dtype(encoder: TextEncoder, config: RunConfig) -> TextEncoder:
-    """Returns the encoder as the run uses it; embeddings of another dtype are another encoder's."""
-    if (dtype := _cast_dtype(config)) is None:
-        return encoder
-    identity = hashlib.sha256(f"{encoder.fingerprint} {dtype}".encode()).hexdigest()
-    encoder = with_options(encoder, compute_dtype=dtype)
-    return dataclasses.replace(encoder, fingerprint=identity)
-
-
 def _check_layers(asked: int, flag: str, source: str, sizes: Any) -> None:
     if asked > sizes.num_layers:
         raise ValueError(
             f"--{flag}.train_layers {asked}: {source} has {sizes.num_layers} layers; 0 trains all"
-        )
-
-
-def scale_of(encoder: TextEncoder) -> float:
-    """Returns the factor from q·d to a logit of p_R: 20 of cosines, 1 of other dot products."""
-    return 20.0 if encoder.normalized else 1.0
-
-
-def _say_scale(config: RunConfig, encoder: TextEncoder, log: Log) -> None:
-    """Says by which factor p_R weighs embeddings that are not of length 1."""
-    if encoder.normalized:
-        return
-    if not (asked := config.retriever.scale):
-        log(
-            f"note: embeddings of {config.encoder} are not scaled to length 1: p_R is the softmax"
-            f" of their dot products, times {scale_of(encoder):g} (--retriever.scale)"
-        )
-    elif asked > scale_of(encoder):
-        log(
-            f"note: --retriever.scale {asked:g} multiplies the dot products of embeddings that are"
-            f" not scaled to length 1 ({config.encoder}): p_R may be all on one document; such"
-            f" encoders are trained with {scale_of(encoder):g}"
         )
 
 
@@ -368,5 +348,5 @@ def _size(params: Any) -> str:
 
 
 def tower_params(workspace: Workspace) -> dict[str, Any]:
-    """Returns the base towers by name: one `shared` tower, or `query` and `doc` apart."""
-    return dict.fromkeys(workspace.config.retriever.tower_names, workspace.encoder.params)
+    """Returns the base towers by name; see `base_towers`."""
+    return base_towers(workspace.config, Encoders(workspace.query_encoder, workspace.encoder))

@@ -61,11 +61,12 @@ def make_rag_loss(
     chunk_tokens: int | None = 2048,
     merge_tower: Callable[[Any, Any], Any] | None = None,
     merge_lm: Callable[[Any, Any], Any] | None = None,
+    encode_queries: Encode | None = None,
 ) -> LossFn:
     """Builds the end-to-end loss over live scores s = scale · q·d, averaged over the questions.
 
     Args:
-        encode: `(params, tokens) -> [rows, D]`, the same function for both towers.
+        encode: `(params, tokens) -> [rows, D]` of documents, and of queries if no other is given.
         reader: The language model's functions, of its whole parameters.
         terms: Name to (weight, term). A term of weight 0 is reported and teaches nothing.
         scale: Factor from similarity to score (20 for cosines: 1/temperature of p_R).
@@ -74,6 +75,7 @@ def make_rag_loss(
         merge_tower: `(trainable, frozen)` of one tower to its parameters; None: towers train whole.
         merge_lm: `(trainable, frozen)` of the language model to its parameters; None: it trains as
             a whole, or not at all.
+        encode_queries: Of queries, where they have another architecture; None: `encode`.
 
     Returns:
         `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`. `params` holds
@@ -102,7 +104,8 @@ def make_rag_loss(
         trained_towers = {name: part for name, part in params.items() if name != "lm"}
         query_params, doc_params = towers(trained_towers, frozen["towers"], merge_tower)
         batch = _without_masked(batch)
-        own, everyone = _scores(encode, query_params, doc_params, batch, scale, chunk_tokens)
+        queries = (encode_queries or encode)(query_params, batch.queries)  # [B, D]
+        own, everyone = _scores(encode, queries, doc_params, batch, scale, chunk_tokens)
         doc_scores = own[:, : batch.doc_mask.shape[1]]
         log_probs = _once(reader.log_probs, lm_params, batch)
         outputs = Outputs(
@@ -156,7 +159,7 @@ def _lm_params(params: Any, frozen: Any, merge: Callable[[Any, Any], Any] | None
 
 def _scores(
     encode: Encode,
-    query_params: Any,
+    queries: Array,
     doc_params: Any,
     batch: RagBatch,
     scale: float,
@@ -164,7 +167,6 @@ def _scores(
 ) -> tuple[Array, Array]:
     """Returns live scores of each question's own slots `[B, S]` and of all documents `[B, M]`."""
     questions, slots, length = batch.docs.ids.shape
-    queries = encode(query_params, batch.queries)  # [B, D]
     flat = Tokens(*(leaf.reshape(questions * slots, length) for leaf in batch.docs))
     chunk = flat.ids.shape[0] if chunk_tokens is None else max(1, chunk_tokens // length)
     docs = encode_in_chunks(encode, doc_params, flat, chunk_size=chunk)  # [M, D]

@@ -55,11 +55,12 @@ def make_lsr_loss(
     in_batch: bool,
     chunk_tokens: int = 2048,
     merge: Callable[[Any, Any], Any] | None = None,
+    encode_queries: Encode | None = None,
 ) -> LossFn:
     """Builds the LSR loss over live scores s = scale · q·d, averaged over the questions.
 
     Args:
-        encode: `(params, tokens) -> [rows, D]`, the same function for both towers.
+        encode: `(params, tokens) -> [rows, D]` of documents, and of queries if no other is given.
         objective: `lsr_loss` (KL(p_R‖p_LSR), as RA-DIT and REPLUG print it) or `pdist_loss`
             (KL(p_LSR‖p_R), as their code and Atlas compute it).
         scale: Factor from similarity to score (20 for cosines: 1/temperature of p_R).
@@ -71,6 +72,7 @@ def make_lsr_loss(
             backward pass, so memory does not grow with the batch. Changes nothing else.
         merge: `(trainable, frozen)` of one tower to its parameters, where part of a tower is frozen
             (see `towers`); None: towers train as a whole.
+        encode_queries: Of queries, where they have another architecture; None: `encode`.
 
     Returns:
         `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
@@ -89,7 +91,7 @@ def make_lsr_loss(
     def loss(params: Any, frozen: Any, batch: LsrBatch, key: jax.Array) -> tuple[Any, Metrics]:
         del key  # no dropout: see rule 8 of the objectives (targets are scored without it)
         query_params, doc_params = towers(params, frozen, merge)
-        queries = encode(query_params, batch.queries)  # [B, D]
+        queries = (encode_queries or encode)(query_params, batch.queries)  # [B, D]
         chunk = max(1, chunk_tokens // batch.docs.ids.shape[1])
         docs = encode_in_chunks(encode, doc_params, batch.docs, chunk_size=chunk)  # [M, D]
         # What an encoder makes of padding may be NaN, and 0 · NaN is NaN in the others' gradient.

@@ -206,15 +206,6 @@ CASES = {
 }
 
 
-def _smoothed(function):
-    def loss(b: Batch):
-        vocab = jax.nn.log_softmax(jnp.stack([b.token_log_probs, b.token_log_probs * 2], axis=-1))
-        answers = _answers(function, label_smoothing=0.1, vocab_log_probs=vocab)
-        return answers(b._replace(token_log_probs=vocab[..., 0]))
-
-    return loss
-
-
 def _attention_mass(b: Batch):
     attention = jnp.exp(jnp.swapaxes(b.token_log_probs, -1, -2))[..., None, :, :, None]
     norms, keep = jnp.exp(b.doc_scores)[..., None, :, None], b.doc_mask[..., None]
@@ -265,8 +256,6 @@ def _token_ids(b: Batch):
 KEY, TABLE = jax.random.key(0), f32(np.sin(np.arange(36)).reshape(9, 4))
 
 OTHERS = {
-    "rag_sequence_loss smoothed": _smoothed(losses.rag_sequence_loss),
-    "rag_token_loss smoothed": _smoothed(losses.rag_token_loss),
     "emdr2_loss": _answers(losses.emdr2_loss),
     "emdr2_loss of whole answers": lambda b: losses.emdr2_loss(
         b.doc_scores, b.token_log_probs.sum(-1), doc_mask=b.doc_mask

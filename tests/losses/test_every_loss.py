@@ -186,7 +186,7 @@ def test_the_strictest_settings_of_a_project_refuse_nothing(name, rng):
 
 # What these make of the log-probs is an embedding, a logit or a product of the test's own.
 NOT_OF_ANSWERS = {
-    "rag_sequence_loss smoothed", "rag_token_loss smoothed", "dpr_loss", "token_log_probs",
+    "dpr_loss", "token_log_probs",
     "symmetric_contrastive_loss", "chunked_token_log_probs", "gumbel_top_k",
 }  # fmt: skip
 

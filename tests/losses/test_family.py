@@ -1,4 +1,4 @@
-"""EMDR², LOOP, ADist, label smoothing, estimators, the combinator."""
+"""EMDR², LOOP, ADist, estimators, the combinator."""
 
 import itertools
 
@@ -40,47 +40,6 @@ def test_summed_answers_equal_tokens_and_refuse_a_token_mask(rng):
         )
     with pytest.raises(ValueError, match="^token_mask: expected None"):
         losses.rag_sequence_loss(b.doc_scores, summed, token_mask=b.token_mask)
-
-
-@pytest.mark.parametrize("form", ["sequence", "token"])
-def test_label_smoothing_equals_the_formula(form, rng):
-    b = make_batch(rng)
-    logits = rng.normal(size=(*b.token_log_probs.shape, 7))
-    vocab = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    loss = getattr(losses, f"rag_{form}_loss")
-    garbage = np.where(b.doc_mask[..., None, None] & b.token_mask[:, None, :, None], vocab, np.nan)
-    got = loss(
-        b.doc_scores,
-        f32(vocab[..., 3]),
-        doc_mask=b.doc_mask,
-        token_mask=b.token_mask,
-        label_smoothing=0.1,
-        vocab_log_probs=f32(garbage),
-    )
-    for row, (docs, tokens) in enumerate(zip(b.doc_mask, b.token_mask, strict=True)):
-        if not docs.any():
-            assert got[row] == 0
-            continue
-        prior = softmax(np.float64(b.doc_scores[row][docs]))
-        v = vocab[row][docs][:, tokens]  # [k, t, V]
-        if form == "sequence":
-            nll = -np.log(prior @ np.exp(v[..., 3].sum(1)))
-            smooth = -np.log(prior @ np.exp(v.mean(-1).sum(1)))
-        else:
-            mixture = np.log(np.einsum("k,ktv->tv", prior, np.exp(v)))
-            nll, smooth = -mixture[:, 3].sum(), -mixture.mean(-1).sum()
-        np.testing.assert_allclose(got[row], 0.9 * nll + 0.1 * smooth, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("smoothing", [-0.1, 1.0, np.nan, np.ones(2)])
-def test_label_smoothing_out_of_range_or_without_its_log_probs_is_refused(smoothing):
-    scores, ell = np.zeros((2, 3)), np.zeros((2, 3, 4))
-    with pytest.raises(ValueError, match="^label_smoothing: expected a scalar"):
-        losses.rag_token_loss(scores, ell, label_smoothing=smoothing)
-    with pytest.raises(ValueError, match="^vocab_log_probs: expected .*got None"):
-        losses.rag_sequence_loss(scores, ell, label_smoothing=0.1)
-    with pytest.raises(ValueError, match="^vocab_log_probs: expected .*got None"):
-        jax.jit(lambda e: losses.rag_token_loss(scores, ell, label_smoothing=e))(0.1)
 
 
 def test_leave_one_out_and_loop_equal_removing_the_document(rng):
@@ -315,11 +274,6 @@ def test_factors_of_any_dtype_are_taken_under_strict_promotion(rng):
                 assert known.dtype == traced.dtype == given.dtype
                 total = losses.combine_losses({"a": given, "b": scores}, {"a": factor, "b": 1})
                 assert total.total.dtype == np.float64
-            smooth = losses.rag_token_loss(
-                b.doc_scores, b.token_log_probs, label_smoothing=factor,
-                vocab_log_probs=b.token_log_probs[..., None],
-            )  # fmt: skip
-            assert smooth.dtype == np.float32
 
 
 def test_small_integers_are_ids_of_any_vocabulary():

@@ -8,10 +8,11 @@ import pytest
 from ragjax.data import Question, read_beir
 from ragjax.models.testing import tiny_encoder, tiny_language_model
 from ragjax.runs.data import choose_questions, note_shared_passages, read_data
+from ragjax.runs.models import Encoders, load_encoders
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.evaluate import EvaluateConfig, run_options
 from ragjax.runs.tokens import query_ids
-from ragjax.runs.workspace import load_run_encoder, make_workspace
+from ragjax.runs.workspace import make_workspace
 from ragjax.training.loop import StopFlag
 
 
@@ -111,9 +112,9 @@ def test_relevant_passages_on_both_sides_are_told(tmp_path):
 
 def test_what_the_encoder_reads_before_a_text_is_an_option(tiny_inputs):
     options = {"query_prefix": "query: ", "doc_prefix": ""}
-    given = load_run_encoder(AdaptConfig.from_dict(tiny_inputs | options))
+    given = load_encoders(AdaptConfig.from_dict(tiny_inputs | options)).doc
     assert (given.query_prefix, given.doc_prefix) == ("query: ", "")
-    plain = load_run_encoder(AdaptConfig.from_dict(tiny_inputs))
+    plain = load_encoders(AdaptConfig.from_dict(tiny_inputs)).doc
     assert plain.query_prefix == "" and plain.fingerprint != given.fingerprint
     question = Question(id="q", text="what?")
     read = plain.tokenizer.encode("query: what?").ids
@@ -138,12 +139,13 @@ def test_the_scale_of_scores_is_that_of_the_encoder_unless_asked(
 ):
     config = AdaptConfig.from_dict({"retriever": {"scale": asked}})
     told = []
+    encoder = tiny_encoder(family=kind)
     workspace = make_workspace(
         config,
         tmp_path,
         read_beir(write_domain(tmp_path / "data"), cache=tmp_path / "cache"),
         {"train": (), "dev": (), "test": ()},
-        tiny_encoder(family=kind),
+        Encoders(encoder, encoder),
         tiny_language_model(),
         stop=StopFlag(),
         log=told.append,

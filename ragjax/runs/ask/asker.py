@@ -141,7 +141,7 @@ class Asker:
         Without it, the first question of a new length takes seconds.
         """
         if self.asked_documents:
-            for length in buckets(self.system.workspace.encoder):
+            for length in buckets(self.system.workspace.query_encoder):
                 if length <= _WARM_QUERY_TOKENS:
                     encode_query_of(self.system, length)
                     yield f"questions of {length} tokens"

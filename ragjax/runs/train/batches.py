@@ -51,10 +51,11 @@ class RagBatches:
         """
         self._workspace, self._config, self._place = workspace, config, place
         encoder, query_ids = workspace.encoder, workspace.train_query_ids
+        asked = workspace.query_encoder
         self._questions = workspace.questions["train"]
         self._prompts = training_prompts(workspace.config.prompt, workspace.lm)
         self._queries = pad_right(
-            query_ids, length=bucket_of(encoder, max(map(len, query_ids))), pad_id=encoder.pad_id
+            query_ids, length=bucket_of(asked, max(map(len, query_ids))), pad_id=asked.pad_id
         )
         self._targets = pad_right(
             [self._prompts.target(question.answers[0]) for question in self._questions],

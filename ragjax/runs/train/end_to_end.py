@@ -165,14 +165,16 @@ def make_loss(
     workspace: Workspace, config: RagConfig, split: SplitModels, *, sharded: bool
 ) -> Callable[..., Any]:
     """Returns the loss of a run for `make_train_step`."""
+    encode_queries, encode = workspace.training_encodes()
     return end_to_end.make_rag_loss(
-        workspace.training_encode(),
+        encode,
         make_reader(workspace, config),
         make_terms(config.objective, fusion=config.language_model.reader == "fusion"),
         scale=workspace.scale,
         chunk_tokens=None if sharded else 2048,
         merge_tower=split.towers.merge,
         merge_lm=split.lm.merge,
+        encode_queries=encode_queries,
     )
 
 

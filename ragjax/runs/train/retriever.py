@@ -91,12 +91,14 @@ def train_retriever(
         learning_rate=tower_rates(config, split.trainable),
         index_version=round_number,
     )
+    encode_queries, encode = workspace.training_encodes()
     loss = make_lsr_loss(
-        workspace.training_encode(),
+        encode,
         OBJECTIVES[config.objective],
         scale=workspace.scale,
         in_batch=config.negatives == "batch",
         merge=split.merge,
+        encode_queries=encode_queries,
     )
     batches = _lsr_batches(workspace, config, seed, targets_at)
     return split.merged(run_stage(workspace, stage, split, loss, batches, host=host))
@@ -222,7 +224,8 @@ def _lsr_batches(
     workspace: Workspace, config: RetrieverConfig, seed: int, targets_at: TargetsAt
 ) -> Callable[[int], LsrBatch]:
     encoder, query_ids = workspace.encoder, workspace.train_query_ids
-    query_length = bucket_of(encoder, max(map(len, query_ids)))
+    query_encoder = workspace.query_encoder
+    query_length = bucket_of(query_encoder, max(map(len, query_ids)))
     own = findable_in_training(workspace).dropped
     firsts = {row: min(group) for row, group in workspace.dataset.twins.copies.items()}
 
@@ -247,7 +250,7 @@ def _lsr_batches(
         padding: list[list[int]] = [[]] * (num_docs - len(docs))
         doc_length = bucket_of(encoder, max(map(len, doc_ids)))
         return LsrBatch(
-            queries=pad_tokens(encoder, [query_ids[row] for row in rows], query_length),
+            queries=pad_tokens(query_encoder, [query_ids[row] for row in rows], query_length),
             docs=pad_tokens(encoder, doc_ids + padding, doc_length),
             target_log_probs=jnp.asarray(log_probs),
             candidate_mask=jnp.asarray(mask),

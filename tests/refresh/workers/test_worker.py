@@ -32,10 +32,10 @@ from ragjax.models.inputs import Tokens
 from ragjax.models.testing import write_tiny_encoder
 from ragjax.refresh import ProcessExecutor
 from ragjax.refresh.workers.leases import read_holder
+from ragjax.runs.models import in_compute_dtype
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.tokens import corpus_task
-from ragjax.runs.workspace import in_compute_dtype
 
 SECONDS = 0.05  # of a shard
 

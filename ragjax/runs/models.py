@@ -1,11 +1,19 @@
-"""The text encoders of a run: one for queries and documents, or two."""
+"""The models of a run: its language model, and one encoder for queries and documents, or two."""
 
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ragjax.models.encoder import Encode, TextEncoder, load_encoder, with_options
+from ragjax.models.encoder import (
+    Encode,
+    TextEncoder,
+    build_encoder,
+    load_encoder,
+    with_options,
+)
+from ragjax.models.language_model import LanguageModel, load_language_model
+from ragjax.models.rag import is_rag, load_rag_language_model, load_rag_query_encoder
 from ragjax.runs.options.shared import RunConfig
 
 
@@ -35,16 +43,14 @@ def load_encoders(config: RunConfig) -> Encoders:
         FileNotFoundError: One of them is missing.
         ValueError: One cannot be used, or the two do not embed into one space.
     """
-    loaded = {
-        source: load_encoder(
-            source,
-            max_length=config.encoder_max_length or None,
-            query_prefix=config.query_prefix,
-            doc_prefix=config.doc_prefix,
+    sources = config.encoder_sources
+    if is_rag(sources[1]):
+        raise ValueError(
+            f"--doc_encoder {sources[1]}: a RAG checkpoint embeds questions only; add --doc_encoder"
+            " with the context encoder that it was trained with"
         )
-        for source in dict.fromkeys(config.encoder_sources)
-    }
-    query, doc = (loaded[source] for source in config.encoder_sources)
+    loaded = {source: _load(config, source) for source in dict.fromkeys(sources)}
+    query, doc = (loaded[source] for source in sources)
     for what, first, other in (
         ("dimensions", query.embedding_size, doc.embedding_size),
         ("length 1 of the embeddings", query.normalized, doc.normalized),
@@ -55,6 +61,18 @@ def load_encoders(config: RunConfig) -> Encoders:
                 f" {what} {first} there, {other} here; give two encoders that were trained together"
             )
     return Encoders(query, doc)
+
+
+def load_lm(config: RunConfig) -> LanguageModel:
+    """Loads the language model of a run, which may be the generator of a RAG checkpoint."""
+    return (load_rag_language_model if is_rag(config.lm) else load_language_model)(config.lm)
+
+
+def base_towers(config: RunConfig, encoders: Encoders) -> dict[str, Any]:
+    """Returns the towers before training: one `shared` tower, or `query` and `doc` apart."""
+    if encoders.query is encoders.doc:
+        return dict.fromkeys(config.retriever.tower_names, encoders.doc.params)
+    return {"query": encoders.query.params, "doc": encoders.doc.params}
 
 
 def in_compute_dtype(encoder: TextEncoder, config: RunConfig) -> TextEncoder:
@@ -99,6 +117,18 @@ def scale_note(encoder: TextEncoder, asked: float) -> str | None:
             f" encoders are trained with {scale_of(encoder):g}"
         )
     return None
+
+
+def _load(config: RunConfig, source: str) -> TextEncoder:
+    length = config.encoder_max_length or None
+    prefixes = {"query_prefix": config.query_prefix, "doc_prefix": config.doc_prefix}
+    if not is_rag(source):
+        return load_encoder(source, max_length=length, **prefixes)
+    encoder = load_rag_query_encoder(source)
+    given = {name: prefix for name, prefix in prefixes.items() if prefix is not None}
+    length = min(length or encoder.max_length, encoder.max_length)
+    options = dataclasses.replace(encoder, **given, max_length=length)
+    return build_encoder(encoder.family, encoder.config, encoder.params, encoder.tokenizer, options)
 
 
 def _cast_dtype(config: RunConfig) -> str | None:
