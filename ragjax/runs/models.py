@@ -120,14 +120,17 @@ def scale_note(encoder: TextEncoder, asked: float) -> str | None:
 
 
 def _load(config: RunConfig, source: str) -> TextEncoder:
-    length = config.encoder_max_length or None
-    prefixes = {"query_prefix": config.query_prefix, "doc_prefix": config.doc_prefix}
+    length, query_prefix = config.encoder_max_length, config.query_prefix
     if not is_rag(source):
-        return load_encoder(source, max_length=length, **prefixes)
+        return load_encoder(
+            source,
+            max_length=length or None,
+            query_prefix=query_prefix,
+            doc_prefix=config.doc_prefix,
+        )
     encoder = load_rag_query_encoder(source)
-    given = {name: prefix for name, prefix in prefixes.items() if prefix is not None}
     length = min(length or encoder.max_length, encoder.max_length)
-    options = dataclasses.replace(encoder, **given, max_length=length)
+    options = dataclasses.replace(encoder, max_length=length, query_prefix=query_prefix or "")
     return build_encoder(encoder.family, encoder.config, encoder.params, encoder.tokenizer, options)
 
 

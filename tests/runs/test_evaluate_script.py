@@ -366,6 +366,7 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
     changed = {
         "data": "x", "fields": "id=a", "language": "none", "on_bad_row": "skip",
             "on_unknown": "skip", "encoder": "x", "lm": "x",
+                "query_encoder": "x", "doc_encoder": "x",
             "query_prefix": "", "doc_prefix": "d: ", "split": "dev",
         "systems": ("bm25",), "documents": 2, "mode": "rag_sequence_fast", "beams": 2,
         "max_new_tokens": 2, "document_tokens": 9, "max_questions": 3, "answer_questions": 3,

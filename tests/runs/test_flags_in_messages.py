@@ -37,11 +37,13 @@ SHOWN_BY = {
     "ragjax/runs/options/end_to_end": ("train_rag",),
     "ragjax/runs/options/evaluate": ("evaluate",),
     "ragjax/runs/options/refresh": TRAINING,
+    "ragjax/runs/models/scale_note": TRAINING,
     "ragjax/runs/saved": ("export",),
     "ragjax/runs/train": TRAINING,
     "ragjax/runs/train/end_to_end": ("train_rag",),
     "ragjax/runs/train/language_model": ("adapt",),
     "ragjax/runs/train/retriever": ("adapt",),
+    "ragjax/runs/train/statements": ("train_rag",),
     "ragjax/runs/train_rag": ("train_rag",),
     "ragjax/runs/workspace": TRAINING,
     "ragjax/evaluation/report/style": None,  # CSS

@@ -8,7 +8,6 @@ References:
     Models for Open Domain Question Answering, 2023, section 3 (statement reconstruction).
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def _drawn(corpus: Corpus, count: int, seed: int) -> tuple[Question, ...]:
             break
         passage = corpus[row]
         if sentences := _sentences(passage.text):
-            chosen = sentences[random.integers(len(sentences))]
+            chosen = sentences[int(random.integers(len(sentences)))]
             made.append(_statement(f"statement-{passage.id}", chosen, passage.id))
     if not made:
         raise ValueError(
@@ -80,7 +79,7 @@ def _drawn(corpus: Corpus, count: int, seed: int) -> tuple[Question, ...]:
     return tuple(made)
 
 
-def _sentences(text: str) -> Sequence[str]:
+def _sentences(text: str) -> list[str]:
     parts = (" ".join(part.split()) for part in _SENTENCE_END.split(text))
     return [part for part in parts if _FEWEST_WORDS <= len(tokenize(part)) <= _MOST_WORDS]
 
