@@ -3,6 +3,7 @@
 from ragjax.data.batching import LengthBatch as LengthBatch
 from ragjax.data.batching import batch_rows as batch_rows
 from ragjax.data.batching import buckets_up_to as buckets_up_to
+from ragjax.data.batching import fill_rows as fill_rows
 from ragjax.data.batching import length_buckets as length_buckets
 from ragjax.data.batching import num_steps as num_steps
 from ragjax.data.beir import read_beir as read_beir

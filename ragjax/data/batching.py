@@ -101,6 +101,44 @@ def length_buckets(
     return batches
 
 
+def fill_rows(
+    order: Sequence[int], sizes: Sequence[int], *, rows: int, length: int, window: int
+) -> list[list[list[int]]]:
+    """Puts texts into the rows of batches of one static shape, each into the first row with room.
+
+    Args:
+        order: Texts, in the order in which they are taken as far as they fit; those that find no
+            room wait for the next batch, in their order. One may come several times.
+        sizes: Tokens of each text.
+        rows: Rows of a batch.
+        length: Tokens of a row.
+        window: Texts that a batch looks at, at most.
+
+    Returns:
+        Texts by row, by batch.
+
+    Raises:
+        ValueError: A text is longer than a row.
+    """
+    longest = max((sizes[text] for text in order), default=0)
+    if longest > length or min(rows, window) < 1:
+        raise ValueError(f"{longest} tokens do not fit {rows} rows of {length}, {window} at a time")
+    batches, waiting = [], list(order)
+    while waiting:
+        batch: list[list[int]] = [[] for _ in range(rows)]
+        room, left = [length] * rows, []
+        for text in waiting[:window]:
+            place = next((row for row, free in enumerate(room) if sizes[text] <= free), None)
+            if place is None:
+                left.append(text)
+                continue
+            batch[place].append(text)
+            room[place] -= sizes[text]
+        batches.append(batch)
+        waiting = left + waiting[window:]
+    return batches
+
+
 def buckets_up_to(longest: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> tuple[int, ...]:
     """Returns lengths to pad to, the largest of them `longest`.
 

@@ -69,6 +69,9 @@ class LMFamily(NamedTuple):
     layout: Layout  # for `ragjax.models.trainable.split_trainable`
     # Scores several answers behind one reading of a document; None where the family cannot.
     packed_token_log_probs: Callable[..., Array] | None = None
+    # (config, params, packed rows) -> what the lowest of several stacks of layers makes of them,
+    # which `packed_token_log_probs(..., below=...)` takes; None where the family cannot
+    packed_states: Callable[..., Array] | None = None
     # True: an encoder reads contexts, and a target begins on its own (T5, BART).
     has_encoder: bool = False
     # (config, tensors, *, source) -> config, where the tensors of a folder say more than its sizes

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.data import batch_rows, buckets_up_to, length_buckets, num_steps
+from ragjax.data import batch_rows, buckets_up_to, fill_rows, length_buckets, num_steps
 from ragjax.data.batching import _permutation
 
 SIZES = {"num_examples": st.integers(1, 60), "batch_size": st.integers(1, 40)}
@@ -118,3 +118,19 @@ def test_length_buckets_refusals():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         length_buckets([3], batch_tokens=0)
     assert length_buckets([], batch_tokens=10) == []
+
+
+def test_rows_are_filled_with_every_text_as_often_as_it_is_named(rng):
+    sizes, order = rng.integers(10, 200, 100).tolist(), [*range(100), *range(100)]
+    batches = fill_rows(order, sizes, rows=3, length=256, window=24)
+    rows = [row for batch in batches for row in batch]
+    assert sorted(text for row in rows for text in row) == sorted(order)
+    assert max(sum(sizes[text] for text in row) for row in rows) <= 256
+    assert all(len(batch) == 3 for batch in batches)
+    # The last batch takes what is left.
+    used = sum(sizes[text] for batch in batches[:-1] for row in batch for text in row)
+    assert used > 0.85 * (len(batches) - 1) * 3 * 256
+    assert batches[0][0][0] == 0, "in their order"
+    with pytest.raises(ValueError, match="300 tokens do not fit"):
+        fill_rows([0], [300], rows=3, length=256, window=24)
+    assert fill_rows([], [], rows=1, length=8, window=1) == []

@@ -11,7 +11,7 @@ from ragjax.models.decoder.huggingface import (
     format_huggingface_config,
     parse_huggingface_config,
 )
-from ragjax.models.decoder.model import packed_token_log_probs, token_log_probs
+from ragjax.models.decoder.model import packed_states, packed_token_log_probs, token_log_probs
 from ragjax.models.families import LMFamily
 from ragjax.models.trainable import DECODER
 
@@ -25,5 +25,6 @@ FAMILY = LMFamily(
     make_decoder=CachedDecoder,
     layout=DECODER,
     packed_token_log_probs=packed_token_log_probs,
+    packed_states=packed_states,
     fit_config=untied_by_file,
 )

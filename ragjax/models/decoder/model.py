@@ -30,7 +30,7 @@ from jax import Array
 
 from ragjax.models.decoder.config import DecoderConfig
 from ragjax.models.decoder.layers import DecoderLayer, KeyValues
-from ragjax.models.decoder.packing import PackedBatch
+from ragjax.models.decoder.packing import GROUP, PackedBatch
 from ragjax.models.inputs import LMBatch, check_batch
 from ragjax.models.layers import stacks
 from ragjax.models.layers.norms import RMSNorm
@@ -100,7 +100,12 @@ def token_log_probs(
 
 
 def packed_token_log_probs(
-    config: DecoderConfig, params: dict[str, Any], batch: PackedBatch, *, remat: bool = False
+    config: DecoderConfig,
+    params: dict[str, Any],
+    batch: PackedBatch,
+    *,
+    remat: bool = False,
+    below: Array | None = None,
 ) -> Array:
     """Scores several (question, answer) suffixes per document, reading each document once.
 
@@ -110,6 +115,7 @@ def packed_token_log_probs(
         batch: Rows as `ragjax.models.decoder.packing.pack_row` lays them out, `[R, L]` and
             `[R, P]`.
         remat: True: recompute each layer in the backward pass.
+        below: `[R, L, H]` of `packed_states`, which are not computed again.
 
     Returns:
         `[R, P]` float32 in nats, equal to `token_log_probs` of the unpacked rows, and exactly 0
@@ -122,9 +128,32 @@ def packed_token_log_probs(
         positions=batch.positions,
         allowed=_packed_attention(batch.segments),
         remat=remat,
+        below=below,
     )
     hidden = jnp.take_along_axis(hidden, batch.predictors[:, :, None], axis=1)
     return score(params, hidden, batch.target_ids, batch.target_mask)
+
+
+def packed_states(config: DecoderConfig, params: dict[str, Any], batch: PackedBatch) -> Array:
+    """Computes what the lowest stack of layers makes of rows, whatever the layers above it are.
+
+    Args:
+        config: Sizes.
+        params: Parameters whose "layers" are several stacks, as of `merge_trainable`.
+        batch: Rows `[R, L]`.
+
+    Returns:
+        Hidden states `[R, L, H]`.
+    """
+    lowest = {**params, "layers": params["layers"][0]}
+    return run_layers(
+        config,
+        lowest,
+        batch.ids,
+        positions=batch.positions,
+        allowed=_packed_attention(batch.segments),
+        normed=False,
+    )[0]
 
 
 def run_layers(
@@ -137,6 +166,8 @@ def run_layers(
     past: KeyValues | None = None,
     past_positions: Array | None = None,
     remat: bool = False,
+    below: Array | None = None,
+    normed: bool = True,
 ) -> tuple[Array, KeyValues]:
     """Runs the embedding, all layers and the final norm.
 
@@ -151,6 +182,9 @@ def run_layers(
             slots, or None.
         past_positions: `[R, S - T]` int32, rotary positions of those slots; None without `past`.
         remat: True: recompute each layer in the backward pass.
+        below: `[R, T, H]`, what the lowest of several stacks of layers has made of `ids`; None: it
+            is run.
+        normed: Whether the final norm follows the layers.
 
     Returns:
         Hidden states `[R, T, H]` ready for the unembedding, and the keys `[N, R, kv_heads, D, T]`
@@ -166,10 +200,14 @@ def run_layers(
         layer = stacks.merge(graphdef, layer_params)
         return layer(hidden, view.rotary, view.allowed, layer_past)
 
-    hidden, new = over_stacks(
-        apply_layer, _embed(config, params, ids), params["layers"], (past, flags), remat=remat
-    )
-    return _rms_norm(config, params["final_norm"], hidden), new
+    layers, hidden = params["layers"], below
+    if hidden is None:
+        hidden = _embed(config, params, ids)
+    else:
+        done = jax.tree.leaves(layers[0])[0].shape[0]
+        layers, flags = layers[1:], None if flags is None else flags[done:]
+    hidden, new = over_stacks(apply_layer, hidden, layers, (past, flags), remat=remat)
+    return _rms_norm(config, params["final_norm"], hidden) if normed else hidden, new
 
 
 def mask_positions(mask: Array) -> Array:
@@ -241,8 +279,10 @@ def _embed(config: DecoderConfig, params: dict[str, Any], ids: Array) -> Array:
 
 
 def _packed_attention(segments: Array) -> Array:
-    key, query = segments[:, None, :], segments[:, :, None]
-    return causal(segments > 0) & ((key == query) | (key == 1))
+    group = segments // GROUP
+    documents = jnp.where(segments % GROUP == 1, group, -1)  # of a slot of a document
+    own = segments[:, None, :] == segments[:, :, None]
+    return causal(segments > 0) & (own | (documents[:, None, :] == group[:, :, None]))
 
 
 def _rms_norm(config: DecoderConfig, norm_params: dict[str, Any], hidden: Array) -> Array:

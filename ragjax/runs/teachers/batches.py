@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ragjax.data import LengthBatch, PromptBuilder, buckets_up_to, length_buckets
-from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_row
+from ragjax.data import LengthBatch, PromptBuilder, buckets_up_to, fill_rows, length_buckets
+from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_groups
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
 
 # Lengths in tokens that prompts are padded to: a document of the default 140 and a question fall
 # into a few of them.
 _CONTEXT_BUCKETS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 1536, 2048)
-# Slots of a row that packs several questions behind their document, at most.
-_PACKED_SLOTS = 384
+# Slots of several questions behind their document, at most; and of a row, which holds several such
+# groups.
+_PACKED_SLOTS, _ROW_SLOTS = 384, 512
+_SCORED_MULTIPLE = 32
 # Lengths of targets that are read alone are padded to a multiple of this.
 _TARGET_MULTIPLE = 16
 
@@ -51,7 +53,7 @@ class Row(NamedTuple):
 class RowBatch(NamedTuple):
     """Rows that are read together."""
 
-    groups: list[list[Row]]  # those behind one document, by row of the batch
+    groups: list[list[Row]]  # by row of the batch
     tokens: PackedBatch | LMBatch
 
     @property
@@ -133,18 +135,32 @@ def pack_batch(
 def _packed_batches(
     prompts: PromptBuilder, rows: Sequence[Row], batch_tokens: int
 ) -> Iterator[RowBatch]:
-    """Yields batches whose rows are one document and what follows it."""
+    """Yields batches of one shape, whose rows are documents, each with what follows it."""
     groups = _groups(rows)
-    planned = context_batches(prompts, list(map(_packed_length, groups)), batch_tokens)
-    most: dict[int, int] = {}  # target tokens of a row, by length of the batch
-    for batch in planned:
-        tokens = max(sum(len(row.target) for row in groups[place]) for place in batch.rows)
-        most[batch.length] = max(most.get(batch.length, 1), tokens)
-    for batch in planned:
-        num_targets = -(-most[batch.length] // 8) * 8
-        chosen = [groups[place] for place in batch.rows]
-        packed = [_packed_row(group, batch.length, num_targets, prompts.pad_id) for group in chosen]
-        packed += [packed[0]] * (batch.batch_size - len(packed))  # their scores are not read
+    sizes = list(map(_packed_length, groups))
+    if not groups:
+        return
+    total = sum(sizes)
+    needed = max(*sizes, min(_ROW_SLOTS, total))
+    multiple = -(-needed // _ROW_SLOTS) * _ROW_SLOTS
+    length = next((size for size in _CONTEXT_BUCKETS if size >= needed), multiple)
+    # Few rows, such as those of a training step, in one of few shapes.
+    full = max(1, batch_tokens // length)
+    count = min(full, 1 << max(0, -(-total // length) - 1).bit_length())
+    # The largest first: what is small fills the gaps.
+    order = sorted(range(len(groups)), key=lambda place: -sizes[place])
+    planned = fill_rows(order, sizes, rows=count, length=length, window=len(order))
+    by_row = [[[row for p in places for row in groups[p]] for places in batch] for batch in planned]
+    scored = max(sum(len(row.target) for row in one) for batch in by_row for one in batch)
+    scored = -(-scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE
+    for batch, chosen in zip(planned, by_row, strict=True):
+        packed = [
+            pack_groups(
+                [_shared_and_rest(groups[place]) for place in places],
+                length=length, num_targets=scored, pad_id=prompts.pad_id,
+            )
+            for places in batch
+        ]  # fmt: skip
         yield RowBatch(chosen, jax.tree.map(lambda *parts: np.stack(parts), *packed))
 
 
@@ -163,15 +179,9 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
-def _packed_row(group: Sequence[Row], length: int, num_targets: int, pad_id: int) -> PackedBatch:
+def _shared_and_rest(group: Sequence[Row]) -> tuple[list[int], list[Suffix]]:
     shared = _shared(group)
-    return pack_row(
-        group[0].context[:shared],
-        [Suffix(row.context[shared:], row.target) for row in group],
-        length=length,
-        num_targets=num_targets,
-        pad_id=pad_id,
-    )
+    return group[0].context[:shared], [Suffix(row.context[shared:], row.target) for row in group]
 
 
 def _packed_length(group: Sequence[Row]) -> int:

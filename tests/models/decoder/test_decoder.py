@@ -238,6 +238,22 @@ def make_packed(rng):
     return batch, documents, suffixes
 
 
+def test_several_documents_in_a_row_score_as_each_in_its_own(model, rng):
+    batch, documents, suffixes = make_packed(rng)
+    score = jax.jit(functools.partial(decoder.packed_token_log_probs, model.config))
+    apart = np.asarray(score(model.params, batch))
+    row = packing.pack_groups(
+        list(zip(documents, suffixes, strict=True)), length=48, num_targets=16, pad_id=0
+    )
+    together = score(model.params, packing.PackedBatch(*(np.stack([field]) for field in row)))
+    np.testing.assert_allclose(
+        np.asarray(together)[row.target_mask[None]], apart[batch.target_mask], atol=1e-5
+    )
+    many = [([1], [Suffix([2], [3])] * packing.GROUP)]
+    with pytest.raises(ValueError, match="1024 suffixes, at most 1022 fit"):
+        packing.pack_groups(many, length=9999, num_targets=9999, pad_id=0)
+
+
 def test_packed_scores_equal_separate_rows(model, rng):
     batch, documents, suffixes = make_packed(rng)
     found = jax.jit(functools.partial(decoder.packed_token_log_probs, model.config))(
