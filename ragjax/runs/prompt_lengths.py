@@ -32,6 +32,7 @@ class Asked(NamedTuple):
     split: str
     questions: Sequence[Question]
     documents: int  # in one prompt
+    flag: str = ""  # that says how many; empty: that of `PromptFlags`
 
 
 def run_prompts(workspace: Workspace, *, dev: bool) -> list[Asked]:
@@ -42,6 +43,7 @@ def run_prompts(workspace: Workspace, *, dev: bool) -> list[Asked]:
         dev: Whether answers of dev questions are scored.
     """
     config, splits = workspace.config, ("train", "dev", "test") if dev else ("train", "test")
+    size, learnt = len(workspace.dataset.corpus), config.documents_learnt
     read = 1 if MODES[config.mode].apart else config.evaluation.documents
     answered = [q for q in workspace.questions["test"] if q.answers]
     answered = answered[: config.data_options.answer_questions]
@@ -50,7 +52,13 @@ def run_prompts(workspace: Workspace, *, dev: bool) -> list[Asked]:
             Asked(split, [q for q in workspace.questions[split] if q.answers], 1)
             for split in splits
         ),
-        Asked("test", answered, min(read, len(workspace.dataset.corpus))),
+        Asked(
+            "train",
+            [q for q in workspace.questions["train"] if q.answers],
+            min(learnt, size),
+            "language_model.documents",
+        ),
+        Asked("test", answered, min(read, size)),
     ]
 
 
@@ -70,7 +78,7 @@ def check_prompts(
     flags, asked = flags or PromptFlags(), list(asked)
     prompts, lm = workspace.prompts, workspace.lm
     too_long: dict[tuple[str, str], str] = {}
-    for split, questions, documents in asked:
+    for split, questions, documents, flag in asked:
         for question in questions:
             place = f"queries.jsonl: the {split} question {question.id!r}"
             try:
@@ -88,8 +96,8 @@ def check_prompts(
                     f" tokens of the {prompts.max_context_length} that are left for a prompt"
                     f" ({lm.source} reads {lm.max_length}, the answer takes"
                     f" {lm.max_length - prompts.max_context_length}); shorten the question or leave"
-                    f" it out, lower --{flags.documents}, or give a model that reads more with"
-                    " --lm",
+                    f" it out, lower --{flag or flags.documents}, or give a model that reads more"
+                    " with --lm",
                 )
     if too_long:
         others = len(too_long) - 1
@@ -129,7 +137,7 @@ def _note_cuts(workspace: Workspace, asked: Sequence[Asked], flags: PromptFlags)
         )
     lengths = {
         (split, question.id): len(prompts.answer_ids(question.answers[0]))
-        for split, questions, _ in asked
+        for split, questions, *_ in asked
         for question in questions
     }
     most = prompts.template.max_answer_tokens

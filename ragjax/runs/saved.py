@@ -22,8 +22,8 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.trainable import END_TO_END, Trained, split_lm, split_models, split_towers
-from ragjax.training.checkpoint import Checkpointer
+from ragjax.runs.trainable import END_TO_END, LM_KEPT, Trained, split_lm, split_models, split_towers
+from ragjax.training.checkpoint import Checkpointer, Restored
 from ragjax.training.lsr import towers
 
 _RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", "answer@5")
@@ -105,8 +105,11 @@ class Models:
         if isinstance(config, RagConfig):
             return dataclasses.replace(base, params=self._end_to_end.lm_params)
         split = split_lm(config.language_model, base.family, base.params, seed=config.seed)
-        trained = self._restore("lm", split.trainable)
-        return dataclasses.replace(base, params=split.merged(trained))
+        kept = (self._folder / "checkpoints" / LM_KEPT).is_dir()
+        restored = self._restore(LM_KEPT if kept else "lm", split.trainable)
+        if kept and not restored.info["factor"]:
+            return base
+        return dataclasses.replace(base, params=split.joined(restored.state))
 
     @cached_property
     def _towers(self) -> tuple[Any, Any]:
@@ -121,7 +124,7 @@ class Models:
             # Adapters, and layers trained on top of frozen ones, are relative to the round before.
             for number in range(config.retriever.rounds):
                 split = split_towers(config.retriever, params, seed=config.seed + number)
-                params = split.merged(self._restore(f"retriever-{number}", split.trainable))
+                params = split.merged(self._restore(f"retriever-{number}", split.trainable).state)
         return towers(params, None)
 
     @cached_property
@@ -130,9 +133,9 @@ class Models:
         assert isinstance(config, RagConfig), "both models were trained and saved together"
         params = base_towers(config, self.base_encoders)
         split = split_models(config, lm.family, lm.params, params)
-        return split.merged(self._restore(END_TO_END, split.trainable))
+        return split.merged(self._restore(END_TO_END, split.trainable).state)
 
-    def _restore(self, stage: str, template: Any) -> Any:
+    def _restore(self, stage: str, template: Any) -> Restored:
         assert self._folder is not None, "base models are in no checkpoint"
         folder = self._folder / "checkpoints" / stage
         notes: list[str] = []
@@ -149,7 +152,7 @@ class Models:
             raise ValueError(
                 f"{where} is at step {restored.step} of {steps}; {again} finishes the run{listed}"
             )
-        return restored.state
+        return restored
 
 
 @dataclass(frozen=True)

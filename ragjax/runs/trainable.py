@@ -23,6 +23,8 @@ from ragjax.runs.options.shared import LearningConfig, TowersConfig
 
 END_TO_END = "end_to_end"
 """Stage that trains both models; its checkpoints hold `SplitModels.trainable`."""
+LM_KEPT = "lm-kept"
+"""Checkpoint of what was kept of the stage "lm"; where there is none, its last step was."""
 
 Merge = Callable[[Any, Any], Any]  # (trainable, frozen) of one model -> its parameters
 
@@ -37,6 +39,15 @@ class SplitModel(NamedTuple):
     def merged(self, trainable: Any) -> Any:
         """Returns the parameters of the model for these trainable ones."""
         return self.merge(trainable, self.frozen) if self.merge else self.frozen
+
+    def joined(self, trainable: Any) -> Any:
+        """Returns them with all layers in one stack, as the base model has them.
+
+        What is compiled for the base model then serves both. Adapters stay beside the weights, in
+        several stacks.
+        """
+        merged, adapters = self.merged(trainable), self.merge is _merge_adapters
+        return merged if adapters else join_layers(merged)
 
 
 class SplitTowers(NamedTuple):

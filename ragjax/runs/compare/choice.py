@@ -32,7 +32,7 @@ _FOLDS = 5
 _ABOVE_CHANCE = 0.1
 
 
-def prefer(candidate: ArrayLike, incumbent: ArrayLike) -> bool:
+def prefer(candidate: ArrayLike, incumbent: ArrayLike, *, fewest: int = MIN_KNOWN) -> bool:
     """Says whether a candidate is better than the incumbent by more than noise.
 
     A one-sided paired test: the mean gain is above 1.1 of its standard errors.
@@ -40,15 +40,16 @@ def prefer(candidate: ArrayLike, incumbent: ArrayLike) -> bool:
     Args:
         candidate: `[Q]` figure of each dev question, higher is better, in any unit; NaN: unknown.
         incumbent: `[Q]` the same of the default, which is kept in case of doubt.
+        fewest: Questions that have both figures, at least.
 
     Returns:
-        False also where fewer than `MIN_KNOWN` questions have both figures.
+        False also where fewer questions have both figures.
 
     Raises:
         ValueError: The shapes differ or are not `[Q]`.
     """
     gain = _gains(candidate, incumbent)
-    if len(gain) < MIN_KNOWN:
+    if len(gain) < fewest:
         return False
     return bool(gain.mean() > _ERRORS * gain.std(ddof=1) / np.sqrt(len(gain)))
 

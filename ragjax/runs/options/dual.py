@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ragjax.runs.options.checks import at_least, check_accumulate, positive
+from ragjax.runs.options.checks import at_least, check_accumulate, fraction, positive
 from ragjax.runs.options.refresh import check_freshness, check_used
 from ragjax.runs.options.shared import (
     LearningConfig,
@@ -18,27 +18,45 @@ Stage = Literal["lm", "retriever"]
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig(LearningConfig, StepsConfig):
-    """Language-model stage: fine-tuning on each retrieved document.
+    """Language-model stage: fine-tuning on retrieved documents.
 
     Attributes:
         questions: At most this many training questions.
-        documents: Documents per question, each a training row of its own.
-        epochs: Passes over the rows.
-        batch_size: Rows per step.
+        read: `together` puts the best documents of a question, useful or not, into one prompt, 1 to
+            `documents` of them in random order; `apart` makes each a prompt of its own, as in
+            RA-DIT.
+        documents: Documents per question, at most.
+        distractors: Share of the prompts that hold nothing useful, half of them only documents
+            known to be of no use, half no document at all, so that such documents do no harm.
+        question_weight: Weight of -log p(x|c) beside -log p(y|c∘x), where the one document of a
+            prompt is useful: such a model also writes questions and ranks documents by them. 0:
+            answers only. Questions without answers are learnt in any case.
+        epochs: Passes over the prompts.
+        batch_size: Prompts per step; of a causal decoder, on average: a row holds as many as fit.
         accumulate: Microbatches in which a step takes its rows; the gradients are the same, the
             memory that of one microbatch. Must divide `batch_size`.
     """
 
     questions: int = 240
-    documents: int = 1
+    read: Literal["together", "apart"] = "together"
+    documents: int = 3
+    distractors: float = 0.2
+    question_weight: float = 0.5
     accumulate: int = 1
     learning_rate: float = 3e-4
     train_layers: int = 10
+
+    @property
+    def searched(self) -> int:
+        """Documents that are retrieved for a question: those without use are among them."""
+        return self.documents if self.read == "apart" else 4 * self.documents
 
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().check()
         at_least(self, 1, "questions", "documents", "accumulate")
+        at_least(self, 0, "question_weight")
+        fraction(self, "distractors")
         check_accumulate(self.batch_size, self.accumulate)
 
 
@@ -118,6 +136,12 @@ class AdaptConfig(RunConfig):
     def trains_lm(self) -> bool:
         """Whether the language model is trained."""
         return "lm" in self.stages
+
+    @property
+    def documents_learnt(self) -> int:
+        """Documents that the language model learns to read in one prompt, at most."""
+        together = self.trains_lm and self.language_model.read == "together"
+        return self.language_model.documents if together else 1
 
     @property
     def trains_retriever(self) -> bool:

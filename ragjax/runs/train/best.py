@@ -34,9 +34,9 @@ class Saved(NamedTuple):
     params: Any
 
 
-def measured_steps(num_steps: int) -> list[int]:
-    """Returns after how many steps of a stage it is measured: 4 times, last at its end."""
-    return sorted({math.ceil(num_steps * part / _TIMES) for part in range(1, _TIMES + 1)} - {0})
+def measured_steps(num_steps: int, times: int = _TIMES) -> list[int]:
+    """Returns after how many steps of a stage it is measured, last at its end."""
+    return sorted({math.ceil(num_steps * part / times) for part in range(1, times + 1)} - {0})
 
 
 class BestStep:
@@ -64,7 +64,12 @@ class BestStep:
         self._best = (-math.inf, 0, "")  # mean, number in order and name of the best step
 
     def watch(
-        self, stage: str, num_steps: int, params_of: Callable[[Any], Any] = lambda params: params
+        self,
+        stage: str,
+        num_steps: int,
+        params_of: Callable[[Any], Any] = lambda params: params,
+        *,
+        times: int = _TIMES,
     ) -> Callable[[int, Any], None]:
         """Returns what `run_stage` calls after each step.
 
@@ -72,8 +77,9 @@ class BestStep:
             stage: Its name.
             num_steps: Its length.
             params_of: Trainable parameters to what is measured and kept.
+            times: How often it is measured.
         """
-        points = measured_steps(num_steps)
+        points = measured_steps(num_steps, times)
         names = {done: f"{stage} {done}" for done in points}
         first = len(self.figures)
         for place, done in enumerate(points):  # of an earlier life, whose steps are not repeated
