@@ -34,7 +34,35 @@ SYSTEMS = {
     "hybrid_base_lm": SystemKind(
         "documents as hybrid, read by the base language model", "base", "hybrid"
     ),
+    "hybrid_lm_half": SystemKind(
+        "documents as hybrid_before, read by the adapted language model", "adapted", "hybrid_before"
+    ),
+    "after_base_lm": SystemKind(
+        "documents as after, read by the base language model", "base", "after"
+    ),
+    "bm25_lm_half": SystemKind(
+        "documents by BM25, read by the adapted language model", "adapted", "bm25"
+    ),
 }
+# Documents of the systems, in the order of tables, and what they are called there.
+DOCUMENTS = {
+    "none": "closed book",
+    "bm25": "BM25",
+    "before": "dense",
+    "hybrid_before": "hybrid",
+    "after": "adapted dense",
+    "hybrid": "adapted hybrid",
+}
+# Those that a run answers with by default: of what is served, and without documents, both language
+# models, so that every cause of a difference is told apart. Answers cost the most time.
+SERVED_SYSTEMS = (
+    "closed_book",
+    "closed_book_lm_half",
+    "hybrid_before",
+    "hybrid_lm_half",
+    "hybrid_base_lm",
+    "hybrid",
+)
 # In the table and the metrics.json of a run; the others are in its differences.json.
 MAIN_SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
 
@@ -66,6 +94,7 @@ PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
     ("closed_book_lm_half", "closed_book"): (),
     ("lm_half", "before"): ("f1", "answer_nll"),
     ("hybrid", "hybrid_base_lm"): ("f1", "answer_nll"),
+    ("hybrid_lm_half", "hybrid_before"): ("f1", "answer_nll"),
 }
 COMPARED_PAIRS = tuple(PAIRS)
 # Those of a run's own table, in the order of its differences.json.
@@ -77,4 +106,6 @@ RUN_PAIRS = (
     ("after", "closed_book_lm_half"),
     ("hybrid", "bm25"),
     ("hybrid", "hybrid_before"),
+    ("hybrid_lm_half", "hybrid_before"),
+    ("closed_book_lm_half", "closed_book"),
 )

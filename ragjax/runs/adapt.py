@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
-from ragjax.runs.compare.results import evaluate_run
+from ragjax.runs.compare.results import evaluate_run, show_first_numbers
 from ragjax.runs.data import Log
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
 from ragjax.runs.found import Findable, FindableIndex, findable_in_training, first_copies
-from ragjax.runs.indexes import Retriever, build_bm25, build_towers
+from ragjax.runs.indexes import Retriever, build_bm25, build_towers, search
 from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
@@ -76,12 +76,12 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
             bm25 = build_bm25(workspace)
             params = tower_params(workspace)
             before = build_towers(workspace, bm25, params, 0)
-        most = max(config.language_model.documents, config.retriever.candidates)
+            show_first_numbers(workspace, bm25, before)
+        most = max(config.language_model.searched, config.retriever.candidates)
         candidates, lm = Candidates(workspace, before, most), workspace.base_lm()
         if config.trains_lm:
             with workspace.timed("language model"):
-                found = candidates.hybrid(config.language_model.documents)
-                lm = workspace.adapted_lm(train_lm(workspace, config.language_model, found))
+                lm = _adapt_lm(workspace, config, candidates)
         after = before
         if config.trains_retriever:
             after = _adapt_retriever(workspace, config, bm25, params, candidates, lm)
@@ -165,6 +165,16 @@ class Candidates:
             self.retriever.query_params, workspace.train_query_ids
         )
         return HybridQueries(embeddings, [q.text for q in workspace.questions["train"]])
+
+
+def _adapt_lm(workspace: Workspace, config: AdaptConfig, candidates: Candidates) -> FrozenLM:
+    options, dev = config.language_model, None
+    found = candidates.hybrid(options.searched)
+    if workspace.questions["dev"]:
+        depth = max(options.searched, config.evaluation.documents)
+        dev = search(workspace, candidates.retriever, "dev", depth).hybrid
+    params = train_lm(workspace, options, found, dev)
+    return workspace.base_lm() if params is None else workspace.adapted_lm(params)
 
 
 def _adapt_retriever(

@@ -8,12 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ragjax.evaluation.systems import SYSTEMS
 from ragjax.index import choose_index
-from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.refresh import (
     RefreshForecast,
     RefreshWork,
@@ -22,33 +19,23 @@ from ragjax.refresh import (
 )
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
-from ragjax.runs.options.modes import MODES
-from ragjax.runs.options.shared import LearningConfig, RunConfig
-from ragjax.runs.teachers.batches import context_batches
-from ragjax.runs.tokens import bucket_of, buckets
+from ragjax.runs.speed import Texts
+from ragjax.runs.tokens import bucket_of
 from ragjax.runs.train.batches import RagBatches
+from ragjax.runs.train.dev_nll import DEV_QUESTIONS
 from ragjax.runs.train.stages import stage_steps
 from ragjax.runs.trainable import split_lm, split_towers
 from ragjax.runs.workspace import Workspace, tower_params
 
-# A training step in forward passes. The encoder: one forward pass, one more for its chunks, and a
-# backward pass that takes 3.4 (measured on two cores; 2 by arithmetic). The language model: the
-# backward pass of the trained layers.
-_ENCODER_FORWARD, _ENCODER_BACKWARD = 2.0, 3.4
-_LM_BACKWARD = 2.0
-# Share of a backward pass for the gradients of the weights, which adapters do without.
-_ADAPTER_SHARE = 0.5
-# Tokens are generated one at a time, which keeps the processor less busy than a prompt does.
-_DECODE_TOKEN = 3.0
 # Distinct prompts with documents per answered question and language model: systems often retrieve
-# the same document first.
-_PROMPTS = 2.0
-# Template and question; and a language model's tokens for one of the encoder's.
-_QUESTION_TOKENS = 28
-_LM_TOKENS = 1.15
+# the same documents.
+_PROMPTS = {"served": 1.7, "all": 4.0}
+# Share of the slots that hold a token where a step's prompts are packed into rows.
+_PACKED = 0.9
+# Times that the language model is measured on dev beside once before it is trained.
+_MEASURED_AGAIN = 4
 _COMPILE_SECONDS = 6.0
 _COMPILED_SHAPES = 12
-_CALIBRATION_ROWS = 8
 # Copies of the trained parameters on disk: with the optimizer's two moments, in two checkpoints.
 _CHECKPOINT_COPIES = 3 * 2
 # Stages that a training step consists of.
@@ -72,6 +59,7 @@ class Cost(NamedTuple):
     seconds: dict[str, float]  # by stage
     bytes_on_disk: int
     free_bytes: int
+    answers: str  # which of them are compared
     refresh: RefreshForecast | None  # of the index while the retriever trains; None: not refreshed
 
     def describe(self) -> str:
@@ -81,6 +69,7 @@ class Cost(NamedTuple):
             "\n== forecast",
             f"{self.documents:,} documents to encode, {self.lm_forwards:,} prompts for the language"
             " model",
+            self.answers,
             f"about {_total(self.seconds, shown)}",
             f"about {self.bytes_on_disk / 2**20:,.0f} MiB on disk"
             f" ({self.free_bytes / 2**20:,.0f} MiB free)",
@@ -97,8 +86,8 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
 
     Compiling for the measurement is not lost: the run uses the same shapes.
     """
-    texts = _Texts(workspace, config)
-    lm, retriever = config.language_model, config.retriever
+    texts = Texts(workspace, config)
+    retriever = config.retriever
     train = len(workspace.questions["train"])
     rounds = retriever.rounds if config.trains_retriever else 0
     pairs = train * retriever.candidates * rounds if retriever.objective != "dpr" else 0
@@ -108,7 +97,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         size = len(workspace.doc_tokens)
         touched = size * (1 - math.exp(-pairs / size))
         scored = touched * texts.document + pairs * texts.question
-    rows = min(lm.questions, train) * lm.documents * lm.epochs if config.trains_lm else 0
+    rows, learnt, judged = _language_model(texts, config)
     length = bucket_of(
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
     )
@@ -116,7 +105,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     return _cost(
         texts,
         [
-            Work("language model", rows * texts.prompt, texts.lm_rate, texts.lm_passes),
+            Work("language model", learnt + judged, texts.lm_rate),
             Work("teacher", scored, texts.lm_rate),
             Work("retriever", taught, texts.encoder_rate, texts.encoder_passes),
         ],
@@ -126,9 +115,28 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     )
 
 
+def _language_model(texts: Texts, config: AdaptConfig) -> tuple[float, float, float]:
+    """Returns prompts of the stage, and forward passes of tokens to train and to judge on dev."""
+    options, questions = config.language_model, texts.workspace.questions
+    rows = min(options.questions, len(questions["train"])) * options.epochs
+    if not config.trains_lm:
+        return 0, 0, 0
+    rows *= options.documents if options.read == "apart" else 1
+    # Together: as many documents as 1 to all of them on the mean, closed book for some.
+    each = (1 - options.distractors / 2) * (1 + options.documents) / 2
+    read = 1 if options.read == "apart" else each
+    learnt = rows * (read * texts.document + texts.question) / _PACKED * texts.lm_passes
+    dev = min(DEV_QUESTIONS, len(questions["dev"])) if config.keep == "best" else 0
+    prompts = (config.evaluation.documents + 1) * texts.document + 2 * texts.question
+    # Layers that are not trained are passed once.
+    layers = texts.workspace.lm.config.num_layers
+    again = _MEASURED_AGAIN * (options.train_layers or layers) / layers
+    return rows, learnt, dev * prompts / _PACKED * (1 + again)
+
+
 def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
     """Measures both models on a few real texts and forecasts an end-to-end run."""
-    texts = _Texts(workspace, config)
+    texts = Texts(workspace, config)
     batches = RagBatches(workspace, config, lambda batch: batch)
     steps = stage_steps(config.training, len(workspace.questions["train"]))
     questions = steps * config.training.batch_size
@@ -161,7 +169,7 @@ def describe_evaluation(
         encodings: Times that the corpus is encoded.
         distractors: Of a prompt that measures robustness; 0: it is not measured.
     """
-    texts = _Texts(workspace, workspace.config)
+    texts = Texts(workspace, workspace.config)
     answered, read = texts.answered(split), texts.config.evaluation.documents
     closed_book = sum(SYSTEMS[name].documents is None for name in systems)
     # Documents of each answer to a question.
@@ -195,80 +203,15 @@ def describe_time(seconds: Mapping[str, float], started: float) -> str:
     return f"\ntook {duration(time.perf_counter() - started)} in this call ({stages})"
 
 
-class _Texts:
-    """Mean lengths of the texts of a run, and the speed of its models; measured when first read.
-
-    Attributes:
-        document: Tokens of a document in a prompt.
-        question: Tokens of the rest of a prompt, the answer included.
-        prompt: Tokens of a prompt with one document.
-        lm_passes: A training step of the language model in forward passes.
-        encoder_passes: A training step of the encoder in forward passes.
-    """
-
-    def __init__(self, workspace: Workspace, config: RunConfig) -> None:
-        self.workspace, self.config = workspace, config
-        self._lengths = workspace.doc_tokens.lengths
-        self.document = min(config.prompt.document_tokens, float(self._lengths.mean()) * _LM_TOKENS)
-        self.question = _QUESTION_TOKENS + config.prompt.answer_tokens
-        self.prompt = self.document + self.question
-        lm, encoder = workspace.lm.config.num_layers, workspace.encoder.config.num_layers
-        self.lm_passes = 1 + config.trains_lm * _backward(config.language_model, lm, _LM_BACKWARD)
-        self.encoder_passes = _ENCODER_FORWARD + config.trains_retriever * _backward(
-            config.retriever, encoder, _ENCODER_BACKWARD
-        )
-
-    @functools.cached_property
-    def corpus(self) -> int:
-        """Tokens of all documents for the encoder, padding included."""
-        padded = np.asarray(buckets(self.workspace.encoder))
-        return int(padded[np.searchsorted(padded, self._lengths)].sum())
-
-    @functools.cached_property
-    def encoder_rate(self) -> float:
-        """Tokens encoded a second, from one batch in the length of most documents."""
-        encoder = self.workspace.encoder
-        length = bucket_of(encoder, int(np.median(self._lengths)))
-        rows = max(1, self.config.encode_tokens // length)
-        tokens, encode = Tokens(*_filled(rows, length, encoder.pad_id)), jax.jit(encoder.encode)
-        return rows * length / _mean_seconds(lambda: encode(encoder.params, tokens))
-
-    @functools.cached_property
-    def lm_rate(self) -> float:
-        """Tokens scored a second, from one batch of typical prompts."""
-        workspace, lm, prompts = self.workspace, self.workspace.lm, self.workspace.prompts
-        typical = min(self.config.prompt.document_tokens + 30, prompts.max_context_length)
-        batch = context_batches(prompts, [typical] * _CALIBRATION_ROWS, self.config.score_tokens)[0]
-        rows, length, targets = batch.batch_size, batch.length, prompts.max_target_length
-        filler = LMBatch(*_filled(rows, length, lm.pad_id), *_filled(rows, targets, lm.pad_id))
-        score, params = jax.jit(lm.token_log_probs), workspace.in_compute_dtype(lm.params)
-        return rows * (length + targets) / _mean_seconds(lambda: score(params, filler))
-
-    def answered(self, split: str) -> int:
-        """Returns how many questions of a split the language model answers."""
-        with_answer = sum(bool(question.answers) for question in self.workspace.questions[split])
-        return min(with_answer, self.config.data_options.answer_questions)
-
-    def prompts_of(self, documents: int) -> int:
-        """Returns the prompts that an answer from so many documents takes."""
-        return max(1, documents) if MODES[self.config.mode].apart else 1
-
-    def answer(self, documents: int) -> float:
-        """Returns the tokens that an answer from so many documents takes."""
-        evaluation = self.config.evaluation
-        written = evaluation.max_new_tokens * (evaluation.beams if documents else 1)
-        prompt = self.question + _DECODE_TOKEN * written
-        return documents * self.document + self.prompts_of(documents) * prompt
-
-
 def _cost(
-    texts: _Texts, training: Sequence[Work], *, encodings: int, prompts: float, steps: int
+    texts: Texts, training: Sequence[Work], *, encodings: int, prompts: float, steps: int
 ) -> Cost:
     """Adds to the work of training what every run has: the index, its refreshes, the evaluation."""
     workspace, config = texts.workspace, texts.config
     size, read = len(workspace.doc_tokens), config.evaluation.documents
     answered = texts.answered("test") * (1 + config.trains_lm)
-    answer = _PROMPTS * texts.answer(read) + texts.answer(0)
+    distinct = _PROMPTS[config.evaluation.answers]
+    answer = distinct * texts.answer(read) + texts.answer(0)
     work = [
         Work("encoding", texts.corpus, texts.encoder_rate, encodings),
         *training,
@@ -294,15 +237,32 @@ def _cost(
     refreshes = refresh.bytes_on_disk if refresh else 0
     return Cost(
         documents=size * encodings,
-        lm_forwards=int(prompts + answered * _PROMPTS * texts.prompts_of(read)),
+        lm_forwards=int(prompts + answered * distinct * texts.prompts_of(read)),
         seconds=seconds,
         bytes_on_disk=index_bytes + trained * _CHECKPOINT_COPIES + refreshes,
         free_bytes=free_bytes,
+        answers=_describe_answers(texts),
         refresh=refresh,
     )
 
 
-def _refreshes(texts: _Texts, steps: int, step_seconds: float, free_bytes: int) -> RefreshForecast:
+def _describe_answers(texts: Texts) -> str:
+    """Returns a line on the questions that are answered, and from what."""
+    config, questions = texts.config, len(texts.workspace.questions["test"])
+    answered, read = texts.answered("test"), config.evaluation.documents
+    if not answered:
+        return "no test question has an answer: retrieval alone is compared"
+    whose = {
+        "served": "what the hybrid finds (--evaluation.answers all: BM25 and dense too)",
+        "all": "what every retriever finds",
+    }[config.evaluation.answers]
+    return (
+        f"answers to {answered:,} of {questions:,} test questions"
+        f" (--data_options.answer_questions), from the best {read} of {whose}"
+    )
+
+
+def _refreshes(texts: Texts, steps: int, step_seconds: float, free_bytes: int) -> RefreshForecast:
     """Returns what keeping the index fresh costs."""
     workspace, config, size = texts.workspace, texts.config.refresh, len(texts.workspace.doc_tokens)
     dim = workspace.encoder.embedding_size
@@ -324,12 +284,6 @@ def _refreshes(texts: _Texts, steps: int, step_seconds: float, free_bytes: int) 
     return forecast_refresh(work)
 
 
-def _backward(config: LearningConfig, num_layers: int, whole: float) -> float:
-    """Returns a backward pass in forward passes, given that through all layers and weights."""
-    depth = config.train_layers / num_layers if config.train_layers else 1.0
-    return depth * (whole * (_ADAPTER_SHARE if config.lora_rank else 1.0) + config.remat)
-
-
 def _trained_bytes(split: Callable[[Any], Any], params: Any) -> int:
     """Returns the bytes of the trainable parameters that `split` would return."""
     return _tree_bytes(jax.eval_shape(lambda params: split(params).trainable, params))
@@ -337,19 +291,6 @@ def _trained_bytes(split: Callable[[Any], Any], params: Any) -> int:
 
 def _tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _filled(rows: int, length: int, pad_id: int) -> tuple[jax.Array, jax.Array]:
-    """Returns token ids and their mask, all of it real."""
-    return jnp.full((rows, length), pad_id, jnp.int32), jnp.ones((rows, length), bool)
-
-
-def _mean_seconds(run: Callable[[], Any], repeats: int = 2) -> float:
-    jax.block_until_ready(run())  # compiles
-    started = time.perf_counter()
-    for _ in range(repeats):
-        jax.block_until_ready(run())
-    return (time.perf_counter() - started) / repeats
 
 
 def _seconds(work: Sequence[Work]) -> dict[str, float]:

@@ -51,6 +51,7 @@ FLAGS = (
     "--retriever.rounds=2",
     "--retriever.learning_rate=0.01",
     "--evaluation.documents=2",
+    "--evaluation.answers=all",
     "--evaluation.max_new_tokens=3",
     "--evaluation.resamples=50",
     "--checkpoint_every=1",

@@ -41,12 +41,22 @@ def test_a_run_writes_everything_it_promises(finished):
     assert len(lines) == 10 and len({line["id"] for line in lines}) == 10
     assert set(metrics) <= set(lines[0]["systems"])
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in steps if s["stage"] == "lm"] == [0, 1]
+    lm_steps = [s["step"] for s in steps if s["stage"] == "lm"]
+    assert lm_steps == list(range(len(lm_steps))) and 2 <= len(lm_steps) <= 3
     assert [s["step"] for s in steps if s["stage"] == "retriever-1"] == [0, 1, 2]
     assert json.loads((output / "config.json").read_text())["config"]["retriever"]["rounds"] == 2
     assert (output / "checkpoints" / "lm").is_dir() and (output / "index" / "2").is_dir()
     assert "about" in out and "documents to encode" in out  # the forecast came first
     assert out.index("documents to encode") < out.index("== language model")
+    # And how well the un-adapted retrievers find, before anything is trained.
+    first = out.index("before adapting  dev recall@5  dev mrr@10  test recall@5  test mrr@10")
+    assert out.index("== index before") < first < out.index("== language model")
+    assert "answers to 6 of 10 test questions (--data_options.answer_questions)" in out
+    cells = json.loads((output / "cells.json").read_text())["cells"]
+    read = {"none", "bm25", "before", "hybrid_before", "after", "hybrid"}
+    assert {(cell["lm"], cell["documents"]) for cell in cells} == {
+        (lm, documents) for lm in ("base", "adapted") for documents in read
+    }
 
 
 @pytest.mark.slow

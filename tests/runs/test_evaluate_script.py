@@ -281,6 +281,18 @@ def test_answers_without_their_probability_are_computed_again(script, base, eval
 
 
 @pytest.mark.slow
+def test_distractors_are_compared_with_the_base_model_without_documents(
+    script, run_folder, tmp_path
+):
+    flags = [f"--run={run_folder}", f"--output={tmp_path}", "--resamples=20", "--systems", "hybrid"]
+    assert script.main([*flags, "--max_questions=6", "--answer_questions=3"]) == 0
+    robustness = load(tmp_path, "robustness.json")
+    assert robustness["conditions"]["closed_book_base"]["n"] == robustness["n"]
+    pairs = {(row["system"], row["baseline"]) for row in robustness["differences"]}
+    assert ("distractors", "closed_book_base") in pairs
+
+
+@pytest.mark.slow
 def test_a_run_has_every_column_and_its_own_figures(script, run_folder, tmp_path, capsys):
     output = tmp_path / "o"
     flags = [f"--run={run_folder}", f"--output={output}", "--resamples=50", "--no-robustness"]
@@ -289,7 +301,8 @@ def test_a_run_has_every_column_and_its_own_figures(script, run_folder, tmp_path
     metrics = load(output, "metrics.json")
     assert list(metrics) == [
         "closed_book", "bm25", "before", "hybrid_before", "after", "hybrid",
-        "lm_half", "closed_book_lm_half", "hybrid_base_lm",
+        "lm_half", "closed_book_lm_half", "hybrid_base_lm", "hybrid_lm_half", "after_base_lm",
+        "bm25_lm_half",
     ]  # fmt: skip
     # What the run measured of itself, on the same questions with the same options.
     known = load(run_folder, "metrics.json")

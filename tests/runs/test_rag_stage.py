@@ -637,7 +637,9 @@ def test_every_system_of_the_table_weighs_documents_by_the_dense_retriever(
     results_module.evaluate_run(workspace, bm25, before, before, other)
     asked = workspace.encode_queries(before.query_params, workspace.questions["test"])
     read = {column.name: column for column in heard if column.lm and column.documents}
-    assert set(read) == {"bm25", "before", "after", "hybrid", "lm_half", "hybrid_base_lm"}
+    found = {"bm25", "before", "after", "hybrid_before", "hybrid"}
+    halves = {"lm_half", "hybrid_base_lm", "hybrid_lm_half", "after_base_lm", "bm25_lm_half"}
+    assert set(read) == found | halves
     assert base.fingerprint == read["bm25"].lm.fingerprint
     for name, (_, _, (found, logits)) in read.items():
         for row, docs in enumerate(found.doc_ids):

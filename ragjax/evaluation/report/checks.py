@@ -5,8 +5,9 @@ from typing import Any
 
 from ragjax.evaluation.calibration import ReliabilityBin
 from ragjax.evaluation.report.charts import reliability_diagram
-from ragjax.evaluation.report.html import isolated, number
+from ragjax.evaluation.report.html import isolated, number, table
 from ragjax.evaluation.report.results import differences_tables, findings, results_table
+from ragjax.evaluation.systems import DOCUMENTS
 
 _CELL = ("value", "low", "high")
 Summaries = Mapping[str, Mapping[str, Any]]
@@ -37,6 +38,32 @@ def dev_section(dev: Mapping[str, Any]) -> str:
     return _compared("systems", dev)
 
 
+def cells_section(cells: Mapping[str, Any]) -> str:
+    """Returns the table of cells.json, a row per language model and a column per documents.
+
+    Args:
+        cells: `{"cells": [{"lm", "documents", "system", "n", metric: {"value", ...}}, ...],
+            "differences": [...]}`.
+    """
+    found = {(cell["lm"], cell["documents"]): cell for cell in cells.get("cells", ())}
+    if not found:
+        return ""
+    columns = [name for name in DOCUMENTS if any(docs == name for _, docs in found)]
+    metrics = [name for name, value in next(iter(found.values())).items() if _is_interval(value)]
+    parts = []
+    for metric in metrics:
+        rows = [
+            [isolated(lm), *(_interval(found.get((lm, name), {}).get(metric)) for name in columns)]
+            for lm in dict.fromkeys(lm for lm, _ in found)
+        ]
+        headers = ["language model", *(isolated(DOCUMENTS[name]) for name in columns)]
+        caption = f"{metric}, by language model and by the documents that it reads"
+        parts.append(table(headers, rows, caption=caption))
+    summaries = {cell["system"]: {m: cell[m] for m in metrics} for cell in found.values()}
+    differences = findings(summaries, cells.get("differences") or ())
+    return "".join(parts) + _titled("differences", differences_tables(differences, None))
+
+
 def robustness_section(robustness: Mapping[str, Any]) -> str:
     """Returns the tables of robustness.json.
 
@@ -65,6 +92,17 @@ def _compared(key: str, values: Mapping[str, Any]) -> str:
     found = findings(summaries, values.get("differences") or ())
     table = results_table(summaries) if summaries else ""
     return _titled(key, table) + _titled("differences", differences_tables(found, None))
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() >= set(_CELL)
+
+
+def _interval(values: Any) -> str:
+    if not _is_interval(values):
+        return "–"
+    value, low, high = (number(values[name]) for name in _CELL)
+    return f"{value} [{low}, {high}]"
 
 
 def _titled(name: str, body: str) -> str:

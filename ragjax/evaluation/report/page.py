@@ -10,6 +10,7 @@ from typing import Any
 
 from ragjax.evaluation.report.checks import (
     calibration_section,
+    cells_section,
     dev_section,
     robustness_section,
 )
@@ -44,6 +45,7 @@ class ReportData:
         passages: Document id to title and text, for the documents shown.
         explained: As in explained.json.
         calibration: As in calibration.json.
+        cells: As in cells.json.
         dev: As in dev.json.
         robustness: As in robustness.json.
         support: As in support.json.
@@ -64,6 +66,7 @@ class ReportData:
     passages: Mapping[str, PassageText] = dataclasses.field(default_factory=dict)
     explained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cells: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dev: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     robustness: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     support: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -119,6 +122,11 @@ def _sections(
     changed = questions_section(data.questions, pair, data.gold, lookup) if pair else ""
     return {
         "What changed": _changed(data, found, pair) if data.metrics or found else "",
+        "Which half gained": _led(
+            "Every retriever read by every language model, as far as it was answered: along a row"
+            " the documents differ, along a column the language model.",
+            cells_section(data.cells),
+        ),
         "Questions won and lost": _led(
             "Those that changed most, with what was retrieved before and after. Passages are"
             " shortened; answers in them are marked.",

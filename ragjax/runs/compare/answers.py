@@ -25,6 +25,7 @@ from ragjax.training.score_cache import ResultCache, result_key
 # Base models often begin an answer on a new line: without a first token the line break would end
 # it, and the baselines would look worse than they are.
 _MIN_NEW_TOKENS = 1
+_LENGTH_MULTIPLE = 32  # of the lengths that prompts are padded to
 
 
 class Request(NamedTuple):
@@ -166,8 +167,32 @@ def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Reque
         result = score_and_generate(workspace.lm.decoder, model.params, packed, limits)
         return result.generated, -np.asarray(result.token_log_probs).sum(axis=1)
 
-    batches = context_batches(workspace.prompts, list(map(len, contexts)), tokens)
-    return _Plan(batches, " prompts", answer)
+    return _Plan(_even_batches(list(map(len, contexts)), tokens), " prompts", answer)
+
+
+def _even_batches(lengths: Sequence[int], batch_tokens: int) -> list[LengthBatch]:
+    """Groups prompts into batches of two static shapes at most, each of about `batch_tokens`.
+
+    Compiling a shape in which answers are generated takes as long as answering several prompts. The
+    lengths are the longest, and the one below it that leaves the fewest slots empty.
+    """
+    padded = np.array([-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE for length in lengths])
+    longest = int(padded.max())
+    slots = {short: np.where(padded <= short, short, longest).sum() for short in set(padded)}
+    split = min(sorted(slots), key=lambda short: slots[short])
+    batches = []
+    for length, rows in (
+        (longest, np.flatnonzero(padded > split)),
+        (split, np.flatnonzero(padded <= split)),
+    ):
+        if len(rows):
+            count = -(-len(rows) // max(1, batch_tokens // int(length)))
+            size = -(-len(rows) // count)
+            batches += [
+                LengthBatch(rows[start : start + size], int(length), size)
+                for start in range(0, len(rows), size)
+            ]
+    return batches
 
 
 def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Request]) -> _Plan:

@@ -6,10 +6,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.evaluation import METRICS, Comparison, compare, format_report, summarize
+from ragjax.evaluation import (
+    METRICS,
+    Comparison,
+    compare,
+    format_report,
+    retrieval_metrics,
+    summarize,
+)
 from ragjax.evaluation.calibration import Calibration, calibrate
-from ragjax.evaluation.systems import MAIN_SYSTEMS, PAIRS, RUN_PAIRS, SYSTEMS
+from ragjax.evaluation.systems import (
+    DOCUMENTS,
+    MAIN_SYSTEMS,
+    PAIRS,
+    RUN_PAIRS,
+    SERVED_SYSTEMS,
+    SYSTEMS,
+)
 from ragjax.index import Bm25Index
+from ragjax.runs.compare.cells import CELLS, format_cells, tabulate
 from ragjax.runs.compare.measures import RIGHT_F1, is_right
 from ragjax.runs.compare.robustness import (
     CONDITION_METRICS,
@@ -43,6 +58,7 @@ _COMPARED = (
     "corpus_hallucination",
 )
 _TABLE = (*_COMPARED, "empty_answer")
+_FIRST_SYSTEMS, _FIRST_METRICS = ("bm25", "before", "hybrid_before"), ("recall@5", "mrr@10")
 _CONDITIONS_SHOWN = ("f1", "answer_nll")
 
 
@@ -83,13 +99,52 @@ def evaluate_run(
         if kind.num_adapted != 1 or lm.fingerprint != base.fingerprint
     ]
     documents = retrieve_documents(workspace, bm25, before, after, "test")
-    columns = [
-        # Its documents alone are compared: answers cost the most time.
-        column._replace(lm=None) if column.name == "hybrid_before" else column
-        for column in make_columns(names, documents, base, lm)
-    ]
+    columns = make_columns(names, documents, base, lm)
+    if workspace.config.evaluation.answers == "served":
+        columns = [
+            # Of the others their documents alone are compared: answers cost the most time.
+            column if column.name in SERVED_SYSTEMS else column._replace(lm=None)
+            for column in columns
+            if column.name in (*SERVED_SYSTEMS, *MAIN_SYSTEMS)
+        ]
     cache = answer_cache(workspace.folder)
     return write_results(workspace, evaluate_systems(workspace, columns, cache, split="test"))
+
+
+def show_first_numbers(workspace: Workspace, bm25: Bm25Index, retriever: Retriever) -> None:
+    """Shows how well the base retriever finds, long before anything is adapted.
+
+    Args:
+        workspace: Data.
+        bm25: The index of words.
+        retriever: The base retriever.
+    """
+    rows, counts = {name: [DOCUMENTS[name]] for name in _FIRST_SYSTEMS}, []
+    header = ["before adapting"]
+    for split in ("dev", "test"):
+        if not (questions := workspace.questions.get(split)):
+            continue
+        counts.append(f"{len(questions):,} {split}")
+        header += [f"{split} {name}" for name in _FIRST_METRICS]
+        grades = workspace.gold_rows(split)
+        found = retrieve_documents(workspace, bm25, retriever, retriever, split)
+        for name, row in rows.items():
+            values = retrieval_metrics(found[name].found.doc_ids, grades)
+            row += [_known_mean(values[metric]) for metric in _FIRST_METRICS]
+    lines = [header, *rows.values()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    workspace.log(
+        "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        + f"\n{' and '.join(counts)} questions"
+    )
+
+
+def _known_mean(values: np.ndarray) -> str:
+    known = values[~np.isnan(values)]
+    return f"{known.mean():.3f}" if len(known) else "-"
 
 
 def write_results(
@@ -97,7 +152,8 @@ def write_results(
 ) -> dict[str, Any]:
     """Writes every result file and prints the tables.
 
-    Files: metrics.json, differences.json, predictions.jsonl; with checks also calibration.json,
+    Files: metrics.json, differences.json, predictions.jsonl, and cells.json where a retriever was
+    read by both language models, or two of them by one; with checks also calibration.json,
     support.json and, if it was measured, robustness.json.
 
     Args:
@@ -124,6 +180,9 @@ def write_results(
     legend = _legend(list(records), checks, workspace.config.mode)
     workspace.log(f"\n{format_report(table, shown)}\n{legend}")
     folder = workspace.folder
+    if cells := tabulate(records, **options):
+        workspace.log(f"\n{format_cells(cells)}")
+        write_json(folder / CELLS, cells)
     lines = {}
     if checks is not None:
         write_json(folder / "calibration.json", _calibration_json(calibrations))

@@ -32,6 +32,7 @@ _PAIRS = (
     ("gold_last", "gold"),
     ("gold_last", "gold_first"),
     ("distractors", "closed_book"),
+    ("distractors", "closed_book_base"),
 )
 
 
@@ -56,7 +57,9 @@ def answer_conditions(
     """Answers each question under every condition.
 
     Relevant passages are read up to as many as the systems read documents (the most relevant
-    first); p_R of all passages is the retriever's, also of those that it did not find.
+    first); p_R of all passages is the retriever's, also of those that it did not find. Where the
+    language model is adapted, the base one answers closed book, too: distractors should not make
+    the adapted one worse than that.
 
     Args:
         workspace: Data, prompts, options.
@@ -82,8 +85,11 @@ def answer_conditions(
     queries = workspace.encode_queries(retriever.query_params, asked)
     scale = workspace.scale
     logits = scale * queries @ retriever.embeddings[np.array(passages)].T  # [Q, R]
+    base, conditions = workspace.base_lm(), dict(_CONDITIONS)
+    if base.fingerprint != lm.fingerprint:
+        conditions["closed_book_base"] = conditions["closed_book"]
     records = {}
-    for name, condition in _CONDITIONS.items():
+    for name, condition in conditions.items():
         if name == "gold_last" and MODES[workspace.config.mode].apart:
             continue  # read apart, passages have no order
         requests = [
@@ -91,7 +97,8 @@ def answer_conditions(
             for question, docs, scores in zip(asked, map(condition, sets.values()), logits,
                                               strict=True)
         ]  # fmt: skip
-        answers = answer_requests(workspace, lm, requests, cache)
+        reader = base if name == "closed_book_base" else lm
+        answers = answer_requests(workspace, reader, requests, cache)
         records[name] = [
             make_record(
                 request.question,

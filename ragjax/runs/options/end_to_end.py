@@ -190,7 +190,7 @@ class RagConfig(RunConfig):
     retriever: TowersConfig = field(default_factory=TowersConfig)
     refresh: RefreshConfig = field(default_factory=lambda: RefreshConfig(mode="async"))
     evaluation: EvaluationConfig = field(
-        default_factory=lambda: EvaluationConfig(documents=4, mode=AUTO)
+        default_factory=lambda: EvaluationConfig(documents=4, mode=AUTO, answers="all")
     )
 
     program = "train_rag"

@@ -50,7 +50,7 @@ class EvaluateConfig(Options):
         output: Output folder; the same command resumes an interrupted evaluation.
         split: Questions to evaluate on: the name of a file in qrels/.
         systems: Systems to compare (default: all available).
-        documents: Documents read for an answer; None: as the run, else 1.
+        documents: Documents read for an answer; None: as the run, else 3.
         mode: How several are read: `concat` one after the other in one prompt; `ensemble` and
             `rag_token` each alone, mixing the next-token distributions by p_R; `rag_sequence_fast`
             and `rag_sequence_thorough` each alone, weighing whole answers; `fusion` (T5 and BART)

@@ -48,7 +48,7 @@ class DataConfig(Options):
     train_questions: int = 240
     dev_questions: int = 200
     test_questions: int = 0
-    answer_questions: int = 100
+    answer_questions: int = 30
 
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
@@ -83,6 +83,9 @@ class EvaluationConfig(Options):
 
     Attributes:
         documents: Documents read for an answer.
+        answers: Whose answers are compared: `served` reads what the hybrid finds, before and after,
+            and nothing, with the base and the adapted language model; `all` reads what BM25 and the
+            dense retriever find, too.
         mode: `concat` reads them one after the other in one prompt; the others read each alone.
             `ensemble` mixes the next-token distributions by p_R (RA-DIT, REPLUG), and so does
             `rag_token`, with beams. `rag_sequence_fast` and `rag_sequence_thorough` generate from
@@ -95,7 +98,8 @@ class EvaluationConfig(Options):
         resamples: Bootstrap resamples behind each 95 % interval.
     """
 
-    documents: Annotated[int, tyro.conf.arg(aliases=("--documents",))] = 1
+    documents: Annotated[int, tyro.conf.arg(aliases=("--documents",))] = 3
+    answers: Literal["served", "all"] = "served"
     mode: ModeOption = "concat"
     beams: int = 1
     max_new_tokens: int = 24
@@ -308,6 +312,11 @@ class RunConfig(Options):
     def encoder_sources(self) -> tuple[str, str]:
         """Where the encoders of queries and of documents come from."""
         return self.query_encoder or self.encoder, self.doc_encoder or self.encoder
+
+    @property
+    def documents_learnt(self) -> int:
+        """Documents that the language model learns to read in one prompt, at most."""
+        return 1
 
     @property
     def fuses_null(self) -> bool:

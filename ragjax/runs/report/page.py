@@ -34,8 +34,8 @@ def write_report(
     """Draws `report.html` from the files of a folder; what is missing is left out.
 
     Looked for are metrics.json, differences.json, metrics.jsonl, predictions.jsonl, config.json,
-    explained.json, dev.json, calibration.json, robustness.json, support.json, notes.json and
-    cost.json. The same files give the same bytes.
+    explained.json, cells.json, dev.json, calibration.json, robustness.json, support.json,
+    notes.json and cost.json. The same files give the same bytes.
 
     Args:
         folder: Folder of a run.
@@ -76,6 +76,7 @@ def write_report(
         passages=passages,
         explained=explained,
         calibration=read.mapping("calibration.json"),
+        cells=read.mapping("cells.json"),
         dev=read.mapping("dev.json"),
         robustness=read.mapping("robustness.json"),
         support=read.mapping("support.json"),
