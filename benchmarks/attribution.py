@@ -150,14 +150,13 @@ def _rows(flags: Flags, system: System, questions: Sequence[Question]) -> Iterat
         max_new_tokens=flags.max_new_tokens,
     )
     asker = Asker(system, options, decode=decode_ensemble, by=SEARCHES[flags.retriever])
-    corpus = system.workspace.dataset.corpus
-    judged = system.workspace.dataset.qrels["test"]
+    grades = system.workspace.dataset.graded_rows("test", questions)
     for row, question in enumerate(tqdm(questions, desc="attribution", file=sys.stderr)):
         key = f"{flags.retriever} {flags.answers} {question.id}"
         if key not in known:
             kept = retrieved.found.mask[row]
             docs = retrieved.found.doc_ids[row][kept].tolist()
-            gold = {corpus.row_of(id) for id, grade in judged[question.id].items() if grade > 0}
+            gold = {doc for doc, grade in grades[row].items() if grade > 0}
             result: dict[str, Any] = {"key": key, "question": question.text, "gold": {}}
             # Where no gold passage was found, no attribution can name one.
             if gold & set(docs):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,11 @@ from ragjax.data.corpus import Corpus
 from ragjax.data.jsonl import DataError
 from ragjax.data.matching import refuse_string, tokenize
 from ragjax.data.overlap import Twins, find_twins
+from ragjax.data.truth import AnswerPassages
+
+# What a user may have, each with what stands before it; what a data set has of it for train and dev
+# is its `supervision`.
+SUPERVISION = ("documents", "questions", "answers", "judgements")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +25,7 @@ class Question:
     Attributes:
         id: As in queries.jsonl.
         text: As written; the readers take the white space around it off.
-        answers: Accepted answers; empty when the data has relevance judgements only.
+        answers: Accepted answers; empty where none are known.
         source: The document the question was written about (`metadata.doc`), if known.
         passage: Id of the passage that a language model wrote the question from, which is then
             its truth; None for one that a person asked.
@@ -38,14 +44,15 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A corpus with questions and relevance judgements by split.
+    """A corpus with questions by split, and what is known of their passages.
 
     Attributes:
         name: The folder's name.
         corpus: The passages.
         questions: Split name ("train", "dev", "test", ...) to questions, in file order.
-        qrels: Split name to question id to passage id to grade; above 0 is relevant. Every id
-            exists, every question has at least one relevant passage.
+        qrels: Relevance judgements: split name to question id to passage id to grade; above 0 is
+            relevant. Every id exists, every judged question has at least one relevant passage. What
+            counts as found is asked of `graded_rows`, which knows it without judgements too.
         notes: Sentences on what was skipped or dropped, to show to the user.
     """
 
@@ -61,12 +68,23 @@ class Dataset:
         questions = {q.id: q.text for split in self.questions.values() for q in split}
         return find_twins(self.corpus, questions.items())
 
+    @property
+    def supervision(self) -> str:
+        """What there is to train and to choose by: one of `SUPERVISION`."""
+        if self.qrels.keys() & {"train", "dev"}:
+            return "judgements"
+        train = self.questions.get("train", ())
+        if any(question.answers for question in train):
+            return "answers"
+        return "questions" if train else "documents"
+
     def graded_rows(
         self, split: str, questions: Sequence[Question] | None = None
     ) -> list[dict[int, int]]:
         """Returns corpus row to grade for each question of a split, in the same order.
 
-        A question that was written from a passage has that one as its only relevant passage.
+        The passage that a question was written from; else those that are judged; else those that
+        hold an answer, see `AnswerPassages`; else none, where nothing is known.
 
         Args:
             split: Its name.
@@ -80,14 +98,43 @@ class Dataset:
                 known = sorted(self.questions)
                 raise DataError(f"{self.name} has no split {split!r}; it has {known}")
             questions = self.questions[split]
+        judged, row_of = self.qrels.get(split, {}), self.corpus.row_of
+        unknown = [q.answers for q in questions if q.passage is None and q.id not in judged]
+        held = iter(self._answer_passages.rows(unknown))
+        graded = []
+        for question in questions:
+            if question.passage is not None:
+                graded.append({row_of(question.passage): 1})
+            elif question.id in judged:
+                graded.append({row_of(id): grade for id, grade in judged[question.id].items()})
+            else:
+                graded.append(dict.fromkeys(sorted(next(held)), 1))
+        return graded
+
+    def truth(self, split: str, questions: Sequence[Question]) -> str:
+        """Returns by what most questions of a split know their passages, as `graded_rows` says.
+
+        Args:
+            split: Its name.
+            questions: Of the split.
+
+        Returns:
+            "judgements", "answers", "written", or "none" where nothing is known of any.
+        """
         judged = self.qrels.get(split, {})
-        return [
-            {self.corpus.row_of(doc_id): grade for doc_id, grade in grades.items()}
-            for grades in (
-                judged.get(question.id, {}) if question.passage is None else {question.passage: 1}
-                for question in questions
-            )
-        ]
+        sources = Counter(
+            "written"
+            if question.passage is not None
+            else ("judgements" if question.id in judged else "answers")
+            for question, rows in zip(questions, self.graded_rows(split, questions), strict=True)
+            if rows
+        )
+        return max(sources, key=sources.__getitem__, default="none")
+
+    @functools.cached_property
+    def _answer_passages(self) -> AnswerPassages:
+        asked = [question.answers for split in self.questions.values() for question in split]
+        return AnswerPassages(self.corpus, asked)
 
 
 def hold_out(dataset: Dataset, *, split: str, into: str, fraction: float) -> Dataset:
@@ -112,7 +159,7 @@ def hold_out(dataset: Dataset, *, split: str, into: str, fraction: float) -> Dat
         return dataset
     if len(questions) < 2:
         raise DataError(
-            f"{dataset.name}: qrels/{split}.tsv has {len(questions)} question, too few to hold "
+            f"{dataset.name}: the split {split} has {len(questions)} question, too few to hold "
             f"some out; add qrels/{into}.tsv, or set dev_fraction to 0"
         )
     count = min(max(round(fraction * len(questions)), 1), len(questions) - 1)
@@ -121,11 +168,16 @@ def hold_out(dataset: Dataset, *, split: str, into: str, fraction: float) -> Dat
         key=lambda id: hashlib.sha256(id.encode("utf-8")).digest(),
     )
     moved = frozenset(by_hash[:count])
-    judged = dataset.qrels[split]
     note = (
-        f"no qrels/{into}.tsv: {count} of the {len(questions)} {split} questions, chosen by a hash "
-        f"of their ids, are held out as {into}"
+        f"there is no {into} split: {count} of the {len(questions)} {split} questions, chosen by a "
+        f"hash of their ids, are held out as {into}"
     )
+    judged = dataset.qrels.get(split)
+    parts = {split: lambda id: id not in moved, into: lambda id: id in moved}
+    qrels = {
+        name: {id: grades for id, grades in judged.items() if belongs(id)}
+        for name, belongs in (parts.items() if judged is not None else ())
+    }
     return dataclasses.replace(
         dataset,
         questions={
@@ -133,11 +185,7 @@ def hold_out(dataset: Dataset, *, split: str, into: str, fraction: float) -> Dat
             split: tuple(question for question in questions if question.id not in moved),
             into: tuple(question for question in questions if question.id in moved),
         },
-        qrels={
-            **dataset.qrels,
-            split: {id: grades for id, grades in judged.items() if id not in moved},
-            into: {id: grades for id, grades in judged.items() if id in moved},
-        },
+        qrels={**dataset.qrels, **qrels},
         notes=(*dataset.notes, note),
     )
 

@@ -5,7 +5,7 @@ holds_answer("rich in vitamin C", "C++")  # False
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import regex
@@ -108,6 +108,39 @@ def find_answer(text: str, answer: str) -> list[tuple[int, int]]:
         return [(match.start(), match.end()) for match in found]
     tokens = tokenize(text)
     return [(tokens[first].start, tokens[last].end) for first, last in _runs(tokens, wanted)]
+
+
+def rows_with_answers(texts: Iterable[str], answers: Iterable[str]) -> dict[str, list[int]]:
+    """Finds the texts that hold each answer, as `holds_answer` does, reading each text once.
+
+    Args:
+        texts: Passages.
+        answers: Distinct or not.
+
+    Returns:
+        Answer to the places of the texts that hold it, in order.
+    """
+    found: dict[str, list[int]] = {answer: [] for answer in answers}
+    wanted = {answer: _wanted(answer) for answer in found}
+    # By its longest word, which few texts have.
+    by_word: dict[str, list[str]] = {}
+    for answer, tokens in wanted.items():
+        if tokens:
+            by_word.setdefault(max(tokens, key=len), []).append(answer)
+    literals = {answer: fold(answer).strip() for answer in found if not wanted[answer]}
+    for row, text in enumerate(texts):
+        folded = fold(text)
+        tokens = _tokens(folded)
+        words = {token.text for token in tokens}
+        for word in words & by_word.keys():
+            for answer in by_word[word]:
+                run = wanted[answer]
+                if words.issuperset(run) and next(_runs(tokens, run), None):
+                    found[answer].append(row)
+        for answer, literal in literals.items():
+            if literal and literal in folded:
+                found[answer].append(row)
+    return found
 
 
 def _tokens(folded: str) -> list[Token]:

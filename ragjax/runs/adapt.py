@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
 from ragjax.runs.compare.results import evaluate_run, show_first_numbers
-from ragjax.runs.data import Log
+from ragjax.runs.data import Log, require_answers
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
 from ragjax.runs.found import Findable, FindableIndex, findable_in_training, first_copies
@@ -79,7 +79,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
             show_first_numbers(workspace, bm25, before)
         most = max(config.language_model.searched, config.retriever.candidates)
         candidates, lm = Candidates(workspace, before, most), workspace.base_lm()
-        if config.trains_lm:
+        if config.trains_lm and has_answers(workspace):
             with workspace.timed("language model"):
                 lm = _adapt_lm(workspace, config, candidates)
         after = before
@@ -106,9 +106,46 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
     if config.refresh.mode != "off":
         check_machine(config.refresh)
     workspace = open_workspace(config, folder, stop=stop, log=log)
+    _check_supervision(workspace, config)
     check_prompts(workspace, run_prompts(workspace, dev=False))
     _note_limits(workspace, config)
     return workspace
+
+
+def _check_supervision(workspace: Workspace, config: AdaptConfig) -> None:
+    """Tells what the data are too little for; raises ValueError where nothing can be trained."""
+    dataset, questions = workspace.dataset, workspace.questions["train"]
+    retriever = config.retriever
+    if not questions:
+        raise ValueError(
+            f"{dataset.name}: there are no training questions (supervision:"
+            f" {dataset.supervision}); add queries.jsonl"
+        )
+    if config.trains_retriever and retriever.objective != "dpr":
+        require_answers(dataset, questions, f"--retriever.objective {retriever.objective}")
+    if config.trains_lm and not has_answers(workspace):
+        workspace.note(
+            "no training question has an answer: the language model is not adapted"
+            + "".join(f" ({text})" for text in dataset.notes if "has answers in" in text)
+        )
+    if config.trains_retriever and retriever.objective == "dpr":
+        known = sum(map(bool, workspace.relevant_rows("train")))
+        if not known:
+            raise ValueError(
+                f"--retriever.objective dpr: {dataset.name} tells of no training question which"
+                " passage is relevant; add qrels/train.tsv or answers that few passages hold, or"
+                " take another objective"
+            )
+        if known < len(questions):
+            workspace.note(
+                f"--retriever.objective dpr: {known} of the {len(questions)} training questions"
+                " have a known passage, and the others teach nothing"
+            )
+
+
+def has_answers(workspace: Workspace) -> bool:
+    """Returns whether the training questions have answers to learn."""
+    return any(question.answers for question in workspace.questions["train"])
 
 
 def _note_limits(workspace: Workspace, config: AdaptConfig) -> None:

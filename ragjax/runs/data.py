@@ -14,6 +14,7 @@ from ragjax.data import (
 )
 from ragjax.data.fields import parse_fields
 from ragjax.data.overlap import near_copies
+from ragjax.data.truth import TRUTHS
 from ragjax.runs.options.shared import RunConfig
 
 Log = Callable[[str], None]
@@ -33,6 +34,7 @@ def read_data(config: RunConfig, folder: Path, log: Log) -> Dataset:
         on_bad_row=options.on_bad_row,
         on_unknown=options.on_unknown,
         dev_fraction=config.dev_fraction,
+        supervision=options.supervision,
     )
     notes = [*dataset.notes, *_leak_notes(dataset)]
     for note in notes:
@@ -50,8 +52,11 @@ def choose_questions(
         dataset: All of them.
         note: Told what is left out of training, or trained on although dev or test ask it too.
 
+    Returns:
+        The splits; train is empty where there are documents only, and so is a test that has none.
+
     Raises:
-        ValueError: There are none to train on, or none to test on.
+        ValueError: There are none to train on but those that dev or test ask.
     """
     caps = config.data_options
     limits = {"train": caps.train_questions, "dev": caps.dev_questions, "test": caps.test_questions}
@@ -60,20 +65,56 @@ def choose_questions(
     for split, limit in limits.items():
         known = dataset.questions.get(split, ())
         if split == "train":
-            # p_LM(y|c∘x) of a question without an answer has no y to train on.
-            known = tuple(question for question in known if question.answers)
-            known = _without_leaks(known, leaked, caps.leaks, note)
-        if not known and split != "dev":
-            need = "answers and " if split == "train" else ""
-            why = "".join(f" ({text})" for text in dataset.notes if "has answers in" in text)
-            raise ValueError(
-                f"{dataset.name}: no {split} questions with {need}relevance judgements; add"
-                f" qrels/{split}.tsv and answers in queries.jsonl{why if need else ''}"
-            )
+            known = _without_leaks(trained_on(dataset, note), leaked, caps.leaks, note)
         # A seeded order, so that a cap takes a fair sample and a larger cap a larger one.
         count = None if split == "test" and limit == 0 else limit
         chosen[split] = shuffled(known, config.seed)[:count]
     return chosen
+
+
+def trained_on(dataset: Dataset, note: Log = lambda text: None) -> tuple[Question, ...]:
+    """Returns the training questions with an answer, or all of them where none has one."""
+    known = dataset.questions.get("train", ())
+    answered = tuple(question for question in known if question.answers)
+    if answered and len(answered) < len(known):
+        note(
+            f"{len(known) - len(answered)} of the {len(known)} training questions have no answer"
+            " and are left out; --data_options.supervision questions trains on all of them"
+        )
+    return answered or known
+
+
+def describe_supervision(dataset: Dataset, questions: Mapping[str, Sequence[Question]]) -> str:
+    """Returns what a run trains on and by what it chooses and measures, in one sentence."""
+    train = questions["train"]
+    with_answers = sum(bool(question.answers) for question in train)
+    measured = [
+        f"retrieval on {len(asked):,} {split} questions is measured by"
+        f" {measured_by(dataset, split, asked)}"
+        for split, asked in questions.items()
+        if split != "train" and asked
+    ]
+    counts = f"{len(train):,} training questions, {with_answers:,} with answers"
+    return "; ".join([f"supervision: {dataset.supervision} ({counts})", *measured])
+
+
+def measured_by(dataset: Dataset, split: str, questions: Sequence[Question]) -> str:
+    """Returns by what retrieval is measured on these questions, in words behind "measured by"."""
+    known = sum(map(bool, dataset.graded_rows(split, questions)))
+    name = TRUTHS[dataset.truth(split, questions)]
+    share = f" (known for {known:,} of {len(questions):,})"
+    return name + (share if 0 < known < len(questions) else "")
+
+
+def require_answers(dataset: Dataset, questions: Sequence[Question], needed_by: str) -> None:
+    """Raises ValueError where no training question has an answer to learn."""
+    if any(question.answers for question in questions):
+        return
+    why = "".join(f" ({text})" for text in dataset.notes if "has answers in" in text)
+    raise ValueError(
+        f"{dataset.name}: no training question has an answer, which {needed_by} needs; add answers"
+        f" to queries.jsonl{why}"
+    )
 
 
 def note_shared_passages(

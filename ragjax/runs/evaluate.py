@@ -17,7 +17,7 @@ from ragjax.runs.compare.systems import (
     make_columns,
     retrieve_documents,
 )
-from ragjax.runs.data import Log, note_shared_passages, read_data, shuffled
+from ragjax.runs.data import Log, note_shared_passages, read_data, shuffled, trained_on
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_evaluation
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever
@@ -60,10 +60,11 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     """
     run = open_run(Path(config.run)) if config.run else None
     options = run_options(config, run.config if run else None)
-    systems = system_names(config, adapts_lm=options.trains_lm)
+    models = run.models if run else Models(options, None)
+    systems = system_names(config, adapts_lm=models.trains_lm)
     dataset = read_data(options, folder, log)
     questions = _choose_questions(config, options, dataset)
-    models = (run.models if run else Models(options, None)).read()
+    models = models.read()
     check_mode(options.mode, models.base_language_model, "--mode")
     workspace = make_workspace(
         options,
@@ -119,8 +120,7 @@ def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:
     split = config.split
     dataset, options = workspace.dataset, workspace.config
     if config.run and split != "train":
-        known = [question for question in dataset.questions.get("train", ()) if question.answers]
-        train = shuffled(known, options.seed)[: options.data_options.train_questions]
+        train = shuffled(trained_on(dataset), options.seed)[: options.data_options.train_questions]
         note_shared_passages(dataset, {"train": train, **workspace.questions}, workspace.note)
     if split == "train" and config.run:
         workspace.log("note: the run was trained on train questions")
@@ -129,6 +129,7 @@ def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:
     answered = len(answered_rows(workspace, split))
     if not answered:
         workspace.log(f"note: no question of {split} has an answer: retrieval alone is measured")
+    workspace.note(f"retrieval is measured by {workspace.measured_by(split)}")
 
 
 def describe_cost(opened: Opened, config: EvaluateConfig) -> str:
@@ -192,7 +193,7 @@ def _inputs(opened: Opened) -> dict[str, Any]:
     if options.trains_retriever:
         encoders = (models.query_encoder.params, models.doc_encoder.params)
         trained["encoders"] = params_digest(encoders)
-    if options.trains_lm:
+    if models.trains_lm:
         trained["language model"] = params_digest(models.language_model.params)
     return run_inputs(opened.workspace) | {
         "dev questions of the hybrid's weight": split_identity(opened.weighing, "dev"),
@@ -206,7 +207,7 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
     base = workspace.base_lm()
     lm = (
         workspace.adapted_lm(opened.models.language_model.params)
-        if workspace.config.trains_lm
+        if opened.models.trains_lm
         else base
     )
     documents = retrieve_documents(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ragjax.data import Question, passage_text
+from ragjax.data.truth import TRUTHS
 from ragjax.index import (
     Bm25Index,
     EmbeddingStore,
@@ -102,14 +103,20 @@ def build_retriever(
         workspace.log(choice.reason)
     dense = choice.build(embeddings)
     weight = _DEFAULT_WEIGHT
-    dev = workspace.questions["dev"]
+    known = [row for row, relevant in enumerate(workspace.relevant_rows("dev")) if relevant]
+    dev = [workspace.questions["dev"][row] for row in known]
     if dev:
         queries = _hybrid_queries(workspace, query_params, dev)
-        findable, relevant = findable_in(workspace, "dev"), workspace.relevant_rows("dev")
+        findable = findable_in(workspace, "dev").take(known)
+        relevant = [workspace.relevant_rows("dev")[row] for row in known]
         weight = choose_dense_weight(
             FindableIndex(dense, findable), FindableIndex(bm25, findable), queries, relevant
         ).weight
-    chosen = f"chosen on {len(dev)} dev questions" if dev else "no dev questions to choose it on"
+    chosen = (
+        f"chosen on {len(dev)} dev questions by {TRUTHS[workspace.truth('dev')]}"
+        if dev
+        else "no dev questions to choose it on"
+    )
     workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
     return Retriever(version, query_params, dense, hybrid, embeddings, store)

@@ -40,12 +40,14 @@ def run_inputs(workspace: Workspace) -> dict[str, Any]:
 def split_identity(workspace: Workspace, split: str) -> dict[str, str]:
     """Returns digests of the questions that are used of a split."""
     questions = workspace.questions[split]
-    judged = workspace.gold_rows(split) if questions else []
-    return {
+    parts = {
         "questions": _digest([[q.id, q.text, q.source] for q in questions]),
         "answers": _digest([q.answers for q in questions]),
-        "relevance judgements": _digest([sorted(rows.items()) for rows in judged]),
     }
+    if workspace.truth(split) == "judgements":
+        judged = [sorted(rows.items()) for rows in workspace.gold_rows(split)]
+        parts["relevance judgements"] = _digest(judged)
+    return parts
 
 
 def model_identity(model: TextEncoder | LanguageModel) -> dict[str, str]:

@@ -96,11 +96,23 @@ class Models:
         """The encoder of documents with its trained parameters."""
         return dataclasses.replace(self.base_encoder, params=self._towers[1])
 
+    @property
+    def trains_lm(self) -> bool:
+        """Whether the language model was trained, which needs answers to learn."""
+        if self._folder is None or not self._config.trains_lm:
+            return False
+        skipped = (
+            isinstance(self._config, AdaptConfig)
+            and not (self._folder / "checkpoints" / "lm").is_dir()
+            and (self._folder / "metrics.json").is_file()
+        )
+        return not skipped
+
     @cached_property
     def language_model(self) -> LanguageModel:
         """The language model with its trained parameters, adapters beside the weights."""
         config, base = self._config, self.base_language_model
-        if self._folder is None or not config.trains_lm:
+        if not self.trains_lm:
             return base
         if isinstance(config, RagConfig):
             return dataclasses.replace(base, params=self._end_to_end.lm_params)
@@ -275,7 +287,7 @@ def adapted_language_model(run: FinishedRun) -> LanguageModel:
         ValueError: The run did not train the language model, or its training has not ended.
         OSError: The base model is not there any more.
     """
-    if not run.config.trains_lm:
+    if not run.models.trains_lm:
         raise ValueError(
             f"{run.folder}: this run adapted the retriever only; export --what encoder,"
             " query_encoder or doc_encoder"

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.data import Corpus, Dataset, Question
-from ragjax.data.fields import parse_fields
+from ragjax.data import Dataset, Question
 from ragjax.data.matching import refuse_string
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
@@ -218,20 +217,9 @@ def _newest_index(folder: Path) -> int:
 
 def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:
     """Reads a corpus with the questions and judgements that lie beside it, if any."""
-    source = Path(config.data)
-    if not config.data or (source / "qrels").is_dir():
-        # Judgements only choose the weight of the hybrid, so unknown ids are no reason to stop.
-        options = dataclasses.replace(config.data_options, on_unknown="skip")
-        return read_data(dataclasses.replace(config, data_options=options), cache, log)
-    corpus = Corpus.open(
-        source,
-        cache=cache / "data" / "cache",
-        fields=parse_fields(config.data_options.fields),
-        on_bad_row=config.data_options.on_bad_row,
-    )
-    for note in corpus.report.notes():
-        log(f"note: {note}")
-    return Dataset(name=source.name, corpus=corpus, questions={}, qrels={})
+    # Judgements only choose the weight of the hybrid, so unknown ids are no reason to stop.
+    options = dataclasses.replace(config.data_options, on_unknown="skip")
+    return read_data(dataclasses.replace(config, data_options=options), cache, log)
 
 
 def _assemble(workspace: Workspace, models: Models, version: int, name: str) -> System:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ragjax.runs.compare.dev import Side, evaluate_dev
 from ragjax.runs.compare.results import evaluate_run
-from ragjax.runs.data import Log
+from ragjax.runs.data import Log, require_answers
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_rag_cost
 from ragjax.runs.found import source_rows
@@ -82,7 +82,9 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     devices = choose_devices(config)
     check_machine(config.refresh)
-    workspace = _with_statements(open_workspace(config, folder, stop=stop, log=log), config)
+    workspace = open_workspace(config, folder, stop=stop, log=log)
+    require_answers(workspace.dataset, workspace.questions["train"], "training end to end")
+    workspace = _with_statements(workspace, config)
     check_prompts(workspace, run_prompts(workspace, dev=True))
     documents = {
         "evaluation.documents": config.evaluation.documents,

@@ -29,7 +29,14 @@ from ragjax.models.language_model import LanguageModel
 from ragjax.models.layers.stacks import cast_floats
 from ragjax.refresh import EncodeTask, encode_corpus
 from ragjax.refresh.task import params_digest
-from ragjax.runs.data import Log, choose_questions, note_shared_passages, read_data
+from ragjax.runs.data import (
+    Log,
+    choose_questions,
+    describe_supervision,
+    measured_by,
+    note_shared_passages,
+    read_data,
+)
 from ragjax.runs.folder import add_seconds
 from ragjax.runs.models import (
     Encoders,
@@ -63,7 +70,7 @@ class Workspace:
     Attributes:
         config: Options of the run.
         folder: Output folder.
-        dataset: Corpus, questions, relevance judgements.
+        dataset: Corpus and questions; what counts as found is asked of `gold_rows`.
         questions: Questions used, by split ("train", "dev", "test"), after the caps of the config.
         encoder: The base encoder of documents, and of queries where there is one.
         query_encoder: The base encoder of queries.
@@ -119,7 +126,11 @@ class Workspace:
         return self.config.retriever.scale or scale_of(self.encoder)
 
     def gold_rows(self, split: str) -> list[dict[int, int]]:
-        """Returns corpus row to grade for the questions used of a split."""
+        """Returns corpus row to grade for the questions used of a split.
+
+        By judgements, answers or the passage that a question was written from, see
+        `Dataset.graded_rows`; empty where nothing is known, which counts in no mean.
+        """
         return self.dataset.graded_rows(split, self.questions[split])
 
     def relevant_rows(self, split: str) -> list[frozenset[int]]:
@@ -131,6 +142,14 @@ class Workspace:
             )
             for rows in self.gold_rows(split)
         ]
+
+    def truth(self, split: str) -> str:
+        """Returns by what retrieval is measured on a split: a key of `TRUTHS`."""
+        return self.dataset.truth(split, self.questions[split])
+
+    def measured_by(self, split: str) -> str:
+        """Returns by what retrieval is measured on a split, in words behind "measured by"."""
+        return measured_by(self.dataset, split, self.questions[split])
 
     @functools.cached_property
     def train_query_ids(self) -> list[list[int]]:
@@ -209,10 +228,6 @@ def open_workspace(
     dataset = read_data(config, folder, log)
     notes: list[str] = []
     questions = choose_questions(config, dataset, notes.append)
-    note_shared_passages(dataset, questions, notes.append)
-    for note in notes:
-        log(f"note: {note}")
-    dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
     # There from the start, for whoever follows the run or reads why it ended.
     (folder / _METRICS).touch()
     encoders = load_encoders(config)
@@ -221,7 +236,12 @@ def open_workspace(
     _check_layers(config.language_model.train_layers, "language_model", config.lm, lm.config)
     for encoder in encoders:
         _check_layers(config.retriever.train_layers, "retriever", encoder.source, encoder.config)
-    return make_workspace(config, folder, dataset, questions, encoders, lm, stop=stop, log=log)
+    workspace = make_workspace(config, folder, dataset, questions, encoders, lm, stop=stop, log=log)
+    workspace.note(describe_supervision(dataset, questions))
+    for note in notes:
+        workspace.note(note)
+    note_shared_passages(dataset, questions, workspace.note)
+    return workspace
 
 
 def make_workspace(
@@ -240,7 +260,7 @@ def make_workspace(
     Args:
         config: Options of the run.
         folder: Output folder.
-        dataset: Corpus, questions, relevance judgements.
+        dataset: Corpus and questions; what counts as found is asked of `gold_rows`.
         questions: Questions used, by split.
         encoders: The base text encoders.
         lm: The base language model.

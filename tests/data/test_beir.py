@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ragjax.data import DataError, Question, hold_out, leaked_questions, read_beir
+from ragjax.data import Corpus, DataError, Question, hold_out, leaked_questions, read_beir
+from ragjax.data.matching import holds_answer, rows_with_answers
+from ragjax.data.truth import MAX_PASSAGES, AnswerPassages
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 DOCS = ("d1", "d2", "d3")
@@ -88,7 +90,8 @@ def test_white_space_around_questions_and_answers_is_taken_off(read):
 
 
 def test_question_outside_every_qrels_file_is_noted(read):
-    assert read(QUERIES, SPLITS).notes == ("1 questions stand in no qrels file and are left out",)
+    (note,) = read(QUERIES, SPLITS).notes
+    assert note.startswith("1 questions stand in no qrels file and are left out; supervision=")
 
 
 def test_qrels_without_header_lose_no_row(read):
@@ -272,26 +275,31 @@ def test_missing_parts_are_named(tmp_path):
 class TestHoldOut:
     def test_dev_is_the_lowest_hashes_of_train(self, read):
         docs, queries, rows = many(10)
-        dataset = read(queries, {"train": rows}, docs=docs, dev_fraction=0.3)
-        ids = sorted((q["_id"] for q in queries), key=lambda x: hashlib.sha256(x.encode()).digest())
+        queries, test = [*queries, question("t")], [("t", "d0", 1)]
+        dataset = read(queries, {"train": rows, "test": test}, docs=docs, dev_fraction=0.3)
+        ids = sorted(
+            (q["_id"] for q in queries[:-1]), key=lambda x: hashlib.sha256(x.encode()).digest()
+        )
         assert {question.id for question in dataset.questions["dev"]} == set(ids[:3])
         assert {question.id for question in dataset.questions["train"]} == set(ids[3:])
         for split in ("train", "dev"):
             order = [question.id for question in dataset.questions[split]]
             assert order == sorted(order) == list(dataset.qrels[split])
         assert "3 of the 10 train questions" in dataset.notes[-1]
-        reordered = read(queries[::-1], {"train": rows[::-1]}, docs=docs, dev_fraction=0.3)
+        judged = {"train": rows[::-1], "test": test}
+        reordered = read(queries[::-1], judged, docs=docs, dev_fraction=0.3)
         assert reordered.qrels == dataset.qrels
 
     @pytest.mark.parametrize(("fraction", "expected"), [(0.0, None), (0.01, 1), (0.99, 4)])
     def test_neither_side_is_empty(self, read, fraction, expected):
         docs, queries, rows = many(5)
-        dataset = read(queries, {"train": rows}, docs=docs, dev_fraction=fraction)
+        queries, judged = [*queries, question("t")], {"train": rows, "test": [("t", "d0", 1)]}
+        dataset = read(queries, judged, docs=docs, dev_fraction=fraction)
         assert ("dev" in dataset.questions) == (expected is not None)
         assert len(dataset.questions.get("dev", ())) == (expected or 0)
 
     def test_not_without_train_or_beside_dev(self, read):
-        assert list(read(QUERIES, {"test": SPLITS["test"]}).questions) == ["test"]
+        assert list(read([question("q3")], {"test": SPLITS["test"]}).questions) == ["test"]
         assert len(read(QUERIES, SPLITS).questions["dev"]) == 1
 
     def test_refusals(self, read):
@@ -391,3 +399,168 @@ def test_leaked_questions_ignore_case_punctuation_and_unicode_form(read):
     assert leaked_questions(dataset) == ("q2",)
     assert leaked_questions(dataset, split="dev") == ("q1",)
     assert leaked_questions(dataset, against="none") == ()
+
+
+class TestKinds:
+    """What is read of folders that have less, and where less than they have is asked for."""
+
+    @staticmethod
+    def queries(count, **extra):
+        return [question(f"q{n}", metadata={"answers": [f"text of d{n}"]} | extra)
+                for n in range(count)]  # fmt: skip
+
+    @staticmethod
+    def ids(dataset):
+        return {split: [q.id for q in asked] for split, asked in dataset.questions.items()}
+
+    def write(self, folder, queries=None, qrels=None):
+        folder = write_folder(folder, queries or [], qrels or {}, docs=[f"d{n}" for n in range(20)])
+        if queries is None:
+            (folder / "queries.jsonl").unlink()
+        if qrels is None:
+            (folder / "qrels").rmdir()
+        return folder
+
+    @pytest.fixture
+    def read_kind(self, tmp_path):
+        def write_and_read(queries=None, qrels=None, **options):
+            folder = self.write(tmp_path / "kind", queries, qrels)
+            return read_beir(folder, cache=tmp_path / "cache", **options)
+
+        return write_and_read
+
+    def test_documents_alone(self, read_kind):
+        dataset = read_kind()
+        assert dataset.questions == {} and dataset.qrels == {} and dataset.notes == ()
+        assert dataset.supervision == "documents" and len(dataset.corpus) == 20
+
+    def test_without_judgements_a_hash_of_the_ids_assigns_questions(self, read_kind):
+        dataset = read_kind(self.queries(20))
+        ids = sorted((f"q{n}" for n in range(20)),
+                     key=lambda id: hashlib.sha256(id.encode()).digest())  # fmt: skip
+        found = {split: set(asked) for split, asked in self.ids(dataset).items()}
+        assert found == {"test": set(ids[:4]), "dev": set(ids[4:7]), "train": set(ids[7:])}
+        assert "no test split: 4 of the 20 train questions" in dataset.notes[0]
+        assert "no dev split: 3 of the 16 train questions" in dataset.notes[1]
+        assert dataset.supervision == "answers"
+        assert dataset.truth("test", dataset.questions["test"]) == "answers"
+        asked = dataset.questions["test"]
+        assert dataset.graded_rows("test") == [{int(q.id[1:]): 1} for q in asked]
+
+    def test_the_split_of_the_metadata_comes_first(self, read_kind):
+        queries = [
+            *(question(f"q{n}", metadata={"split": split})
+              for n, split in enumerate(["train", "Validation", "test", "hard"])),
+            question("q4"),
+        ]  # fmt: skip
+        dataset = read_kind(queries)
+        assert self.ids(dataset) == {
+            "train": ["q0", "q4"], "dev": ["q1"], "test": ["q2"], "hard": ["q3"]
+        }  # fmt: skip
+        assert dataset.supervision == "questions" and dataset.notes == ()
+        assert dataset.truth("test", dataset.questions["test"]) == "none"
+        assert dataset.graded_rows("test") == [{}]
+
+    def test_with_judgements_of_test_only_the_others_train(self, read_kind):
+        queries = [*self.queries(6), question("q6", metadata={"split": "test"})]
+        dataset = read_kind(queries, {"test": [("q0", "d9", 1), ("q1", "d1", 1)]})
+        ids = self.ids(dataset)
+        assert ids["test"] == ["q0", "q1"] and len(ids["dev"]) == 1
+        assert sorted(ids["train"] + ids["dev"]) == ["q2", "q3", "q4", "q5"]
+        assert "1 questions stand in no qrels file and are left out" in dataset.notes[0]
+        assert dataset.graded_rows("test") == [{9: 1}, {1: 1}]  # not the passage with the answer
+        assert dataset.truth("test", dataset.questions["test"]) == "judgements"
+        assert dataset.truth("train", dataset.questions["train"]) == "answers"
+
+    @pytest.mark.parametrize(
+        ("supervision", "splits"),
+        [
+            ("judgements", {"train": 2, "dev": 2, "test": 2}),
+            ("answers", {"train": 3, "dev": 1, "test": 2}),
+            ("questions", {"train": 3, "dev": 1, "test": 2}),
+            ("documents", {"test": 2}),
+        ],
+    )
+    def test_what_lies_above_is_not_read_for_train_and_dev(self, tmp_path, supervision, splits):
+        judged = {
+            split: [(f"q{n}", "d19", 1) for n in pair]
+            for split, pair in {"train": (0, 1), "valid": (2, 3), "test": (4, 5)}.items()
+        }
+        folder = self.write(tmp_path / "kind", self.queries(6), judged)
+        dataset = read_beir(folder, cache=tmp_path / "cache", supervision=supervision)
+        assert dataset.supervision == supervision
+        assert {split: len(asked) for split, asked in dataset.questions.items()} == splits
+        assert dataset.graded_rows("test") == [{19: 1}] * 2
+        answered = {split: all(q.answers for q in asked)
+                    for split, asked in dataset.questions.items()}  # fmt: skip
+        assert answered == dict.fromkeys(splits, supervision != "questions") | {"test": True}
+        if supervision == "judgements":
+            return
+        # Files that nobody reads may be anything.
+        (folder / "qrels" / "train.tsv").write_text("what?\n")
+        (folder / "qrels" / "valid.tsv").unlink()
+        again = read_beir(folder, cache=tmp_path / "cache", supervision=supervision)
+        assert (again.questions, again.qrels) == (dataset.questions, dataset.qrels)
+
+    @pytest.mark.parametrize(
+        ("queries", "supervision", "needed"),
+        [
+            (None, "questions", "has documents only for train and dev; add questions to queries"),
+            (["q0", "q1", "q2"], "answers", "has questions only .* add answers to queries.jsonl"),
+            (["q0", "q1", "q2"], "judgements", "add qrels/train.tsv, or use supervision=auto"),
+            (None, "labels", "one of auto, documents, .* got 'labels'"),
+        ],
+    )
+    def test_more_than_there_is_is_refused(self, read_kind, queries, supervision, needed):
+        with pytest.raises(DataError, match=needed):
+            read_kind(queries and [question(id) for id in queries], supervision=supervision)
+
+
+class TestAnswerPassages:
+    """Which passages answers tell of."""
+
+    @pytest.fixture
+    def rows(self, tmp_path):
+        def passages(texts, answers, asked=()):
+            lines = [json.dumps({"_id": f"d{n}", "text": text}) for n, text in enumerate(texts)]
+            (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+            corpus = Corpus.open(tmp_path, cache=tmp_path / "cache")
+            return AnswerPassages(corpus, [answers, *asked]).rows([answers])[0]
+
+        return passages
+
+    def test_whole_words_of_few_passages(self, rows):
+        texts = ["it weighs 15 kg", "it weighs 5 KG.", "C++ is old", "5 kg, as said"]
+        assert rows(texts, ["5 kg"]) == {1, 3}
+        assert rows(texts, ["C"]) == rows(texts, ["none of it"]) == rows(texts, []) == set()
+        assert rows(texts, ["++"]) == {2}  # without a word, as it is written
+
+    def test_an_answer_in_many_passages_or_of_many_questions_tells_nothing(self, rows):
+        texts = [*["the lamp"] * MAX_PASSAGES, "a pump"]
+        assert rows(texts, ["lamp"]) == set(range(MAX_PASSAGES))
+        assert rows([*texts, "lamp"], ["lamp"]) == set()
+        assert rows(texts, ["pump"], [["Pump"]] * (MAX_PASSAGES - 1)) == {MAX_PASSAGES}
+        assert rows(texts, ["pump"], [["Pump"]] * MAX_PASSAGES) == set()
+
+    def test_of_several_answers_the_rarest_count(self, rows):
+        texts = ["in Oslo", "in Oslo, Norway", "in Rome"]
+        assert rows(texts, ["Oslo", "Norway", "nowhere"]) == {1}
+        assert rows(texts, ["Norway", "Rome"]) == {1, 2}
+
+
+def test_passages_with_answers_are_those_that_hold_them():
+    texts = [
+        "a .NET core",
+        "C++ and C#",
+        "minus -1 and 1,000",
+        "the 1 000",
+        "+= is",
+        "\u4e2d\u6587",
+    ]
+    answers = ["NET", ".NET", "C", "C++", "1", "-1", "1000", "+=", "the core", "\u6587", " "]
+    found = rows_with_answers(texts, answers)
+    assert found == {
+        answer: [row for row, text in enumerate(texts) if holds_answer(text, answer)]
+        for answer in answers
+    }
+    assert found["C++"] == [1] and found["1000"] == [2]

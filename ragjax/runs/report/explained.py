@@ -108,10 +108,10 @@ def corpus_lookup(corpus: Corpus) -> Lookup:
 
 def gold_ids(dataset: Dataset, split: str, questions: Sequence[Question]) -> dict[str, list[str]]:
     """Returns question id to the sorted ids of its relevant documents."""
-    judged = dataset.qrels[split]
+    graded, id_of = dataset.graded_rows(split, questions), dataset.corpus.id_of
     return {
-        question.id: sorted(doc for doc, grade in judged[question.id].items() if grade > 0)
-        for question in questions
+        question.id: sorted(id_of(row) for row, grade in rows.items() if grade > 0)
+        for question, rows in zip(questions, graded, strict=True)
     }
 
 
