@@ -79,7 +79,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
             show_first_numbers(workspace, bm25, before)
         most = max(config.language_model.searched, config.retriever.candidates)
         candidates, lm = Candidates(workspace, before, most), workspace.base_lm()
-        if config.trains_lm and has_answers(workspace):
+        if config.trains_lm:
             with workspace.timed("language model"):
                 lm = _adapt_lm(workspace, config, candidates)
         after = before
@@ -123,11 +123,6 @@ def _check_supervision(workspace: Workspace, config: AdaptConfig) -> None:
         )
     if config.trains_retriever and retriever.objective != "dpr":
         require_answers(dataset, questions, f"--retriever.objective {retriever.objective}")
-    if config.trains_lm and not has_answers(workspace):
-        workspace.note(
-            "no training question has an answer: the language model is not adapted"
-            + "".join(f" ({text})" for text in dataset.notes if "has answers in" in text)
-        )
     if config.trains_retriever and retriever.objective == "dpr":
         known = sum(map(bool, workspace.relevant_rows("train")))
         if not known:
@@ -141,11 +136,6 @@ def _check_supervision(workspace: Workspace, config: AdaptConfig) -> None:
                 f"--retriever.objective dpr: {known} of the {len(questions)} training questions"
                 " have a known passage, and the others teach nothing"
             )
-
-
-def has_answers(workspace: Workspace) -> bool:
-    """Returns whether the training questions have answers to learn."""
-    return any(question.answers for question in workspace.questions["train"])
 
 
 def _note_limits(workspace: Workspace, config: AdaptConfig) -> None:

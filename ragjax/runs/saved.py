@@ -98,7 +98,7 @@ class Models:
 
     @property
     def trains_lm(self) -> bool:
-        """Whether the language model was trained, which needs answers to learn."""
+        """Whether the language model was trained: there may be nothing to train it on."""
         if self._folder is None or not self._config.trains_lm:
             return False
         skipped = (
