@@ -78,7 +78,8 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
             before = build_towers(workspace, bm25, params, 0)
             show_first_numbers(workspace, bm25, before)
         most = max(config.language_model.searched, config.retriever.candidates)
-        candidates, lm = Candidates(workspace, before, most), workspace.base_lm()
+        dense = config.retriever.search == "dense"
+        candidates, lm = Candidates(workspace, before, most, dense=dense), workspace.base_lm()
         if config.trains_lm:
             with workspace.timed("language model"):
                 lm = _adapt_lm(workspace, config, candidates)
@@ -159,12 +160,24 @@ def _note_limits(workspace: Workspace, config: AdaptConfig) -> None:
 class Candidates:
     """The best documents of the training questions, which are embedded and searched once."""
 
-    def __init__(self, workspace: Workspace, retriever: Retriever, most: int) -> None:
-        """Names the retriever and the most documents that will be wanted of a hybrid search."""
+    def __init__(
+        self, workspace: Workspace, retriever: Retriever, most: int, *, dense: bool = False
+    ) -> None:
+        """Names the retriever and the most documents that will be wanted of a hybrid search.
+
+        Args:
+            workspace: Data and models.
+            retriever: Both indexes.
+            most: Documents of a question, at most.
+            dense: True: there is no hybrid search, the dense index alone is searched.
+        """
         self.retriever, self._workspace, self._most = retriever, workspace, most
+        self._dense = dense
 
     def hybrid(self, k: int) -> SearchResult:
         """Returns the k best documents `[Q, k]` of BM25 and the dense index together."""
+        if self._dense:
+            return self.dense(k)
         index = self.retriever.hybrid
         # Scores are relative to the candidates of a search, whose number may depend on k.
         if index.depth_of(k) == index.depth_of(self._most):
@@ -230,7 +243,8 @@ def _adapt_retriever(
         with workspace.timed("retriever"):
             params = train_retriever(workspace, options, number, params, targets_at)
         retriever = _build_after(workspace, bm25, params, number + 1)
-        candidates = Candidates(workspace, retriever, options.candidates)
+        dense = options.search == "dense"
+        candidates = Candidates(workspace, retriever, options.candidates, dense=dense)
     return candidates.retriever
 
 

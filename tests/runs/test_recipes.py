@@ -3,6 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +12,12 @@ from programs import load_script
 
 from ragjax.index import SearchResult
 from ragjax.models.testing import write_tiny_language_model
-from ragjax.runs.options.dual import AdaptConfig
+from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.program import parse_flags
 from ragjax.runs.teachers.reading import TeacherScores
 from ragjax.runs.teachers.target import target_log_probs
+from ragjax.runs.train import retriever as retriever_stage
 from ragjax.runs.train.end_to_end import make_terms
 from ragjax.runs.train.retriever import OBJECTIVES
 from ragjax.training import end_to_end as e2e
@@ -52,6 +54,8 @@ def test_each_recipe_is_read_and_takes_what_it_says(path):
     # No paper compares a question with the candidates of others.
     part = config.objective if path in END_TO_END else config.retriever
     assert part.negatives == "none"
+    # ... nor finds them by anything but p_R.
+    assert (config.training.candidates if path in END_TO_END else part.search) == "dense"
 
 
 def kl(p, q):
@@ -137,6 +141,21 @@ def test_an_end_to_end_recipe_minimises_what_its_paper_prints(name, expected):
     assert {name: weight for name, (weight, _) in found.items()} == dict.fromkeys(expected, 1.0)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name][1], value, rtol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize(("search", "words"), [("hybrid", True), ("dense", False)])
+def test_dense_search_leaves_bm25_out_of_both_stages(search, words, monkeypatch):
+    heard = []
+    options = RetrieverConfig(search=search)
+    before = SimpleNamespace(hybrid=SimpleNamespace(dense_weight=0.5), store=None)
+    workspace = SimpleNamespace(questions={"train": ()}, config=SimpleNamespace(seed=0))
+    monkeypatch.setattr(retriever_stage, "split_towers", lambda *_, **__: None)
+    monkeypatch.setattr(
+        retriever_stage, "open_retrieval", lambda *_, bm25, **__: heard.append(bm25) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        retriever_stage.train_live(workspace, options, "words", before, {}, None, None)
+    assert heard == ["words" if words else None]
 
 
 def test_every_recipe_is_compared_with_its_paper():

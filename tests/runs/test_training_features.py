@@ -188,6 +188,9 @@ def test_one_search_gives_the_candidates_of_both_stages(tiny_inputs, tmp_path, m
         jax.tree.map(np.testing.assert_array_equal, candidates.hybrid(k), expected[k].hybrid)
     assert searched == [6, 81]
     jax.tree.map(np.testing.assert_array_equal, candidates.dense(4), candidates.dense(9).top(4))
+    alone = Candidates(workspace, retriever, 6, dense=True)
+    jax.tree.map(np.testing.assert_array_equal, alone.hybrid(6), candidates.dense(6))
+    assert searched == [6, 81]
 
 
 @pytest.mark.slow

@@ -78,6 +78,8 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         negatives: `batch` adds the other questions' candidates to the softmax with target 0; `none`
             compares the question's own candidates only, as the papers do.
         candidates: K, documents per question that the language model scores.
+        search: What finds them, and those that the language model is trained on: `hybrid`, BM25
+            and the dense index together, or the `dense` one alone, as in the papers.
         negative_depth: With `dpr`, hard negatives are drawn from this many of the best documents
             (ANCE: 200). The top few are often unlabelled positives.
         rounds: Times that candidates are retrieved, scored and trained on; the corpus is encoded
@@ -94,6 +96,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     train: Literal["query", "both", "shared"] = "shared"
     negatives: Literal["batch", "none"] = "batch"
     candidates: int = 6
+    search: Literal["hybrid", "dense"] = "hybrid"
     negative_depth: int = 20
     rounds: int = 1
 

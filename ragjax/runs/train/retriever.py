@@ -138,7 +138,7 @@ def train_live(
             before.store,
             k=config.candidates,
             batch_size=config.batch_size,
-            bm25=bm25,
+            bm25=bm25 if config.search == "hybrid" else None,
             dense_weight=before.hybrid.dense_weight,
         )
 
