@@ -143,11 +143,19 @@ def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
     read = questions * (batches.num_retrieved + config.training.null_document)
     encoded = read + questions * bool(config.objective.contrastive_weight)
     documents = encoded * batches.doc_tokens
+    objective, fusion = config.objective, config.language_model.reader == "fusion"
+    again = objective.lsr_weight > 0 and objective.score == "leave_one_out" and fusion
     scored = len(workspace.questions["dev"]) * config.evaluation.documents * 2
     return _cost(
         texts,
         [
-            Work("reading", read * batches.context_tokens, texts.lm_rate, texts.lm_passes),
+            Work(
+                "reading",
+                read * batches.context_tokens,
+                texts.lm_rate,
+                # A fusion reader reads once more without each document.
+                texts.lm_passes + again * batches.num_retrieved,
+            ),
             Work("retriever", documents, texts.encoder_rate, texts.encoder_passes),
             Work("dev", scored * texts.prompt, texts.lm_rate),
         ],

@@ -47,6 +47,12 @@ FROZEN = RefreshConfig(mode="frozen")
             ["--objective.score log_prob_per_token"],
         ),
         (
+            lambda: RagConfig(
+                objective=ObjectiveConfig(marginal="gumbel", negatives="none", samples=5)
+            ),
+            ["objective.samples=5", "of 4 documents"],
+        ),
+        (
             lambda: RagConfig(objective=ObjectiveConfig(marginal="reinforce", negatives="none")),
             ["--objective.lm_weight", "no-train"],
         ),

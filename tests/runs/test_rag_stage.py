@@ -12,6 +12,7 @@ from ragjax.data import Question
 from ragjax.index import SearchResult
 from ragjax.models.testing import write_tiny_language_model
 from ragjax.models.trainable import merge_trainable, split_trainable
+from ragjax.runs import forecast
 from ragjax.runs.compare import results as results_module
 from ragjax.runs.compare.dev import Side, evaluate_dev, marginal_nll
 from ragjax.runs.forecast import estimate_rag_cost
@@ -585,6 +586,23 @@ def test_a_forecast_names_every_part_and_grows_with_the_documents(opened):
     assert few.refresh is None
     refreshed = dataclasses.replace(config, refresh=RefreshConfig(mode="sync", every="1"))
     assert estimate_rag_cost(workspace, refreshed).refresh is not None
+
+
+def test_reading_without_each_document_is_in_the_forecast(opened, monkeypatch):
+    config, workspace = opened
+    for rate in ("lm_rate", "encoder_rate"):
+        monkeypatch.setattr(forecast._Texts, rate, 100.0)
+    options = {"lsr_weight": 1.0, "marginal": "emdr2", "lm_weight": 1.0}
+
+    def reading(score):
+        changed = dataclasses.replace(
+            config,
+            objective=ObjectiveConfig(**options, score=score),
+            language_model=ReaderConfig(reader="fusion", train_layers=1),
+        )
+        return estimate_rag_cost(workspace, changed).seconds["reading"]
+
+    assert reading("leave_one_out") > 2 * reading("attention")
 
 
 def test_the_marginal_likelihood_is_the_sum_over_documents_by_hand(opened, tmp_path):

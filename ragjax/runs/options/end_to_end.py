@@ -241,6 +241,12 @@ class RagConfig(RunConfig):
                 "objective.score=attention is of a decoder that reads all documents at once; add"
                 " --language_model.reader fusion"
             )
+        documents = self.training.documents + self.training.null_document
+        if objective.draws and objective.marginal == "gumbel" and objective.samples > documents:
+            raise ValueError(
+                f"objective.samples={objective.samples}: gumbel draws without replacement, of"
+                f" {documents} documents; lower it, or raise --training.documents"
+            )
         if model.reader == "fusion" and objective.marginal != "emdr2" and objective.marginal_weight:
             raise ValueError(
                 f"objective.marginal={objective.marginal}: a fusion reader gives no likelihood of"
