@@ -175,6 +175,27 @@ def test_what_is_allowed_is_allowed(path, source):
     assert violations(path, source) == []
 
 
+# The files that read relevance judgements; all others ask `graded_rows` what counts as found.
+READ_JUDGEMENTS = {"data/beir.py", "data/examples.py"}
+
+
+def reads_judgements(source: str) -> bool:
+    """Whether a module reads the judgements of a data set, or their files."""
+    tree = ast.parse(source)
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return "qrels" in attributes or any(
+        module.startswith("ragjax.data.qrels") for module in imported_modules(tree)
+    )
+
+
+def test_judgements_are_read_in_one_place():
+    others = [*(ROOT.parent / "experiments").rglob("*.py"), *(ROOT.parent / "benchmarks").glob("*")]
+    sources = {str(path.relative_to(ROOT)): path for path in SOURCES}
+    sources |= {str(path): path for path in others if path.suffix == ".py"}
+    found = {name for name, path in sources.items() if reads_judgements(path.read_text("utf-8"))}
+    assert found == READ_JUDGEMENTS
+
+
 def modules_loaded_by(statement: str) -> set[str]:
     script = (
         f"import sys; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"

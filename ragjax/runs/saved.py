@@ -112,7 +112,7 @@ class Models:
     def language_model(self) -> LanguageModel:
         """The language model with its trained parameters, adapters beside the weights."""
         config, base = self._config, self.base_language_model
-        if not self.trains_lm:
+        if self._folder is None or not self.trains_lm:
             return base
         if isinstance(config, RagConfig):
             return dataclasses.replace(base, params=self._end_to_end.lm_params)

@@ -151,6 +151,11 @@ class Workspace:
         """Returns by what retrieval is measured on a split, in words behind "measured by"."""
         return measured_by(self.dataset, split, self.questions[split])
 
+    @property
+    def tested_by(self) -> str:
+        """By what retrieval is measured where it is reported: on test, or an evaluation's split."""
+        return self.measured_by("test" if "test" in self.questions else next(iter(self.questions)))
+
     @functools.cached_property
     def train_query_ids(self) -> list[list[int]]:
         """The query encoder's token ids of the training questions."""

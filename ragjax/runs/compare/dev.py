@@ -70,12 +70,16 @@ def evaluate_dev(workspace: Workspace, before: Side, after: Side) -> Mapping[str
         **options,
     )
     result = {
+        "measured_by": workspace.measured_by("dev"),
         "systems": {name: summarize(rows, **options) for name, rows in records.items()},
         "differences": [difference.as_json() for difference in differences],
     }
     write_json(workspace.folder / "dev.json", result)
     name = ANSWER_NLL if MODES[workspace.config.mode].fused else MARGINAL_NLL
-    workspace.log(f"\n{len(questions)} dev questions ({name} in nats per token)")
+    workspace.log(
+        f"\n{len(questions)} dev questions ({name} in nats per token; retrieval by"
+        f" {result['measured_by']})"
+    )
     for difference in differences:
         if difference.metric in _SHOWN:
             workspace.log(format_difference(difference))

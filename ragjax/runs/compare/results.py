@@ -91,6 +91,8 @@ def evaluate_run(
     Returns:
         What `metrics.json` holds.
     """
+    if not workspace.questions["test"]:
+        return write_results(workspace, {})
     base = workspace.base_lm()
     # Where the language model was not adapted, systems that differ in it alone are the same.
     names = [
@@ -177,8 +179,15 @@ def write_results(
     names = [name for name in kept if name in records]
     table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
     shown = [c for c in comparisons if c.metric in PAIRS[c.system, c.baseline]]
-    legend = _legend(list(records), checks, workspace.config.mode)
-    workspace.log(f"\n{format_report(table, shown)}\n{legend}")
+    if table:
+        legend = _legend(list(records), checks, workspace.config.mode)
+        measured = f"retrieval is measured by {workspace.tested_by}"
+        workspace.log(f"\n{format_report(table, shown)}\n{legend}\n{measured}")
+    else:
+        workspace.note(
+            "nothing is measured: there are no test questions with an answer, a judgement or the"
+            " passage that they were written from"
+        )
     folder = workspace.folder
     if cells := tabulate(records, **options):
         workspace.log(f"\n{format_cells(cells)}")

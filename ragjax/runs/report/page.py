@@ -55,6 +55,7 @@ def write_report(
     config = read.mapping("config.json")
     options = {k: v for k, v in config.get("config", config).items() if k != "output"}
     questions = _whole(read.lines("predictions.jsonl"), "id", "question", "answers", "systems")
+    noted = read.mapping(NOTES)
     relevant = gold if gold is not None else explained.get("gold", {})
     passages = {
         doc: PassageText(text["title"], text["text"])
@@ -66,7 +67,7 @@ def write_report(
         passages |= shown_passages(questions, pair, relevant, lookup)
     data = ReportData(
         title=title,
-        facts=_facts(options, metrics, config.get("mode")),
+        facts=_facts(options, metrics, config.get("mode")) | noted.get("facts", {}),
         metrics=metrics,
         other_metrics=others,
         differences=differences,
@@ -82,7 +83,7 @@ def write_report(
         support=read.mapping("support.json"),
         cost=read_cost(folder) | {"counts": explained.get("counts", {})},
         config=options,
-        notes=read.mapping(NOTES).get("notes", ()),
+        notes=noted.get("notes", ()),
         problems=read.problems,
     )
     write_text(folder / REPORT, render_report(data))
@@ -119,9 +120,10 @@ def report_run(
 
 
 def write_notes(workspace: Workspace) -> None:
-    """Writes what the run said of its data to `notes.json`, for the report."""
+    """Writes what the run said of its data, and by what it measured, to `notes.json`."""
     notes = [*workspace.dataset.notes, *workspace.notes]
-    write_json(workspace.folder / NOTES, {"notes": notes})
+    measured = {"retrieval measured by": workspace.tested_by}
+    write_json(workspace.folder / NOTES, {"notes": notes, "facts": measured})
 
 
 def data_name(data: str) -> str:
