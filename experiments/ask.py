@@ -36,6 +36,7 @@ from ragjax.runs.ask.view import (
     reply_as_json,
     safe_text,
 )
+from ragjax.runs.compare.rerank import NONE, check_reranker
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.modes import ModeName
 from ragjax.runs.options.shared import DataConfig
@@ -46,7 +47,7 @@ from ragjax.runs.program import (
     in_own_flags,
     show_error,
 )
-from ragjax.runs.system import SEARCHES, System
+from ragjax.runs.system import SEARCHES, System, reranked_search
 
 INTERRUPTED = 130
 _DEFAULTS = RunConfig()
@@ -76,6 +77,11 @@ class Flags:
         answer: Explain this answer instead of generating one.
         documents: Documents read for an answer; 0: none.
         retriever: Index that is searched; p_R is the dense retriever's with each of them.
+        rerank: What ranks the best documents again: `question`, the language model by the
+            likelihood of the question after each (seconds a question on a CPU); a cross-encoder, by
+            folder or hub id; or `none`. None: as a run ships, with the weight that its dev
+            questions chose, else `none`.
+        rerank_depth: Documents that are ranked again; 0: as the run, else 10.
         decode: Decoding strategy over the documents. `ensemble` reads each document once and mixes
             their next-token distributions by p_R; `concat` reads all of them in one prompt;
             `fusion` (T5 and BART) encodes each alone and attends to all of them at once; the others
@@ -107,6 +113,8 @@ class Flags:
     answer: str = ""
     documents: Annotated[int, tyro.conf.arg(aliases=("--k",))] = 4
     retriever: Literal["hybrid", "dense", "bm25"] = "hybrid"
+    rerank: str | None = None
+    rerank_depth: int = 0
     decode: ModeName | None = None
     max_new_tokens: int = 16
     document_tokens: int = 0
@@ -130,7 +138,8 @@ class Flags:
             )
         if self.words and self.question:
             raise ValueError("give the question once: in words, or as --question")
-        for name, least in (("documents", 0), ("max_new_tokens", 1), ("document_tokens", 0)):
+        leasts = {"documents": 0, "max_new_tokens": 1, "document_tokens": 0, "rerank_depth": 0}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         check_numbers(self, mark="--")
@@ -170,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
+    check_reranker(flags.rerank or NONE, "--rerank")
     system = _open(flags)
     options = ReaderOptions(
         documents=max(flags.documents, 1),
@@ -180,7 +190,9 @@ def _run(flags: Flags) -> int:
         system,
         options,
         decode=DECODES[flags.decode] if flags.decode else None,
-        by=SEARCHES[flags.retriever],
+        by=reranked_search(
+            system, SEARCHES[flags.retriever], flags.rerank, depth=flags.rerank_depth, log=_note
+        ),
         closed_book=flags.documents == 0,
     )
     if flags.warm_up:

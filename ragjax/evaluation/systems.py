@@ -9,12 +9,13 @@ class SystemKind(NamedTuple):
     note: str
     lm: Literal["base", "adapted"]
     # None: closed book; `hybrid_before` and `hybrid`: BM25 with the encoder of `before`, `after`.
-    documents: Literal["bm25", "before", "hybrid_before", "after", "hybrid"] | None
+    # `reranked`: those of what is served, the best of them ranked again.
+    documents: Literal["bm25", "before", "hybrid_before", "after", "hybrid", "reranked"] | None
 
     @property
     def num_adapted(self) -> int:
         """Number of its two models that are adapted."""
-        return (self.lm == "adapted") + (self.documents in ("after", "hybrid"))
+        return (self.lm == "adapted") + (self.documents in ("after", "hybrid", "reranked"))
 
 
 # In the order of tables.
@@ -24,6 +25,9 @@ SYSTEMS = {
     "before": SystemKind("documents by the base encoder", "base", "before"),
     "after": SystemKind("documents by the adapted encoder", "adapted", "after"),
     "hybrid": SystemKind("documents by BM25 and the adapted encoder", "adapted", "hybrid"),
+    "reranked": SystemKind(
+        "documents of what is served, the best of them ranked again", "adapted", "reranked"
+    ),
     "hybrid_before": SystemKind("documents by BM25 and the base encoder", "base", "hybrid_before"),
     "lm_half": SystemKind(
         "documents by the base encoder, read by the adapted language model", "adapted", "before"
@@ -52,6 +56,7 @@ DOCUMENTS = {
     "hybrid_before": "hybrid",
     "after": "adapted dense",
     "hybrid": "adapted hybrid",
+    "reranked": "re-ranked",
 }
 # Those that a run answers with by default: of what is served, and without documents, both language
 # models, so that every cause of a difference is told apart. Answers cost the most time.
@@ -62,8 +67,10 @@ SERVED_SYSTEMS = (
     "hybrid_lm_half",
     "hybrid_base_lm",
     "hybrid",
+    "reranked",
 )
-# In the table and the metrics.json of a run; the others are in its differences.json.
+# In the table and the metrics.json of a run, with `reranked` where there is one; the others are in
+# its differences.json.
 MAIN_SYSTEMS = ("closed_book", "bm25", "before", "after", "hybrid")
 
 # (system, baseline) to the metrics whose differences are printed; files hold those of all metrics.
@@ -84,6 +91,8 @@ PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
         "corpus_hallucination",
     ),
     ("hybrid", "bm25"): ("recall@5", "f1"),
+    ("reranked", "hybrid"): ("recall@1", "recall@5", "mrr@10", "f1"),
+    ("reranked", "hybrid_before"): ("recall@5", "mrr@10"),
     ("hybrid_before", "bm25"): ("recall@5",),
     ("before", "closed_book"): ("f1", "answer_nll", "corpus_hallucination"),
     ("hybrid_before", "closed_book"): ("corpus_hallucination",),
@@ -108,4 +117,6 @@ RUN_PAIRS = (
     ("hybrid", "hybrid_before"),
     ("hybrid_lm_half", "hybrid_before"),
     ("closed_book_lm_half", "closed_book"),
+    ("reranked", "hybrid"),
+    ("reranked", "hybrid_before"),
 )

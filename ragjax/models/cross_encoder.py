@@ -27,6 +27,7 @@ from ragjax.models.files.key_table import (
     read_safetensors,
     renamed,
     transpose,
+    unchanged,
 )
 from ragjax.models.files.sentence_transformers import read_settings
 from ragjax.models.files.sources import resolve_source
@@ -210,7 +211,7 @@ def head_table(
             continue
         weight = "kernel" if outputs else "scale"
         shapes = {weight: (size, outputs) if outputs else (size,)}
-        table[f"{name}.weight"] = KeyRule(f"{part}/{weight}", *([transpose] if outputs else []))
+        table[f"{name}.weight"] = KeyRule(f"{part}/{weight}", transpose if outputs else unchanged)
         if f"{name}.bias" in names:
             table[f"{name}.bias"] = KeyRule(f"{part}/bias")
             shapes["bias"] = (outputs or size,)

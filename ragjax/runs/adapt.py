@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
+from ragjax.runs.compare.rerank import check_reranker, chosen_name, fit_to_run
 from ragjax.runs.compare.results import evaluate_run, show_first_numbers
 from ragjax.runs.data import Log, require_answers
 from ragjax.runs.folder import claim, config_record
@@ -22,7 +23,7 @@ from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
-from ragjax.runs.teachers.reading import score_candidates
+from ragjax.runs.teachers.reading import QUESTION, score_candidates
 from ragjax.runs.teachers.target import target_log_probs
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import check_machine
@@ -86,8 +87,12 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
         after = before
         if config.trains_retriever:
             after = _adapt_retriever(workspace, config, bm25, params, candidates, lm)
+        reranker = fit_to_run(
+            workspace, bm25, before, after, lm,
+            name=config.rerank, depth=config.rerank_depth, served="hybrid",
+        )  # fmt: skip
         with workspace.timed("evaluation"):
-            evaluate_run(workspace, bm25, before, after, lm)
+            evaluate_run(workspace, bm25, before, after, lm, reranker=reranker)
         with workspace.timed("report"):
             title = f"Adaptation to {data_name(config.data)}"
             report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
@@ -106,9 +111,10 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
             raise ValueError(f"--score_cache {error}") from error
     if config.refresh.mode != "off":
         check_machine(config.refresh)
+    check_reranker(config.rerank, "--rerank")
     workspace = open_workspace(config, folder, stop=stop, log=log)
     _check_supervision(workspace, config)
-    check_prompts(workspace, run_prompts(workspace, dev=False))
+    check_prompts(workspace, run_prompts(workspace, dev=chosen_name(config.rerank) == QUESTION))
     _note_limits(workspace, config)
     return workspace
 

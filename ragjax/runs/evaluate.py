@@ -8,6 +8,15 @@ from ragjax.data import Dataset, Question
 from ragjax.index import Bm25Index
 from ragjax.refresh.task import params_digest
 from ragjax.runs.compare.measures import corpus_evidence, measure_answer
+from ragjax.runs.compare.rerank import (
+    DEFAULT_DEPTH,
+    NONE,
+    Chosen,
+    Reranker,
+    check_reranker,
+    chosen_name,
+    fit_to_run,
+)
 from ragjax.runs.compare.results import Checks, write_results
 from ragjax.runs.compare.robustness import answer_conditions
 from ragjax.runs.compare.systems import (
@@ -32,7 +41,7 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.prompt_lengths import OF_EVALUATION, Asked, check_prompts
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_notes, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
-from ragjax.runs.workspace import Workspace, make_workspace, note_limits
+from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace, note_limits
 from ragjax.training.loop import StopFlag
 
 
@@ -44,6 +53,7 @@ class Opened(NamedTuple):
     run: FinishedRun | None
     models: Models
     systems: tuple[str, ...]  # that are compared
+    rerank: str  # what ranks documents again
 
 
 def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log: Log) -> Opened:
@@ -61,7 +71,9 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     run = open_run(Path(config.run)) if config.run else None
     options = run_options(config, run.config if run else None)
     models = run.models if run else Models(options, None)
-    systems = system_names(config, adapts_lm=models.trains_lm)
+    rerank = _reranking(config, run)
+    check_reranker(rerank, "--rerank")
+    systems = system_names(config, adapts_lm=models.trains_lm, reranks=rerank != NONE)
     dataset = read_data(options, folder, log)
     questions = _choose_questions(config, options, dataset)
     models = models.read()
@@ -88,7 +100,14 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
         run=run,
         models=models,
         systems=systems,
+        rerank=rerank if "reranked" in systems else NONE,
     )
+
+
+def _reranking(config: EvaluateConfig, run: FinishedRun | None) -> str:
+    """Returns what ranks documents again: as asked, else as the run does."""
+    chosen = Chosen.read(run.folder) if run else None
+    return chosen_name(config.rerank or (chosen.name if chosen and chosen.weight else NONE))
 
 
 def _choose_questions(
@@ -141,6 +160,11 @@ def describe_cost(opened: Opened, config: EvaluateConfig) -> str:
         opened.systems,
         encodings=1 + options.trains_retriever,
         distractors=config.distractors if config.robustness else 0,
+        reranked=(
+            opened.rerank,
+            _rerank_depth(opened, config),
+            [len(opened.weighing.questions["dev"]), len(opened.workspace.questions[config.split])],
+        ),
     )
 
 
@@ -196,6 +220,7 @@ def _inputs(opened: Opened) -> dict[str, Any]:
     if models.trains_lm:
         trained["language model"] = params_digest(models.language_model.params)
     return run_inputs(opened.workspace) | {
+        "re-ranking": opened.rerank,
         "dev questions of the hybrid's weight": split_identity(opened.weighing, "dev"),
         "trained models": trained,
     }
@@ -210,15 +235,23 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
         if opened.models.trains_lm
         else base
     )
+    depth = _rerank_depth(opened, config)
     documents = retrieve_documents(
         workspace, bm25, before, after, split,
-        distractors=config.distractors if config.robustness else 0,
+        distractors=config.distractors if config.robustness else 0, deepest=depth,
     )  # fmt: skip
+    systems = opened.systems
+    reranker = _fit_reranker(opened, bm25, before, after, lm, depth)
+    if reranker:
+        questions = workspace.questions[split]
+        documents["reranked"] = reranker.documents(questions, documents["hybrid"])
+    else:
+        systems = tuple(name for name in systems if name != "reranked")
     cache = answer_cache(workspace.folder, _earlier_answers(opened.run))
     evidence = corpus_evidence(workspace, documents, split)
     measure = measure_answer(workspace, config.support_threshold, evidence)
     with workspace.timed("answers"):
-        columns = make_columns(opened.systems, documents, base, lm)
+        columns = make_columns(systems, documents, base, lm)
         records = evaluate_systems(workspace, columns, cache, split=split, measure=measure)
     robustness = None
     if config.robustness and answered_rows(workspace, split):
@@ -233,6 +266,30 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
             )
     checks = Checks(config.bins, config.support_threshold, robustness)
     return write_results(workspace, records, checks)
+
+
+def _rerank_depth(opened: Opened, config: EvaluateConfig) -> int:
+    """Returns how many documents are ranked again; 0: none."""
+    if opened.rerank == NONE:
+        return 0
+    chosen = Chosen.read(opened.run.folder) if opened.run else None
+    return config.rerank_depth or (chosen.depth if chosen else DEFAULT_DEPTH)
+
+
+def _fit_reranker(
+    opened: Opened,
+    bm25: Bm25Index,
+    before: Retriever,
+    after: Retriever,
+    lm: FrozenLM,
+    depth: int,
+) -> Reranker | None:
+    """Chooses on dev how documents are ranked again, also where a run chose on fewer of them."""
+    earlier = [opened.run.folder] if opened.run else []
+    return fit_to_run(
+        opened.weighing, bm25, before, after, lm,
+        name=opened.rerank, depth=depth, served="hybrid", earlier=earlier,
+    )  # fmt: skip
 
 
 def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:

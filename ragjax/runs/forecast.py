@@ -1,7 +1,6 @@
 """What a run will cost, from the lengths of its texts and the measured speed of its models."""
 
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,11 @@ from ragjax.refresh import (
     estimate_build_seconds,
     forecast_refresh,
 )
+from ragjax.runs.compare.rerank import NONE, chosen_name
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.speed import Texts
+from ragjax.runs.teachers.reading import QUESTION
 from ragjax.runs.tokens import bucket_of
 from ragjax.runs.train.batches import RagBatches
 from ragjax.runs.train.dev_nll import DEV_QUESTIONS
@@ -34,6 +35,8 @@ _PROMPTS = {"served": 1.7, "all": 4.0}
 _PACKED = 0.9
 # Times that the language model is measured on dev beside once before it is trained.
 _MEASURED_AGAIN = 4
+# A question in front of a document, for a cross-encoder.
+_PAIR_QUESTION = 16
 _COMPILE_SECONDS = 6.0
 _COMPILED_SHAPES = 12
 # Copies of the trained parameters on disk: with the optimizer's two moments, in two checkpoints.
@@ -91,12 +94,6 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     train = len(workspace.questions["train"])
     rounds = retriever.rounds if config.trains_retriever else 0
     pairs = train * retriever.candidates * rounds if retriever.objective != "dpr" else 0
-    scored = pairs * texts.prompt
-    if workspace.lm.family.packed_token_log_probs is not None:
-        # Pairs are packed behind their documents: as many as so many random draws would touch.
-        size = len(workspace.doc_tokens)
-        touched = size * (1 - math.exp(-pairs / size))
-        scored = touched * texts.document + pairs * texts.question
     rows, learnt, judged = _language_model(texts, config)
     length = bucket_of(
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
@@ -106,7 +103,13 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         texts,
         [
             Work("language model", learnt + judged, texts.lm_rate),
-            Work("teacher", scored, texts.lm_rate),
+            Work("teacher", texts.scored(pairs), texts.lm_rate),
+            *_reranked(
+                texts,
+                config.rerank,
+                config.rerank_depth,
+                [len(workspace.questions[split]) for split in ("dev", "test")],
+            ),
             Work("retriever", taught, texts.encoder_rate, texts.encoder_passes),
         ],
         encodings=1 + rounds,
@@ -166,7 +169,13 @@ def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
 
 
 def describe_evaluation(
-    workspace: Workspace, split: str, systems: Sequence[str], *, encodings: int, distractors: int
+    workspace: Workspace,
+    split: str,
+    systems: Sequence[str],
+    *,
+    encodings: int,
+    distractors: int,
+    reranked: tuple[str, int, Sequence[int]] = (NONE, 0, ()),
 ) -> str:
     """Measures both models and returns how long an evaluation will take at most.
 
@@ -176,6 +185,8 @@ def describe_evaluation(
         systems: Names of the systems that are compared.
         encodings: Times that the corpus is encoded.
         distractors: Of a prompt that measures robustness; 0: it is not measured.
+        reranked: What ranks documents again, how many of a question, and the questions of each
+            stage.
     """
     texts = Texts(workspace, workspace.config)
     answered, read = texts.answered(split), texts.config.evaluation.documents
@@ -187,6 +198,7 @@ def describe_evaluation(
         answers += [0, read, read + distractors, read + distractors, distractors]
     prompts = answered * sum(map(texts.prompts_of, answers))
     work = [Work("encoding", texts.corpus, texts.encoder_rate, encodings)]
+    work += _reranked(texts, *reranked)
     if prompts:
         work.append(Work("answers", answered * sum(map(texts.answer, answers)), texts.lm_rate))
     return (
@@ -209,6 +221,19 @@ def describe_time(seconds: Mapping[str, float], started: float) -> str:
     """Returns a line on how long a call took, in all and by stage."""
     stages = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items())
     return f"\ntook {duration(time.perf_counter() - started)} in this call ({stages})"
+
+
+def _reranked(texts: Texts, asked: str, depth: int, counts: Sequence[int]) -> list[Work]:
+    """Returns the work of ranking the best documents again, of so many questions a stage."""
+    if (name := chosen_name(asked)) == NONE:
+        return []
+    lengths = texts.workspace.doc_tokens.lengths
+    pairs = [min(depth, len(lengths)) * count for count in counts]
+    if name == QUESTION:
+        return [Work("re-rank", sum(map(texts.scored, pairs)), texts.lm_rate)]
+    # A cross-encoder of the encoder's size.
+    length = float(lengths.mean()) + _PAIR_QUESTION
+    return [Work("re-rank", sum(pairs) * length, texts.encoder_rate)]
 
 
 def _cost(

@@ -1,6 +1,7 @@
 """How long the texts of a run are, and how fast its models read them on this machine."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,15 @@ class Texts:
         """Tokens of all documents for the encoder, padding included."""
         padded = np.asarray(buckets(self.workspace.encoder))
         return int(padded[np.searchsorted(padded, self._lengths)].sum())
+
+    def scored(self, pairs: int) -> float:
+        """Returns the tokens of so many (question, document) pairs for the language model."""
+        if self.workspace.lm.family.packed_token_log_probs is None:
+            return pairs * self.prompt
+        # Pairs are packed behind their documents: as many as so many random draws would touch.
+        size = len(self._lengths)
+        touched = size * (1 - math.exp(-pairs / size))
+        return touched * self.document + pairs * self.question
 
     @functools.cached_property
     def encoder_rate(self) -> float:

@@ -20,11 +20,20 @@ from ragjax.data.matching import refuse_string
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
 from ragjax.refresh import encode_corpus
+from ragjax.runs.compare.rerank import (
+    DEFAULT_DEPTH,
+    DEFAULT_WEIGHT,
+    NONE,
+    Chosen,
+    Reranker,
+    chosen_name,
+    make_scorer,
+)
 from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import Models, open_run
-from ragjax.runs.workspace import Workspace, make_workspace
+from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace
 from ragjax.training.loop import StopFlag
 
 
@@ -199,6 +208,46 @@ def by_hybrid(system: System, queries: Queries, k: int) -> SearchResult:
     """Returns documents by both, weighted as on the dev questions."""
     both = HybridQueries(queries.embeddings, queries.texts)
     return system.retriever.hybrid.search(both, k)
+
+
+def reranked_search(
+    system: System, search: Search, name: str | None, *, depth: int = 0, log: Log = print
+) -> Search:
+    """Returns a search whose best documents are ranked again.
+
+    Args:
+        system: Documents and models; in the folder of a run, with what that chose on dev.
+        search: Finds the documents.
+        name: `none`, `question`, the source of a cross-encoder, or `auto`: `question`, but `none`
+            on a CPU. None: as the run ships, else `none`.
+        depth: Documents that are ranked again; 0: as the run, else 10.
+        log: Told what ranks again, and with which weight.
+
+    Raises:
+        OSError, ValueError: There is no such cross-encoder.
+    """
+    workspace, chosen = system.workspace, Chosen.read(system.workspace.folder)
+    name = chosen_name(name or (chosen.name if chosen and chosen.weight else NONE))
+    if name == NONE:
+        return search
+    depth = depth or (chosen.depth if chosen else DEFAULT_DEPTH)
+    weight, why = DEFAULT_WEIGHT, "not chosen on dev"
+    if chosen and chosen.name == name and chosen.weight:
+        weight, why = chosen.weight, f"chosen on {chosen.questions} dev questions"
+    log(f"the best {depth} documents are ranked again: {name}, weight {weight:g} ({why})")
+    reranker = Reranker(
+        scorer=make_scorer(workspace, name, FrozenLM(system.lm_params, system.name), folder=None),
+        depth=depth,
+        weight=weight,
+        prior_scale=system.scale if search is by_dense else 1.0,
+    )
+
+    def search_again(system: System, queries: Queries, k: int) -> SearchResult:
+        found = search(system, queries, min(max(k, depth), system.size))
+        asked = [Question(id=str(row), text=text) for row, text in enumerate(queries.texts)]
+        return reranker(asked, found, keep=False).top(k)
+
+    return search_again
 
 
 SEARCHES: dict[str, Search] = {"dense": by_dense, "bm25": by_bm25, "hybrid": by_hybrid}

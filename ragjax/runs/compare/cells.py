@@ -17,6 +17,7 @@ _STEPS = (
     ("hybrid_before", "bm25"),
     ("hybrid_before", "none"),
     ("hybrid", "none"),
+    ("reranked", "hybrid"),
 )
 
 

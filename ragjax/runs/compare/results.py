@@ -26,6 +26,7 @@ from ragjax.evaluation.systems import (
 from ragjax.index import Bm25Index
 from ragjax.runs.compare.cells import CELLS, format_cells, tabulate
 from ragjax.runs.compare.measures import RIGHT_F1, is_right
+from ragjax.runs.compare.rerank import Reranker
 from ragjax.runs.compare.robustness import (
     CONDITION_METRICS,
     Robustness,
@@ -77,7 +78,13 @@ class Checks(NamedTuple):
 
 
 def evaluate_run(
-    workspace: Workspace, bm25: Bm25Index, before: Retriever, after: Retriever, lm: FrozenLM
+    workspace: Workspace,
+    bm25: Bm25Index,
+    before: Retriever,
+    after: Retriever,
+    lm: FrozenLM,
+    *,
+    reranker: Reranker | None = None,
 ) -> dict[str, Any]:
     """Compares the systems of a run on its test questions and writes its results.
 
@@ -87,6 +94,7 @@ def evaluate_run(
         before: The base retriever.
         after: The adapted one, or the base one.
         lm: The adapted language model, or the base one.
+        reranker: Ranks the best of what is served again; None: nothing does.
 
     Returns:
         What `metrics.json` holds.
@@ -100,7 +108,13 @@ def evaluate_run(
         for name, kind in SYSTEMS.items()
         if kind.num_adapted != 1 or lm.fingerprint != base.fingerprint
     ]
-    documents = retrieve_documents(workspace, bm25, before, after, "test")
+    deepest = reranker.depth if reranker else 0
+    documents = retrieve_documents(workspace, bm25, before, after, "test", deepest=deepest)
+    if reranker:
+        questions = workspace.questions["test"]
+        documents["reranked"] = reranker.documents(questions, documents["hybrid"])
+    else:
+        names.remove("reranked")
     columns = make_columns(names, documents, base, lm)
     if workspace.config.evaluation.answers == "served":
         columns = [
@@ -175,7 +189,7 @@ def write_results(
         records, pairs=RUN_PAIRS if checks is None else tuple(PAIRS), metrics=_COMPARED, **options
     )
     calibrations = {} if checks is None else _calibrations(records, checks.bins, options)
-    kept = MAIN_SYSTEMS if checks is None else records
+    kept = (*MAIN_SYSTEMS, "reranked") if checks is None else records
     names = [name for name in kept if name in records]
     table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
     shown = [c for c in comparisons if c.metric in PAIRS[c.system, c.baseline]]

@@ -55,6 +55,7 @@ def retrieve_documents(
     split: str,
     *,
     distractors: int = 0,
+    deepest: int = 0,
 ) -> dict[str, Documents]:
     """Searches each index once.
 
@@ -65,13 +66,14 @@ def retrieve_documents(
         after: The adapted one, or the base one again.
         split: Of the workspace's questions.
         distractors: Irrelevant documents that are wanted of each question.
+        deepest: Documents that are wanted of each question, whatever they are.
 
     Returns:
         The documents by their name in `SYSTEMS`. p_R is a dense retriever's in all of them; that of
         the documents of BM25 is the base retriever's.
     """
     questions = workspace.questions[split]
-    wanted = workspace.config.evaluation.documents
+    wanted = max(workspace.config.evaluation.documents, deepest)
     if distractors:
         most = max(map(len, workspace.relevant_rows(split)), default=0)
         wanted = max(wanted, distractors + most)

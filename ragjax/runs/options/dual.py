@@ -126,12 +126,19 @@ class AdaptConfig(RunConfig):
         stages: Models that are trained, in this order: one or both.
         score_cache: Teacher scores of an earlier run (its `scores/0.jsonl`), to reuse with other
             options of the retriever; scores of another language model or prompt do not match.
+        rerank: What ranks the best documents of what is served again: `question`, the language
+            model by the likelihood of the question after each; a cross-encoder, by folder or hub
+            id; or `none`. Its weight is chosen on dev, and 0 where it does not help. `auto`:
+            `question`, but `none` on a CPU, where it takes seconds a question.
+        rerank_depth: Documents of a question that are ranked again.
         language_model: Stage that trains the language model.
         retriever: Stage that trains the retriever.
     """
 
     stages: tuple[Stage, ...] = ("lm", "retriever")
     score_cache: str = ""
+    rerank: str = "auto"
+    rerank_depth: int = 10
     language_model: LMConfig = field(default_factory=LMConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
 
@@ -154,6 +161,9 @@ class AdaptConfig(RunConfig):
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().check()
+        at_least(self, 1, "rerank_depth")
+        if not self.rerank:
+            raise ValueError("rerank must be auto, none, question or a cross-encoder, got nothing")
         if not self.stages:
             raise ValueError("stages names no model to train; give lm, retriever or both")
         if len(set(self.stages)) != len(self.stages):

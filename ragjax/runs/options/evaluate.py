@@ -58,6 +58,10 @@ class EvaluateConfig(Options):
         beams: Width of the beam, for the `rag_` modes; None: as the run, else 1.
         max_new_tokens: Tokens generated at most; None: as the run, else 24.
         document_tokens: Tokens kept of each document; None: as the run, else 140.
+        rerank: What ranks the best documents again, in a system of its own: `question`, the
+            language model by the likelihood of the question after each; a cross-encoder, by folder
+            or hub id; or `none`. None: as the run, else `none`.
+        rerank_depth: Documents of a question that are ranked again; None: as the run, else 10.
         max_questions: At most this many questions of the split (the first of a seeded shuffle); 0:
             all.
         answer_questions: At most this many of them are also answered.
@@ -93,6 +97,8 @@ class EvaluateConfig(Options):
     beams: int | None = None
     max_new_tokens: int | None = None
     document_tokens: int | None = None
+    rerank: str | None = None
+    rerank_depth: int | None = None
     max_questions: int = 0
     answer_questions: int = 100
     seed: int | None = None
@@ -113,7 +119,7 @@ class EvaluateConfig(Options):
         super().check()
         at_least(self, 1, "answer_questions", "resamples", "bins", "distractors")
         at_least(self, 1, "documents", "beams", "max_new_tokens", "document_tokens")
-        at_least(self, 1, "encode_tokens", "score_tokens")
+        at_least(self, 1, "encode_tokens", "score_tokens", "rerank_depth")
         at_least(self, 0, "max_questions")
         if not self.output:
             raise ValueError("output must name a folder")
@@ -130,7 +136,8 @@ class EvaluateConfig(Options):
                     f"--{name} {getattr(self, name)}: --run {self.run} says which models it"
                     " adapted; leave one of them out"
                 )
-        if not self.run and (adapted := set(self.systems) - set(BASE_SYSTEMS)):
+        there = {*BASE_SYSTEMS, *(["reranked"] if self.rerank != "none" else [])}
+        if not self.run and (adapted := set(self.systems) - there):
             raise ValueError(
                 f"--systems {' '.join(sorted(adapted))}: there are no adapted models; add --run"
                 f" FOLDER, or choose among {' '.join(BASE_SYSTEMS)}"
@@ -196,18 +203,28 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
     )
 
 
-def system_names(config: EvaluateConfig, *, adapts_lm: bool) -> tuple[str, ...]:
+def system_names(
+    config: EvaluateConfig, *, adapts_lm: bool, reranks: bool = False
+) -> tuple[str, ...]:
     """Returns the systems that are compared.
 
     Args:
         config: Options.
         adapts_lm: Whether there is an adapted language model beside the one it came from.
+        reranks: Whether the best documents are ranked again.
 
     Raises:
-        ValueError: A system was chosen that needs one, and there is none.
+        ValueError: A system was chosen that needs one of these, and there is none.
     """
     halves = _HALF_SYSTEMS if adapts_lm else ()
-    there = BASE_SYSTEMS + (_RUN_SYSTEMS + halves if config.run else ())
+    there = BASE_SYSTEMS + (_RUN_SYSTEMS + halves if config.run else ("reranked",))
+    if not reranks:
+        there = tuple(name for name in there if name != "reranked")
+        if "reranked" in config.systems:
+            raise ValueError(
+                "--systems reranked: nothing ranks the documents again; add --rerank question, or a"
+                " cross-encoder"
+            )
     if missing := [name for name in config.systems if name not in there]:
         raise ValueError(
             f"--systems {' '.join(missing)}: {config.run} did not adapt the language model, so it"
