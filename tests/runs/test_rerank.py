@@ -220,8 +220,8 @@ def test_a_search_ranks_again_as_asked_or_as_the_run_chose(system, tmp_path):
     assert not lines
     by_model = reranked_search(system, by_hybrid, model, depth=20, log=lines.append)
     assert "the best 20 documents" in lines[0] and "weight 1 (not chosen on dev)" in lines[0]
-    again, best = retrieve(system, ["the red owl"], 3, by=by_model).found, None
-    assert again.mask.shape == (1, 3) and again.doc_ids.tolist() != found.doc_ids.tolist()
+    again = retrieve(system, ["the red owl"], 3, by=by_model).found
+    assert again.mask.shape == (1, 3) == found.mask.shape
     best = retrieve(system, ["the red owl"], 20, by=by_hybrid).found
     scorer = make_scorer(system.workspace, model, system.workspace.base_lm(), folder=None)
     asked = [Question(id="", text="the red owl")]
@@ -230,15 +230,16 @@ def test_a_search_ranks_again_as_asked_or_as_the_run_chose(system, tmp_path):
     # A run says by itself what it ships.
     workspace = dataclasses.replace(system.workspace, folder=tmp_path)
     run = dataclasses.replace(system, workspace=workspace)
-    chosen = Chosen(model, "f", 5, 4.0, 30, {}, 1.5)
+    chosen = Chosen(model, "f", 12, 4e4, 30, {}, 1.5)
     (tmp_path / "rerank.json").write_text(json.dumps(chosen._asdict()))
     assert reranked_search(run, by_hybrid, "none") is by_hybrid
     shipped = reranked_search(run, by_hybrid, None, log=lines.append)
-    assert "the best 5 documents" in lines[1] and "weight 4 (chosen on 30 dev" in lines[1]
-    first = retrieve(run, ["the red owl"], 5, by=by_hybrid).found
-    expected = reranked(first, scorer.scores(asked, first), 4.0)
-    both = retrieve(run, ["the red owl"], 2, by=shipped).found
-    np.testing.assert_array_equal(both.doc_ids, expected.doc_ids[:, :2])
+    assert "the best 12 documents" in lines[1] and "weight 40000 (chosen on 30 dev" in lines[1]
+    first = retrieve(run, ["the red owl"], 12, by=by_hybrid).found
+    expected = reranked(first, scorer.scores(asked, first), 4e4)
+    new = retrieve(run, ["the red owl"], 9, by=shipped).found
+    np.testing.assert_array_equal(new.doc_ids, expected.doc_ids[:, :9])
+    assert new.doc_ids.tolist() != first.doc_ids[:, :9].tolist()
 
 
 def test_the_logits_of_p_r_follow_their_documents(rng):
