@@ -108,6 +108,11 @@ def measured_by(dataset: Dataset, split: str, questions: Sequence[Question]) -> 
 
 def require_answers(dataset: Dataset, questions: Sequence[Question], needed_by: str) -> None:
     """Raises ValueError where no training question has an answer to learn."""
+    if not questions:
+        raise ValueError(
+            f"{dataset.name}: there are no training questions (supervision: {dataset.supervision});"
+            " add queries.jsonl"
+        )
     if any(question.answers for question in questions):
         return
     why = "".join(f" ({text})" for text in dataset.notes if "has answers in" in text)

@@ -75,8 +75,16 @@ def test_b2_an_empty_corpus(refuse, domain):
 
 
 def test_b2_no_training_questions(refuse, domain):
+    judged = {
+        line.split("\t")[0]
+        for split in ("dev", "test")
+        for line in (domain / "qrels" / f"{split}.tsv").read_text().splitlines()
+    }
+    lines = (domain / "queries.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["_id"] in judged]
+    (domain / "queries.jsonl").write_text("".join(kept))
     (domain / "qrels" / "train.tsv").unlink()
-    assert "no train questions" in refuse(data=str(domain))
+    assert "there are no training questions" in refuse(data=str(domain))
 
 
 def test_b3_a_broken_line_is_named(refuse, domain):
@@ -263,7 +271,7 @@ def test_b29_a_run_with_other_options_is_not_overwritten(refuse, script, tiny_in
 
 
 def test_input_that_was_refused_does_not_block_the_next_try(refuse, domain, tmp_path, script):
-    (domain / "qrels" / "train.tsv").unlink()
+    (domain / "corpus.jsonl").unlink()
     refuse(data=str(domain))
     config = AdaptConfig(output=str(tmp_path / "out"))
     with claim(config, config_record(config, config.fingerprint(), mode="concat"), None):
