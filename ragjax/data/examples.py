@@ -99,8 +99,7 @@ class Dataset:
                 raise DataError(f"{self.name} has no split {split!r}; it has {known}")
             questions = self.questions[split]
         judged, row_of = self.qrels.get(split, {}), self.corpus.row_of
-        unknown = [q.answers for q in questions if q.passage is None and q.id not in judged]
-        held = iter(self._answer_passages.rows(unknown))
+        held = iter(self._answer_passages.rows(self._unjudged(split, questions)))
         graded = []
         for question in questions:
             if question.passage is not None:
@@ -110,6 +109,16 @@ class Dataset:
             else:
                 graded.append(dict.fromkeys(sorted(next(held)), 1))
         return graded
+
+    def look_up(self, questions: Mapping[str, Sequence[Question]]) -> None:
+        """Reads the passages once for what `graded_rows` tells of these questions, by split."""
+        unjudged = [self._unjudged(split, asked) for split, asked in questions.items()]
+        self._answer_passages.rows(sum(unjudged, []))
+
+    def _unjudged(self, split: str, questions: Sequence[Question]) -> list[tuple[str, ...]]:
+        """Returns the answers of those questions whose passages only their answers can tell."""
+        judged = self.qrels.get(split, {})
+        return [q.answers for q in questions if q.passage is None and q.id not in judged]
 
     def truth(self, split: str, questions: Sequence[Question]) -> str:
         """Returns by what most questions of a split know their passages, as `graded_rows` says.

@@ -86,6 +86,7 @@ def trained_on(dataset: Dataset, note: Log = lambda text: None) -> tuple[Questio
 
 def describe_supervision(dataset: Dataset, questions: Mapping[str, Sequence[Question]]) -> str:
     """Returns what a run trains on and by what it chooses and measures, in one sentence."""
+    dataset.look_up(questions)
     train = questions["train"]
     with_answers = sum(bool(question.answers) for question in train)
     measured = [

@@ -87,6 +87,17 @@ def test_the_share_of_questions_that_are_known_is_said(tmp_path, write_domain):
     assert measured_by(dataset, "dev", asked["dev"]).endswith(f"(known for {known} of 11)")
 
 
+def test_passages_are_read_once_for_the_answers_of_all_splits(tmp_path, domains, monkeypatch):
+    read_passages = []
+    monkeypatch.setattr(
+        "ragjax.data.truth.rows_with_answers",
+        lambda texts, answers: read_passages.append(answers) or dict.fromkeys(answers, ()),
+    )
+    dataset, asked = read(domains[0], "answers", tmp_path / "run")
+    describe_supervision(dataset, asked)
+    assert len(read_passages) == 1 and len(read_passages[0]) == 12 + 11  # not of judged test
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("supervision", KINDS[:3])
 def test_wrong_judgements_change_nothing_of_a_run(tmp_path, domains, tiny_flags, supervision):
