@@ -31,4 +31,6 @@ from ragjax.runs.saved import FinishedRun as FinishedRun
 from ragjax.runs.saved import open_run as open_run
 from ragjax.runs.system import open_base_system as open_base_system
 from ragjax.runs.system import open_system as open_system
+from ragjax.runs.teachers.plain import LMTeacher as LMTeacher
+from ragjax.runs.teachers.plain import Teacher as Teacher
 from ragjax.runs.train_rag import train_rag as train_rag

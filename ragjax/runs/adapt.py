@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
-from ragjax.runs.compare.rerank import check_reranker, chosen_name, fit_to_run
+from ragjax.runs.compare.rerank import check_reranker, fit_to_run
 from ragjax.runs.compare.results import evaluate_run, show_first_numbers
 from ragjax.runs.data import Log, require_answers
 from ragjax.runs.folder import claim, config_record
@@ -23,8 +23,7 @@ from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
-from ragjax.runs.teachers.reading import QUESTION, score_candidates
-from ragjax.runs.teachers.target import target_log_probs
+from ragjax.runs.teachers.choice import LsrTeacher, choose_teacher, open_scores, teaching_lms
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import check_machine
 from ragjax.runs.train.retriever import (
@@ -114,7 +113,8 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
     check_reranker(config.rerank, "--rerank")
     workspace = open_workspace(config, folder, stop=stop, log=log)
     _check_supervision(workspace, config)
-    check_prompts(workspace, run_prompts(workspace, dev=chosen_name(config.rerank) == QUESTION))
+    open_scores(workspace, config.retriever)
+    check_prompts(workspace, run_prompts(workspace, dev=True))
     _note_limits(workspace, config)
     return workspace
 
@@ -128,8 +128,10 @@ def _check_supervision(workspace: Workspace, config: AdaptConfig) -> None:
             f"{dataset.name}: there are no training questions (supervision:"
             f" {dataset.supervision}); add queries.jsonl"
         )
-    if config.trains_retriever and retriever.objective != "dpr":
-        require_answers(dataset, questions, f"--retriever.objective {retriever.objective}")
+    weights = retriever.weights
+    if config.trains_retriever and retriever.objective != "dpr" and weights is not None:
+        if weights.answer and not weights.question:
+            require_answers(dataset, questions, f"--retriever.teachers {weights}")
     if config.trains_retriever and retriever.objective == "dpr":
         known = sum(map(bool, workspace.relevant_rows("train")))
         if not known:
@@ -232,11 +234,16 @@ def _adapt_retriever(
     lm: FrozenLM,
 ) -> Retriever:
     options, before = config.retriever, candidates.retriever
+    lms = teaching_lms(options, workspace.base_lm(), lm)
+    teacher: LsrTeacher | None = None
     known = [config.score_cache] if config.score_cache else []
     if config.refresh.mode != "off":
         cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=known)
+        if options.objective != "dpr":
+            with workspace.timed("teacher"):
+                teacher = choose_teacher(workspace, options, before, lms, cache)
         with workspace.timed("retriever"):
-            params = train_live(workspace, options, bm25, before, params, lm, cache)
+            params = train_live(workspace, options, bm25, before, params, teacher, cache)
         return _build_after(workspace, bm25, params, 1)
     for number in range(options.rounds):
         if options.objective == "dpr":
@@ -245,7 +252,12 @@ def _adapt_retriever(
             path = workspace.folder / "scores" / f"{number}.jsonl"
             cache = ResultCache(path, Score, earlier=known)
             known.append(str(path))
-            targets_at = _scored_round(workspace, options, candidates, lm, cache)
+            with workspace.timed("teacher"):
+                found = candidates.hybrid(options.candidates)
+                teacher = teacher or choose_teacher(
+                    workspace, options, before, lms, cache, found=found
+                )
+                targets_at = _scored_round(workspace, teacher, found, cache)
         with workspace.timed("retriever"):
             params = train_retriever(workspace, options, number, params, targets_at)
         retriever = _build_after(workspace, bm25, params, number + 1)
@@ -262,18 +274,12 @@ def _build_after(
 
 
 def _scored_round(
-    workspace: Workspace,
-    config: RetrieverConfig,
-    candidates: Candidates,
-    lm: FrozenLM,
-    cache: ResultCache[Score],
+    workspace: Workspace, teacher: LsrTeacher, found: SearchResult, cache: ResultCache[Score]
 ) -> TargetsAt:
-    """Lets the language model score the candidates of all questions."""
-    with workspace.timed("teacher"):
-        found, questions = candidates.hybrid(config.candidates), workspace.questions["train"]
-        scores = score_candidates(workspace, lm, questions, found, cache)
-        targets = scored_targets(found, target_log_probs(config.target, scores, found))
-        _report_target(targets, workspace.log)
+    """Lets the teacher score the candidates of all questions."""
+    log_q = teacher.log_probs(workspace, workspace.questions["train"], found, cache)
+    targets = scored_targets(found, log_q)
+    _report_target(targets, workspace.log)
     return lambda step, rows: targets.take(rows)
 
 

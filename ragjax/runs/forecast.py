@@ -20,6 +20,7 @@ from ragjax.runs.compare.rerank import NONE, chosen_name
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.speed import Texts
+from ragjax.runs.teachers.choice import count_pairs
 from ragjax.runs.teachers.reading import QUESTION
 from ragjax.runs.tokens import bucket_of
 from ragjax.runs.train.batches import RagBatches
@@ -93,7 +94,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     retriever = config.retriever
     train = len(workspace.questions["train"])
     rounds = retriever.rounds if config.trains_retriever else 0
-    pairs = train * retriever.candidates * rounds if retriever.objective != "dpr" else 0
+    pairs = count_pairs(workspace, retriever) if rounds else 0
     rows, learnt, judged = _language_model(texts, config)
     length = bucket_of(
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))

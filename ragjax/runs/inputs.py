@@ -16,7 +16,7 @@ from ragjax.runs.data import Log
 from ragjax.runs.folder import CONFIG
 from ragjax.runs.models import Encoders
 from ragjax.runs.workspace import Workspace
-from ragjax.storage import write_json
+from ragjax.storage import sha256, write_json
 
 _HOW_ENCODED = ("pooling", "steps", "max_length", "query_prefix", "doc_prefix")
 _HOW_READ = ("bos_id", "eos_ids", "text_format")
@@ -33,6 +33,8 @@ def run_inputs(workspace: Workspace) -> dict[str, Any]:
         "language model": model_identity(workspace.lm),
         "corpus": {"passages": workspace.dataset.corpus.fingerprint},
     }
+    if path := getattr(workspace.config.retriever, "scores_file", ""):
+        inputs["scores file"] = {"content": sha256(Path(path))}
     splits = {f"{split} split": split_identity(workspace, split) for split in workspace.questions}
     return inputs | splits
 

@@ -49,7 +49,8 @@ def run_prompts(workspace: Workspace, *, dev: bool) -> list[Asked]:
     answered = answered[: config.data_options.answer_questions]
     return [
         *(
-            Asked(split, [q for q in workspace.questions[split] if q.answers], 1)
+            # Where a retriever learns and is chosen, questions without an answer are scored too.
+            Asked(split, [q for q in workspace.questions[split] if q.answers or split != "test"], 1)
             for split in splits
         ),
         Asked(
@@ -82,7 +83,7 @@ def check_prompts(
         for question in questions:
             place = f"queries.jsonl: the {split} question {question.id!r}"
             try:
-                prompts.target(question.answers[0])
+                _ = [prompts.target(answer) for answer in question.answers[:1]]
             except DataError as error:
                 raise ValueError(f"{place}: {error}") from error
             for count in (0, documents):
@@ -139,6 +140,7 @@ def _note_cuts(workspace: Workspace, asked: Sequence[Asked], flags: PromptFlags)
         (split, question.id): len(prompts.answer_ids(question.answers[0]))
         for split, questions, *_ in asked
         for question in questions
+        if question.answers
     }
     most = prompts.template.max_answer_tokens
     _note_longer(

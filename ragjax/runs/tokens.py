@@ -93,13 +93,21 @@ def make_prompts(
     """
     # A model that was trained on prompts of its own reads those.
     texts = lm.prompt._asdict() if lm.prompt else {}
+    template = PromptTemplate(
+        **texts,
+        max_document_tokens=config.document_tokens,
+        max_answer_tokens=config.answer_tokens,
+    )
+    return prompts_of(lm, template, end_id=end_id, new_tokens=new_tokens)
+
+
+def prompts_of(
+    lm: LanguageModel, template: PromptTemplate, *, end_id: int | None = None, new_tokens: int = 0
+) -> PromptBuilder:
+    """Returns the prompt builder of a template, with the special tokens of a language model."""
     return PromptBuilder(
         lm.tokenizer,
-        template=PromptTemplate(
-            **texts,
-            max_document_tokens=config.document_tokens,
-            max_answer_tokens=config.answer_tokens,
-        ),
+        template=template,
         max_length=lm.max_length,
         pad_id=lm.pad_id,
         bos_id=lm.bos_id,

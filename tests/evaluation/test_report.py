@@ -15,6 +15,7 @@ from ragjax.evaluation.report.checks import (
     calibration_section,
     dev_section,
     robustness_section,
+    teachers_section,
 )
 from ragjax.evaluation.report.explained import divergence, explained_section
 from ragjax.evaluation.report.html import escape, excerpt, isolated, number, page, signed, table
@@ -386,6 +387,23 @@ def test_dev_and_robustness_are_tables():
     assert robustness_section({}) == dev_section({}) == ""
 
 
+def test_teachers_are_tables():
+    values = {
+        "weights": {"answer": 1.0, "prior": 0.3},
+        "language_model": "adapted",
+        "why": "chosen on 40 dev questions",
+        "alone": {"adapted": {"answer": 0.863, "prior": 0.783}},
+        "mixtures": [
+            {"language_model": "base", "weights": {"<x>": 2.0}, "mrr": 0.911},
+        ],
+    }
+    text = read(teachers_section(values)).text
+    for part in ("answer=1.0 prior=0.3", "chosen on 40", ".863", ".783", "<x>=2.0", ".911"):
+        assert part in text
+    assert "Each alone" not in teachers_section({"weights": {"answer": 1.0}})
+    assert teachers_section({}) == ""
+
+
 def everything():
     hostile = " ".join(HOSTILE)
     passages = {"g": PassageText(hostile, hostile + " Paris"), "x": PassageText("t", hostile)}
@@ -404,6 +422,8 @@ def everything():
         explained=explained_hostile,
         calibration={hostile: {hostile: {"n": 3, "reliability": [], hostile: cell(0.2)}}},
         dev={"systems": {hostile: {hostile: cell(0.1)}}},
+        teachers={"weights": {hostile: 1.0}, "language_model": hostile, "why": hostile,
+                  "alone": {hostile: {hostile: 0.5}}},
         robustness={"n": 3, "conditions": {hostile: {hostile: cell(0.1)}},
                     "same_as_closed_book": cell(0.5)},
         support={hostile: {hostile: cell(0.1)}},
@@ -458,7 +478,8 @@ def test_headings_are_in_order_and_every_image_has_a_name():
 
 @pytest.mark.parametrize("left_out", [
     "metrics", "differences", "steps", "questions", "gold", "passages", "explained", "calibration",
-    "dev", "robustness", "support", "cost", "config", "notes", "problems", "facts", "other_metrics",
+    "dev", "teachers", "robustness", "support", "cost", "config", "notes", "problems", "facts",
+    "other_metrics",
 ])  # fmt: skip
 def test_any_part_may_be_missing(left_out):
     data = everything()

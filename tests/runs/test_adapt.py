@@ -53,6 +53,8 @@ def test_a_run_writes_everything_it_promises(finished):
     assert out.index("== index before") < first < out.index("== language model")
     assert "answers to 6 of 10 test questions (--data_options.answer_questions)" in out
     cells = json.loads((output / "cells.json").read_text())["cells"]
+    teachers = json.loads((output / "teachers.json").read_text())
+    assert teachers["language_model"] in ("adapted", "base") and teachers["weights"]["prior"] > 0
     read = {"none", "bm25", "before", "hybrid_before", "after", "hybrid"}
     assert {(cell["lm"], cell["documents"]) for cell in cells} == {
         (lm, documents) for lm in ("base", "adapted") for documents in read

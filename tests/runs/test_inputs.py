@@ -1,5 +1,6 @@
 """The same command goes on with a run only if it reads the same."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -97,6 +98,23 @@ def test_changed_inputs_are_refused_by_name(folder, change):
     do(folder)
     with pytest.raises(ValueError, match=f"has changed since: {message}"):
         start(folder)
+
+
+def test_another_file_of_scores_is_another_input(folder):
+    path = folder / "scores.jsonl"
+    line = '{"query-id": "q0", "corpus-id": "red-cat", "score": %d}\n'
+    digests = []
+    for score in (1, 2):
+        path.write_text(line % score)
+        base = config_of(folder)
+        retriever = dataclasses.replace(base.retriever, scores_file=str(path))
+        config = dataclasses.replace(base, retriever=retriever)
+        workspace = open_adapt(config, folder / "run", stop=StopFlag(), log=lambda _: None)
+        digests.append(run_inputs(workspace)["scores file"])
+    assert digests[0] != digests[1]
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="scores.jsonl:1: needs one of the fields"):
+        open_adapt(config, folder / "run", stop=StopFlag(), log=lambda _: None)
 
 
 def test_models_of_a_run_are_those_that_it_began_with(folder):

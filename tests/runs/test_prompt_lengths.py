@@ -80,9 +80,9 @@ def test_what_the_language_model_does_not_read_is_counted_and_named(changed, tmp
     notes = [
         "1 of 80 (1.2%) passages are cut for the language model, which reads their first 60 tokens"
         " (--prompt.document_tokens)",
-        "1 of 53 (1.9%) right answers are cut to 30 tokens where they are learnt or scored"
+        "1 of 80 (1.2%) right answers are cut to 30 tokens where they are learnt or scored"
         " (--prompt.answer_tokens)",
-        "1 of 26 (3.8%) right answers to evaluate on are longer than the 24 tokens after which a"
+        "1 of 53 (1.9%) right answers to evaluate on are longer than the 24 tokens after which a"
         " generated answer is cut (--evaluation.max_new_tokens)",
     ]
     assert [note for note in workspace.notes if "%" in note] == notes  # the report shows them

@@ -16,7 +16,7 @@ from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.program import parse_flags
 from ragjax.runs.teachers.reading import TeacherScores
-from ragjax.runs.teachers.target import target_log_probs
+from ragjax.runs.teachers.target import target_log_probs, teacher_parts
 from ragjax.runs.train import retriever as retriever_stage
 from ragjax.runs.train.end_to_end import make_terms
 from ragjax.runs.train.retriever import OBJECTIVES
@@ -48,7 +48,8 @@ def test_each_recipe_is_read_and_takes_what_it_says(path):
     for section, options in tomllib.loads(path.read_text("utf-8")).items():
         if isinstance(options, dict):
             for name, value in options.items():
-                assert getattr(getattr(config, section), name) == value
+                found = getattr(getattr(config, section), name)
+                assert (list(found) if isinstance(found, tuple) else found) == value
     assert config.keep == "last"
     assert "section" in path.read_text("utf-8")  # each names its source
     # No paper compares a question with the candidates of others.
@@ -70,6 +71,7 @@ def softmax(scores):
 
 
 LOG_PROBS, LENGTH = np.array([-0.5, -3.0, -2.0]), 2  # of an answer given three documents
+ASKED = np.array([-7.0, -4.0, -5.5])  # of the question, of as many tokens
 DOC_SCORES = np.array([1.0, 0.5, -1.0])
 # Recipe -> g of the target, its temperature, and whether p_R comes first in the divergence.
 PRINTED = {
@@ -77,6 +79,7 @@ PRINTED = {
     "ra_dit": (np.exp(LOG_PROBS), 0.01, True),
     "replug": (np.exp(LOG_PROBS), 0.1, True),
     "atlas_pdist": (LOG_PROBS / LENGTH, 0.01, False),
+    "art": (ASKED / LENGTH, 1.0, False),
 }
 
 
@@ -93,9 +96,11 @@ def test_the_retriever_of_a_recipe_learns_by_the_printed_divergence(name):
     doc_ids = np.arange(3, dtype=np.int32)[None]
     # The prior that is ours alone would change the target.
     found = SearchResult(doc_ids, np.array([[9.0, 0, 4]], np.float32), doc_ids >= 0)
-    read = LOG_PROBS[None].astype(np.float32), np.array([LENGTH], np.int32)
-    scores = TeacherScores(*read, *read)
-    target = target_log_probs(config.target, scores, found)
+    read, asked = (log_probs[None].astype(np.float32) for log_probs in (LOG_PROBS, ASKED))
+    length = np.array([LENGTH], np.int32)
+    parts = teacher_parts(config.score, TeacherScores(read, length, asked, length), found)
+    target = config.target._replace(weights=config.weights)
+    target = target_log_probs(target, parts, found)
     loss = OBJECTIVES[config.objective](DOC_SCORES[None].astype(np.float32), target)
     np.testing.assert_allclose(loss[0], divergence_of(name), rtol=1e-3)
 

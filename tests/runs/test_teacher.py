@@ -10,10 +10,11 @@ from ragjax.runs.compare.answers import Request, ScoredAnswer, answer_requests
 from ragjax.runs.found import Findable
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
+from ragjax.runs.options.teachers import LsrTarget, TeacherWeights
 from ragjax.runs.teachers import batches as batches_module
 from ragjax.runs.teachers import reading as reading_module
 from ragjax.runs.teachers.reading import TeacherScores, score_candidates
-from ragjax.runs.teachers.target import target_log_probs
+from ragjax.runs.teachers.target import target_log_probs, teacher_parts
 from ragjax.runs.train import retriever as retriever_module
 from ragjax.runs.train.retriever import _batch_docs, _lsr_batches, scored_targets
 from ragjax.runs.workspace import open_workspace
@@ -184,20 +185,21 @@ def test_the_target_is_the_softmax_of_score_plus_weighted_z():
         np.zeros((2, 3), np.float32),
         np.zeros(2, np.int32),
     )
-    config = RetrieverConfig(score="log_prob_per_token", temperature=0.5, prior_weight=0.2)
-    target = target_log_probs(config.target, scores, found)
+    target = LsrTarget("log_prob_per_token", 0.5, TeacherWeights(answer=1.0, prior=0.2))
+    parts = teacher_parts("log_prob_per_token", scores, found)
+    log_q = target_log_probs(target, parts, found)
     for row, kept in ((0, [0, 1, 2]), (1, [0, 1])):
         s = found.scores[row, kept].astype(float)
         g = scores.log_probs[row, kept] / scores.lengths[row]
         logits = (g + 0.2 * (s - s.mean()) / s.std()) / 0.5
         np.testing.assert_allclose(
-            target[row, kept], logits - np.log(np.exp(logits).sum()), rtol=1e-5
+            log_q[row, kept], logits - np.log(np.exp(logits).sum()), rtol=1e-5
         )
-    assert target[1, 2] == -np.inf
-    without = config.target._replace(prior_weight=0.0)
+    assert log_q[1, 2] == -np.inf
+    without = target._replace(weights=TeacherWeights(answer=1.0))
     g = scores.log_probs[0] / 4 / 0.5
     np.testing.assert_allclose(
-        target_log_probs(without, scores, found)[0], g - np.log(np.exp(g).sum()), rtol=1e-5
+        target_log_probs(without, parts, found)[0], g - np.log(np.exp(g).sum()), rtol=1e-5
     )
 
 

@@ -1,4 +1,4 @@
-"""Further evaluations in a report: calibration, dev questions, robustness."""
+"""Further evaluations in a report: calibration, dev questions, teachers, robustness."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,6 +79,43 @@ def robustness_section(robustness: Mapping[str, Any]) -> str:
     return f'<dl class="answers">{items}</dl>' + _compared("conditions", robustness)
 
 
+def teachers_section(teachers: Mapping[str, Any]) -> str:
+    """Returns the tables of teachers.json.
+
+    Args:
+        teachers: `{"weights": {name: weight}, "language_model", "why", "alone": {language model:
+            {name: MRR}}, "mixtures": [{"language_model", "weights", "mrr"}]}`; the last two only
+            where they were chosen on dev questions.
+    """
+    if not teachers.get("weights"):
+        return ""
+    shown = {
+        "weights": _weights(teachers["weights"]),
+        "language model": isolated(teachers.get("language_model", "")),
+        "why": isolated(teachers.get("why", "")),
+    }
+    items = "".join(f"<dt>{isolated(name)}</dt><dd>{text}</dd>" for name, text in shown.items())
+    alone = [
+        [isolated(part), isolated(lm), number(value)]
+        for lm, parts in (teachers.get("alone") or {}).items()
+        for part, value in parts.items()
+    ]
+    together = [
+        [_weights(one["weights"]), isolated(one.get("language_model")), number(one.get("mrr"))]
+        for one in teachers.get("mixtures") or ()
+    ]
+    headers = ["teachers", "language model", "MRR on dev"]
+    return f'<dl class="answers">{items}</dl>' + "".join(
+        table(headers, rows, caption=caption)
+        for caption, rows in (("Each alone", alone), ("Together", together))
+        if rows
+    )
+
+
+def _weights(weights: Mapping[str, Any]) -> str:
+    return isolated(" ".join(f"{name}={weight}" for name, weight in weights.items()))
+
+
 def _diagram(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     bins = [ReliabilityBin(**row) for row in rows]
     total = sum(one.count for one in bins)
@@ -90,8 +127,8 @@ def _diagram(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _compared(key: str, values: Mapping[str, Any]) -> str:
     summaries = values.get(key) or {}
     found = findings(summaries, values.get("differences") or ())
-    table = results_table(summaries) if summaries else ""
-    return _titled(key, table) + _titled("differences", differences_tables(found, None))
+    results = results_table(summaries) if summaries else ""
+    return _titled(key, results) + _titled("differences", differences_tables(found, None))
 
 
 def _is_interval(value: Any) -> bool:

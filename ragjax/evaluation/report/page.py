@@ -13,6 +13,7 @@ from ragjax.evaluation.report.checks import (
     cells_section,
     dev_section,
     robustness_section,
+    teachers_section,
 )
 from ragjax.evaluation.report.curves import curves
 from ragjax.evaluation.report.explained import explained_section
@@ -47,6 +48,7 @@ class ReportData:
         calibration: As in calibration.json.
         cells: As in cells.json.
         dev: As in dev.json.
+        teachers: As in teachers.json.
         robustness: As in robustness.json.
         support: As in support.json.
         cost: `{"seconds": {stage: seconds}, "peak_memory_bytes": ..., "counts": {what: number}}`.
@@ -68,6 +70,7 @@ class ReportData:
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cells: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dev: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     robustness: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     support: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -142,6 +145,11 @@ def _sections(
             calibration_section(data.calibration),
         ),
         "Dev questions": dev_section(data.dev),
+        "Teachers": _led(
+            "What the retriever was trained towards, and how high each mixture ranks what counts as"
+            " found among the candidates of dev questions.",
+            teachers_section(data.teachers),
+        ),
         "Robustness": robustness_section(data.robustness),
         "Answers supported by a passage": results_table(data.support) if data.support else "",
         "Training curves": _led(

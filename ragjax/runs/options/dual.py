@@ -7,10 +7,15 @@ from ragjax.runs.options.checks import at_least, check_accumulate, fraction, pos
 from ragjax.runs.options.refresh import check_freshness, check_used
 from ragjax.runs.options.shared import (
     LearningConfig,
-    LsrTarget,
     RunConfig,
     StepsConfig,
     TowersConfig,
+)
+from ragjax.runs.options.teachers import (
+    AUTO_TEACHERS,
+    LsrTarget,
+    TeacherWeights,
+    parse_teachers,
 )
 
 Stage = Literal["lm", "retriever"]
@@ -68,11 +73,19 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         objective: `pdist` is KL(p_LSR||p_R), `lsr` is KL(p_R||p_LSR); `dpr` is contrastive, with
             the relevant documents (judged, or else the few that hold an answer) as positives and
             retrieved ones as hard negatives: it needs no language model.
-        score: What p_LSR compares between documents: `prob` p(y|c∘x), `log_prob`, or either per
-            token.
-        temperature: τ of p_LSR = softmax(score/τ), in units of the score.
-        prior_weight: Weight of the candidates' own retrieval scores (z-scored), added to the score
-            of the language model, in its units; 0 is the papers' target.
+        teachers: What the target is made of, p_LSR = softmax(g/τ) with g a weighted sum of:
+            `answer`, the language model's log p(y|c∘x) of the answer; `question`, its log p(x|c)
+            of the question, which needs no answer; both in nats per token; `prior`, the scores of
+            the retrieval that found the candidates, and `file`, those of `scores_file`, both
+            z-scored over the candidates. Names with weights, such as `answer=1 question=1
+            prior=0.3`. `auto` chooses weights on dev, see `ragjax.runs.teachers.choice`; with a
+            file it takes that and the prior.
+        teaching_lm: Language model that teaches: the `adapted` one, where one was made and kept, or
+            the `base` one, which has not read the training answers; `auto` scores dev with both.
+        scores_file: JSON lines `{"query-id": ..., "corpus-id": ..., "score": ...}` of any other
+            teacher (a cross-encoder, a judge): the higher, the better.
+        score: Form of the answer's score: `prob` p(y|c∘x), `log_prob`, or either per token.
+        temperature: τ of p_LSR = softmax(g/τ), in units of g.
         train: Encoders that are trained: `query`, `both` apart, or one `shared` by queries and
             documents.
         negatives: `batch` adds the other questions' candidates to the softmax with target 0; `none`
@@ -88,11 +101,13 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     """
 
     objective: Literal["pdist", "lsr", "dpr"] = "pdist"
+    teachers: tuple[str, ...] = AUTO_TEACHERS
+    teaching_lm: Literal["auto", "base", "adapted"] = "adapted"
+    scores_file: str = ""
     score: Literal["prob", "prob_per_token", "log_prob", "log_prob_per_token"] = (
         "log_prob_per_token"
     )
-    temperature: float = 0.3
-    prior_weight: float = 0.15
+    temperature: float = 0.5
     train: Literal["query", "both", "shared"] = "shared"
     negatives: Literal["batch", "none"] = "batch"
     candidates: int = 6
@@ -102,19 +117,42 @@ class RetrieverConfig(TowersConfig, StepsConfig):
 
     @property
     def target(self) -> LsrTarget:
-        """Options of p_LSR."""
-        return LsrTarget(self.score, self.temperature, self.prior_weight)
+        """Form and temperature of p_LSR, of the answer alone."""
+        return LsrTarget(self.score, self.temperature)
+
+    @property
+    def weights(self) -> TeacherWeights | None:
+        """Weights of the teachers; None: they are chosen on dev."""
+        return parse_teachers(self.teachers)
 
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         super().check()
         at_least(self, 1, "candidates", "negative_depth", "rounds")
-        at_least(self, 0, "prior_weight")
         positive(self, "temperature")
+        self._check_teachers()
         if self.objective == "lsr" and self.negatives == "batch":
             raise ValueError(
                 "objective=lsr is KL(p_R||p_LSR), infinite where p_LSR is 0, so it cannot take the"
                 " batch's other documents as negatives; add --retriever.negatives none"
+            )
+
+    def _check_teachers(self) -> None:
+        weights = self.weights
+        if weights is None and self.score != "log_prob_per_token":
+            raise ValueError(
+                f"score={self.score} is in other units than the nats per token that teachers auto"
+                " weighs; name the teachers, for example --retriever.teachers answer=1"
+            )
+        if weights is not None and bool(weights.file) != bool(self.scores_file):
+            raise ValueError(
+                f"scores_file={self.scores_file!r} with teachers {' '.join(self.teachers)}: a file"
+                " teaches where teachers names it; give both scores_file and file=1, or neither"
+            )
+        if self.scores_file and self.objective == "dpr":
+            raise ValueError(
+                f"scores_file={self.scores_file!r}: objective=dpr learns from relevance judgements"
+                " alone; leave it out, or take another objective"
             )
 
 
@@ -174,6 +212,11 @@ class AdaptConfig(RunConfig):
                 "score_cache holds scores for training the retriever on them, which stages"
                 f" {' '.join(self.stages)} with retriever.objective {retriever.objective} does not"
                 " do; leave it out"
+            )
+        if retriever.scores_file and "retriever" not in self.stages:
+            raise ValueError(
+                f"retriever.scores_file={retriever.scores_file!r} is for training the retriever,"
+                f" which stages {' '.join(self.stages)} leaves out; add --stages retriever"
             )
         check_used(self.refresh)
         if mode == "off":

@@ -9,11 +9,11 @@ from ragjax.runs.options.refresh import RefreshConfig, check_freshness, check_us
 from ragjax.runs.options.shared import (
     EvaluationConfig,
     LearningConfig,
-    LsrTarget,
     RunConfig,
     StepsConfig,
     TowersConfig,
 )
+from ragjax.runs.options.teachers import LsrTarget
 
 # Scores of a document that depend on the others.
 OF_ALL_DOCUMENTS = ("attention", "leave_one_out")

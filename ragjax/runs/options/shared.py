@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
 
@@ -209,18 +209,6 @@ class TowersConfig(LearningConfig):
         super().check()
         at_least(self, 8, "doc_tokens")
         at_least(self, 0, "scale")
-
-
-class LsrTarget(NamedTuple):
-    """Options of the target that the language model gives the retriever.
-
-    p_LSR = softmax((score + prior_weight · z) / temperature) over a question's candidates, with z
-    the z-scores of their retrieval scores.
-    """
-
-    score: str
-    temperature: float
-    prior_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ from ragjax.runs.folder import RunFiles
 from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.modes import MODES
-from ragjax.runs.options.shared import LsrTarget
+from ragjax.runs.options.teachers import LsrTarget
 from ragjax.runs.teachers.reading import score_candidates
-from ragjax.runs.teachers.target import target_log_probs
+from ragjax.runs.teachers.target import target_log_probs, teacher_parts
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage import write_json
 from ragjax.training.score_cache import ResultCache, Score
@@ -51,19 +51,18 @@ def explain(
 ) -> None:
     """Compares p_R before and after with p_LSR on a few test questions, in `explained.json`.
 
-    p_R(c|x) = softmax(scale · q·d), p_LSR(c) = softmax(g/τ) with g the score of the options and no
-    prior, and the posterior is p_R(c|x) p_LM(y|c∘x) over its sum, with p_R after; all over the
-    same candidates, the best of both retrievers. The scores of the language model are kept, so a
-    run that is interrupted and resumed writes the same bytes.
+    p_R(c|x) = softmax(scale · q·d), p_LSR(c) = softmax(g/τ) with g the score of the answer alone,
+    in the form of the options, and the posterior is p_R(c|x) p_LM(y|c∘x) over its sum, with p_R
+    after; all over the same candidates, the best of both retrievers. The scores of the language
+    model are kept, so a run that is interrupted and resumed writes the same bytes.
 
     Args:
         workspace: Data, models and folder of the run; its predictions.jsonl is written.
         before: The base retriever.
         after: The adapted one.
         lm: The language model that scores.
-        target: Options of p_LSR.
+        target: Form and temperature of p_LSR.
     """
-    target = target._replace(prior_weight=0.0)
     read = RunFiles(workspace.folder)
     lines = read.lines("predictions.jsonl")
     gold = gold_ids(workspace.dataset, "test", workspace.questions["test"])
@@ -199,7 +198,8 @@ def _explained(
         candidates.mask[place, : len(one.rows)] = True
     cache = ResultCache(workspace.folder / "scores" / "explained.jsonl", Score)
     taught = score_candidates(workspace, lm, questions, candidates, cache)
-    targets = np.exp(target_log_probs(target, taught, candidates).astype(np.float64))
+    parts = teacher_parts(target.score, taught, candidates)
+    targets = np.exp(target_log_probs(target, parts, candidates).astype(np.float64))
     scale = workspace.scale
     described = []
     for place, (question, one) in enumerate(zip(questions, scores, strict=True)):

@@ -14,7 +14,7 @@ from ragjax.evaluation.report.results import DIFFERENCE, main_pair
 from ragjax.runs.folder import REPORT, RunFiles, read_cost
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.modes import MODES
-from ragjax.runs.options.shared import LsrTarget
+from ragjax.runs.options.teachers import LsrTarget
 from ragjax.runs.report.explained import EXPLAINED, explain, shown_passages
 from ragjax.runs.report.explained import corpus_lookup as corpus_lookup
 from ragjax.runs.report.explained import gold_ids as gold_ids
@@ -34,8 +34,8 @@ def write_report(
     """Draws `report.html` from the files of a folder; what is missing is left out.
 
     Looked for are metrics.json, differences.json, metrics.jsonl, predictions.jsonl, config.json,
-    explained.json, cells.json, dev.json, calibration.json, robustness.json, support.json,
-    notes.json and cost.json. The same files give the same bytes.
+    explained.json, cells.json, dev.json, teachers.json, calibration.json, robustness.json,
+    support.json, notes.json and cost.json. The same files give the same bytes.
 
     Args:
         folder: Folder of a run.
@@ -79,6 +79,7 @@ def write_report(
         calibration=read.mapping("calibration.json"),
         cells=read.mapping("cells.json"),
         dev=read.mapping("dev.json"),
+        teachers=read.mapping("teachers.json"),
         robustness=read.mapping("robustness.json"),
         support=read.mapping("support.json"),
         cost=read_cost(folder) | {"counts": explained.get("counts", {})},

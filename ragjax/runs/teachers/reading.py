@@ -69,13 +69,14 @@ def score_candidates(
         Log-probabilities and lengths.
     """
     pairs = _pairs(workspace, lm, questions, candidates, wanted)
-    rows = pair_rows(workspace.prompts, pairs.values())
+    unknown = [pair for pair in pairs.values() if not all(map(cache.was_known, _keys(pair)))]
+    rows = pair_rows(workspace.prompts, unknown)
     new = [row for row in rows if not all(map(cache.was_known, row.keys))]
-    known = sum(all(cache.get(key) is not None for key in _keys(pair)) for pair in pairs.values())
+    known = sum(_known(cache, _keys(pair)) for pair in pairs.values())
     workspace.log(f"teacher: {len(pairs):,} (question, document) pairs, {known:,} in the cache")
     with tqdm(total=len(new), desc="teacher", unit=" pairs", file=sys.stderr) as progress:
         for batch in row_batches(workspace.lm, workspace.prompts, new, _tokens(workspace)):
-            if any(cache.get(key) is None for row in batch.rows for key in row.keys):
+            if not all(_known(cache, row.keys) for row in batch.rows):
                 _put(cache, batch_scores(workspace.lm, lm.params, batch))
             progress.update(len(batch.rows))
             workspace.stop.check()
@@ -97,14 +98,21 @@ def score_step(
     resumed within the step packs the same pairs into the same batches.
     """
     pairs = _pairs(workspace, lm, questions, candidates, wanted)
-    rows = pair_rows(workspace.prompts, pairs.values())
-    new = [row for row in rows if any(cache.get(key) is None for key in row.keys)]
+    unknown = [pair for pair in pairs.values() if not _known(cache, _keys(pair))]
+    rows = pair_rows(workspace.prompts, unknown)
+    new = [row for row in rows if not _known(cache, row.keys)]
     scores: dict[str, tuple[float, int]] = {}
     for batch in row_batches(workspace.lm, workspace.prompts, new, _tokens(workspace)):
         scores |= batch_scores(workspace.lm, lm.params, batch)
     if scores:
         _put(cache, scores)
     return _collected(cache, pairs, candidates.mask.shape)
+
+
+def no_scores(shape: tuple[int, ...]) -> TeacherScores:
+    """Returns the scores of `[Q, K]` candidates of which nothing is wanted."""
+    zeros, none = np.zeros(shape, np.float32), np.zeros(shape[0], np.int32)
+    return TeacherScores(zeros, none, zeros.copy(), none.copy())
 
 
 def pair_rows(prompts: PromptBuilder, pairs: Iterable[Pair]) -> list[Row]:
@@ -114,7 +122,8 @@ def pair_rows(prompts: PromptBuilder, pairs: Iterable[Pair]) -> list[Row]:
     for pair in pairs:
         question, document = pair.question, pair.document
         if pair.question_key is None or not prompts.asks_after_document:
-            rows += [_answer_row(prompts, pair, answers)] * (pair.answer_key is not None)
+            if pair.answer_key is not None:
+                rows.append(_answer_row(prompts, pair, answers))
             if pair.question_key is not None:
                 context, target = prompts.question_reading(question, document)
                 parts = (Part(pair.question_key, 0, len(target)),)
@@ -146,6 +155,10 @@ def _tokens(workspace: Workspace) -> int:
 
 def _put(cache: ResultCache[Score], scores: dict[str, tuple[float, int]]) -> None:
     cache.put(list(scores), [Score(*score) for score in scores.values()])
+
+
+def _known(cache: ResultCache[Score], keys: Sequence[str]) -> bool:
+    return all(cache.get(key) is not None for key in keys)
 
 
 def _keys(pair: Pair) -> list[str]:
@@ -185,12 +198,7 @@ def _collected(
     cache: ResultCache[Score], pairs: dict[tuple[int, int], Pair], shape: tuple[int, ...]
 ) -> TeacherScores:
     """Returns the scores of all pairs, which are known by now."""
-    scores = TeacherScores(
-        np.zeros(shape, np.float32),
-        np.zeros(shape[0], np.int32),
-        np.zeros(shape, np.float32),
-        np.zeros(shape[0], np.int32),
-    )
+    scores = no_scores(shape)
     for (q, k), pair in pairs.items():
         for key, log_probs, lengths in (
             (pair.answer_key, scores.log_probs, scores.lengths),

@@ -3,12 +3,15 @@
 Q questions, K candidates.
 """
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from ragjax import losses
+from ragjax.data import Question
 from ragjax.index import SearchResult
-from ragjax.runs.options.shared import LsrTarget
-from ragjax.runs.teachers.reading import TeacherScores
+from ragjax.runs.options.teachers import LsrTarget, TeacherWeights
+from ragjax.runs.teachers.reading import ANSWER, QUESTION, TeacherScores
 
 SCORES = {
     "prob": losses.prob,
@@ -18,17 +21,55 @@ SCORES = {
 }
 
 
-def target_log_probs(
-    target: LsrTarget, scores: TeacherScores, candidates: SearchResult
-) -> np.ndarray:
-    """Returns log p_LSR `[Q, K]` float32 of the candidates.
+def parts_wanted(weights: TeacherWeights, questions: Sequence[Question]) -> tuple[str, ...]:
+    """Returns what the language model has to read: answers, questions, both or nothing."""
+    answers = bool(weights.answer) and any(question.answers for question in questions)
+    instead = bool(weights.answer) and not all(question.answers for question in questions)
+    return (ANSWER,) * answers + (QUESTION,) * (bool(weights.question) or instead)
 
-    log p_LSR = log_softmax((g + w · z) / τ), with g the score function and z the
-    z-score of the candidates' retrieval scores (w = 0 gives the papers' target).
+
+def teacher_parts(
+    score: str,
+    scores: TeacherScores,
+    candidates: SearchResult,
+    from_file: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns what each teacher says of the candidates, `[Q, K]` float32 by its name.
+
+    Where a question has no answer, the score of the question itself stands in its place.
+
+    Args:
+        score: Form of the answer's log-probability, a name of `SCORES`.
+        scores: Of the language model.
+        candidates: With their retrieval scores, of which the prior is made.
+        from_file: `[Q, K]` scores of a file, NaN where it has none; None: there is no file.
     """
-    g = np.asarray(SCORES[target.score](scores.log_probs, scores.lengths))
-    if target.prior_weight:
-        g = g + np.float32(target.prior_weight) * z_scores(candidates.scores, candidates.mask)
+    question = losses.log_prob_per_token(scores.question_log_probs, scores.question_lengths)
+    answer = SCORES[score](scores.log_probs, scores.lengths)
+    parts = {
+        "answer": np.where(scores.lengths[:, None] > 0, answer, question),
+        "question": np.asarray(question),
+        "prior": z_scores(candidates.scores, candidates.mask),
+    }
+    if from_file is not None:
+        # What it does not score has z = 0, the mean of what it does.
+        parts["file"] = z_scores(from_file, candidates.mask)
+    return parts
+
+
+def mixed(weights: TeacherWeights, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns g `[Q, K]` float32, the weighted sum of the parts."""
+    total = np.zeros_like(parts["prior"])
+    for name, weight in weights.named.items():
+        total += np.float32(weight) * parts[name]
+    return total
+
+
+def target_log_probs(
+    target: LsrTarget, parts: Mapping[str, np.ndarray], candidates: SearchResult
+) -> np.ndarray:
+    """Returns log p_LSR `[Q, K]` float32, log_softmax(g / τ), of the candidates."""
+    g = mixed(target.weights, parts)
     return np.asarray(
         losses.lsr_target(g, temperature=target.temperature, doc_mask=candidates.mask), np.float32
     )
@@ -37,8 +78,9 @@ def target_log_probs(
 def z_scores(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Returns `[Q, K]` float32 of mean 0 and deviation 1 over each question's candidates.
 
-    0 where they are masked, or all the same.
+    0 where they are masked, not finite, or all the same.
     """
+    mask = mask & np.isfinite(scores)
     count = np.maximum(mask.sum(axis=1, keepdims=True), 1)
     scores = np.where(mask, scores, 0).astype(np.float64)
     centred = np.where(mask, scores - scores.sum(axis=1, keepdims=True) / count, 0)

@@ -17,13 +17,13 @@ from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.runs.found import findable_in_training, first_copies
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
+from ragjax.runs.teachers.choice import LsrTeacher
 from ragjax.runs.teachers.reading import score_step
-from ragjax.runs.teachers.target import target_log_probs
 from ragjax.runs.tokens import bucket_of, pad_tokens, truncated
 from ragjax.runs.train.live import open_retrieval
 from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates
 from ragjax.runs.trainable import split_towers
-from ragjax.runs.workspace import FrozenLM, Workspace
+from ragjax.runs.workspace import Workspace
 from ragjax.training.live import LiveRetrieval
 from ragjax.training.loop import HostWork
 from ragjax.training.lsr import LsrBatch, make_lsr_loss
@@ -110,7 +110,7 @@ def train_live(
     bm25: Bm25Index,
     before: Retriever,
     params: dict[str, Any],
-    lm: FrozenLM,
+    teacher: LsrTeacher | None,
     cache: ResultCache[Score],
 ) -> dict[str, Any]:
     """Trains the retriever on documents retrieved before each step with the current towers.
@@ -121,8 +121,8 @@ def train_live(
         bm25: Joins the dense index for candidates that the language model scores.
         before: The base retriever, whose embeddings are the first generation.
         params: Towers before training.
-        lm: Scores the candidates of the LSR objectives.
-        cache: Its scores, added to step by step.
+        teacher: Sets the target of the LSR objectives; None with `dpr`.
+        cache: Scores of its language model, added to step by step.
 
     Returns:
         The towers after training.
@@ -144,8 +144,9 @@ def train_live(
 
         def scored_at(step: int, rows: NDArray[np.int64]) -> Targets:
             results, asked = retrieval.retrieved(step).found, [questions[row] for row in rows]
-            scores = score_step(workspace, lm, asked, results, cache)
-            return scored_targets(results, target_log_probs(config.target, scores, results))
+            assert teacher is not None, "only judgements teach without one"
+            log_q = teacher.log_probs(workspace, asked, results, cache, score=score_step)
+            return scored_targets(results, log_q)
 
         live = LiveTargets(retrieval, scored_at)
     with closing(live.retrieval.refresher):
