@@ -83,8 +83,7 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
     devices = choose_devices(config)
     check_machine(config.refresh)
     workspace = open_workspace(config, folder, stop=stop, log=log)
-    require_answers(workspace.dataset, workspace.questions["train"], "training end to end")
-    workspace = _with_statements(workspace, config)
+    workspace = _with_answers(workspace, config)
     check_prompts(workspace, run_prompts(workspace, dev=True))
     documents = {
         "evaluation.documents": config.evaluation.documents,
@@ -98,11 +97,15 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
     return workspace
 
 
-def _with_statements(workspace: Workspace, config: RagConfig) -> Workspace:
-    """Returns the workspace with statements among its training questions, if there are any."""
-    if not (source := config.training.statements):
-        return workspace
-    statements = read_statements(source, workspace.dataset.corpus, seed=config.seed)
-    workspace.note(f"{len(statements):,} statements are reconstructed from passages in training")
-    train = (*workspace.questions["train"], *statements)
+def _with_answers(workspace: Workspace, config: RagConfig) -> Workspace:
+    """Returns the workspace with training questions that have answers, and with statements."""
+    asked, corpus = workspace.questions["train"], workspace.dataset.corpus
+    train = tuple(question for question in asked if question.answers)
+    if source := config.training.statements:
+        statements = read_statements(source, corpus, seed=config.seed)
+        workspace.note(f"{len(statements):,} statements are reconstructed from passages")
+        train += statements
+    require_answers(workspace.dataset, train, "training end to end")
+    if left := sum(not question.answers for question in asked):
+        workspace.note(f"{left:,} training questions have no answer, and are left out")
     return dataclasses.replace(workspace, questions=workspace.questions | {"train": train})

@@ -1,6 +1,8 @@
 """Statements that are reconstructed: where they come from, and what a reader sees of them."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 
@@ -43,6 +45,34 @@ def test_sentences_of_the_corpus_join_the_questions_each_with_its_own_passage(op
     gold = workspace.relevant_rows("train")[4:]
     assert all(corpus.row_of(s.source) in rows for s, rows in zip(statements, gold, strict=True))
     assert any("6 statements" in note for note in workspace.notes)
+
+
+def test_questions_without_answers_are_left_out_and_statements_alone_can_train(
+    tiny_inputs, tmp_path
+):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_inputs["data"], data)
+    lines = (data / "queries.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    bare = "\n".join(json.dumps({k: row[k] for k in ("_id", "text")}) for row in rows)
+    (data / "queries.jsonl").write_text(bare)
+
+    def train(statements):
+        config = RagConfig(
+            **tiny_inputs | {"data": str(data)},
+            output=str(tmp_path),
+            training=TrainingConfig(batch_size=2, devices=1, statements=statements),
+            language_model=ReaderConfig(train_layers=1),
+            refresh=RefreshConfig(mode="frozen"),
+        )
+        workspace = open_rag(config, tmp_path, stop=StopFlag(), log=lambda _: None)
+        return workspace.questions["train"], workspace.notes
+
+    questions, notes = train("3")
+    assert len(questions) == 3 and all(shown(question) == "<p>" for question in questions)
+    assert any("have no answer, and are left out" in note for note in notes)
+    with pytest.raises(ValueError, match="no training question has an answer"):
+        train("")
 
 
 def test_a_reader_is_not_shown_what_it_is_to_reconstruct(opened):
