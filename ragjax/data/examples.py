@@ -181,11 +181,10 @@ def hold_out(dataset: Dataset, *, split: str, into: str, fraction: float) -> Dat
         f"there is no {into} split: {count} of the {len(questions)} {split} questions, chosen by a "
         f"hash of their ids, are held out as {into}"
     )
-    judged = dataset.qrels.get(split)
-    parts = {split: lambda id: id not in moved, into: lambda id: id in moved}
+    judged = dataset.qrels.get(split, {})
     qrels = {
-        name: {id: grades for id, grades in judged.items() if belongs(id)}
-        for name, belongs in (parts.items() if judged is not None else ())
+        split: {id: grades for id, grades in judged.items() if id not in moved},
+        into: {id: grades for id, grades in judged.items() if id in moved},
     }
     return dataclasses.replace(
         dataset,
@@ -194,7 +193,7 @@ def hold_out(dataset: Dataset, *, split: str, into: str, fraction: float) -> Dat
             split: tuple(question for question in questions if question.id not in moved),
             into: tuple(question for question in questions if question.id in moved),
         },
-        qrels={**dataset.qrels, **qrels},
+        qrels={**dataset.qrels, **qrels} if judged else dataset.qrels,
         notes=(*dataset.notes, note),
     )
 
