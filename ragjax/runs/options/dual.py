@@ -42,7 +42,7 @@ class LMConfig(LearningConfig, StepsConfig):
             memory that of one microbatch. Must divide `batch_size`.
     """
 
-    questions: int = 240
+    questions: int = 80
     read: Literal["together", "apart"] = "together"
     documents: int = 3
     distractors: float = 0.2
@@ -110,7 +110,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     temperature: float = 0.5
     train: Literal["query", "both", "shared"] = "shared"
     negatives: Literal["batch", "none"] = "batch"
-    candidates: int = 6
+    candidates: int = 4
     search: Literal["hybrid", "dense"] = "hybrid"
     negative_depth: int = 20
     rounds: int = 1
