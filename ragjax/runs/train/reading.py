@@ -164,7 +164,12 @@ def lm_steps(workspace: Workspace, config: LMConfig, read: Sequence[Reading]) ->
 def unpacked(builder: PromptBuilder, prompts: Sequence[Prompt], length: int) -> LMBatch:
     """Returns prompts as rows of their own, their contexts padded to a length."""
     contexts, targets = [p.context for p in prompts], [p.target for p in prompts]
-    packed = builder.pack(contexts, targets, context_length=length)
+    # A question may be longer than any answer.
+    longest = -(-max(map(len, targets)) // 16) * 16
+    packed = builder.pack(
+        contexts, targets, context_length=length,
+        target_length=max(builder.max_target_length, longest),
+    )  # fmt: skip
     return LMBatch(*map(jnp.asarray, packed))
 
 
