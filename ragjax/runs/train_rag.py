@@ -105,7 +105,7 @@ def _with_answers(workspace: Workspace, config: RagConfig) -> Workspace:
         statements = read_statements(source, corpus, seed=config.seed)
         workspace.note(f"{len(statements):,} statements are reconstructed from passages")
         train += statements
-    require_answers(workspace.dataset, train, "training end to end")
+    require_answers(workspace.dataset, train or asked, "training end to end")
     if left := sum(not question.answers for question in asked):
         workspace.note(f"{left:,} training questions have no answer, and are left out")
     return dataclasses.replace(workspace, questions=workspace.questions | {"train": train})
