@@ -111,6 +111,8 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
     if config.refresh.mode != "off":
         check_machine(config.refresh)
     check_reranker(config.rerank, "--rerank")
+    if config.retriever.reranker:
+        check_reranker(config.retriever.reranker, "--retriever.reranker")
     workspace = open_workspace(config, folder, stop=stop, log=log)
     _check_supervision(workspace, config)
     open_scores(workspace, config.retriever)

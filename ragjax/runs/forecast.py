@@ -95,6 +95,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     train = len(workspace.questions["train"])
     rounds = retriever.rounds if config.trains_retriever else 0
     pairs = count_pairs(workspace, retriever) if rounds else 0
+    crossed = train * retriever.candidates * rounds if retriever.reranker else 0
     rows, learnt, judged = _language_model(texts, config)
     length = bucket_of(
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
@@ -105,6 +106,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         [
             Work("language model", learnt + judged, texts.lm_rate),
             Work("teacher", texts.scored(pairs), texts.lm_rate),
+            *_cross_encoded(texts, "teacher's cross-encoder", crossed),
             *_reranked(
                 texts,
                 config.rerank,
@@ -232,9 +234,13 @@ def _reranked(texts: Texts, asked: str, depth: int, counts: Sequence[int]) -> li
     pairs = [min(depth, len(lengths)) * count for count in counts]
     if name == QUESTION:
         return [Work("re-rank", sum(map(texts.scored, pairs)), texts.lm_rate)]
-    # A cross-encoder of the encoder's size.
-    length = float(lengths.mean()) + _PAIR_QUESTION
-    return [Work("re-rank", sum(pairs) * length, texts.encoder_rate)]
+    return _cross_encoded(texts, "re-rank", sum(pairs))
+
+
+def _cross_encoded(texts: Texts, stage: str, pairs: int) -> list[Work]:
+    """Returns the work of a cross-encoder of the encoder's size."""
+    length = float(texts.workspace.doc_tokens.lengths.mean()) + _PAIR_QUESTION
+    return [Work(stage, pairs * length, texts.encoder_rate)] if pairs else []
 
 
 def _cost(

@@ -8,6 +8,7 @@ import pytest
 
 from ragjax.data import PromptTemplate, Question, passage_text
 from ragjax.index import SearchResult
+from ragjax.models.testing import write_tiny_cross_encoder
 from ragjax.runs import LMTeacher
 from ragjax.runs.indexes import build_bm25, build_towers
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
@@ -16,7 +17,7 @@ from ragjax.runs.options.teachers import TeacherWeights, parse_teachers
 from ragjax.runs.teachers import choice as choice_module
 from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lms
 from ragjax.runs.teachers.reading import TeacherScores, score_candidates
-from ragjax.runs.teachers.target import mixed, parts_wanted, teacher_parts
+from ragjax.runs.teachers.target import mixed, parts_wanted, teacher_parts, z_scores
 from ragjax.runs.workspace import FrozenLM, open_workspace, tower_params
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
@@ -62,7 +63,7 @@ def test_teachers_are_names_with_weights():
     ("values", "message"),
     [
         (["anwser=1"], "did you mean answer"),
-        (["x=1"], "known: answer, question, prior, file"),
+        (["x=1"], "known: answer, question, prior, file, reranker"),
         (["answer=1", "answer=2"], "names answer twice"),
         (["answer=much"], "'much' is no number"),
         (["answer=0"], "above 0"),
@@ -83,6 +84,7 @@ def test_teachers_that_make_no_sense_are_refused(values, message):
         ({"teachers": ("file=1",)}, "scores_file=''"),
         ({"teachers": ("answer=1",), "scores_file": "x"}, "both scores_file and file=1"),
         ({"objective": "dpr", "scores_file": "x"}, "objective=dpr"),
+        ({"teachers": ("reranker=1",)}, "both reranker and reranker=1"),
     ],
 )
 def test_options_at_odds_are_named(options, message):
@@ -97,7 +99,7 @@ def test_parts_are_nats_per_token_and_z_scores_and_a_question_stands_in_for_its_
     )  # fmt: skip
     found = candidates([5, 6, 7], [1, 2, -1])
     from_file = np.array([[np.nan, 1.0, 3.0], [np.nan] * 3])
-    parts = teacher_parts("log_prob_per_token", scores, found, from_file)
+    parts = teacher_parts("log_prob_per_token", scores, found, {"file": from_file})
     np.testing.assert_allclose(parts["answer"][0], [-1, -0.5, -2])
     np.testing.assert_allclose(parts["answer"][1], parts["question"][1])
     np.testing.assert_allclose(parts["question"][0], [-3, -1, -2])
@@ -205,6 +207,25 @@ def test_a_file_that_covers_nothing_is_refused(workspace, opened, tmp_path):
         )
 
 
+def test_a_cross_encoder_teaches_and_no_language_model_reads(
+    workspace, opened, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choice_module, "score_candidates", None)
+    source = str(write_tiny_cross_encoder(tmp_path / "model", 1))
+    train = workspace.questions["train"]
+    found = candidates(*([[0, 1, 2]] * len(train)))
+    config = RetrieverConfig(reranker=source)
+    cache, lms = ResultCache(tmp_path / "s.jsonl", Score), {"base": workspace.base_lm()}
+    teacher = choose_teacher(workspace, config, opened[1], lms, cache, found=found)
+    assert teacher.target.weights == TeacherWeights(prior=0.3, reranker=0.7)
+    target = teacher.log_probs(workspace, train, found, cache, score=None)
+    logits = teacher.reranker.afresh(train, found)
+    g = 0.7 * z_scores(logits, found.mask) + 0.3 * z_scores(found.scores, found.mask)
+    expected = g / 0.5 - np.log(np.exp(g / 0.5).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(target, expected, rtol=1e-4)
+    assert len({tuple(row) for row in np.argsort(logits).tolist()}) > 1 or np.ptp(logits) > 0
+
+
 def oracle(relevant_part):
     """Scores in which one part alone tells the relevant documents."""
 
@@ -271,6 +292,7 @@ def test_a_forecast_counts_what_the_language_model_reads(workspace):
         ({"teachers": ("question=1",)}, asked * 6),
         ({"teachers": ("prior=1",)}, 0),
         ({"scores_file": "x"}, 0),
+        ({"reranker": "x"}, 0),
         ({"objective": "dpr"}, 0),
     ):
         config = RetrieverConfig(candidates=6, **options)

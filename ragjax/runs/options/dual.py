@@ -76,14 +76,16 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         teachers: What the target is made of, p_LSR = softmax(g/τ) with g a weighted sum of:
             `answer`, the language model's log p(y|c∘x) of the answer; `question`, its log p(x|c)
             of the question, which needs no answer; both in nats per token; `prior`, the scores of
-            the retrieval that found the candidates, and `file`, those of `scores_file`, both
-            z-scored over the candidates. Names with weights, such as `answer=1 question=1
-            prior=0.3`. `auto` chooses weights on dev, see `ragjax.runs.teachers.choice`; with a
-            file it takes that and the prior.
+            the retrieval that found the candidates, `file`, those of `scores_file`, and `reranker`,
+            those of a cross-encoder, all z-scored over the candidates. Names with weights, such as
+            `answer=1 question=1 prior=0.3`. `auto` chooses weights on dev, see
+            `ragjax.runs.teachers.choice`; with a file or a cross-encoder it takes that and the
+            prior.
         teaching_lm: Language model that teaches: the `adapted` one, where one was made and kept, or
             the `base` one, which has not read the training answers; `auto` scores dev with both.
         scores_file: JSON lines `{"query-id": ..., "corpus-id": ..., "score": ...}` of any other
-            teacher (a cross-encoder, a judge): the higher, the better.
+            teacher (a judge, an endpoint): the higher, the better.
+        reranker: Cross-encoder that teaches: a folder or a hub id.
         score: Form of the answer's score: `prob` p(y|c∘x), `log_prob`, or either per token.
         temperature: τ of p_LSR = softmax(g/τ), in units of g.
         train: Encoders that are trained: `query`, `both` apart, or one `shared` by queries and
@@ -104,6 +106,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     teachers: tuple[str, ...] = AUTO_TEACHERS
     teaching_lm: Literal["auto", "base", "adapted"] = "adapted"
     scores_file: str = ""
+    reranker: str = ""
     score: Literal["prob", "prob_per_token", "log_prob", "log_prob_per_token"] = (
         "log_prob_per_token"
     )
@@ -144,16 +147,18 @@ class RetrieverConfig(TowersConfig, StepsConfig):
                 f"score={self.score} is in other units than the nats per token that teachers auto"
                 " weighs; name the teachers, for example --retriever.teachers answer=1"
             )
-        if weights is not None and bool(weights.file) != bool(self.scores_file):
-            raise ValueError(
-                f"scores_file={self.scores_file!r} with teachers {' '.join(self.teachers)}: a file"
-                " teaches where teachers names it; give both scores_file and file=1, or neither"
-            )
-        if self.scores_file and self.objective == "dpr":
-            raise ValueError(
-                f"scores_file={self.scores_file!r}: objective=dpr learns from relevance judgements"
-                " alone; leave it out, or take another objective"
-            )
+        for option, name in (("scores_file", "file"), ("reranker", "reranker")):
+            given = getattr(self, option)
+            if weights is not None and bool(getattr(weights, name)) != bool(given):
+                raise ValueError(
+                    f"{option}={given!r} with teachers {' '.join(self.teachers)}: it teaches where"
+                    f" teachers names it; give both {option} and {name}=1, or neither"
+                )
+            if given and self.objective == "dpr":
+                raise ValueError(
+                    f"{option}={given!r}: objective=dpr learns from what counts as found alone;"
+                    " leave it out, or take another objective"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +218,12 @@ class AdaptConfig(RunConfig):
                 f" {' '.join(self.stages)} with retriever.objective {retriever.objective} does not"
                 " do; leave it out"
             )
-        if retriever.scores_file and "retriever" not in self.stages:
-            raise ValueError(
-                f"retriever.scores_file={retriever.scores_file!r} is for training the retriever,"
-                f" which stages {' '.join(self.stages)} leaves out; add --stages retriever"
-            )
+        for name in ("scores_file", "reranker"):
+            if (given := getattr(retriever, name)) and "retriever" not in self.stages:
+                raise ValueError(
+                    f"retriever.{name}={given!r} is for training the retriever, which stages"
+                    f" {' '.join(self.stages)} leaves out; add --stages retriever"
+                )
         check_used(self.refresh)
         if mode == "off":
             return

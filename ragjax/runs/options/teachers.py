@@ -20,6 +20,7 @@ class TeacherWeights(NamedTuple):
     question: float = 0.0  # log p_LM(x | c) / T
     prior: float = 0.0  # of the retrieval that found the candidates
     file: float = 0.0  # of a file of scores
+    reranker: float = 0.0  # logit of a cross-encoder
 
     @property
     def named(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 from ragjax.data import Question
 from ragjax.index import SearchResult
 from ragjax.runs.compare.choice import MIN_KNOWN, choose, ranking_figure
+from ragjax.runs.compare.rerank import Scorer, make_scorer
 from ragjax.runs.indexes import Retriever, search
 from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.options.teachers import LsrTarget, TeacherWeights
@@ -42,8 +43,8 @@ _WITH_ANSWERS = (
     TeacherWeights(prior=1.0),
 )
 _WITHOUT_ANSWERS = tuple(weights for weights in _WITH_ANSWERS if not weights.answer)
-# Deviations from the mean, beside which a language model's nats are not read.
-_WITH_FILE = (TeacherWeights(prior=0.3, file=0.7),)
+# Of a file or a cross-encoder, beside which no language model reads anything.
+_OTHERS, _OTHERS_PRIOR = 0.7, 0.3
 
 
 class LsrTeacher(NamedTuple):
@@ -52,6 +53,7 @@ class LsrTeacher(NamedTuple):
     target: LsrTarget
     lm: FrozenLM
     file: FileScores | None = None
+    reranker: Scorer | None = None
 
     def log_probs(
         self,
@@ -87,8 +89,15 @@ class LsrTeacher(NamedTuple):
             scores = score(workspace, self.lm, questions, found, cache, wanted=wanted)
         else:
             scores = no_scores(found.mask.shape)
-        from_file = None if self.file is None else self.file.scores(questions, found)
-        return teacher_parts(self.target.score, scores, found, from_file)
+        others = {}
+        if self.file is not None:
+            others["file"] = self.file.scores(questions, found)
+        if self.reranker is not None:
+            # What is scored in a step is not kept, and shows no progress of its own.
+            whole = score is score_candidates
+            cross = self.reranker.scores if whole else self.reranker.afresh
+            others["reranker"] = cross(questions, found)
+        return teacher_parts(self.target.score, scores, found, others)
 
 
 class _Dev(NamedTuple):
@@ -126,9 +135,13 @@ def choose_teacher(
     file = open_scores(workspace, config)
     if file is not None and found is not None:
         file.report(train, found, workspace.folder / "scores" / "missing.jsonl", workspace.log)
+    reranker = None
+    if config.reranker:
+        base = workspace.base_lm()
+        reranker = make_scorer(workspace, config.reranker, base, folder=workspace.folder)
     mixtures = _mixtures(config, train)
     options = [
-        LsrTeacher(config.target._replace(weights=weights), lm, file)
+        LsrTeacher(config.target._replace(weights=weights), lm, file, reranker)
         for lm in lms.values()
         for weights in mixtures
     ]
@@ -197,8 +210,10 @@ def _mixtures(config: RetrieverConfig, questions: Sequence[Question]) -> Sequenc
     """Returns the weights to choose from, the default first."""
     if (weights := config.weights) is not None:
         return (weights,)
-    if config.scores_file:
-        return _WITH_FILE
+    given = {"file": config.scores_file, "reranker": config.reranker}
+    if others := [name for name, source in given.items() if source]:
+        shares = dict.fromkeys(others, _OTHERS / len(others))
+        return (TeacherWeights(prior=_OTHERS_PRIOR, **shares),)
     return _WITH_ANSWERS if any(q.answers for q in questions) else _WITHOUT_ANSWERS
 
 

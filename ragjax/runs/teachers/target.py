@@ -32,7 +32,7 @@ def teacher_parts(
     score: str,
     scores: TeacherScores,
     candidates: SearchResult,
-    from_file: np.ndarray | None = None,
+    others: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns what each teacher says of the candidates, `[Q, K]` float32 by its name.
 
@@ -42,19 +42,17 @@ def teacher_parts(
         score: Form of the answer's log-probability, a name of `SCORES`.
         scores: Of the language model.
         candidates: With their retrieval scores, of which the prior is made.
-        from_file: `[Q, K]` scores of a file, NaN where it has none; None: there is no file.
+        others: `[Q, K]` scores of other teachers in any unit, NaN where there is none.
     """
     question = losses.log_prob_per_token(scores.question_log_probs, scores.question_lengths)
     answer = SCORES[score](scores.log_probs, scores.lengths)
-    parts = {
+    # What another teacher does not score has z = 0, the mean of what it does.
+    z_scored = {name: z_scores(values, candidates.mask) for name, values in (others or {}).items()}
+    return z_scored | {
         "answer": np.where(scores.lengths[:, None] > 0, answer, question),
         "question": np.asarray(question),
         "prior": z_scores(candidates.scores, candidates.mask),
     }
-    if from_file is not None:
-        # What it does not score has z = 0, the mean of what it does.
-        parts["file"] = z_scores(from_file, candidates.mask)
-    return parts
 
 
 def mixed(weights: TeacherWeights, parts: Mapping[str, np.ndarray]) -> np.ndarray:
