@@ -28,7 +28,7 @@ from ragjax.storage import write_json
 from ragjax.training.score_cache import ResultCache, Score
 
 TEACHERS = "teachers.json"
-DEV_QUESTIONS = 30
+DEV_QUESTIONS = 24
 """Most dev questions whose candidates are scored for the choice."""
 # The first is kept in case of doubt. Measured on two domains with SmolLM2-135M, MRR of the relevant
 # passage among 6 candidates: .915 and .900; the best of 15 mixtures .918 and .906; the answer with
