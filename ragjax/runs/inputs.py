@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ragjax.models.cross_encoder import load_cross_encoder
 from ragjax.models.encoder import TextEncoder
 from ragjax.models.language_model import LanguageModel
+from ragjax.runs.compare.rerank import NONE, is_cross_encoder
 from ragjax.runs.data import Log
 from ragjax.runs.folder import CONFIG
 from ragjax.runs.models import Encoders
@@ -35,6 +37,13 @@ def run_inputs(workspace: Workspace) -> dict[str, Any]:
     }
     if path := getattr(workspace.config.retriever, "scores_file", ""):
         inputs["scores file"] = {"content": sha256(Path(path))}
+    crossed = {
+        "re-ranking cross-encoder": getattr(workspace.config, "rerank", NONE),
+        "teaching cross-encoder": getattr(workspace.config.retriever, "reranker", "") or NONE,
+    }
+    for name, source in crossed.items():
+        if is_cross_encoder(source):
+            inputs[name] = {"content": load_cross_encoder(source).fingerprint}
     splits = {f"{split} split": split_identity(workspace, split) for split in workspace.questions}
     return inputs | splits
 

@@ -27,6 +27,7 @@ from ragjax.runs.compare.rerank import (
     reranked,
 )
 from ragjax.runs.compare.systems import Documents
+from ragjax.runs.inputs import run_inputs
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.options.evaluate import EvaluateConfig, system_names
 from ragjax.runs.system import by_hybrid, open_base_system, reranked_search, retrieve
@@ -190,6 +191,17 @@ def test_what_cannot_re_rank_is_refused_with_its_flag(tmp_path, tiny_inputs):
         check_reranker(str(tmp_path / "nowhere"), "--rerank")
     with pytest.raises(ValueError, match=r"--rerank .*encoder: .*config.json: the head has 2"):
         check_reranker(tiny_inputs["encoder"], "--rerank")
+
+
+def test_a_run_goes_on_with_the_cross_encoder_that_it_began_with(workspace, tmp_path):
+    folders = [write_tiny_cross_encoder(tmp_path / str(seed), seed) for seed in (0, 1)]
+    found = []
+    for folder in folders:
+        config = dataclasses.replace(workspace.config, rerank=str(folder))
+        inputs = run_inputs(dataclasses.replace(workspace, config=config))
+        found.append(inputs["re-ranking cross-encoder"])
+    assert found[0] != found[1]
+    assert "re-ranking cross-encoder" not in run_inputs(workspace)
 
 
 def test_on_a_cpu_nothing_is_re_ranked_unless_asked_for(monkeypatch):

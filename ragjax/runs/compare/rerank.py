@@ -173,8 +173,13 @@ def check_reranker(asked: str, flag: str) -> None:
     Raises:
         OSError, ValueError: It is none.
     """
-    if asked not in (AUTO, NONE, QUESTION):
+    if is_cross_encoder(asked):
         _load(asked, flag)
+
+
+def is_cross_encoder(asked: str) -> bool:
+    """Says whether what was asked for is the source of a cross-encoder."""
+    return asked not in (AUTO, NONE, QUESTION)
 
 
 def make_scorer(
