@@ -147,6 +147,7 @@ def test_a_run_of_two_encoders_trains_is_opened_and_exported(two, tmp_path, prog
     run = tmp_path / "run"
     size = "--training.batch_size=4" if program == "train_rag" else "--retriever.batch_size=4"
     flags = [*(f"--{name}={value}" for name, value in two.items()), f"--output={run}", size,
+             "--keep=last",
              f"--retriever.train={train}", "--language_model.train_layers=1",
              "--retriever.learning_rate=0.01", "--data_options.train_questions=8",
              "--data_options.test_questions=4", "--data_options.answer_questions=2",
