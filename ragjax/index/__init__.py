@@ -10,6 +10,7 @@ from ragjax.index.choose import IndexChoice as IndexChoice
 from ragjax.index.choose import choose_index as choose_index
 from ragjax.index.exact import ExactIndex as ExactIndex
 from ragjax.index.exact import exact_search as exact_search
+from ragjax.index.hybrid import USUAL_WEIGHT as USUAL_WEIGHT
 from ragjax.index.hybrid import DenseWeight as DenseWeight
 from ragjax.index.hybrid import HybridIndex as HybridIndex
 from ragjax.index.hybrid import HybridQueries as HybridQueries

@@ -13,6 +13,7 @@ import numpy as np
 from ragjax.data import Question, passage_text
 from ragjax.data.truth import TRUTHS
 from ragjax.index import (
+    USUAL_WEIGHT,
     Bm25Index,
     EmbeddingStore,
     EmbeddingWriter,
@@ -35,9 +36,6 @@ from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.workspace import Workspace
 from ragjax.training.live import StepQueries, StepSearch, search_dense, search_reranked
 from ragjax.training.lsr import towers
-
-# Half each is what un-adapted models want where there is nothing to choose the weight on.
-_DEFAULT_WEIGHT = 0.5
 
 
 class Retriever(NamedTuple):
@@ -80,7 +78,7 @@ def build_retriever(
 ) -> Retriever:
     """Encodes the corpus (or opens what an earlier life encoded, if undamaged) and indexes it.
 
-    The weight of the hybrid is the one of highest MRR@10 on the dev questions.
+    The weight of the hybrid is chosen by MRR@10 on the dev questions, see `choose_dense_weight`.
 
     Args:
         workspace: Data and models.
@@ -102,7 +100,7 @@ def build_retriever(
     if version == 0:
         workspace.log(choice.reason)
     dense = choice.build(embeddings)
-    weight = _DEFAULT_WEIGHT
+    weight = USUAL_WEIGHT
     known = [row for row, relevant in enumerate(workspace.relevant_rows("dev")) if relevant]
     dev = [workspace.questions["dev"][row] for row in known]
     if dev:

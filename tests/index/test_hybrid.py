@@ -105,7 +105,7 @@ def test_more_results_than_documents_are_masked():
     ("gold", "best", "weight"),
     [
         ([{0}, {1}], 1.0, 1.0),  # the dense side ranks these first
-        ([{3}, {3}], 1.0, 0.4),  # and the lexical side these, alone or mixed: the nearest to 1/2
+        ([{3}, {3}], 1.0, 0.4),  # and the lexical side these, alone or mixed: the usual weight
         ([{2}, {2}], 0.5, 0.0),  # second on each side, third in between
     ],
 )
@@ -120,6 +120,18 @@ def test_the_weight_with_the_best_reciprocal_rank_is_chosen(gold, best, weight):
         by_hand.append(np.mean([1 / (1 + ids[i].index(min(gold[i]))) for i in range(2)]))
     assert chosen.mrr == pytest.approx(by_hand)
     assert (chosen.weight, max(chosen.mrr)) == (weight, best)
+
+
+@pytest.mark.parametrize(("num_dense", "weight"), [(1, 0.4), (12, 1.0)])
+def test_a_weight_departs_from_the_usual_one_by_more_than_noise(num_dense, weight):
+    # Of 40 questions most find the gold document whatever the weight; in some the dense side alone.
+    dense = ExactIndex(np.array([[0.9, 0.0], [0.0, 0.9], [0.5, 0.5], [0.1, 0.1]], np.float32))
+    lexical = Lexical([[0.0, 0.0, 2.0, 9.0]] * num_dense + [[9.0, 0.0, 2.0, 0.0]] * 40)
+    texts = [str(row) for row in range(40)]
+    queries = HybridQueries(np.tile([[1.0, 0.0]], (40, 1)), texts)
+    chosen = choose_dense_weight(dense, lexical, queries, [{0}] * 40, grid=(0.0, 0.4, 1.0))
+    assert chosen.mrr[2] == max(chosen.mrr) > chosen.mrr[1]
+    assert chosen.weight == weight
 
 
 def test_bad_input_is_refused():
