@@ -47,6 +47,7 @@ from ragjax.runs.program import (
     in_own_flags,
     show_error,
 )
+from ragjax.runs.saved import ModelChoice
 from ragjax.runs.system import SEARCHES, System, reranked_search
 
 INTERRUPTED = 130
@@ -76,7 +77,10 @@ class Flags:
         cache: Folder for the embeddings of `data`.
         answer: Explain this answer instead of generating one.
         documents: Documents read for an answer; 0: none.
-        retriever: Index that is searched; p_R is the dense retriever's with each of them.
+        models: Of a run: `shipped` is what its dev questions chose, un-adapted where adaptation did
+            not help; `adapted` or `base` models in its place.
+        retriever: Index that is searched; p_R is the dense retriever's with each of them. None:
+            the one that a run ships, else `hybrid`.
         rerank: What ranks the best documents again: `question`, the language model by the
             likelihood of the question after each (seconds a question on a CPU); a cross-encoder, by
             folder or hub id; or `none`. None: as a run ships, with the weight that its dev
@@ -112,7 +116,8 @@ class Flags:
     cache: str = "runs/ask"
     answer: str = ""
     documents: Annotated[int, tyro.conf.arg(aliases=("--k",))] = 4
-    retriever: Literal["hybrid", "dense", "bm25"] = "hybrid"
+    models: ModelChoice = "shipped"
+    retriever: Literal["hybrid", "dense", "bm25"] | None = None
     rerank: str | None = None
     rerank_depth: int = 0
     decode: ModeName | None = None
@@ -143,6 +148,8 @@ class Flags:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         check_numbers(self, mark="--")
+        if self.data and self.models == "adapted":
+            raise ValueError("--models adapted goes with --run; the models of --data are base ones")
         for name in ("encoder", "query_encoder", "doc_encoder", "lm", "fields"):
             if self.run and getattr(self, name) != getattr(Flags, name):
                 raise ValueError(f"--{name} goes with --data; a run has its own")
@@ -191,7 +198,11 @@ def _run(flags: Flags) -> int:
         options,
         decode=DECODES[flags.decode] if flags.decode else None,
         by=reranked_search(
-            system, SEARCHES[flags.retriever], flags.rerank, depth=flags.rerank_depth, log=_note
+            system,
+            SEARCHES[flags.retriever] if flags.retriever else system.search,
+            flags.rerank,
+            depth=flags.rerank_depth,
+            log=_note,
         ),
         closed_book=flags.documents == 0,
     )
@@ -216,7 +227,7 @@ def _run(flags: Flags) -> int:
 
 def _open(flags: Flags) -> System:
     if flags.run:
-        return open_system(flags.run, log=_note)
+        return open_system(flags.run, models=flags.models, log=_note)
     config = dataclasses.replace(
         _DEFAULTS,
         data=_corpus_folder(flags),

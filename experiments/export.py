@@ -41,6 +41,8 @@ class Flags:
         output: Folder to write; must not exist, or be empty.
         run: Folder of a run of `experiments/adapt.py` or `experiments/train_rag.py`, to export a
             trained model.
+        models: Of a run: `shipped` is what its dev questions chose, un-adapted where adaptation did
+            not help; `adapted` exports the trained model in any case.
         source: A base model to export: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
         dtype: Of the tensors in the files.
         max_shard_gb: Largest safetensors file, in GB (10^9 bytes).
@@ -53,6 +55,7 @@ class Flags:
     what: What
     output: str
     run: str = ""
+    models: Literal["shipped", "adapted"] = "shipped"
     source: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_shard_gb: float = 5.0
@@ -129,7 +132,12 @@ def _from_run(flags: Flags) -> tuple[Any, Card]:
     if flags.what == "language_model":
         model = adapted_language_model(run)
     else:
-        model = adapted_encoder(run, flags.what.removesuffix("_encoder"))
+        model = adapted_encoder(run, flags.what.removesuffix("_encoder"), flags.models)
+        if flags.models == "shipped" and run.served and run.served.retriever == "base":
+            print(
+                f"note: {run.served.reason}; so this is the un-adapted encoder, --models adapted"
+                " exports the trained one"
+            )
     if run.metrics is None:
         print(f"note: {run.folder} holds no metrics.json; the model card says so")
     return model, run_card(run, model, flags.what, license=flags.base_license or None)

@@ -39,7 +39,8 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     metrics += [name for name in found if name not in METRICS and name not in _COUNTS]
     rows = [["", *systems]]
     rows += [
-        [name, *(_cell(summaries[system].get(name)) for system in systems)] for name in metrics
+        [name, *(format_cell(summaries[system].get(name)) for system in systems)]
+        for name in metrics
     ]
     rows.append(["n", *(str(summaries[system]["n"]) for system in systems)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -99,7 +100,8 @@ def format_report(
     return "\n".join(lines)
 
 
-def _cell(interval: Mapping[str, float] | None) -> str:
+def format_cell(interval: Mapping[str, float] | None) -> str:
+    """Formats a mean with its interval, such as ".123 [.05, .19]"; "-" where there is none."""
     if interval is None:
         return _ABSENT
     value = _short(interval["value"], digits=3)

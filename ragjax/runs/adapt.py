@@ -13,6 +13,7 @@ from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
 from ragjax.runs.compare.rerank import check_reranker, fit_to_run
 from ragjax.runs.compare.results import evaluate_run, show_first_numbers
+from ragjax.runs.compare.served import choose_served
 from ragjax.runs.data import Log, require_answers
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_cost
@@ -24,6 +25,7 @@ from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.teachers.choice import LsrTeacher, choose_teacher, open_scores, teaching_lms
+from ragjax.runs.train.guard import Guard, Kept
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import check_machine
 from ragjax.runs.train.retriever import (
@@ -83,15 +85,20 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
         if config.trains_lm:
             with workspace.timed("language model"):
                 lm = _adapt_lm(workspace, config, candidates)
-        after = before
+        after, kept = before, None
         if config.trains_retriever:
-            after = _adapt_retriever(workspace, config, bm25, params, candidates, lm)
+            guard = Guard(workspace, bm25, before, params)
+            kept = _adapt_retriever(workspace, config, bm25, params, candidates, lm, guard)
+            after = _build_after(workspace, bm25, kept.params, config.retriever.rounds)
+        served = choose_served(workspace, bm25, before, after, lm, kept)
         reranker = fit_to_run(
             workspace, bm25, before, after, lm,
-            name=config.rerank, depth=config.rerank_depth, served="hybrid",
+            name=config.rerank, depth=config.rerank_depth, served=served.documents,
         )  # fmt: skip
         with workspace.timed("evaluation"):
-            evaluate_run(workspace, bm25, before, after, lm, reranker=reranker)
+            evaluate_run(
+                workspace, bm25, before, after, lm, served=served.documents, reranker=reranker
+            )
         with workspace.timed("report"):
             title = f"Adaptation to {data_name(config.data)}"
             report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
@@ -234,7 +241,9 @@ def _adapt_retriever(
     params: dict[str, Any],
     candidates: Candidates,
     lm: FrozenLM,
-) -> Retriever:
+    guard: Guard,
+) -> Kept:
+    """Trains the towers and keeps what is best on dev; the index of that is not yet built."""
     options, before = config.retriever, candidates.retriever
     lms = teaching_lms(options, workspace.base_lm(), lm)
     teacher: LsrTeacher | None = None
@@ -245,8 +254,8 @@ def _adapt_retriever(
             with workspace.timed("teacher"):
                 teacher = choose_teacher(workspace, options, before, lms, cache)
         with workspace.timed("retriever"):
-            params = train_live(workspace, options, bm25, before, params, teacher, cache)
-        return _build_after(workspace, bm25, params, 1)
+            params = train_live(workspace, options, bm25, before, params, teacher, cache, guard)
+        return guard.finish(params)
     for number in range(options.rounds):
         if options.objective == "dpr":
             targets_at = _labelled_round(workspace, options, candidates, number)
@@ -261,11 +270,12 @@ def _adapt_retriever(
                 )
                 targets_at = _scored_round(workspace, teacher, found, cache)
         with workspace.timed("retriever"):
-            params = train_retriever(workspace, options, number, params, targets_at)
-        retriever = _build_after(workspace, bm25, params, number + 1)
-        dense = options.search == "dense"
-        candidates = Candidates(workspace, retriever, options.candidates, dense=dense)
-    return candidates.retriever
+            params = train_retriever(workspace, options, number, params, targets_at, guard=guard)
+        if number + 1 < options.rounds:
+            retriever = _build_after(workspace, bm25, params, number + 1)
+            dense = options.search == "dense"
+            candidates = Candidates(workspace, retriever, options.candidates, dense=dense)
+    return guard.finish(params)
 
 
 def _build_after(

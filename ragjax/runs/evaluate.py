@@ -17,7 +17,7 @@ from ragjax.runs.compare.rerank import (
     chosen_name,
     fit_to_run,
 )
-from ragjax.runs.compare.results import Checks, write_results
+from ragjax.runs.compare.results import Checks, shipped_system, write_results
 from ragjax.runs.compare.robustness import answer_conditions
 from ragjax.runs.compare.systems import (
     answer_cache,
@@ -244,7 +244,7 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
     reranker = _fit_reranker(opened, bm25, before, after, lm, depth)
     if reranker:
         questions = workspace.questions[split]
-        documents["reranked"] = reranker.documents(questions, documents["hybrid"])
+        documents["reranked"] = reranker.documents(questions, documents[_served(opened.run)])
     else:
         systems = tuple(name for name in systems if name != "reranked")
     cache = answer_cache(workspace.folder, _earlier_answers(opened.run))
@@ -265,7 +265,9 @@ def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
                 "note: no question has a relevant passage and a distractor: no robustness"
             )
     checks = Checks(config.bins, config.support_threshold, robustness)
-    return write_results(workspace, records, checks)
+    served = "reranked" if reranker else _served(opened.run)
+    shipped = shipped_system(records, served) if opened.run else ""
+    return write_results(workspace, records, checks, shipped=shipped)
 
 
 def _rerank_depth(opened: Opened, config: EvaluateConfig) -> int:
@@ -288,8 +290,13 @@ def _fit_reranker(
     earlier = [opened.run.folder] if opened.run else []
     return fit_to_run(
         opened.weighing, bm25, before, after, lm,
-        name=opened.rerank, depth=depth, served="hybrid", earlier=earlier,
+        name=opened.rerank, depth=depth, served=_served(opened.run), earlier=earlier,
     )  # fmt: skip
+
+
+def _served(run: FinishedRun | None) -> str:
+    """Returns which documents a run ships; those of the adapted hybrid where it does not say."""
+    return run.served.documents if run and run.served else "hybrid"
 
 
 def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:

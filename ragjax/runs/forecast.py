@@ -24,7 +24,9 @@ from ragjax.runs.teachers.choice import count_pairs
 from ragjax.runs.teachers.reading import QUESTION
 from ragjax.runs.tokens import bucket_of
 from ragjax.runs.train.batches import RagBatches
+from ragjax.runs.train.best import FACTORS, measured_steps
 from ragjax.runs.train.dev_nll import DEV_QUESTIONS
+from ragjax.runs.train.guard import POOL_PASSAGES
 from ragjax.runs.train.stages import stage_steps
 from ragjax.runs.trainable import split_lm, split_towers
 from ragjax.runs.workspace import Workspace, tower_params
@@ -100,6 +102,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     length = bucket_of(
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
     )
+    steps = stage_steps(retriever, train)
     taught = train * (retriever.candidates * length + 32) * retriever.epochs * rounds
     return _cost(
         texts,
@@ -114,10 +117,11 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
                 [len(workspace.questions[split]) for split in ("dev", "test")],
             ),
             Work("retriever", taught, texts.encoder_rate, texts.encoder_passes),
+            *_measured(texts, len(FACTORS) + rounds * len(measured_steps(steps))),
         ],
         encodings=1 + rounds,
         prompts=pairs + rows,
-        steps=stage_steps(retriever, train),
+        steps=steps,
     )
 
 
@@ -138,6 +142,16 @@ def _language_model(texts: Texts, config: AdaptConfig) -> tuple[float, float, fl
     layers = texts.workspace.lm.config.num_layers
     again = _MEASURED_AGAIN * (options.train_layers or layers) / layers
     return rows, learnt, dev * prompts / _PACKED * (1 + again)
+
+
+def _measured(texts: Texts, times: int) -> list[Work]:
+    """Returns the work of measuring the retriever on dev so many times."""
+    workspace, config = texts.workspace, texts.config
+    nothing = config.keep == "last" or not config.trains_retriever
+    if nothing or not workspace.questions["dev"]:
+        return []
+    share = min(1.0, POOL_PASSAGES / len(workspace.doc_tokens))
+    return [Work("measuring on dev", times * share * texts.corpus, texts.encoder_rate)]
 
 
 def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
@@ -164,6 +178,7 @@ def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
             ),
             Work("retriever", documents, texts.encoder_rate, texts.encoder_passes),
             Work("dev", scored * texts.prompt, texts.lm_rate),
+            *_measured(texts, 1 + len(FACTORS)),
         ],
         encodings=1 + config.trains_retriever,
         prompts=read + scored,
@@ -269,7 +284,9 @@ def _cost(
             seconds["refreshes"] = steps / every * refresh.refresh_seconds
     index_bytes = size * workspace.encoder.embedding_size * 4 * encodings
     split = functools.partial(split_towers, config.retriever, seed=0)
-    trained = (encodings - 1) * _trained_bytes(split, tower_params(workspace))
+    base = tower_params(workspace)
+    trained = (encodings - 1) * _trained_bytes(split, base)
+    kept = (1 + (config.keep == "best")) * config.trains_retriever * _tree_bytes(base)
     if config.trains_lm:
         lm = workspace.lm
         split = functools.partial(split_lm, config.language_model, lm.family, seed=0)
@@ -279,7 +296,7 @@ def _cost(
         documents=size * encodings,
         lm_forwards=int(prompts + answered * distinct * texts.prompts_of(read)),
         seconds=seconds,
-        bytes_on_disk=index_bytes + trained * _CHECKPOINT_COPIES + refreshes,
+        bytes_on_disk=index_bytes + trained * _CHECKPOINT_COPIES + kept + refreshes,
         free_bytes=free_bytes,
         answers=_describe_answers(texts),
         refresh=refresh,

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 
@@ -14,6 +14,7 @@ from ragjax.evaluation.systems import SYSTEMS
 from ragjax.models.encoder import TextEncoder
 from ragjax.models.export.card import Card
 from ragjax.models.language_model import LanguageModel
+from ragjax.runs.compare.served import Served
 from ragjax.runs.folder import CONFIG, REPORT
 from ragjax.runs.inputs import check_model
 from ragjax.runs.models import Encoders, base_towers, in_compute_dtype, load_encoders, load_lm
@@ -22,13 +23,15 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.trainable import END_TO_END, LM_KEPT, Trained, split_lm, split_models, split_towers
+from ragjax.runs.trainable import END_TO_END, LM_KEPT, Trained, split_lm, split_models
 from ragjax.training.checkpoint import Checkpointer, Restored
 from ragjax.training.lsr import towers
 
 _RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10", "answer@5")
 _ANSWERS = ("exact_match", "f1", "answer_nll")
 
+
+ModelChoice = Literal["shipped", "adapted", "base"]
 
 # What the screen shows of a result, before and after.
 _SHOWN = ("recall@5", "f1", "answer_nll")
@@ -41,7 +44,11 @@ class Models:
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path | None, inputs: Mapping[str, Any] | None = None
+        self,
+        config: RunConfig,
+        folder: Path | None,
+        inputs: Mapping[str, Any] | None = None,
+        base: Collection[str] = (),
     ):
         """Names the run.
 
@@ -49,8 +56,11 @@ class Models:
             config: Its options.
             folder: Its output folder; None: there is no run yet, all models are base models.
             inputs: What its config.json says of the base models; None: nothing.
+            base: Taken as they were before training: `retriever`, `language_model`.
         """
-        self._config, self._folder, self._inputs = config, folder, inputs
+        self._config, self._folder, self._inputs, self._base = config, folder, inputs, base
+        trained = config.trains_retriever and folder is not None
+        self.trained_retriever = trained and "retriever" not in base
 
     def read(self) -> Self:
         """Reads all models now, so that a run that has not ended is refused before other work."""
@@ -99,7 +109,7 @@ class Models:
     @property
     def trains_lm(self) -> bool:
         """Whether the language model was trained: there may be nothing to train it on."""
-        if self._folder is None or not self._config.trains_lm:
+        if self._folder is None or "language_model" in self._base or not self._config.trains_lm:
             return False
         skipped = (
             isinstance(self._config, AdaptConfig)
@@ -126,17 +136,9 @@ class Models:
     @cached_property
     def _towers(self) -> tuple[Any, Any]:
         """Parameters of the query and of the document encoder."""
-        config = self._config
-        params = base_towers(config, self.base_encoders)
-        if self._folder is None or not config.trains_retriever:
-            return towers(params, None)
-        if isinstance(config, RagConfig):
-            params = self._end_to_end.towers
-        elif isinstance(config, AdaptConfig):
-            # Adapters, and layers trained on top of frozen ones, are relative to the round before.
-            for number in range(config.retriever.rounds):
-                split = split_towers(config.retriever, params, seed=config.seed + number)
-                params = split.merged(self._restore(f"retriever-{number}", split.trainable).state)
+        params = base_towers(self._config, self.base_encoders)
+        if self.trained_retriever:
+            params = self._restore("retriever", params).state
         return towers(params, None)
 
     @cached_property
@@ -213,7 +215,19 @@ class FinishedRun(Results):
     @cached_property
     def models(self) -> Models:
         """The base and the trained models."""
-        return Models(self.config, self.folder, self.inputs)
+        return self.open_models("adapted")
+
+    @cached_property
+    def served(self) -> Served | None:
+        """What the run ships, as its dev questions chose; None: it says nothing of that."""
+        return Served.read(self.folder)
+
+    def open_models(self, which: ModelChoice) -> Models:
+        """Returns the trained models, the base ones, or of each what is shipped."""
+        served = self.served._asdict() if which == "shipped" and self.served else {}
+        names = ("retriever", "language_model")
+        base = [name for name in names if "base" in (which, served.get(name))]
+        return Models(self.config, self.folder, self.inputs, base)
 
 
 @dataclass(frozen=True, repr=False)
@@ -255,12 +269,13 @@ def open_run(folder: str | Path) -> FinishedRun:
     )
 
 
-def adapted_encoder(run: FinishedRun, tower: str) -> TextEncoder:
+def adapted_encoder(run: FinishedRun, tower: str, which: ModelChoice = "adapted") -> TextEncoder:
     """Returns a trained encoder of a run.
 
     Args:
         run: The run; the training of its retriever must have ended.
         tower: `query`, `doc`, or `encoder` where one tower serves both.
+        which: `adapted`; `shipped` and `base` may be the encoder that training started from.
 
     Raises:
         ValueError: The run did not train an encoder, has two towers and none was chosen, or has
@@ -277,7 +292,8 @@ def adapted_encoder(run: FinishedRun, tower: str) -> TextEncoder:
             f"{run.folder}: this run has two encoders (retriever.train"
             f" {config.retriever.train}); export --what query_encoder and --what doc_encoder"
         )
-    return run.models.doc_encoder if tower == "doc" else run.models.query_encoder
+    models = run.models if which == "adapted" else run.open_models(which)
+    return models.doc_encoder if tower == "doc" else models.query_encoder
 
 
 def adapted_language_model(run: FinishedRun) -> LanguageModel:

@@ -32,7 +32,7 @@ from ragjax.runs.compare.rerank import (
 from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.saved import Models, open_run
+from ragjax.runs.saved import ModelChoice, Models, open_run
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace
 from ragjax.training.loop import StopFlag
 
@@ -47,6 +47,7 @@ class System:
         retriever: The dense index, its query encoder, and the hybrid of both indexes.
         lm_params: Parameters of `workspace.lm`, trained or base, in its compute dtype.
         name: Run or data folder, for messages.
+        search: How documents are found where nothing else is asked for.
     """
 
     workspace: Workspace
@@ -54,6 +55,7 @@ class System:
     retriever: Retriever
     lm_params: Any
     name: str
+    search: "Search"
 
     @property
     def scale(self) -> float:
@@ -84,14 +86,22 @@ class Queries(NamedTuple):
 Search = Callable[[System, Queries, int], SearchResult]
 
 
-def open_system(folder: str | Path, *, stop: StopFlag | None = None, log: Log = print) -> System:
-    """Opens the models of a run, trained or base.
+def open_system(
+    folder: str | Path,
+    *,
+    models: ModelChoice = "shipped",
+    stop: StopFlag | None = None,
+    log: Log = print,
+) -> System:
+    """Opens what a run ships, as its dev questions chose.
 
     Its stored embeddings are reused, so only the dev questions are encoded, which choose the weight
     of the hybrid.
 
     Args:
         folder: Output folder of a finished run.
+        models: `adapted` or `base` models in place of what is shipped, with the hybrid of both
+            indexes.
         stop: Looked at while a corpus is encoded.
         log: Shows one line to the user.
 
@@ -101,20 +111,23 @@ def open_system(folder: str | Path, *, stop: StopFlag | None = None, log: Log = 
     """
     folder = Path(folder)
     run = open_run(folder)
-    config, models = run.config, run.models.read()
+    config, opened = run.config, run.open_models(models).read()
     dataset = read_data(config, folder, log)
     workspace = make_workspace(
         config,
         folder,
         dataset,
         choose_questions(config, dataset),
-        models.base_encoders,
-        models.base_language_model,
+        opened.base_encoders,
+        opened.base_language_model,
         stop=stop or StopFlag(),
         log=log,
     )
-    version = _newest_index(folder) if config.trains_retriever else 0
-    return _assemble(workspace, models, version, str(folder))
+    version, search = _newest_index(folder) if opened.trained_retriever else 0, by_hybrid
+    if models == "shipped" and run.served is not None:
+        log(run.served.reason)
+        search = SEARCHES[run.served.search]
+    return _assemble(workspace, opened, version, str(folder), search)
 
 
 def open_base_system(
@@ -271,7 +284,9 @@ def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:
     return read_data(dataclasses.replace(config, data_options=options), cache, log)
 
 
-def _assemble(workspace: Workspace, models: Models, version: int, name: str) -> System:
+def _assemble(
+    workspace: Workspace, models: Models, version: int, name: str, search: Search = by_hybrid
+) -> System:
     bm25 = build_bm25(workspace)
     retriever = build_retriever(
         workspace,
@@ -286,4 +301,5 @@ def _assemble(workspace: Workspace, models: Models, version: int, name: str) -> 
         retriever=retriever,
         lm_params=workspace.in_compute_dtype(models.language_model.params),
         name=name,
+        search=search,
     )

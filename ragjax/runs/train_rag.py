@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ragjax.runs.compare.dev import Side, evaluate_dev
 from ragjax.runs.compare.results import evaluate_run
+from ragjax.runs.compare.served import choose_served
 from ragjax.runs.data import Log, require_answers
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_time, estimate_rag_cost
@@ -17,6 +18,7 @@ from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
+from ragjax.runs.train.guard import Guard
 from ragjax.runs.train.live import check_machine
 from ragjax.runs.train.statements import read_statements
 from ragjax.runs.workspace import (
@@ -63,14 +65,17 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
         with workspace.timed("end to end"):
             trained = train_end_to_end(workspace, config, bm25, before, towers)
         lm = workspace.adapted_lm(trained.lm_params) if config.trains_lm else base
-        after = before
+        after, kept = before, None
         if config.trains_retriever:
+            guard = Guard(workspace, bm25, before, towers)
+            kept = guard.finish(trained.towers)
             with workspace.timed("index after"):
-                after = build_towers(workspace, bm25, trained.towers, 1)
+                after = build_towers(workspace, bm25, kept.params, 1)
+        served = choose_served(workspace, bm25, before, after, lm, kept)
         with workspace.timed("dev"):
             evaluate_dev(workspace, Side("before", before, base), Side("after", after, lm))
         with workspace.timed("evaluation"):
-            evaluate_run(workspace, bm25, before, after, lm)
+            evaluate_run(workspace, bm25, before, after, lm, served=served.documents)
         with workspace.timed("report"):
             title = f"End-to-end training on {data_name(config.data)}"
             report_run(workspace, before, after, lm, title=title, target=config.objective.target)

@@ -28,9 +28,9 @@ def finished(tiny_run):
 def test_a_run_writes_everything_it_promises(finished):
     _, output, out = finished
     metrics = json.loads((output / "metrics.json").read_text())
-    assert list(metrics) == ["closed_book", "bm25", "before", "after", "hybrid"]
+    assert list(metrics) == ["closed_book", "bm25", "before", "after", "hybrid", "served"]
     assert set(metrics["closed_book"]) - {"n", "applicable"} == ANSWERS
-    for name in ("bm25", "before", "after", "hybrid"):
+    for name in ("bm25", "before", "after", "hybrid", "served"):
         assert set(metrics[name]) - {"n", "applicable"} == METRICS
         assert metrics[name]["n"] == 10
     for name in METRICS:
@@ -39,7 +39,10 @@ def test_a_run_writes_everything_it_promises(finished):
         assert interval["low"] <= interval["value"] <= interval["high"]
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 10 and len({line["id"] for line in lines}) == 10
-    assert set(metrics) <= set(lines[0]["systems"])
+    assert set(metrics) - {"served"} <= set(lines[0]["systems"])
+    served = json.loads((output / "served.json").read_text())
+    assert metrics["served"]["recall@5"] == metrics["hybrid"]["recall@5"]
+    assert "shipped: un-adapted hybrid" in served["reason"] and served["reason"] in out
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     lm_steps = [s["step"] for s in steps if s["stage"] == "lm"]
     assert lm_steps == list(range(len(lm_steps))) and 2 <= len(lm_steps) <= 3
@@ -101,5 +104,5 @@ def test_killed_and_stopped_the_run_ends_with_the_same_bytes(finished, tmp_path,
     assert process.returncode == 128 + signal.SIGTERM
     assert "the same command continues this run" in err
     assert ADAPT.main(flags) == 0
-    for name in ("metrics.json", "differences.json", "predictions.jsonl"):
+    for name in ("served.json", "metrics.json", "differences.json", "predictions.jsonl"):
         assert (output / name).read_bytes() == (whole / name).read_bytes()

@@ -302,7 +302,7 @@ def test_a_run_has_every_column_and_its_own_figures(script, run_folder, tmp_path
     assert list(metrics) == [
         "closed_book", "bm25", "before", "hybrid_before", "after", "hybrid",
         "lm_half", "closed_book_lm_half", "hybrid_base_lm", "hybrid_lm_half", "after_base_lm",
-        "bm25_lm_half",
+        "bm25_lm_half", "served",
     ]  # fmt: skip
     # What the run measured of itself, on the same questions with the same options.
     known = load(run_folder, "metrics.json")

@@ -54,7 +54,8 @@ def assert_scores_are_those_of_the_run(run, query_encoder, doc_encoder):
 @pytest.mark.slow
 def test_a_shared_encoder_comes_out_as_the_run_evaluated_it(export, tiny_run, tmp_path, capsys):
     run, output = tiny_run("adapt").folder, tmp_path / "encoder"
-    code = export([f"--run={run}", "--what=encoder", f"--output={output}", "--base_license=mit"])
+    flags = [f"--run={run}", "--what=encoder", f"--output={output}", "--base_license=mit"]
+    code = export([*flags, "--models=adapted"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert "every bit equal" in shown.out and f"SentenceTransformer('{output}')" in shown.out
@@ -72,11 +73,25 @@ def test_a_shared_encoder_comes_out_as_the_run_evaluated_it(export, tiny_run, tm
 
 
 @pytest.mark.slow
+def test_what_a_run_ships_is_exported_with_a_note_where_that_is_un_adapted(
+    export, tiny_run, tmp_path, capsys
+):
+    run, output = tiny_run("adapt").folder, tmp_path / "encoder"
+    assert json.loads((run / "served.json").read_text())["retriever"] == "base"
+    assert export([f"--run={run}", "--what=encoder", f"--output={output}"]) == 0
+    shown = capsys.readouterr().out
+    assert "did not help here; shipped: un-adapted hybrid" in shown and "--models adapted" in shown
+    base = load_encoder(open_run(run).config.encoder)
+    np.testing.assert_array_equal(embed(load_encoder(str(output)), ["a"]), embed(base, ["a"]))
+
+
+@pytest.mark.slow
 def test_two_towers_with_adapters_come_out_merged(export, tiny_run, tmp_path, capsys):
     run = tiny_run("adapt-lora").folder
     towers = {}
     for what in ("query_encoder", "doc_encoder"):
-        assert export([f"--run={run}", f"--what={what}", f"--output={tmp_path / what}"]) == 0
+        flags = [f"--run={run}", f"--what={what}", f"--output={tmp_path / what}"]
+        assert export([*flags, "--models=adapted"]) == 0
         towers[what] = load_encoder(str(tmp_path / what))
         assert "One of two encoders" in (tmp_path / what / "README.md").read_text()
     assert_scores_are_those_of_the_run(run, *towers.values())
@@ -115,23 +130,25 @@ def test_a_run_that_has_not_ended_is_refused(export, tiny_run, tmp_path, capsys)
     run = Path(shutil.copytree(tiny_run("adapt").folder, tmp_path / "cut"))
 
     def refused(what):
-        code = export([f"--run={run}", f"--what={what}", f"--output={tmp_path / 'out'}"])
+        code = export(
+            [f"--run={run}", f"--what={what}", "--models=adapted", f"--output={tmp_path / 'out'}"]
+        )
         assert code == 2 and not (tmp_path / "out").exists()
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     capsys.readouterr()
-    checkpoints = run / "checkpoints" / "retriever-1"
+    checkpoints = run / "checkpoints" / "retriever"
     last = max(checkpoints.iterdir(), key=lambda path: int(path.name))
     files = [path for path in last.rglob("*") if path.is_file() and path.name != "ragjax.json"]
     data = max(files, key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1] + b"\x00")
-    assert "stage retriever-1 is at step 2 of 3" in (error := refused("encoder"))
+    assert "stage retriever has no whole checkpoint" in (error := refused("encoder"))
     assert "the same experiments/adapt.py command finishes the run" in error and "sha256" in error
     for step in checkpoints.iterdir():
         (step / "ragjax.json").unlink()
-    assert "stage retriever-1 has no whole checkpoint" in refused("encoder")
+    assert "stage retriever has no whole checkpoint" in refused("encoder")
     shutil.rmtree(checkpoints)
-    assert "stage retriever-1 has not begun" in refused("encoder")
+    assert "stage retriever has not begun" in refused("encoder")
     (run / "metrics.json").unlink()
     assert export([f"--run={run}", "--what=language_model", f"--output={tmp_path / 'lm'}"]) == 0
     assert "holds no metrics.json" in capsys.readouterr().out

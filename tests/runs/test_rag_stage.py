@@ -648,11 +648,13 @@ def test_every_system_of_the_table_weighs_documents_by_the_dense_retriever(
     bm25, _, before = start
     heard = []
     monkeypatch.setattr(
-        results_module, "evaluate_systems", lambda _, columns, *__, **___: heard.extend(columns)
+        results_module,
+        "evaluate_systems",
+        lambda _, columns, *__, **___: heard.extend(columns) or {},
     )
-    monkeypatch.setattr(results_module, "write_results", lambda *_: {})
+    monkeypatch.setattr(results_module, "write_results", lambda *_, **__: {})
     base, other = (FrozenLM(workspace.lm.params, name) for name in (workspace.lm.fingerprint, "b"))
-    results_module.evaluate_run(workspace, bm25, before, before, other)
+    results_module.evaluate_run(workspace, bm25, before, before, other, served="hybrid_before")
     asked = workspace.encode_queries(before.query_params, workspace.questions["test"])
     read = {column.name: column for column in heard if column.lm and column.documents}
     found = {"bm25", "before", "after", "hybrid_before", "hybrid"}

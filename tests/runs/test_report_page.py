@@ -99,6 +99,8 @@ def test_the_report_holds_every_number_and_refers_to_nothing(finished):
     assert "documents in the corpus80" in shown.text
     assert "documents encoded for the indexes before and after240" in shown.text
     assert re.search("Better|Worse|No measurable change", shown.text)
+    reason = json.loads((finished / "served.json").read_text())["reason"]
+    assert reason[1:] in shown.text
     assert re.search(r"[1-9]\d* of 10 questions won|[1-9]\d* lost", shown.text)
 
 

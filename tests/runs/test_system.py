@@ -152,7 +152,7 @@ def test_a_run_retrieves_as_it_did_when_it_was_evaluated(whole, monkeypatch):
         raise AssertionError("the corpus was encoded again")
 
     monkeypatch.setattr(retrieval, "encode_to_store", encode)
-    system = open_system(whole, log=silent)
+    system = open_system(whole, models="adapted", log=silent)
     lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
     texts = [line["question"] for line in lines]
     corpus = system.workspace.dataset.corpus
@@ -165,7 +165,7 @@ def test_a_run_retrieves_as_it_did_when_it_was_evaluated(whole, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_answers_with_its_adapted_models(whole, tiny_inputs):
-    system = open_system(whole, log=silent)
+    system = open_system(whole, models="adapted", log=silent)
     run = open_run(whole)
     jax.tree.map(
         np.testing.assert_array_equal, system.lm_params, adapted_language_model(run).params
@@ -177,6 +177,27 @@ def test_a_run_answers_with_its_adapted_models(whole, tiny_inputs):
     )
     assert system.retriever.version == 2
     assert system.name == str(whole)
+
+
+@pytest.mark.slow
+def test_what_is_shipped_is_opened_unless_the_adapted_or_base_models_are_asked_for(
+    whole, tiny_inputs, tmp_path
+):
+    copy, base = tmp_path / "run", load_encoder(tiny_inputs["encoder"])
+    shutil.copytree(whole, copy)
+    served = json.loads((copy / "served.json").read_text())
+    changes = {"retriever": "base", "search": "bm25", "language_model": "adapted"}
+    (copy / "served.json").write_text(json.dumps({**served, **changes, "reason": "as dev says"}))
+    said = []
+    system = open_system(copy, log=said.append)
+    assert system.search is by_bm25 and system.retriever.version == 0 and "as dev says" in said
+    jax.tree.map(np.testing.assert_array_equal, system.retriever.query_params, base.params)
+    adapted = open_system(copy, models="adapted", log=silent)
+    assert adapted.search is by_hybrid and adapted.retriever.version == 2
+    jax.tree.map(np.testing.assert_array_equal, adapted.lm_params, system.lm_params)
+    neither = open_system(copy, models="base", log=silent)
+    lm = load_language_model(tiny_inputs["lm"])
+    jax.tree.map(np.testing.assert_array_equal, neither.lm_params, lm.params)
 
 
 @pytest.mark.slow
@@ -197,7 +218,7 @@ def test_a_run_without_its_last_index_has_not_ended(whole, tmp_path):
     for number in (1, 2):
         shutil.rmtree(copy / "index" / str(number))
     with pytest.raises(ValueError, match="no index of the adapted encoder"):
-        open_system(copy, log=silent)
+        open_system(copy, models="adapted", log=silent)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

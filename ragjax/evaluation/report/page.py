@@ -53,6 +53,7 @@ class ReportData:
         support: As in support.json.
         cost: `{"seconds": {stage: seconds}, "peak_memory_bytes": ..., "counts": {what: number}}`.
         config: Options, nested.
+        shipped: What the run ships and why, a sentence.
         notes: Sentences on the data.
         problems: Sentences on what could not be read.
     """
@@ -75,6 +76,7 @@ class ReportData:
     support: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shipped: str = ""
     notes: Sequence[str] = ()
     problems: Sequence[str] = ()
 
@@ -103,6 +105,9 @@ def render_report(data: ReportData) -> str:
         f"<header><h1>{isolated(data.title)}</h1>",
         f'<ul class="facts">{facts}</ul>' if facts else "",
         f'<div class="problems"><ul>{problems}</ul></div>' if problems else "",
+        f'<p class="verdict"><bdi>{escape(_sentence(data.shipped))}</bdi></p>'
+        if data.shipped
+        else "",
         verdict_box(found, pair),
         f'<nav aria-label="Contents"><ul>{links}</ul></nav></header><main>',
     ]
@@ -115,6 +120,10 @@ def render_report(data: ReportData) -> str:
         "</footer>"
     )
     return page(data.title, "\n".join(part for part in body if part))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _sections(

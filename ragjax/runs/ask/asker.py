@@ -28,7 +28,7 @@ from ragjax.runs.ask.prompts import Prompt, ReaderOptions
 from ragjax.runs.ask.reader import Joint, Reader
 from ragjax.runs.ask.spans import Span, SpanFinder
 from ragjax.runs.options.modes import MODES, check_mode
-from ragjax.runs.system import Search, System, by_hybrid, encode_query_of, reranked_search, retrieve
+from ragjax.runs.system import Search, System, encode_query_of, reranked_search, retrieve
 from ragjax.runs.tokens import buckets
 
 # Longer questions are compiled for when the first one comes.
@@ -117,8 +117,8 @@ class Asker:
             decode: Decoding strategy; None: `decode_fusion` for a run whose options say so (its
                 language model was trained to attend to all documents at once), else
                 `decode_ensemble`.
-            by: Search for the documents; None: the hybrid's, its best ranked again where the run
-                ships that.
+            by: Search for the documents; None: that of the system, its best ranked again where the
+                run ships that.
             closed_book: Retrieve nothing.
 
         Raises:
@@ -134,7 +134,7 @@ class Asker:
         self.reader = Reader(system, options or ReaderOptions())
         self.spans = SpanFinder(self.reader, system.workspace.dataset.corpus)
         self.asked_documents = 0 if closed_book else self.reader.prompts.options.documents
-        by = by or reranked_search(system, by_hybrid, None, log=system.workspace.log)
+        by = by or reranked_search(system, system.search, None, log=system.workspace.log)
         self._decode, self._by = decode, by
 
     def warm_up(self) -> Iterator[str]:

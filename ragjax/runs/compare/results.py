@@ -23,6 +23,7 @@ from ragjax.evaluation.systems import (
     SERVED_SYSTEMS,
     SYSTEMS,
 )
+from ragjax.evaluation.table import format_cell
 from ragjax.index import Bm25Index
 from ragjax.runs.compare.cells import CELLS, format_cells, tabulate
 from ragjax.runs.compare.measures import RIGHT_F1, is_right
@@ -60,6 +61,7 @@ _COMPARED = (
 )
 _TABLE = (*_COMPARED, "empty_answer")
 _FIRST_SYSTEMS, _FIRST_METRICS = ("bm25", "before", "hybrid_before"), ("recall@5", "mrr@10")
+_SERVED_SHOWN = ("recall@5", "mrr@10", "f1", "answer_nll")
 _CONDITIONS_SHOWN = ("f1", "answer_nll")
 
 
@@ -84,6 +86,7 @@ def evaluate_run(
     after: Retriever,
     lm: FrozenLM,
     *,
+    served: str,
     reranker: Reranker | None = None,
 ) -> dict[str, Any]:
     """Compares the systems of a run on its test questions and writes its results.
@@ -94,6 +97,7 @@ def evaluate_run(
         before: The base retriever.
         after: The adapted one, or the base one.
         lm: The adapted language model, or the base one.
+        served: What the run ships, by its name among the documents of `SYSTEMS`.
         reranker: Ranks the best of what is served again; None: nothing does.
 
     Returns:
@@ -112,7 +116,7 @@ def evaluate_run(
     documents = retrieve_documents(workspace, bm25, before, after, "test", deepest=deepest)
     if reranker:
         questions = workspace.questions["test"]
-        documents["reranked"] = reranker.documents(questions, documents["hybrid"])
+        documents["reranked"] = reranker.documents(questions, documents[served])
     else:
         names.remove("reranked")
     columns = make_columns(names, documents, base, lm)
@@ -124,7 +128,24 @@ def evaluate_run(
             if column.name in (*SERVED_SYSTEMS, *MAIN_SYSTEMS)
         ]
     cache = answer_cache(workspace.folder)
-    return write_results(workspace, evaluate_systems(workspace, columns, cache, split="test"))
+    records = evaluate_systems(workspace, columns, cache, split="test")
+    shipped = shipped_system(records, "reranked" if reranker else served)
+    return write_results(workspace, records, shipped=shipped)
+
+
+def shipped_system(records: Records, documents: str) -> str:
+    """Returns the system with these documents, read by the adapted language model if there is.
+
+    Args:
+        records: Of systems by name.
+        documents: By their name in `SYSTEMS`.
+
+    Returns:
+        Its name; "" where there is none.
+    """
+    names = [name for name in records if SYSTEMS[name].documents == documents]
+    by_lm = {SYSTEMS[name].lm: name for name in names}
+    return by_lm.get("adapted", by_lm.get("base", ""))
 
 
 def show_first_numbers(workspace: Workspace, bm25: Bm25Index, retriever: Retriever) -> None:
@@ -164,7 +185,11 @@ def _known_mean(values: np.ndarray) -> str:
 
 
 def write_results(
-    workspace: Workspace, records: Records, checks: Checks | None = None
+    workspace: Workspace,
+    records: Records,
+    checks: Checks | None = None,
+    *,
+    shipped: str = "",
 ) -> dict[str, Any]:
     """Writes every result file and prints the tables.
 
@@ -177,6 +202,7 @@ def write_results(
         records: By system.
         checks: Further results of an evaluation; None: a run, which has fewer pairs and keeps
             systems beside the main ones in differences.json.
+        shipped: The system that the run ships, which metrics.json has as `served` also.
 
     Returns:
         What metrics.json holds.
@@ -223,6 +249,14 @@ def write_results(
         differences["other_systems"] = others
     write_json(folder / "differences.json", differences)
     metrics = {name: summaries[name] for name in names}
+    if shipped in summaries:
+        metrics["served"] = summaries[shipped]
+        cells = [
+            f"{name} {format_cell(summaries[shipped][name])}"
+            for name in _SERVED_SHOWN
+            if name in summaries[shipped]
+        ]
+        workspace.log(f"\nserved ({shipped}): {', '.join(cells)}")
     write_json(folder / "metrics.json", metrics)
     return metrics
 

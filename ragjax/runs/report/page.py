@@ -11,6 +11,7 @@ from typing import Any
 from ragjax.evaluation.report import ReportData, render_report
 from ragjax.evaluation.report.questions import Lookup, PassageText
 from ragjax.evaluation.report.results import DIFFERENCE, main_pair
+from ragjax.runs.compare.served import SERVED
 from ragjax.runs.folder import REPORT, RunFiles, read_cost
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.modes import MODES
@@ -34,8 +35,8 @@ def write_report(
     """Draws `report.html` from the files of a folder; what is missing is left out.
 
     Looked for are metrics.json, differences.json, metrics.jsonl, predictions.jsonl, config.json,
-    explained.json, cells.json, dev.json, teachers.json, calibration.json, robustness.json,
-    support.json, notes.json and cost.json. The same files give the same bytes.
+    explained.json, served.json, cells.json, dev.json, teachers.json, calibration.json,
+    robustness.json, support.json, notes.json and cost.json. The same files give the same bytes.
 
     Args:
         folder: Folder of a run.
@@ -84,6 +85,7 @@ def write_report(
         support=read.mapping("support.json"),
         cost=read_cost(folder) | {"counts": explained.get("counts", {})},
         config=options,
+        shipped=read.mapping(SERVED).get("reason", ""),
         notes=noted.get("notes", ()),
         problems=read.problems,
     )

@@ -20,6 +20,7 @@ from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.teachers.choice import LsrTeacher
 from ragjax.runs.teachers.reading import score_step
 from ragjax.runs.tokens import bucket_of, pad_tokens, truncated
+from ragjax.runs.train.guard import Guard
 from ragjax.runs.train.live import open_retrieval
 from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates
 from ragjax.runs.trainable import split_towers
@@ -67,6 +68,7 @@ def train_retriever(
     params: dict[str, Any],
     targets_at: TargetsAt,
     host: HostWork | None = None,
+    guard: Guard | None = None,
 ) -> dict[str, Any]:
     """Trains the retriever for one round.
 
@@ -77,6 +79,7 @@ def train_retriever(
         params: Towers before the round.
         targets_at: Targets of the training questions of a step.
         host: Called before each step, where the targets depend on the towers of that moment.
+        guard: Measures the towers every few steps; None: nobody does.
 
     Returns:
         The towers after the round.
@@ -101,7 +104,9 @@ def train_retriever(
         encode_queries=encode_queries,
     )
     batches = _lsr_batches(workspace, config, seed, targets_at)
-    return split.merged(run_stage(workspace, stage, split, loss, batches, host=host))
+    watch = guard.watch(stage.name, stage.num_steps, split.merged) if guard else None
+    trained = run_stage(workspace, stage, split, loss, batches, host=host, watch=watch)
+    return split.merged(trained)
 
 
 def train_live(
@@ -112,6 +117,7 @@ def train_live(
     params: dict[str, Any],
     teacher: LsrTeacher | None,
     cache: ResultCache[Score],
+    guard: Guard | None = None,
 ) -> dict[str, Any]:
     """Trains the retriever on documents retrieved before each step with the current towers.
 
@@ -123,6 +129,7 @@ def train_live(
         params: Towers before training.
         teacher: Sets the target of the LSR objectives; None with `dpr`.
         cache: Scores of its language model, added to step by step.
+        guard: As in `train_retriever`.
 
     Returns:
         The towers after training.
@@ -150,7 +157,7 @@ def train_live(
 
         live = LiveTargets(retrieval, scored_at)
     with closing(live.retrieval.refresher):
-        return train_retriever(workspace, config, 0, params, live.at, host=live.retrieval)
+        return train_retriever(workspace, config, 0, params, live.at, live.retrieval, guard)
 
 
 def open_labelled(
