@@ -121,11 +121,12 @@ def evaluate_run(
         names.remove("reranked")
     columns = make_columns(names, documents, base, lm)
     if workspace.config.evaluation.answers == "served":
+        # Of the others their documents alone are compared: answers cost the most time.
+        shipped = [name for name, kind in SYSTEMS.items() if kind.documents == served]
         columns = [
-            # Of the others their documents alone are compared: answers cost the most time.
-            column if column.name in SERVED_SYSTEMS else column._replace(lm=None)
+            column if column.name in (*SERVED_SYSTEMS, *shipped) else column._replace(lm=None)
             for column in columns
-            if column.name in (*SERVED_SYSTEMS, *MAIN_SYSTEMS)
+            if column.name in (*SERVED_SYSTEMS, *shipped, *MAIN_SYSTEMS)
         ]
     cache = answer_cache(workspace.folder)
     records = evaluate_systems(workspace, columns, cache, split="test")

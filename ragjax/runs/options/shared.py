@@ -88,8 +88,8 @@ class EvaluationConfig(Options):
     Attributes:
         documents: Documents read for an answer.
         answers: Whose answers are compared: `served` reads what the hybrid finds, before and after,
-            and nothing, with the base and the adapted language model; `all` reads what BM25 and the
-            dense retriever find, too.
+            what is shipped, and nothing, with the base and the adapted language model; `all` reads
+            what BM25 and the dense retriever find, too.
         mode: `concat` reads them one after the other in one prompt; the others read each alone.
             `ensemble` mixes the next-token distributions by p_R (RA-DIT, REPLUG), and so does
             `rag_token`, with beams. `rag_sequence_fast` and `rag_sequence_thorough` generate from
