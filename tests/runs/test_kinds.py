@@ -109,7 +109,7 @@ def test_wrong_judgements_change_nothing_of_a_run(tmp_path, domains, tiny_flags,
         assert load_script("experiments/adapt.py").main([*flags, f"--output={output}"]) == 0
         runs.append(open_run(output))
     wrong, without = runs
-    for name in ("metrics.json", "differences.json", "predictions.jsonl"):
+    for name in ("metrics.json", "differences.json", "predictions.jsonl", "served.json"):
         assert (wrong.folder / name).read_bytes() == (without.folder / name).read_bytes()
     for model in ("query_encoder", "doc_encoder", "language_model"):
         params = [jax.tree.leaves(getattr(run.models, model).params) for run in runs]
