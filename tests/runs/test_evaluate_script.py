@@ -384,7 +384,8 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
         "systems": ("bm25",), "documents": 2, "mode": "rag_sequence_fast", "beams": 2,
         "max_new_tokens": 2, "document_tokens": 9, "max_questions": 3, "answer_questions": 3,
         "seed": 3, "resamples": 3, "bins": 3, "support_threshold": 0.5, "robustness": False,
-        "distractors": 3, "encode_tokens": 3, "score_tokens": 3,
+        "distractors": 3, "encode_tokens": 3, "score_tokens": 3, "rerank": "question",
+        "rerank_depth": 3,
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(config)} - {"run", "output"} == set(changed)
     plain = config.fingerprint(None)

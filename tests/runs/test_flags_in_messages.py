@@ -31,14 +31,17 @@ SHOWN_BY = {
     "ragjax/runs/data/_without_leaks": TRAINING,
     "ragjax/runs/evaluate": ("evaluate",),
     "ragjax/runs/data": TRAINING,  # those that name a flag
+    "ragjax/runs/forecast/_describe_answers": TRAINING,
     "ragjax/runs/found": ("train_rag",),  # those that name a flag
     "ragjax/runs/program": RUNS,
     "ragjax/runs/options/dual": ("adapt",),
     "ragjax/runs/options/end_to_end": ("train_rag",),
     "ragjax/runs/options/evaluate": ("evaluate",),
     "ragjax/runs/options/refresh": TRAINING,
+    "ragjax/runs/options/shared/RunConfig": TRAINING,
     "ragjax/runs/models/scale_note": TRAINING,
     "ragjax/runs/saved": ("export",),
+    "ragjax/runs/teachers/files": ("adapt",),
     "ragjax/runs/train": TRAINING,
     "ragjax/runs/train/end_to_end": ("train_rag",),
     "ragjax/runs/train/language_model": ("adapt",),
