@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ragjax.data import pad_right
+from ragjax.index import USUAL_WEIGHT
 from ragjax.models import Tokens, load_encoder, load_language_model
 from ragjax.runs import indexes as retrieval
 from ragjax.runs.options.dual import AdaptConfig
@@ -123,7 +124,7 @@ def test_documents_alone_are_enough_and_judged_questions_weigh_the_hybrid(
     shutil.copy(Path(tiny_inputs["data"]) / "corpus.jsonl", tmp_path)
     config = AdaptConfig(**tiny_inputs | {"data": str(tmp_path)})
     alone = open_base_system(config, cache=tmp_path / "cache", log=lines.append)
-    assert alone.retriever.hybrid.dense_weight == 0.5
+    assert alone.retriever.hybrid.dense_weight == USUAL_WEIGHT
     assert any("no dev questions" in line for line in lines)
     assert len(base.workspace.questions["dev"]) == 27
 
