@@ -29,6 +29,8 @@ class Question:
         source: The document the question was written about (`metadata.doc`), if known.
         passage: Id of the passage that a language model wrote the question from, which is then
             its truth; None for one that a person asked.
+        rest: What training reads of that passage in place of the whole, where the question is a
+            part of it; "": the whole.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Question:
     answers: tuple[str, ...] = ()
     source: str | None = None
     passage: str | None = None
+    rest: str = ""
 
     def __post_init__(self):
         """Raises TypeError for answers that are one string."""

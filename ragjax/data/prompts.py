@@ -144,6 +144,10 @@ class PromptBuilder:
         """Returns the tokens of a context with so many documents but for those of the documents."""
         return self._around(question, count).fixed
 
+    def joined(self, parts: Sequence[str | Sequence[int]]) -> list[int]:
+        """Returns a context of other parts than a template's: texts and `DocumentIds`."""
+        return [*self._bos, *self.joiner.join(parts), *self._context_end]
+
     def document_texts(self, question: str, documents: Sequence[DocumentIds]) -> list[str]:
         """Returns of each document as much as its context has room for."""
         parts, _ = self._fitted(question, documents)

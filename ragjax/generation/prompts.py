@@ -132,6 +132,23 @@ def prefill_rows(
     return PrefilledPrompts(decoder=decoder, params=params, state=state, slots=slots)
 
 
+class _State(NamedTuple):
+    """A `Prefilled` made of its parts."""
+
+    logits: Array
+    cache: Any
+
+
+def repeat_rows(prefilled: PrefilledPrompts, times: int) -> PrefilledPrompts:
+    """Copies each prompt that was read, one an answer, the copies side by side."""
+    if times == 1:
+        return prefilled
+    state = prefilled.state
+    logits = jnp.repeat(state.logits, times, axis=0)
+    cache = prefilled.decoder.repeat(state.cache, times)
+    return dataclasses.replace(prefilled, state=_State(logits, cache))
+
+
 def prefill_documents(
     decoder: Decoder, params: Any, prompts: Prompts, limits: Limits
 ) -> PrefilledPrompts:

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Decoder
 from ragjax.generation.greedy import GreedyResult, decode_loop
-from ragjax.generation.prompts import Limits, Prompts, prefill_documents, prefill_rows
+from ragjax.generation.prompts import Limits, Prompts, prefill_documents, prefill_rows, repeat_rows
 
 
 @functools.partial(
@@ -56,7 +56,7 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
-@functools.partial(jit_decoding, static_argnames=("decoder", "limits"))
+@functools.partial(jit_decoding, static_argnames=("decoder", "limits", "samples"))
 def generate_sampled(
     decoder: Decoder,
     params: Any,
@@ -65,8 +65,9 @@ def generate_sampled(
     *,
     key: Array,
     sampling: Sampling,
+    samples: int = 1,
 ) -> GreedyResult:
-    """Draws one answer to each prompt, token by token.
+    """Draws answers to each prompt, token by token.
 
     Args:
         decoder: The language model's functions; hashable.
@@ -76,6 +77,8 @@ def generate_sampled(
         key: A `jax.random` key, from which each row draws by its number alone; or `[B]` keys, one
             a row, where an answer should not depend on its place in the batch.
         sampling: How tokens are drawn.
+        samples: Answers S to each prompt, which is read once; the rows are then B * S, those of
+            a prompt side by side.
 
     Returns:
         Ids `[B, T]`, lengths `[B]` and log-probabilities `[B]`. The latter are the model's own,
@@ -84,7 +87,7 @@ def generate_sampled(
     Raises:
         ValueError: The prompts are those of documents, or the number of keys is another.
     """
-    prefilled = prefill_rows(decoder, params, prompts, limits)
+    prefilled = repeat_rows(prefill_rows(decoder, params, prompts, limits), samples)
     return decode_loop(prefilled, sampler(row_keys(key, prefilled.answers), sampling), limits)
 
 

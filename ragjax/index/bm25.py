@@ -86,6 +86,10 @@ class Bm25Index:
         """Returns how texts become words, and why the language was chosen, in one sentence."""
         return self._analyzer.describe()
 
+    def content_words(self, query: str) -> list[int]:
+        """Returns the words of a query that it is searched by, as numbers, repeated ones too."""
+        return self._analyzer.look_up(query)
+
     def search(self, queries: Sequence[str], k: int) -> base.SearchResult:
         """Returns the k documents of highest BM25 score for each query.
 

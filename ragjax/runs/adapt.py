@@ -24,18 +24,17 @@ from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
-from ragjax.runs.teachers.choice import LsrTeacher, choose_teacher, open_scores, teaching_lms
+from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lms
 from ragjax.runs.train.guard import Guard, Kept
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import check_machine
 from ragjax.runs.train.retriever import (
-    Targets,
     TargetsAt,
     labelled_targets,
-    scored_targets,
     train_live,
     train_retriever,
 )
+from ragjax.runs.train.targets import Targets, Teaching, taught_targets, written_passages
 from ragjax.runs.workspace import (
     FrozenLM,
     Workspace,
@@ -44,6 +43,8 @@ from ragjax.runs.workspace import (
     open_workspace,
     tower_params,
 )
+from ragjax.runs.written.file import file_inputs
+from ragjax.runs.written.stage import add_written, check_questions
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -72,7 +73,8 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
     with claim(config, record, stop) as flag:
         workspace = open_adapt(config, folder, stop=flag, log=log)
         # After validation, so that a rejected run leaves no config.json behind.
-        begin(folder, record, run_inputs(workspace), kind=config.kind, log=log)
+        inputs = run_inputs(workspace) | file_inputs(config.questions.file)
+        begin(folder, record, inputs, kind=config.kind, log=log)
         log(estimate_cost(workspace, config).describe())
         with workspace.timed("index before"):
             bm25 = build_bm25(workspace)
@@ -82,9 +84,11 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
         most = max(config.language_model.searched, config.retriever.candidates)
         dense = config.retriever.search == "dense"
         candidates, lm = Candidates(workspace, before, most, dense=dense), workspace.base_lm()
-        if config.trains_lm:
+        if config.trains_lm and workspace.questions["train"]:
             with workspace.timed("language model"):
                 lm = _adapt_lm(workspace, config, candidates)
+        workspace, before = add_written(workspace, config, bm25, before, lm)
+        candidates = candidates.of(workspace, before)
         after, kept = before, None
         if config.trains_retriever:
             guard = Guard(workspace, bm25, before, params)
@@ -121,6 +125,7 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
     if config.retriever.reranker:
         check_reranker(config.retriever.reranker, "--retriever.reranker")
     workspace = open_workspace(config, folder, stop=stop, log=log)
+    check_questions(workspace, config.questions)
     _check_supervision(workspace, config)
     open_scores(workspace, config.retriever)
     check_prompts(workspace, run_prompts(workspace, dev=True))
@@ -133,9 +138,12 @@ def _check_supervision(workspace: Workspace, config: AdaptConfig) -> None:
     dataset, questions = workspace.dataset, workspace.questions["train"]
     retriever = config.retriever
     if not questions:
+        if config.questions.count(0) or config.questions.file:
+            return
         raise ValueError(
             f"{dataset.name}: there are no training questions (supervision:"
-            f" {dataset.supervision}); add queries.jsonl"
+            f" {dataset.supervision}); add queries.jsonl, or have them written, by leaving"
+            " --questions.passages out"
         )
     weights = retriever.weights
     if config.trains_retriever and retriever.objective != "dpr" and weights is not None:
@@ -190,6 +198,12 @@ class Candidates:
         """
         self.retriever, self._workspace, self._most = retriever, workspace, most
         self._dense = dense
+
+    def of(self, workspace: Workspace, retriever: Retriever) -> "Candidates":
+        """Returns those of other training questions, or by another retriever."""
+        if workspace is self._workspace and retriever is self.retriever:
+            return self
+        return Candidates(workspace, retriever, self._most, dense=self._dense)
 
     def hybrid(self, k: int) -> SearchResult:
         """Returns the k best documents `[Q, k]` of BM25 and the dense index together."""
@@ -246,15 +260,19 @@ def _adapt_retriever(
     """Trains the towers and keeps what is best on dev; the index of that is not yet built."""
     options, before = config.retriever, candidates.retriever
     lms = teaching_lms(options, workspace.base_lm(), lm)
-    teacher: LsrTeacher | None = None
+    teaching = Teaching(None, config.questions.passage_share)
+    rows = teaching.asks(written_passages(workspace))
     known = [config.score_cache] if config.score_cache else []
     if config.refresh.mode != "off":
         cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=known)
-        if options.objective != "dpr":
+        if options.objective != "dpr" and rows.size:
             with workspace.timed("teacher"):
-                teacher = choose_teacher(workspace, options, before, lms, cache)
+                asked = workspace.with_train(rows)
+                teaching = teaching._replace(
+                    teacher=choose_teacher(asked, options, before, lms, cache)
+                )
         with workspace.timed("retriever"):
-            params = train_live(workspace, options, bm25, before, params, teacher, cache, guard)
+            params = train_live(workspace, options, bm25, before, params, teaching, cache, guard)
         return guard.finish(params)
     for number in range(options.rounds):
         if options.objective == "dpr":
@@ -265,10 +283,11 @@ def _adapt_retriever(
             known.append(str(path))
             with workspace.timed("teacher"):
                 found = candidates.hybrid(options.candidates)
-                teacher = teacher or choose_teacher(
-                    workspace, options, before, lms, cache, found=found
-                )
-                targets_at = _scored_round(workspace, teacher, found, cache)
+                if rows.size and teaching.teacher is None:
+                    asked, scored = workspace.with_train(rows), found.take(rows)
+                    teacher = choose_teacher(asked, options, before, lms, cache, found=scored)
+                    teaching = teaching._replace(teacher=teacher)
+                targets_at = _scored_round(workspace, teaching, found, cache)
         with workspace.timed("retriever"):
             params = train_retriever(workspace, options, number, params, targets_at, guard=guard)
         if number + 1 < options.rounds:
@@ -286,12 +305,12 @@ def _build_after(
 
 
 def _scored_round(
-    workspace: Workspace, teacher: LsrTeacher, found: SearchResult, cache: ResultCache[Score]
+    workspace: Workspace, teaching: Teaching, found: SearchResult, cache: ResultCache[Score]
 ) -> TargetsAt:
-    """Lets the teacher score the candidates of all questions."""
-    log_q = teacher.log_probs(workspace, workspace.questions["train"], found, cache)
-    targets = scored_targets(found, log_q)
-    _report_target(targets, workspace.log)
+    """Lets the teacher score the candidates of the questions that it sets the target of."""
+    targets = taught_targets(workspace, teaching, np.arange(len(found.mask)), found, cache)
+    if (rows := teaching.asks(targets.relevant)).size:
+        _report_target(targets.take(rows), workspace.log)
     return lambda step, rows: targets.take(rows)
 
 

@@ -42,6 +42,7 @@ from ragjax.runs.prompt_lengths import OF_EVALUATION, Asked, check_prompts
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_notes, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace, note_limits
+from ragjax.runs.written.file import with_written
 from ragjax.training.loop import StopFlag
 
 
@@ -75,6 +76,9 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     check_reranker(rerank, "--rerank")
     systems = system_names(config, adapts_lm=models.trains_lm, reranks=rerank != NONE)
     dataset = read_data(options, folder, log)
+    if run and run.config.data == options.data:
+        written = with_written(dict(dataset.questions), run.folder, dataset.corpus)
+        dataset = dataclasses.replace(dataset, questions=written)
     questions = _choose_questions(config, options, dataset)
     models = models.read()
     check_mode(options.mode, models.base_language_model, "--mode")

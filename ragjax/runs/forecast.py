@@ -1,6 +1,7 @@
 """What a run will cost, from the lengths of its texts and the measured speed of its models."""
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,8 @@ _PACKED = 0.9
 _MEASURED_AGAIN = 4
 # A question in front of a document, for a cross-encoder.
 _PAIR_QUESTION = 16
+# Share of the written questions whose passage is found again.
+_FOUND_SHARE = 0.4
 _COMPILE_SECONDS = 6.0
 _COMPILED_SHAPES = 12
 # Copies of the trained parameters on disk: with the optimizer's two moments, in two checkpoints.
@@ -94,10 +97,15 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     """
     texts = Texts(workspace, config)
     retriever = config.retriever
-    train = len(workspace.questions["train"])
+    given = len(workspace.questions["train"])
+    passages = min(config.questions.count(given), len(workspace.doc_tokens))
+    writes = config.questions.task == "written"
+    made = config.questions.per_passage if writes else 1
+    train = given + math.ceil(passages * made * (_FOUND_SHARE if writes else 1))
     rounds = retriever.rounds if config.trains_retriever else 0
-    pairs = count_pairs(workspace, retriever) if rounds else 0
-    crossed = train * retriever.candidates * rounds if retriever.reranker else 0
+    asked = given if config.questions.passage_share == 1 else train
+    pairs = count_pairs(workspace, retriever, asked) if rounds and asked else 0
+    crossed = asked * retriever.candidates * rounds if retriever.reranker else 0
     rows, learnt, judged = _language_model(texts, config)
     length = bucket_of(
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
@@ -108,6 +116,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         texts,
         [
             Work("language model", learnt + judged, texts.lm_rate),
+            Work("questions", writes * passages * texts.written(made), texts.lm_rate),
             Work("teacher", texts.scored(pairs), texts.lm_rate),
             *_cross_encoded(texts, "teacher's cross-encoder", crossed),
             *_reranked(
@@ -120,7 +129,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
             *_measured(texts, len(FACTORS) + rounds * len(measured_steps(steps))),
         ],
         encodings=1 + rounds,
-        prompts=pairs + rows,
+        prompts=pairs + rows + passages * writes,
         steps=steps,
     )
 

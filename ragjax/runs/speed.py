@@ -26,6 +26,8 @@ _LM_BACKWARD = 2.0
 _ADAPTER_SHARE = 0.5
 # Tokens are generated one at a time, which keeps the processor less busy than a prompt does.
 _DECODE_TOKEN = 3.0
+# Of a written question, and of the examples before its passage.
+_WRITTEN_TOKENS, _EXAMPLE_TOKENS = 18, 90
 # Template and question; and a language model's tokens for one of the encoder's.
 _QUESTION_TOKENS = 28
 _LM_TOKENS = 1.15
@@ -95,6 +97,10 @@ class Texts:
         """Returns how many questions of a split the language model answers."""
         with_answer = sum(bool(question.answers) for question in self.workspace.questions[split])
         return min(with_answer, self.config.data_options.answer_questions)
+
+    def written(self, count: int) -> float:
+        """Returns the tokens that so many questions written from a passage take."""
+        return self.document + _EXAMPLE_TOKENS + _DECODE_TOKEN * count * _WRITTEN_TOKENS
 
     def prompts_of(self, documents: int) -> int:
         """Returns the prompts that an answer from so many documents takes."""

@@ -34,6 +34,7 @@ from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logi
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import ModelChoice, Models, open_run
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace
+from ragjax.runs.written.file import with_written
 from ragjax.training.loop import StopFlag
 
 
@@ -117,7 +118,7 @@ def open_system(
         config,
         folder,
         dataset,
-        choose_questions(config, dataset),
+        with_written(choose_questions(config, dataset), folder, dataset.corpus),
         opened.base_encoders,
         opened.base_language_model,
         stop=stop or StopFlag(),

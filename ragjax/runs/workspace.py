@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from ragjax.data import (
     CorpusTokens,
@@ -156,6 +157,11 @@ class Workspace:
         """By what retrieval is measured where it is reported: on test, or an evaluation's split."""
         return self.measured_by("test" if "test" in self.questions else next(iter(self.questions)))
 
+    def with_train(self, rows: NDArray[np.int64]) -> "Workspace":
+        """Returns a workspace with some of the training questions."""
+        train = tuple(self.questions["train"][row] for row in rows)
+        return dataclasses.replace(self, questions={**self.questions, "train": train})
+
     @functools.cached_property
     def train_query_ids(self) -> list[list[int]]:
         """The query encoder's token ids of the training questions."""
@@ -203,10 +209,16 @@ class Workspace:
         """Returns the language model with adapted parameters as it scores and answers."""
         return self._frozen(params, params_digest(params))
 
+    def is_base(self, lm: FrozenLM) -> bool:
+        """Tells whether a language model is the base one."""
+        return lm.fingerprint == self._name(self.lm.fingerprint)
+
     def _frozen(self, params: Any, fingerprint: str) -> FrozenLM:
+        return FrozenLM(self.in_compute_dtype(params), self._name(fingerprint))
+
+    def _name(self, fingerprint: str) -> str:
         dtype = self.config.compute_dtype
-        name = fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
-        return FrozenLM(self.in_compute_dtype(params), name)
+        return fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
 
     def training_encodes(self) -> tuple[Encode, Encode]:
         """Returns `encode` of queries and of documents as training runs them."""
@@ -344,7 +356,7 @@ def note_limits(workspace: Workspace, documents: Mapping[str, int], *, devices: 
 def note_batch(workspace: Workspace, name: str, batch_size: int) -> None:
     """Tells where a batch takes more questions than there are, so that it repeats some."""
     count = len(workspace.questions["train"])
-    if batch_size > count:
+    if batch_size > count > 0:
         workspace.log(
             f"note: --{name} {batch_size:,}: with {count:,} training questions a batch holds"
             " some more than once"

@@ -2,6 +2,7 @@
 
 import generation_reference as reference
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,11 +52,11 @@ def test_what_is_not_allowed_is_not_drawn():
     assert found[[0, 2]].sum() == 0 and found[[1, 3]].min() > 0.4
 
 
-def sample(setting, prompts, key, *, temperature=1.0):
+def sample(setting, prompts, key, *, temperature=1.0, **options):
     model, sampling = setting.model, Sampling(temperature=temperature)
     limits = setting.limits()
     return generate_sampled(
-        model.decoder, model.params, prompts, limits, key=key, sampling=sampling
+        model.decoder, model.params, prompts, limits, key=key, sampling=sampling, **options
     )
 
 
@@ -70,6 +71,15 @@ def test_rows_draw_by_their_own_numbers(causal, rng):
     assert not np.array_equal(whole.ids, again.ids)
     same = sample(causal, Prompts(causal.ids[[0] * 4], causal.mask[[0] * 4]), key)
     assert len({tuple(row) for row in np.asarray(same.ids).tolist()}) > 1
+
+
+def test_several_answers_to_a_prompt_are_those_to_its_copies(causal):
+    keys = jax.random.split(jax.random.key(5), 8)
+    copies = Prompts(*(jnp.repeat(array, 2, axis=0) for array in causal.rows[:2]))
+    apart, together = sample(causal, copies, keys), sample(causal, causal.rows, keys, samples=2)
+    for name in ("ids", "lengths"):
+        np.testing.assert_array_equal(getattr(apart, name), getattr(together, name))
+    np.testing.assert_allclose(apart.log_probs, together.log_probs, rtol=1e-4)
 
 
 @pytest.mark.slow

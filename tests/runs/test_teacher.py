@@ -16,7 +16,8 @@ from ragjax.runs.teachers import reading as reading_module
 from ragjax.runs.teachers.reading import TeacherScores, score_candidates
 from ragjax.runs.teachers.target import target_log_probs, teacher_parts
 from ragjax.runs.train import retriever as retriever_module
-from ragjax.runs.train.retriever import _batch_docs, _lsr_batches, scored_targets
+from ragjax.runs.train.retriever import _batch_docs, _lsr_batches
+from ragjax.runs.train.targets import scored_targets
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score

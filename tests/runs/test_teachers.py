@@ -296,7 +296,10 @@ def test_a_forecast_counts_what_the_language_model_reads(workspace):
         ({"objective": "dpr"}, 0),
     ):
         config = RetrieverConfig(candidates=6, **options)
-        assert choice_module.count_pairs(workspace, config) == expected
+        assert (
+            choice_module.count_pairs(workspace, config, len(workspace.questions["train"]))
+            == expected
+        )
 
 
 def test_a_teacher_takes_plain_strings(workspace, tmp_path):

@@ -169,6 +169,8 @@ def show_first_numbers(workspace: Workspace, bm25: Bm25Index, retriever: Retriev
         for name, row in rows.items():
             values = retrieval_metrics(found[name].found.doc_ids, grades)
             row += [_known_mean(values[metric]) for metric in _FIRST_METRICS]
+    if not counts:
+        return
     lines = [header, *rows.values()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     workspace.log(

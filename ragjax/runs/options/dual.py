@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ragjax.runs.options.checks import at_least, check_accumulate, fraction, positive
+from ragjax.runs.options.questions import QuestionsConfig
 from ragjax.runs.options.refresh import check_freshness, check_used
 from ragjax.runs.options.shared import (
     LearningConfig,
@@ -174,6 +175,7 @@ class AdaptConfig(RunConfig):
             id; or `none`. Its weight is chosen on dev, and 0 where it does not help. `auto`:
             `question`, but `none` on a CPU, where it takes seconds a question.
         rerank_depth: Documents of a question that are ranked again.
+        questions: Questions that are made from passages.
         language_model: Stage that trains the language model.
         retriever: Stage that trains the retriever.
     """
@@ -182,6 +184,7 @@ class AdaptConfig(RunConfig):
     score_cache: str = ""
     rerank: str = "auto"
     rerank_depth: int = 10
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     language_model: LMConfig = field(default_factory=LMConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
 

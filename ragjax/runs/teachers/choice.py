@@ -195,12 +195,12 @@ def teaching_lms(config: RetrieverConfig, base: FrozenLM, adapted: FrozenLM) -> 
     return both if wanted == "auto" else {wanted: both[wanted]}
 
 
-def count_pairs(workspace: Workspace, config: RetrieverConfig) -> int:
-    """Returns how many (question, candidate) pairs the language model reads at most."""
+def count_pairs(workspace: Workspace, config: RetrieverConfig, questions: int) -> int:
+    """Returns how many (question, candidate) pairs of so many the language model reads at most."""
     mixtures = _mixtures(config, workspace.questions["train"])
     if config.objective == "dpr" or not any(one.answer or one.question for one in mixtures):
         return 0
-    asked = len(workspace.questions["train"]) * config.rounds
+    asked = questions * config.rounds
     if len(mixtures) > 1:
         asked += min(len(workspace.questions["dev"]), DEV_QUESTIONS)
     return asked * config.candidates

@@ -11,18 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from ragjax.data import batch_rows
+from ragjax.data import batch_rows, encode_texts
 from ragjax.index import Bm25Index, EmbeddingStore, SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.runs.found import findable_in_training, first_copies
 from ragjax.runs.indexes import Retriever
 from ragjax.runs.options.dual import RetrieverConfig
-from ragjax.runs.teachers.choice import LsrTeacher
 from ragjax.runs.teachers.reading import score_step
 from ragjax.runs.tokens import bucket_of, pad_tokens, truncated
 from ragjax.runs.train.guard import Guard
 from ragjax.runs.train.live import open_retrieval
 from ragjax.runs.train.stages import Stage, run_stage, stage_steps, tower_rates
+from ragjax.runs.train.targets import (
+    Targets,
+    Teaching,
+    taught_targets,
+    written_passages,
+)
 from ragjax.runs.trainable import split_towers
 from ragjax.runs.workspace import Workspace
 from ragjax.training.live import LiveRetrieval
@@ -32,22 +37,6 @@ from ragjax.training.score_cache import ResultCache, Score
 
 # With a target that is 1 on the relevant document, KL(target‖p_R) is DPR's loss.
 OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss, "dpr": pdist_loss}
-
-
-class Targets(NamedTuple):
-    """Documents of several questions and the distribution that p_R is trained towards."""
-
-    doc_ids: NDArray[np.int32]  # [B, K] corpus rows
-    mask: NDArray[np.bool_]  # [B, K]
-    log_probs: NDArray[np.float32]  # [B, K] log q of those documents
-    # Relevant documents of each question: they share the target wherever they stand in the batch,
-    # also where another question brought them. Empty where the language model set the target.
-    relevant: Sequence[frozenset[int]]
-
-    def take(self, rows: NDArray[np.int64]) -> "Targets":
-        """Returns those of some questions."""
-        relevant = [self.relevant[row] for row in rows]
-        return Targets(self.doc_ids[rows], self.mask[rows], self.log_probs[rows], relevant)
 
 
 # (step, its questions [B]) -> their targets
@@ -115,7 +104,7 @@ def train_live(
     bm25: Bm25Index,
     before: Retriever,
     params: dict[str, Any],
-    teacher: LsrTeacher | None,
+    teaching: Teaching,
     cache: ResultCache[Score],
     guard: Guard | None = None,
 ) -> dict[str, Any]:
@@ -127,7 +116,7 @@ def train_live(
         bm25: Joins the dense index for candidates that the language model scores.
         before: The base retriever, whose embeddings are the first generation.
         params: Towers before training.
-        teacher: Sets the target of the LSR objectives; None with `dpr`.
+        teaching: Sets the target of the LSR objectives; of no use with `dpr`.
         cache: Scores of its language model, added to step by step.
         guard: As in `train_retriever`.
 
@@ -138,7 +127,6 @@ def train_live(
         # Hard negatives are the dense index's own mistakes; scored are the best candidates.
         live = open_labelled(workspace, config, params, before.store)
     else:
-        questions = workspace.questions["train"]
         retrieval = open_retrieval(
             workspace,
             split_towers(config, params, seed=workspace.config.seed),
@@ -150,10 +138,8 @@ def train_live(
         )
 
         def scored_at(step: int, rows: NDArray[np.int64]) -> Targets:
-            results, asked = retrieval.retrieved(step).found, [questions[row] for row in rows]
-            assert teacher is not None, "only judgements teach without one"
-            log_q = teacher.log_probs(workspace, asked, results, cache, score=score_step)
-            return scored_targets(results, log_q)
+            found = retrieval.retrieved(step).found
+            return taught_targets(workspace, teaching, rows, found, cache, score=score_step)
 
         live = LiveTargets(retrieval, scored_at)
     with closing(live.retrieval.refresher):
@@ -191,12 +177,6 @@ def open_labelled(
     return LiveTargets(retrieval, targets_at)
 
 
-def scored_targets(candidates: SearchResult, log_probs: NDArray[np.float32]) -> Targets:
-    """Returns targets `[B, K]` that the language model set over these candidates."""
-    empty = [frozenset[int]()] * len(log_probs)
-    return Targets(candidates.doc_ids, candidates.mask, log_probs, empty)
-
-
 def labelled_targets(
     results: SearchResult,
     relevant: Sequence[frozenset[int]],
@@ -225,7 +205,8 @@ def labelled_targets(
         negatives = draw.permutation([doc for doc in returned if doc not in positives]).tolist()
         chosen = (sorted(positives)[: max(1, num_documents - 1)] + negatives)[:num_documents]
         doc_ids[row, : len(chosen)], mask[row, : len(chosen)] = chosen, True
-    return Targets(doc_ids, mask, np.full(shape, -np.inf, np.float32), relevant)
+    ones = np.ones(len(relevant), np.float32)
+    return Targets(doc_ids, mask, np.full(shape, -np.inf, np.float32), relevant, ones)
 
 
 def _lsr_batches(
@@ -236,6 +217,7 @@ def _lsr_batches(
     query_length = bucket_of(query_encoder, max(map(len, query_ids)))
     own = findable_in_training(workspace).dropped
     firsts = {row: min(group) for row, group in workspace.dataset.twins.copies.items()}
+    shortened = _rests(workspace)
 
     def batch_at(step: int) -> LsrBatch:
         rows = batch_rows(seed, step, num_examples=len(query_ids), batch_size=config.batch_size)
@@ -250,11 +232,17 @@ def _lsr_batches(
         log_probs[places], mask[places] = targets.log_probs[b, k], True
         for row, relevant in enumerate(targets.relevant):
             if there := [columns[doc] for doc in relevant if doc in columns]:
-                log_probs[row, there], mask[row, there] = -np.log(len(there)), True
+                each = np.log(targets.share[row] / len(there))
+                log_probs[row, there] = np.logaddexp(log_probs[row, there], each)
+                mask[row, there] = True
         excluded = np.zeros(mask.shape, bool)
         for place, row in enumerate(rows):
             excluded[place, [columns[doc] for doc in own[row] if doc in columns]] = True
-        doc_ids = [truncated(workspace.doc_tokens[doc], config.doc_tokens) for doc in docs]
+        rests = {doc: ids for row in rows for doc, ids in shortened.get(int(row), ())}
+        doc_ids = [
+            truncated(rests.get(doc) or workspace.doc_tokens[doc], config.doc_tokens)
+            for doc in docs
+        ]
         padding: list[list[int]] = [[]] * (num_docs - len(docs))
         doc_length = bucket_of(encoder, max(map(len, doc_ids)))
         return LsrBatch(
@@ -267,6 +255,18 @@ def _lsr_batches(
         )
 
     return batch_at
+
+
+def _rests(workspace: Workspace) -> dict[int, list[tuple[int, list[int]]]]:
+    """Returns by training question the passages that are read without it, and their token ids."""
+    encoder, questions = workspace.encoder, workspace.questions["train"]
+    rows = [row for row, question in enumerate(questions) if question.rest]
+    texts = [encoder.doc_prefix + questions[row].rest for row in rows]
+    encoded = encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length).ids
+    passages = written_passages(workspace)
+    return {
+        row: [(doc, ids) for doc in passages[row]] for row, ids in zip(rows, encoded, strict=True)
+    }
 
 
 def _batch_docs(

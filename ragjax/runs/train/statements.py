@@ -11,15 +11,14 @@ References:
 from pathlib import Path
 
 import numpy as np
-import regex
 
 from ragjax.data import Corpus, Question
 from ragjax.data.matching import tokenize
+from ragjax.runs.written.pretext import sentences
 
 # What a reader is shown in place of a statement, as the paper marks them.
 _MARK = "<p>"
 _FEWEST_WORDS, _MOST_WORDS = 5, 60
-_SENTENCE_END = regex.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n{2,}")
 
 
 def read_statements(source: str, corpus: Corpus, *, seed: int) -> tuple[Question, ...]:
@@ -68,8 +67,8 @@ def _drawn(corpus: Corpus, count: int, seed: int) -> tuple[Question, ...]:
         if len(made) == count:
             break
         passage = corpus[row]
-        if sentences := _sentences(passage.text):
-            chosen = sentences[int(random.integers(len(sentences)))]
+        if parts := _sentences(passage.text):
+            chosen = parts[int(random.integers(len(parts)))]
             made.append(_statement(f"statement-{passage.id}", chosen, passage.id))
     if not made:
         raise ValueError(
@@ -80,7 +79,7 @@ def _drawn(corpus: Corpus, count: int, seed: int) -> tuple[Question, ...]:
 
 
 def _sentences(text: str) -> list[str]:
-    parts = (" ".join(part.split()) for part in _SENTENCE_END.split(text))
+    parts = (" ".join(part.split()) for part in sentences(text))
     return [part for part in parts if _FEWEST_WORDS <= len(tokenize(part)) <= _MOST_WORDS]
 
 
