@@ -93,6 +93,8 @@ PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
     ("hybrid", "bm25"): ("recall@5", "f1"),
     ("reranked", "hybrid"): ("recall@1", "recall@5", "mrr@10", "f1"),
     ("reranked", "hybrid_before"): ("recall@5", "mrr@10"),
+    ("reranked", "after"): (),
+    ("reranked", "bm25"): ("recall@5", "mrr@10"),
     ("hybrid_before", "bm25"): ("recall@5",),
     ("before", "closed_book"): ("f1", "answer_nll", "corpus_hallucination"),
     ("hybrid_before", "closed_book"): ("corpus_hallucination",),
@@ -119,4 +121,6 @@ RUN_PAIRS = (
     ("closed_book_lm_half", "closed_book"),
     ("reranked", "hybrid"),
     ("reranked", "hybrid_before"),
+    ("reranked", "after"),
+    ("reranked", "bm25"),
 )
