@@ -111,7 +111,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
     )
     steps = stage_steps(retriever, train)
-    taught = train * (retriever.candidates * length + 32) * retriever.epochs * rounds
+    taught = train * (retriever.learnt * length + 32) * retriever.epochs * rounds
     return _cost(
         texts,
         [

@@ -208,14 +208,38 @@ def test_a_batch_holds_its_candidates_once_and_random_documents_beside(rng):
     found = some_candidates(rng, 6, documents=8)
     rows = np.array([0, 3, 5])
     targets = scored_targets(found, found.scores).take(rows)
-    docs = _batch_docs(targets, 12, 50, (0, 1), {})
-    wanted = {int(d) for d in found.doc_ids[rows][found.mask[rows]]}
+    wanted = {int(d) for d in targets.doc_ids[targets.mask]}
+    docs = _batch_docs(sorted(wanted), 12, 50, (0, 1), {})
     assert wanted == set(docs[: len(wanted)])
     assert len(set(docs)) == len(docs) == 12
-    assert docs == _batch_docs(targets, 12, 50, (0, 1), {})
-    assert docs != _batch_docs(targets, 12, 50, (0, 2), {})
+    assert docs == _batch_docs(sorted(wanted), 12, 50, (0, 1), {})
+    assert docs != _batch_docs(sorted(wanted), 12, 50, (0, 2), {})
     copies = dict.fromkeys(range(8, 50), 8)  # all other documents have one text
-    assert set(_batch_docs(targets, 12, 50, (0, 1), copies)) - set(range(8)) == {8}
+    assert set(_batch_docs(sorted(wanted), 12, 50, (0, 1), copies)) - set(range(8)) == {8}
+
+
+def test_the_encoder_is_trained_on_the_best_documents_of_each_question(workspace, rng):
+    found = some_candidates(rng, 9, documents=40)
+    targets = scored_targets(found, found.scores)
+    every, best = (
+        _lsr_batches(
+            workspace,
+            RetrieverConfig(batch_size=4, candidates=found.mask.shape[1], documents=count),
+            0,
+            lambda step, rows: targets.take(rows),
+        )(0)
+        for count in (0, 1)
+    )
+    assert every.doc_mask.shape == (4 * found.mask.shape[1],) and best.doc_mask.shape == (4,)
+    # What is left of a target is a distribution again, highest where the whole one is.
+    np.testing.assert_allclose(np.exp(best.target_log_probs).sum(axis=1), 1, rtol=1e-5)
+    for row in range(4):
+        tokens = [
+            tuple(np.asarray(batch.docs.ids[int(np.argmax(batch.target_log_probs[row]))]))
+            for batch in (every, best)
+        ]
+        size = min(map(len, tokens))
+        assert tokens[0][:size] == tokens[1][:size]
 
 
 def test_a_question_is_no_negative_of_itself_in_the_batch(workspace, rng, monkeypatch):

@@ -94,6 +94,8 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         negatives: `batch` adds the other questions' candidates to the softmax with target 0; `none`
             compares the question's own candidates only, as the papers do.
         candidates: K, documents per question that the language model scores.
+        documents: Of these, the encoder is trained on so many of the highest target in a step; the
+            others count only where another question brings them. 0, and with negatives=none: all.
         search: What finds them, and those that the language model is trained on: `hybrid`, BM25
             and the dense index together, or the `dense` one alone, as in the papers.
         negative_depth: With `dpr`, hard negatives are drawn from this many of the best documents
@@ -115,6 +117,9 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     train: Literal["query", "both", "shared"] = "shared"
     negatives: Literal["batch", "none"] = "batch"
     candidates: int = 4
+    documents: int = 2
+    epochs: int = 2
+    batch_size: int = 16
     search: Literal["hybrid", "dense"] = "hybrid"
     negative_depth: int = 20
     rounds: int = 1
@@ -125,6 +130,12 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         return LsrTarget(self.score, self.temperature)
 
     @property
+    def learnt(self) -> int:
+        """Documents of a question that a step encodes."""
+        all_of_them = not self.documents or self.negatives == "none" or self.objective == "dpr"
+        return self.candidates if all_of_them else min(self.documents, self.candidates)
+
+    @property
     def weights(self) -> TeacherWeights | None:
         """Weights of the teachers; None: they are chosen on dev."""
         return parse_teachers(self.teachers)
@@ -133,6 +144,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         """Raises ValueError naming the field that is out of range, or the fields at odds."""
         super().check()
         at_least(self, 1, "candidates", "negative_depth", "rounds")
+        at_least(self, 0, "documents")
         positive(self, "temperature")
         self._check_teachers()
         if self.objective == "lsr" and self.negatives == "batch":

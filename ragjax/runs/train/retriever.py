@@ -222,12 +222,13 @@ def _lsr_batches(
     def batch_at(step: int) -> LsrBatch:
         rows = batch_rows(seed, step, num_examples=len(query_ids), batch_size=config.batch_size)
         targets = targets_at(step, rows)
-        num_docs = targets.mask.size
-        docs = _batch_docs(targets, num_docs, len(workspace.doc_tokens), (seed, step), firsts)
+        learnt, num_docs = targets.best(config.learnt), len(rows) * config.learnt
+        chosen = np.unique(targets.doc_ids[learnt]).tolist()
+        docs = _batch_docs(chosen, num_docs, len(workspace.doc_tokens), (seed, step), firsts)
         columns = {doc: column for column, doc in enumerate(docs)}
         log_probs = np.full((len(rows), num_docs), -np.inf, np.float32)
         mask = np.zeros(log_probs.shape, bool)
-        b, k = np.nonzero(targets.mask)
+        b, k = np.nonzero(targets.mask & np.isin(targets.doc_ids, docs))
         places = b, [columns[doc] for doc in targets.doc_ids[b, k].tolist()]
         log_probs[places], mask[places] = targets.log_probs[b, k], True
         for row, relevant in enumerate(targets.relevant):
@@ -235,6 +236,10 @@ def _lsr_batches(
                 each = np.log(targets.share[row] / len(there))
                 log_probs[row, there] = np.logaddexp(log_probs[row, there], each)
                 mask[row, there] = True
+        # Of candidates that no question brought into the batch, the target goes to the others.
+        with np.errstate(invalid="ignore"):
+            total = np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
+        log_probs -= np.where(np.isfinite(total), total, 0)
         excluded = np.zeros(mask.shape, bool)
         for place, row in enumerate(rows):
             excluded[place, [columns[doc] for doc in own[row] if doc in columns]] = True
@@ -270,20 +275,19 @@ def _rests(workspace: Workspace) -> dict[int, list[tuple[int, list[int]]]]:
 
 
 def _batch_docs(
-    targets: Targets,
+    chosen: Sequence[int],
     num_docs: int,
     corpus_size: int,
     seed: tuple[int, int],
     firsts: Mapping[int, int],
 ) -> list[int]:
-    """Returns the batch's distinct candidates, then random documents in the slots left over.
+    """Returns the documents that were chosen, then random ones in the slots left over.
 
     Questions share candidates, so slots are left over; a random document there costs nothing and
     is one more negative.
     """
-    chosen = np.unique(targets.doc_ids[targets.mask]).tolist()
     extra = np.random.default_rng(seed).permutation(corpus_size)[: 2 * num_docs]
     # Of copies the first, as in the candidates.
     others = dict.fromkeys(firsts.get(int(doc), int(doc)) for doc in extra)
     known = set(chosen)
-    return (chosen + [doc for doc in others if doc not in known])[:num_docs]
+    return [*chosen, *(doc for doc in others if doc not in known)][:num_docs]

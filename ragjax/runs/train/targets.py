@@ -34,6 +34,18 @@ class Targets(NamedTuple):
         arrays = (self.doc_ids[rows], self.mask[rows], self.log_probs[rows])
         return Targets(*arrays, relevant, self.share[rows])
 
+    def best(self, count: int) -> NDArray[np.bool_]:
+        """Returns the relevant documents and those of highest target, `[B, K]`, at most `count`."""
+        own = np.stack(
+            [
+                np.isin(docs, list(known))
+                for docs, known in zip(self.doc_ids, self.relevant, strict=True)
+            ]
+        )
+        scores = np.where(own, np.inf, np.where(self.mask, self.log_probs, -np.inf))
+        order = np.lexsort((~self.mask, -scores))
+        return self.mask & (np.argsort(order, axis=1) < count)
+
 
 class Teaching(NamedTuple):
     """What sets the targets of questions without judgements."""
