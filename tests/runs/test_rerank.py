@@ -134,9 +134,22 @@ def test_the_weight_stays_zero_where_it_does_not_help(here):
     short = SearchResult(*(part[:9] for part in found))
     workspace = dataclasses.replace(workspace, questions=few)
     assert fit_reranker(workspace, knows, short, depth=3).weight == 0
-    assert "9 dev questions have a known truth, and 20 are the fewest" in lines[-1]
+    assert "not re-ranked: 9 dev questions have a known truth and were not written by" in lines[-1]
     none = dataclasses.replace(workspace, questions={**few, "dev": ()})
     assert fit_reranker(none, knows, found.take(np.zeros(0, int)), depth=3).weight == 0
+
+
+def test_questions_that_a_language_model_wrote_do_not_judge_it(here):
+    corpus, found = here.dataset.corpus, placed_second(here)
+    written = tuple(
+        dataclasses.replace(question, passage=corpus.id_of(min(rows)))
+        for question, rows in zip(here.questions["dev"], here.relevant_rows("dev"), strict=True)
+    )
+    workspace = dataclasses.replace(here, questions={**here.questions, "dev": written})
+    knows = scorer_of(lambda questions, top: np.float32(top.scores == 1))
+    assert fit_reranker(workspace, knows, found, depth=3).weight == 0
+    other = dataclasses.replace(knows, name="some/model")
+    assert fit_reranker(workspace, other, found, depth=3).weight == 2
 
 
 def test_the_question_is_scored_per_token_and_once(here, monkeypatch):

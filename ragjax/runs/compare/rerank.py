@@ -68,7 +68,7 @@ class Chosen(NamedTuple):
     fingerprint: str  # of its model
     depth: int  # documents that are ranked again
     weight: float  # α; 0: none of them is
-    questions: int  # dev questions with a known truth, which chose it
+    questions: int  # dev questions that can choose it
     mrr: dict[str, float]  # by α tried, on dev
     milliseconds: float | None  # of one question alone, after compiling
 
@@ -294,7 +294,13 @@ def fit_reranker(
         depth: Documents of a question that are ranked again.
         prior_scale: Factor of the scores of `found`.
     """
-    questions, relevant = workspace.questions["dev"], workspace.relevant_rows("dev")
+    rows = _judging(workspace, scorer)
+    # Nothing is read that cannot choose.
+    judging = rows if len(rows) >= MIN_KNOWN else []
+    questions = [workspace.questions["dev"][row] for row in judging]
+    known = workspace.relevant_rows("dev")
+    relevant = [known[row] for row in judging]
+    found = found.take(np.array(judging, np.int64))
     figures: list[np.ndarray] = []
     if questions:
         scores = scorer.scores(questions, found.top(depth))
@@ -302,8 +308,7 @@ def fit_reranker(
             ranking_figure(reranked(found, scores, weight, prior_scale=prior_scale), relevant)
             for weight in WEIGHTS
         ]
-    known = int((~np.isnan(figures[0])).sum()) if figures else 0
-    weight = WEIGHTS[choose(figures)] if known else 0.0
+    weight = WEIGHTS[choose(figures)] if figures else 0.0
     before = Chosen.read(workspace.folder)
     if before and (before.fingerprint, before.depth) == (scorer.fingerprint, depth):
         milliseconds = before.milliseconds  # of an earlier life
@@ -314,17 +319,30 @@ def fit_reranker(
         fingerprint=scorer.fingerprint,
         depth=depth,
         weight=weight,
-        questions=known,
+        questions=len(rows),
         mrr={
-            f"{tried:g}": round(float(np.nanmean(figure)), 6)
+            f"{tried:g}": round(float(figure.mean()), 6)
             for tried, figure in zip(WEIGHTS, figures, strict=False)
-            if known
         },
         milliseconds=milliseconds,
     )
     write_json(workspace.folder / RERANK, chosen._asdict())
     workspace.note(describe(chosen))
     return Reranker(scorer=scorer, depth=depth, weight=weight, prior_scale=prior_scale)
+
+
+def _judging(workspace: Workspace, scorer: Scorer) -> list[int]:
+    """Returns the dev questions that can say whether re-ranking helps.
+
+    The passage that a language model wrote a question from makes it likely: read by one, such
+    questions always speak for it.
+    """
+    relevant = workspace.relevant_rows("dev")
+    return [
+        row
+        for row, question in enumerate(workspace.questions["dev"])
+        if relevant[row] and not (scorer.name == QUESTION and question.passage is not None)
+    ]
 
 
 def describe(chosen: Chosen) -> str:
@@ -334,8 +352,8 @@ def describe(chosen: Chosen) -> str:
     took = "" if chosen.milliseconds is None else f"; {chosen.milliseconds:,.0f} ms a question"
     if chosen.questions < MIN_KNOWN:
         return (
-            f"not re-ranked: {chosen.questions} dev questions have a known truth, and {MIN_KNOWN}"
-            f" are the fewest that choose{took}"
+            f"not re-ranked: {chosen.questions} dev questions have a known truth and were not"
+            f" written by a language model, and {MIN_KNOWN} are the fewest that choose a weight"
         )
     tried = ", ".join(f"{mrr:.3f} at {weight}" for weight, mrr in chosen.mrr.items())
     if not chosen.weight:
