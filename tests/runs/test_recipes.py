@@ -190,6 +190,8 @@ def run_flags(path, inputs, t5):
     flags = [*(f"--{name}={value}" for name, value in models.items()), *SMALL, *small, *mode]
     if path in END_TO_END and config.training.statements:
         flags.append("--training.statements=4")
+    elif path in END_TO_END and config.training.same_source == "drop":
+        flags.append("--training.same_source=keep")  # the questions here name no source
     script = "train_rag" if path in END_TO_END else "adapt"
     return load_script(f"experiments/{script}.py"), [f"--config={path}", *flags]
 
