@@ -52,7 +52,7 @@ class DataConfig(Options):
     train_questions: int = 240
     dev_questions: int = 200
     test_questions: int = 0
-    answer_questions: int = 24
+    answer_questions: int = 20
 
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""

@@ -21,7 +21,7 @@ from ragjax.runs.train.reading import Prompt, make_prompt, pack_prompts, unpacke
 from ragjax.runs.trainable import SplitModel
 from ragjax.runs.workspace import Workspace
 
-DEV_QUESTIONS = 16
+DEV_QUESTIONS = 12
 """Dev questions that are measured, at most: each costs a few forward passes."""
 _BATCH = 8
 
