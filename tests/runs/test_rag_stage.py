@@ -12,7 +12,6 @@ from ragjax.data import Question
 from ragjax.index import SearchResult
 from ragjax.models.testing import write_tiny_language_model
 from ragjax.models.trainable import merge_trainable, split_trainable
-from ragjax.runs import forecast
 from ragjax.runs.compare import results as results_module
 from ragjax.runs.compare.dev import Side, evaluate_dev, marginal_nll
 from ragjax.runs.forecast import estimate_rag_cost
@@ -27,6 +26,8 @@ from ragjax.runs.options.end_to_end import (
 )
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import DataConfig
+from ragjax.runs.speed import Texts
+from ragjax.runs.teachers.reading import score_candidates
 from ragjax.runs.train import end_to_end as rag_stage
 from ragjax.runs.train.batches import RagBatches
 from ragjax.runs.train.end_to_end import (
@@ -584,6 +585,10 @@ def test_a_forecast_names_every_part_and_grows_with_the_documents(opened):
     assert {"encoding", "reading", "retriever", "dev", "evaluation"} <= set(few.seconds)
     assert many.lm_forwards > few.lm_forwards and few.bytes_on_disk > 0
     assert few.refresh is None
+    # The towers before training, after it, and three averages are measured on dev.
+    last = estimate_rag_cost(workspace, dataclasses.replace(config, keep="last"))
+    assert few.seconds["measuring on dev"] > 0 and "measuring on dev" not in last.seconds
+    assert few.bytes_on_disk > last.bytes_on_disk
     refreshed = dataclasses.replace(config, refresh=RefreshConfig(mode="sync", every="1"))
     assert estimate_rag_cost(workspace, refreshed).refresh is not None
 
@@ -591,7 +596,7 @@ def test_a_forecast_names_every_part_and_grows_with_the_documents(opened):
 def test_reading_without_each_document_is_in_the_forecast(opened, monkeypatch):
     config, workspace = opened
     for rate in ("lm_rate", "encoder_rate"):
-        monkeypatch.setattr(forecast._Texts, rate, 100.0)
+        monkeypatch.setattr(Texts, rate, 100.0)
     options = {"lsr_weight": 1.0, "marginal": "emdr2", "lm_weight": 1.0}
 
     def reading(score):
@@ -614,15 +619,14 @@ def test_the_marginal_likelihood_is_the_sum_over_documents_by_hand(opened, tmp_p
     teacher = workspace.base_lm()
     cache = ResultCache(tmp_path / "s.jsonl", Score)
     nll = marginal_nll(workspace, teacher, questions, given, cache)
-    scores = json.loads(json.dumps([s._asdict() for s in cache._results.values()]))
-    assert len(scores) == 5
+    scores = score_candidates(workspace, teacher, questions, given, cache)
+    assert len(cache) == 5
     for row in range(2):
         keep = given.mask[row]
         prior = np.exp(20 * given.scores[row][keep])
         prior /= prior.sum()
-        found = [s["log_prob"] for s in (scores[:3] if row == 0 else scores[3:])]
-        length = scores[0 if row == 0 else 3]["length"]
-        expected = -np.log((prior * np.exp(found)).sum()) / length
+        found = scores.log_probs[row][keep]
+        expected = -np.log((prior * np.exp(found)).sum()) / scores.lengths[row]
         np.testing.assert_allclose(nll[row], expected, rtol=1e-4)
 
 
