@@ -37,8 +37,8 @@ class DataConfig(Options):
         leaks: Training questions that dev or test ask too, in the same words: `drop` leaves them
             out of training, `keep` trains on them; they are named in either case.
         train_questions: At most this many training questions (the first of a seeded shuffle).
-        dev_questions: At most this many dev questions, for the weight of the hybrid and nothing
-            else.
+        dev_questions: At most this many dev questions, for the choices of a run and nothing else:
+            the weight of the hybrid, what is kept of a training, and what is shipped.
         test_questions: At most this many test questions for retrieval metrics; 0 means all.
         answer_questions: At most this many of them are also answered by the language model.
     """
