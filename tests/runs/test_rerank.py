@@ -332,7 +332,7 @@ def test_a_run_its_evaluation_and_its_questions_are_re_ranked(
     for more in ("--rerank=question", "--rerank=none"):
         assert ask([*asked, more]) == 0
         captured = capsys.readouterr()
-        found[more] = [source["id"] for source in json.loads(captured.out)["sources"]]
+        found[more] = [source["id"] for source in json.loads(captured.out)["documents"]]
         assert ("ranked again: question, weight 8" in captured.err) == (more != "--rerank=none")
     assert set(found["--rerank=question"]) == set(found["--rerank=none"])
 
