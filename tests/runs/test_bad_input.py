@@ -84,7 +84,14 @@ def test_b2_no_training_questions(refuse, domain):
     kept = [line for line in lines if json.loads(line)["_id"] in judged]
     (domain / "queries.jsonl").write_text("".join(kept))
     (domain / "qrels" / "train.tsv").unlink()
-    assert "there are no training questions" in refuse(data=str(domain))
+    said = refuse("--questions.passages=0", data=str(domain))
+    assert "there are no training questions" in said and "have them written" in said
+
+
+def test_questions_that_are_not_there_are_named_before_anything_expensive(refuse, tmp_path):
+    assert "none.jsonl does not exist" in refuse(f"--questions.file={tmp_path / 'none.jsonl'}")
+    bad = "--questions.template=a question:"
+    assert "neither a text with {passage} nor a file" in refuse("--questions.passages=3", bad)
 
 
 def test_b3_a_broken_line_is_named(refuse, domain):

@@ -49,6 +49,7 @@ SHOWN_BY = {
     "ragjax/runs/train/statements": ("train_rag",),
     "ragjax/runs/train_rag": ("train_rag",),
     "ragjax/runs/workspace": TRAINING,
+    "ragjax/runs/written": ("adapt",),
     "ragjax/evaluation/report/style": None,  # CSS
     "ragjax/models/files/pip_packages": None,  # the flags of pip
     **{f"experiments/{name}": (name,) for name in FLAGS},

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ragjax.data import Corpus, DataError, Question
-from ragjax.data.jsonl import RejectedRows, SourceFile, id_field, read_jsonl, string_field
+from ragjax.data.jsonl import (
+    RejectedRows,
+    SourceFile,
+    id_field,
+    read_jsonl,
+    require_path,
+    string_field,
+)
 from ragjax.storage import sha256, write_jsonl
 
 NAME = "written.jsonl"
@@ -51,7 +58,7 @@ def read_file(path: Path, corpus: Corpus) -> list[Written]:
     written: list[Written] = []
     ids: set[str] = set()
     bad = RejectedRows(path, "stop")
-    for row in read_jsonl(SourceFile(path), bad):
+    for row in read_jsonl(SourceFile(require_path(path)), bad):
         try:
             one = _parse(row.record, f"{path.stem}-{row.line}", corpus)
         except DataError as error:
