@@ -169,7 +169,7 @@ def choose_dense_weight(
     mrr = reciprocal_ranks.mean(axis=0)
     missing = reciprocal_ranks[:, [mrr.argmax()]] - reciprocal_ranks
     noise = missing.std(axis=0, ddof=min(1, len(missing) - 1)) / np.sqrt(len(missing))
-    good = np.flatnonzero(missing.mean(axis=0) <= _ERRORS * noise)
+    good = np.flatnonzero(missing.mean(axis=0) <= _ERRORS * noise).tolist()
     chosen = min(good, key=lambda i: (abs(grid[i] - USUAL_WEIGHT), -mrr[i]))
     return DenseWeight(weight=grid[chosen], grid=tuple(grid), mrr=tuple(mrr.tolist()))
 
