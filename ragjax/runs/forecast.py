@@ -93,7 +93,7 @@ class Cost(NamedTuple):
 def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     """Measures both models on a few real texts and forecasts a dual run.
 
-    Compiling for the measurement is not lost: the run uses the same shapes.
+    Compiling the encoder for it is not lost: the run uses the same shape.
     """
     texts = Texts(workspace, config)
     retriever = config.retriever
