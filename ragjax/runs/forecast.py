@@ -31,6 +31,7 @@ from ragjax.runs.train.guard import POOL_PASSAGES
 from ragjax.runs.train.stages import stage_steps
 from ragjax.runs.trainable import split_lm, split_towers
 from ragjax.runs.workspace import Workspace, tower_params
+from ragjax.runs.written.stage import count_passages
 
 # Distinct prompts with documents per answered question and language model: systems often retrieve
 # the same documents.
@@ -98,10 +99,12 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     texts = Texts(workspace, config)
     retriever = config.retriever
     given = len(workspace.questions["train"])
-    passages = min(config.questions.count(given), len(workspace.doc_tokens))
+    passages = min(count_passages(workspace, config.questions), len(workspace.doc_tokens))
     writes = config.questions.task == "written"
     made = config.questions.per_passage if writes else 1
-    train = given + math.ceil(passages * made * (_FOUND_SHARE if writes else 1))
+    # Beside given questions some are written by default to measure by alone.
+    trained = passages if config.questions.passages >= 0 or not given else 0
+    train = given + math.ceil(trained * made * (_FOUND_SHARE if writes else 1))
     rounds = retriever.rounds if config.trains_retriever else 0
     asked = given if config.questions.passage_share == 1 else train
     pairs = count_pairs(workspace, retriever, asked) if rounds and asked else 0

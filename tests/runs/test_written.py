@@ -190,6 +190,25 @@ def test_where_nobody_asks_some_passages_are_held_out(fresh):
     assert "test" not in stage.choose_passages(tested, QuestionsConfig(passages=20)).splits
 
 
+def test_where_nothing_tells_the_passages_of_dev_some_are_written_to_measure_by(fresh):
+    # Given questions without judgements or answers.
+    bare = dataclasses.replace(fresh.dataset, qrels={"test": fresh.dataset.qrels["test"]})
+    questions = {
+        split: tuple(dataclasses.replace(q, answers=()) for q in asked)
+        for split, asked in fresh.questions.items()
+    }
+    unknown = dataclasses.replace(fresh, dataset=bare, questions=questions)
+    assert stage.count_passages(fresh, QuestionsConfig()) == 0
+    assert stage.count_passages(unknown, QuestionsConfig()) > 0
+    rows, splits = stage.choose_passages(unknown, QuestionsConfig())
+    assert rows and set(splits) == {"dev"}
+    id = unknown.dataset.corpus.id_of(rows[0])
+    joined = stage._joined(unknown, [Written("w", "what?", id, "dev")], ["dev"])
+    assert joined.truth("dev") == "written" and joined.truth("test") == "judgements"
+    assert len(joined.questions["dev"]) == 1 + len(questions["dev"])
+    assert joined.questions["train"] == questions["train"]
+
+
 def asking(questions):
     return AdaptConfig(questions=questions)
 

@@ -5,8 +5,9 @@ from typing import Literal
 
 from ragjax.runs.options.checks import Options, at_least, fraction, positive
 
-# Passages that questions are written from where the data have no training questions.
-_PASSAGES = 240
+# Passages that questions are written from where the data have no training questions, and where
+# they have, but nothing tells the passages of the dev questions.
+_PASSAGES, _MEASURED_PASSAGES = 240, 96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,8 @@ class QuestionsConfig(Options):
 
     Attributes:
         passages: At most this many passages, those without a training question first; 0: none;
-            negative: 240 where the data have no training questions, else none.
+            negative: 240 where the data have no training questions; 96, to choose and to measure by
+            alone, where nothing tells the passages of the dev questions; else none.
         per_passage: Questions written from each passage.
         task: What is made of a passage: questions that the language model has `written`; or,
             without it, one of its sentences (`inverse_cloze`) or its `title`, to find it by; or a
@@ -43,11 +45,16 @@ class QuestionsConfig(Options):
     teacher_weight: float = 0.0
     file: str = ""
 
-    def count(self, given: int) -> int:
-        """Returns how many passages questions are made from, where so many questions are given."""
+    def count(self, given: int, *, measured: bool = True) -> int:
+        """Returns how many passages questions are made from.
+
+        Args:
+            given: Training questions that the data have.
+            measured: Whether anything tells the passages of the dev questions.
+        """
         if self.passages >= 0:
             return self.passages
-        return 0 if given else _PASSAGES
+        return (0 if measured else _MEASURED_PASSAGES) if given else _PASSAGES
 
     @property
     def passage_share(self) -> float:

@@ -106,7 +106,9 @@ def _parse(record: dict, id: str, corpus: Corpus) -> Written:
 def with_written(
     questions: Mapping[str, tuple[Question, ...]], folder: Path, corpus: Corpus
 ) -> dict[str, tuple[Question, ...]]:
-    """Returns the questions of a run, with the written ones in the splits that lack any.
+    """Returns the questions of a run, with the written ones that it measures by.
+
+    Those of train are added where nobody has asked.
 
     Args:
         questions: By split.
@@ -114,10 +116,13 @@ def with_written(
         corpus: Has the passages.
     """
     known = {split: questions.get(split, ()) for split in {**dict.fromkeys(SPLITS), **questions}}
-    if not (folder / NAME).is_file() or all(known.values()):
+    if not (folder / NAME).is_file():
         return dict(questions)
     written = read_file(folder / NAME, corpus)
-    return {split: asked or in_split(written, split) for split, asked in known.items()}
+    return {
+        split: asked if asked and split == "train" else asked + in_split(written, split)
+        for split, asked in known.items()
+    }
 
 
 def in_split(written: Sequence[Written], split: str) -> tuple[Question, ...]:

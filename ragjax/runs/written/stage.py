@@ -52,7 +52,7 @@ def check_questions(workspace: Workspace, config: QuestionsConfig) -> None:
     """Raises ValueError for a template or a file that cannot be used, before anything expensive."""
     if config.file:
         read_file(Path(config.file), workspace.dataset.corpus)
-    elif config.task == "written" and config.count(len(workspace.questions["train"])):
+    elif config.task == "written" and count_passages(workspace, config):
         check_template(workspace, config)
 
 
@@ -61,7 +61,8 @@ def add_written(
 ) -> tuple[Workspace, Retriever]:
     """Adds questions made from passages to the training questions, and where nobody asks to others.
 
-    Dev and test, where the data have none, get questions from passages of their own. All questions
+    Dev and test, where the data have none or nothing tells their passages, get questions from
+    passages of their own. All questions
     lie in `written.jsonl` of the output folder afterwards, with the reason where one is not used.
 
     Args:
@@ -76,8 +77,9 @@ def add_written(
         there was no dev split before.
     """
     options = config.questions
-    if not options.file and not options.count(len(workspace.questions["train"])):
+    if not options.file and not count_passages(workspace, options):
         return workspace, retriever
+    lacking = _lacking(workspace)
     with workspace.timed("questions"):
         if options.file:
             written = _assign(workspace, read_file(Path(options.file), workspace.dataset.corpus))
@@ -88,20 +90,41 @@ def add_written(
                 if options.task == "written"
                 else _TASKS[options.task](workspace, passages)
             )
+        written = [
+            one
+            if one.reason or one.split in ("train", *lacking)
+            else one._replace(reason=f"the {one.split} questions are enough to measure by")
+            for one in written
+        ]
         write_file(workspace.folder / NAME, written)
         _report(workspace, options, written)
-        had_dev = bool(workspace.questions["dev"])
-        workspace = _joined(workspace, written)
-        if workspace.questions["dev"] and not had_dev:
+        workspace = _joined(workspace, written, lacking)
+        if workspace.questions["dev"] and "dev" in lacking:
             retriever = build_towers(workspace, bm25, tower_params(workspace), retriever.version)
             show_first_numbers(workspace, bm25, retriever)
     return workspace, retriever
 
 
-def _joined(workspace: Workspace, written: Sequence[Written]) -> Workspace:
+def count_passages(workspace: Workspace, config: QuestionsConfig) -> int:
+    """Returns how many passages questions are made from."""
+    measured = not workspace.questions["dev"] or any(workspace.relevant_rows("dev"))
+    return config.count(len(workspace.questions["train"]), measured=measured)
+
+
+def _lacking(workspace: Workspace) -> list[str]:
+    """Returns the splits to measure on where nobody has asked, or nothing tells the passages."""
+    return [
+        split
+        for split in SPLITS[1:]
+        if (workspace.questions[split] or not workspace.questions["train"])
+        and not any(workspace.relevant_rows(split))
+    ]
+
+
+def _joined(workspace: Workspace, written: Sequence[Written], lacking: Sequence[str]) -> Workspace:
     """Returns the workspace with the questions that are used; raises ValueError if none."""
     questions = {
-        split: known + in_split(written, split) if split == "train" or not known else known
+        split: known + in_split(written, split) if split in ("train", *lacking) else known
         for split, known in workspace.questions.items()
     }
     if not questions["train"]:
@@ -154,7 +177,7 @@ def choose_passages(workspace: Workspace, config: QuestionsConfig) -> _Passages:
         workspace.config.seed, 0, num_examples=len(corpus), batch_size=len(corpus)
     ).tolist()
     rows: list[int] = []
-    short, count = 0, config.count(len(workspace.questions["train"]))
+    short, count = 0, count_passages(workspace, config)
     for row in sorted(order, key=lambda row: row in asked):  # stable
         if len(rows) == count:
             break
@@ -166,16 +189,16 @@ def choose_passages(workspace: Workspace, config: QuestionsConfig) -> _Passages:
             rows.append(row)
     if short:
         workspace.note(f"{short} passages of under {_FEWEST_WORDS} words are not asked about")
+    lacking = _lacking(workspace)
+    if workspace.questions["train"] and config.passages < 0:  # for measuring alone
+        return _Passages(rows, [lacking[place % len(lacking)] for place in range(len(rows))])
     return _Passages(rows, _splits(workspace, len(rows)))
 
 
 def _splits(workspace: Workspace, count: int) -> list[str]:
     """Returns a split for each of some passages in random order."""
-    if workspace.questions["train"]:
-        return ["train"] * count
     held = round(_HELD_OUT * count)
-    lacking = [split for split in SPLITS[1:] if not workspace.questions[split]]
-    out = [split for split in lacking for _ in range(held)]
+    out = [split for split in _lacking(workspace) for _ in range(held)]
     return [*["train"] * (count - len(out)), *out]
 
 
