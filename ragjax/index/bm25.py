@@ -4,7 +4,7 @@ index = Bm25Index.build(texts, titles=titles)
 result = index.search(["what is a coronavirus?"], 20)
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Bm25Index:
         texts: Iterable[str],
         *,
         titles: Iterable[str] | None = None,
+        expansions: Mapping[int, Sequence[str]] | None = None,
         language: str = "auto",
         k1: float = 0.9,
         b: float = 0.4,
@@ -46,6 +47,8 @@ class Bm25Index:
         Args:
             texts: The documents in the order of their ids; read once.
             titles: A title for each text, counted as part of it.
+            expansions: Document id to texts that are counted as part of it, such as the questions
+                that it answers (doc2query).
             language: Whose stems and stop words are used: a name that Snowball has, "none", or
                 "auto", chosen by the commonest words of the documents.
             k1: How soon repeating a word stops paying, >= 0.
@@ -53,24 +56,57 @@ class Bm25Index:
 
         Raises:
             ValueError: No documents, no words in any of them, titles and texts of different
-                number, an unknown language, or k1 or b out of range.
+                number, expansions of a document that there is not, an unknown language, or k1 or b
+                out of range.
+
+        References:
+            Nogueira and Lin, "From doc2query to docTTTTTquery", 2019; Gospodinov et al.,
+            "Doc2Query--: When Less is More", 2023 (only questions that pass a filter).
         """
-        if k1 < 0 or not 0 <= b <= 1:
-            raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1} and b={b}")
+        return next(
+            cls.variants(texts, [(k1, b)], titles=titles, expansions=expansions, language=language)
+        )
+
+    @classmethod
+    def variants(
+        cls,
+        texts: Iterable[str],
+        constants: Sequence[tuple[float, float]],
+        *,
+        titles: Iterable[str] | None = None,
+        expansions: Mapping[int, Sequence[str]] | None = None,
+        language: str = "auto",
+    ) -> Iterator["Bm25Index"]:
+        """Yields an index for each pair of k1 and b; the words are counted once.
+
+        Args:
+            texts: As in `build`, like all but the following.
+            constants: Pairs of k1 and b.
+            titles: As in `build`.
+            expansions: As in `build`.
+            language: As in `build`.
+
+        Raises:
+            ValueError: As `build`.
+        """
+        for k1, b in constants:
+            if k1 < 0 or not 0 <= b <= 1:
+                raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1} and b={b}")
         # Imported here: bm25s initialises a jax backend at import.
         import bm25s
 
         if isinstance(texts, str) or isinstance(titles, str):
             raise ValueError("texts and titles must be lists of strings, got one string")
         analyzer = Analyzer(language)
-        token_ids = analyzer.learn(_join(texts, titles))
+        token_ids = analyzer.learn(_expand(_join(texts, titles), expansions or {}))
         if not analyzer.vocabulary:
             raise ValueError(f"BM25 found no words in {len(token_ids)} documents")
-        scorer = bm25s.BM25(k1=k1, b=b, method="lucene")
-        scorer.index(
-            (token_ids, analyzer.vocabulary), create_empty_token=False, show_progress=False
-        )
-        return cls(scorer, analyzer, len(token_ids))
+        for k1, b in constants:
+            scorer = bm25s.BM25(k1=k1, b=b, method="lucene")
+            scorer.index(
+                (token_ids, analyzer.vocabulary), create_empty_token=False, show_progress=False
+            )
+            yield cls(scorer, analyzer, len(token_ids))
 
     @property
     def size(self) -> int:
@@ -128,6 +164,16 @@ def _join(texts: Iterable[str], titles: Iterable[str] | None) -> Iterator[str]:
             yield f"{title} {text}"
     except ValueError as error:
         raise ValueError("BM25 needs one title for each text; their numbers differ") from error
+
+
+def _expand(texts: Iterable[str], expansions: Mapping[int, Sequence[str]]) -> Iterator[str]:
+    """Yields each text with what expands it."""
+    count = 0
+    for row, text in enumerate(texts):
+        yield " ".join([text, *expansions[row]]) if row in expansions else text
+        count += 1
+    if strangers := [row for row in expansions if not 0 <= row < count]:
+        raise ValueError(f"expansions of document {strangers[0]}: there are {count} documents")
 
 
 def _best(scores: NDArray[np.float32], k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:

@@ -189,3 +189,17 @@ def test_the_choice_of_language_is_described():
     assert Bm25Index.build(["Con mèo ngồi trên mái nhà"]).language == "none"
     described = Bm25Index.build(["北京的钟", "the lamp in the city"]).describe()
     assert described.startswith("pairs of characters where a script has no spaces (58%), else")
+
+
+def test_a_document_is_found_by_the_words_of_its_expansions():
+    texts, questions = ["a cell divides", "a lamp burns"], {1: ["what gives light?", "how bright?"]}
+    expanded = Bm25Index.build(texts, expansions=questions)
+    joined = Bm25Index.build([texts[0], " ".join([texts[1], *questions[1]])])
+    for query in ("light", "brightness of cells"):
+        for mine, theirs in zip(
+            expanded.search([query], 2), joined.search([query], 2), strict=True
+        ):
+            np.testing.assert_array_equal(mine, theirs)
+    assert not Bm25Index.build(texts).search(["light"], 2).mask.any()
+    with pytest.raises(ValueError, match="document 2: there are 2 documents"):
+        Bm25Index.build(texts, expansions={2: ["what?"]})
