@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.losses import target_entropy
+from ragjax.runs.compare.lexical import adapt_bm25
 from ragjax.runs.compare.rerank import check_reranker, fit_to_run
 from ragjax.runs.compare.results import evaluate_run, show_first_numbers
 from ragjax.runs.compare.served import choose_served
@@ -93,7 +94,10 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
         if config.trains_retriever:
             guard = Guard(workspace, bm25, before, params)
             kept = _adapt_retriever(workspace, config, bm25, params, candidates, lm, guard)
-            after = _build_after(workspace, bm25, kept.params, config.retriever.rounds)
+            words = bm25
+            if config.retriever.lexical == "dev":
+                words = adapt_bm25(workspace, bm25, before)
+            after = _build_after(workspace, words, kept.params, config.retriever.rounds)
         served = choose_served(workspace, bm25, before, after, lm, kept)
         reranker = fit_to_run(
             workspace, bm25, before, after, lm,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ragjax.data import Dataset, Question
 from ragjax.index import Bm25Index
 from ragjax.refresh.task import params_digest
+from ragjax.runs.compare.lexical import adapted_bm25
 from ragjax.runs.compare.measures import corpus_evidence, measure_answer
 from ragjax.runs.compare.rerank import (
     DEFAULT_DEPTH,
@@ -317,8 +318,9 @@ def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:
     if not workspace.config.trains_retriever:
         return bm25, before, before
     with workspace.timed("index after"):
+        words = adapted_bm25(workspace, bm25, opened.run.folder) if opened.run else bm25
         after = build_retriever(
-            opened.weighing, bm25, version=1, query_params=opened.models.query_encoder.params,
+            opened.weighing, words, version=1, query_params=opened.models.query_encoder.params,
             doc_params=opened.models.doc_encoder.params, earlier=earlier,
         )  # fmt: skip
     return bm25, before, after

@@ -20,6 +20,7 @@ from ragjax.data.matching import refuse_string
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
 from ragjax.refresh import encode_corpus
+from ragjax.runs.compare.lexical import adapted_bm25
 from ragjax.runs.compare.rerank import (
     DEFAULT_DEPTH,
     DEFAULT_WEIGHT,
@@ -289,6 +290,8 @@ def _assemble(
     workspace: Workspace, models: Models, version: int, name: str, search: Search = by_hybrid
 ) -> System:
     bm25 = build_bm25(workspace)
+    if models.trained_retriever:
+        bm25 = adapted_bm25(workspace, bm25, workspace.folder)
     retriever = build_retriever(
         workspace,
         bm25,

@@ -102,9 +102,13 @@ class RetrieverConfig(TowersConfig, StepsConfig):
             (ANCE: 200). The top few are often unlabelled positives.
         rounds: Times that candidates are retrieved, scored and trained on; the corpus is encoded
             again between rounds.
+        lexical: How words are counted in the BM25 beside the trained encoder: `default`, or as
+            `dev` says: k1, b, words stemmed or as written, and passages expanded with the questions
+            written from them (doc2query).
         epochs: Passes over the questions in each round.
     """
 
+    lexical: Literal["default", "dev"] = "default"
     objective: Literal["pdist", "lsr", "dpr"] = "pdist"
     teachers: tuple[str, ...] = AUTO_TEACHERS
     teaching_lm: Literal["auto", "base", "adapted"] = "adapted"
