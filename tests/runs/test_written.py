@@ -332,6 +332,9 @@ def test_a_file_is_taken_as_it_was_edited(fresh, bm25, retriever, tmp_path):
     write_file(tmp_path / "none.jsonl", written[1:2])
     with pytest.raises(DataError, match="no question that is to be used"):
         read_file(tmp_path / "none.jsonl", fresh.dataset.corpus)
+    # Of a run that uses none of them.
+    write_file(fresh.folder / NAME, written[1:2])
+    assert with_written(fresh.questions, fresh.folder, fresh.dataset.corpus) == fresh.questions
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])

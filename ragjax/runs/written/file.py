@@ -55,6 +55,18 @@ def read_file(path: Path, corpus: Corpus) -> list[Written]:
         FileNotFoundError: There is no such file.
         DataError: A line is damaged, or names no passage of the corpus; or there is no question.
     """
+    written = _read(path, corpus)
+    if not written:
+        raise DataError(f'{path}: no question that is to be used (each has "kept": false)')
+    return written
+
+
+def file_inputs(name: str) -> dict[str, dict[str, str]]:
+    """Returns the digest of a file of questions, if one is named, as an input of a run."""
+    return {"written questions": {"file": sha256(Path(name))}} if name else {}
+
+
+def _read(path: Path, corpus: Corpus) -> list[Written]:
     written: list[Written] = []
     ids: set[str] = set()
     bad = RejectedRows(path, "stop")
@@ -69,14 +81,7 @@ def read_file(path: Path, corpus: Corpus) -> list[Written]:
         ids.add(one.id)
         if not one.reason:
             written.append(one)
-    if not written:
-        raise DataError(f'{path}: no question that is to be used (each has "kept": false)')
     return written
-
-
-def file_inputs(name: str) -> dict[str, dict[str, str]]:
-    """Returns the digest of a file of questions, if one is named, as an input of a run."""
-    return {"written questions": {"file": sha256(Path(name))}} if name else {}
 
 
 def _parse(record: dict, id: str, corpus: Corpus) -> Written:
@@ -118,7 +123,7 @@ def with_written(
     known = {split: questions.get(split, ()) for split in {**dict.fromkeys(SPLITS), **questions}}
     if not (folder / NAME).is_file():
         return dict(questions)
-    written = read_file(folder / NAME, corpus)
+    written = _read(folder / NAME, corpus)
     return {
         split: asked if asked and split == "train" else asked + in_split(written, split)
         for split, asked in known.items()
