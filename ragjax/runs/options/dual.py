@@ -43,7 +43,7 @@ class LMConfig(LearningConfig, StepsConfig):
             memory that of one microbatch. Must divide `batch_size`.
     """
 
-    questions: int = 64
+    questions: int = 96
     read: Literal["together", "apart"] = "together"
     documents: int = 3
     distractors: float = 0.2
