@@ -98,8 +98,9 @@ def test_passages_are_read_once_for_the_answers_of_all_splits(tmp_path, domains,
     assert len(read_passages) == 1 and len(read_passages[0]) == 12 + 11  # not of judged test
 
 
+# From documents alone these tiny models write nothing to train on.
 @pytest.mark.slow
-@pytest.mark.parametrize("supervision", KINDS[:3])
+@pytest.mark.parametrize("supervision", KINDS[1:3])
 def test_wrong_judgements_change_nothing_of_a_run(tmp_path, domains, tiny_flags, supervision):
     runs = []
     for folder in domains:
