@@ -267,6 +267,7 @@ def test_the_loop_ends_with_the_input(ask, flags, capsys, monkeypatch):
         (["--documents=-1"], "--documents must be at least 0, got -1"),
         (["--max_new_tokens=0"], "--max_new_tokens must be at least 1, got 0"),
         (["--document_tokens=-2"], "--document_tokens must be at least 0, got -2"),
+        (["--models=adapted", "a"], "--models adapted goes with --run"),
         (["--answer=x"], "--answer explains the answer to one question"),
         (["--data=/nowhere", "a"], "/nowhere"),
         (["--encoder=/nowhere", "a"], "/nowhere"),
