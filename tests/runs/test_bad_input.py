@@ -91,7 +91,9 @@ def test_b2_no_training_questions(refuse, domain):
 def test_questions_that_are_not_there_are_named_before_anything_expensive(refuse, tmp_path):
     assert "none.jsonl does not exist" in refuse(f"--questions.file={tmp_path / 'none.jsonl'}")
     bad = "--questions.template=a question:"
-    assert "neither a text with {passage} nor a file" in refuse("--questions.passages=3", bad)
+    other = str(tmp_path / "other")
+    said = refuse("--questions.passages=3", bad, output=other)
+    assert "neither a text with {passage} nor a file" in said
 
 
 def test_b3_a_broken_line_is_named(refuse, domain):
