@@ -225,7 +225,7 @@ def _inputs(opened: Opened) -> dict[str, Any]:
     if models.trains_lm:
         trained["language model"] = params_digest(models.language_model.params)
     return run_inputs(opened.workspace) | {
-        "re-ranking": opened.rerank,
+        "re-ranking": {"by": opened.rerank},
         "dev questions of the hybrid's weight": split_identity(opened.weighing, "dev"),
         "trained models": trained,
     }
