@@ -4,6 +4,7 @@ index = Bm25Index.build(texts, titles=titles)
 result = index.search(["what is a coronavirus?"], 20)
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,8 @@ class Bm25Index:
         # Imported here: bm25s initialises a jax backend at import.
         import bm25s
 
+        # At import it asks for the messages of its debugging.
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         if isinstance(texts, str) or isinstance(titles, str):
             raise ValueError("texts and titles must be lists of strings, got one string")
         analyzer = Analyzer(language)

@@ -43,7 +43,7 @@ _MEASURED_AGAIN = 4
 # A question in front of a document, for a cross-encoder.
 _PAIR_QUESTION = 16
 # Share of the written questions whose passage is found again.
-_FOUND_SHARE = 0.4
+_FOUND_SHARE = 0.25
 _COMPILE_SECONDS = 6.0
 _COMPILED_SHAPES = 12
 # Copies of the trained parameters on disk: with the optimizer's two moments, in two checkpoints.

@@ -203,3 +203,9 @@ def test_a_document_is_found_by_the_words_of_its_expansions():
     assert not Bm25Index.build(texts).search(["light"], 2).mask.any()
     with pytest.raises(ValueError, match="document 2: there are 2 documents"):
         Bm25Index.build(texts, expansions={2: ["what?"]})
+
+
+def test_building_says_nothing(caplog):
+    with caplog.at_level("DEBUG"):
+        Bm25Index.build(["one two", "two three"])
+    assert not caplog.records
