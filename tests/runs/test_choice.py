@@ -13,6 +13,8 @@ from ragjax.runs.compare.choice import (
     prefer,
     ranking_figure,
 )
+from ragjax.runs.compare.served import _best
+from ragjax.runs.train.guard import Kept
 
 
 def ranks(seed: int, count: int, gain: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -131,3 +133,31 @@ class TestOptimism:
         old = np.linspace(0, 0.5, 50)
         assert optimism([old, old + 0.3]) == pytest.approx(0)
         assert optimism([old[:3], old[:3] + 0.3]) == 0
+
+
+@pytest.mark.parametrize(
+    ("dense", "hybrid", "shipped"),
+    [
+        (0.2, 0.002, "hybrid"),  # what the dense side gains hardly shows in the hybrid
+        (0.2, -0.002, "hybrid_before"),
+        (0.0, 0.002, "hybrid_before"),
+        (0.0, 0.2, "hybrid"),
+    ],
+)
+def test_an_adapted_hybrid_is_shipped_for_its_own_gain_or_that_of_its_dense_side(
+    dense, hybrid, shipped
+):
+    draw = np.random.default_rng(0)
+    base = draw.uniform(0.5, 0.7, 60)
+    one = np.zeros(60)
+    one[7] = 60 * hybrid  # of a few questions only
+    rank = {
+        "hybrid_before": base,
+        "bm25": base - 0.1,
+        "before": base - 0.4,
+        "after": base - 0.4 + dense,
+        "hybrid": base + (one if abs(hybrid) < 0.1 else hybrid),
+    }
+    hits = dict.fromkeys(rank, np.ones(60))
+    kept = Kept({}, "the last", 1.0)
+    assert _best(list(rank), rank, hits, kept) == shipped
