@@ -10,7 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from ragjax.training.loop import StopFlag
+
 ROOT = Path(__file__).parents[1]
+
+
+class StopAfter(StopFlag):
+    """Asks a run to stop when it has been looked at so often."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self._looks = looks
+
+    def check(self):
+        self._looks -= 1
+        if self._looks == 0:
+            self.signum = 15
+        super().check()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from programs import StopAfter
 
 from ragjax.models.testing import write_tiny_encoder, write_tiny_language_model
 from ragjax.runs.adapt import Candidates, _adapt_retriever
@@ -53,20 +54,6 @@ def inputs(tmp_path_factory):
     return {name: str(folder / name) for name in ("data", "encoder", "lm")}
 
 
-class StopAt(StopFlag):
-    """Stops the run when it has been looked at so often."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self._looks = looks
-
-    def check(self):
-        self._looks -= 1
-        if self._looks == 0:
-            self.signum = 15
-        super().check()
-
-
 def make_config(inputs, folder, *, keep="best", retriever=None):
     return AdaptConfig(
         **inputs, output=str(folder), keep=keep, stages=("retriever",), checkpoint_every=10,
@@ -111,7 +98,7 @@ def test_a_gain_is_shipped_and_a_kill_in_the_middle_changes_no_byte(inputs, tmp_
     assert "adaptation helped; shipped: adapted" in served.reason and served.reason in said
     assert served.questions == 20
     with pytest.raises(Interrupted):
-        ship(inputs, tmp_path / "cut", stop=StopAt(38))
+        ship(inputs, tmp_path / "cut", stop=StopAfter(38))
     measured = (tmp_path / "cut" / "dev" / "retriever.jsonl").read_text().splitlines()
     assert len(measured) == 2, "it was not cut in the middle"
     ship(inputs, tmp_path / "cut")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import StopAfter
 
 from ragjax.index import HybridIndex
 from ragjax.models import Tokens, lora
@@ -116,20 +117,6 @@ def tiny_config(tiny_inputs, output, **changes):
 def saved_arrays(folder):
     step = max(folder.iterdir(), key=lambda path: int(path.name))
     return json.loads((step / "ragjax.json").read_text())["arrays"]
-
-
-class StopAfter(StopFlag):
-    """Asks the run to stop when a stage has taken so many looks at it."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self._looks = looks
-
-    def check(self):
-        self._looks -= 1
-        if self._looks == 0:
-            self.signum = 15
-        super().check()
 
 
 @pytest.mark.slow

@@ -154,7 +154,11 @@ def _sentence(
     on = f"on {count} dev questions"
     gained = f"{name.upper()} {base:.3f} \N{RIGHTWARDS ARROW} {mine:.3f} {on}"
     if documents in _ADAPTED:
-        return f"adaptation helped; {shipped} (un-adapted hybrid \N{RIGHTWARDS ARROW} it: {gained})"
+        dense = f"{dev['before'][name]:.3f} \N{RIGHTWARDS ARROW} {dev['after'][name]:.3f}"
+        return (
+            f"adaptation helped; {shipped} (un-adapted hybrid \N{RIGHTWARDS ARROW} it: {gained};"
+            f" dense side alone {dense})"
+        )
     said = f"{shipped} ({name.upper()} {mine:.3f} {on}"
     if not trained:
         return f"{said})"

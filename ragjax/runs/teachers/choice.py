@@ -30,10 +30,8 @@ from ragjax.training.score_cache import ResultCache, Score
 TEACHERS = "teachers.json"
 DEV_QUESTIONS = 24
 """Most dev questions whose candidates are scored for the choice."""
-# The first is kept in case of doubt. Measured on two domains with SmolLM2-135M, MRR of the relevant
-# passage among 6 candidates: .915 and .900; the best of 15 mixtures .918 and .906; the answer with
-# half the prior .899 and .875. Z-scores in place of nats lose .01 to .02: how far the candidates of
-# a question lie apart says how sure the language model is.
+# The first is kept in case of doubt. Nats and not z-scores: how far the candidates of a question
+# lie apart says how sure the language model is.
 _WITH_ANSWERS = (
     TeacherWeights(answer=1.0, question=1.0, prior=0.3),
     TeacherWeights(answer=1.0, prior=0.5),
