@@ -20,6 +20,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The same numbers on every CPU; see `ragjax.runs.folder.fast_products`.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
     if version("jaxlib").startswith("0.10."):  # later ones have no other code generator

@@ -25,7 +25,7 @@ from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
-from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lms
+from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lm
 from ragjax.runs.train.guard import Guard, Kept
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import check_machine
@@ -263,7 +263,7 @@ def _adapt_retriever(
 ) -> Kept:
     """Trains the towers and keeps what is best on dev; the index of that is not yet built."""
     options, before = config.retriever, candidates.retriever
-    lms = teaching_lms(options, workspace.base_lm(), lm)
+    teacher_lm = teaching_lm(options, workspace.base_lm(), lm)
     teaching = Teaching(None, config.questions.passage_share)
     rows = teaching.asks(written_passages(workspace))
     known = [config.score_cache] if config.score_cache else []
@@ -273,7 +273,7 @@ def _adapt_retriever(
             with workspace.timed("teacher"):
                 asked = workspace.with_train(rows)
                 teaching = teaching._replace(
-                    teacher=choose_teacher(asked, options, before, lms, cache)
+                    teacher=choose_teacher(asked, options, teacher_lm, cache)
                 )
         with workspace.timed("retriever"):
             params = train_live(workspace, options, bm25, before, params, teaching, cache, guard)
@@ -289,7 +289,7 @@ def _adapt_retriever(
                 found = candidates.hybrid(options.candidates)
                 if rows.size and teaching.teacher is None:
                     asked, scored = workspace.with_train(rows), found.take(rows)
-                    teacher = choose_teacher(asked, options, before, lms, cache, found=scored)
+                    teacher = choose_teacher(asked, options, teacher_lm, cache, scored)
                     teaching = teaching._replace(teacher=teacher)
                 targets_at = _scored_round(workspace, teaching, found, cache)
         with workspace.timed("retriever"):

@@ -9,6 +9,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from ragjax.models.layers.linear import matmul_precision
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import RunConfig
@@ -115,7 +118,34 @@ def claim(
     lock = RunLock(folder, remedy="use another --output folder")
     with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, lock:
         _check_free(folder, record, config)
-        yield flag
+        with fast_products():
+            yield flag
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Lets a CPU that multiplies bfloat16 in hardware do so, as a TPU does by default.
+
+    Factors are rounded, sums and gradients stay float32: see `ragjax.models.layers.linear`. Where
+    the user has set jax_default_matmul_precision (JAX_DEFAULT_MATMUL_PRECISION), that holds.
+    """
+    # Of the process and not of a thread, so that an index that is built behind is one of the same.
+    given = matmul_precision()
+    if given is None and jax.default_backend() == "cpu" and _multiplies_bfloat16():
+        jax.config.update("jax_default_matmul_precision", "bfloat16")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_default_matmul_precision", given)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Says whether a CPU has instructions for it, where the kernel says."""
+    try:
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(words)
 
 
 def config_record(

@@ -1,4 +1,4 @@
-"""Which teachers set the target: flags, files of scores, and the choice on dev."""
+"""Which teachers set the target: flags, files of scores, and the choice among mixtures."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig
 from ragjax.runs.options.teachers import TeacherWeights, parse_teachers
 from ragjax.runs.teachers import choice as choice_module
-from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lms
+from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lm
 from ragjax.runs.teachers.reading import TeacherScores, score_candidates
 from ragjax.runs.teachers.target import mixed, parts_wanted, teacher_parts, z_scores
 from ragjax.runs.workspace import FrozenLM, open_workspace, tower_params
@@ -121,14 +121,10 @@ def test_only_what_teaches_is_read():
 
 def test_the_language_model_that_teaches_is_the_one_that_is_asked_for():
     base, adapted = FrozenLM(None, "base"), FrozenLM(None, "adapted")
-    for option, expected in (
-        ("base", ["base"]),
-        ("adapted", ["adapted"]),
-        ("auto", ["adapted", "base"]),
-    ):
+    for option, expected in (("base", base), ("adapted", adapted)):
         config = RetrieverConfig(teaching_lm=option)
-        assert list(teaching_lms(config, base, adapted)) == expected
-        assert list(teaching_lms(config, base, base)) == ["base"]
+        assert teaching_lm(config, base, adapted) == (option, expected)
+        assert teaching_lm(config, base, base) == ("base", base)
 
 
 def write_scores(folder, *lines):
@@ -180,8 +176,7 @@ def test_a_file_of_scores_teaches_and_says_what_it_covers(workspace, opened, tmp
     )
     config = RetrieverConfig(scores_file=str(path))
     cache = ResultCache(tmp_path / "s.jsonl", Score)
-    lms = {"base": workspace.base_lm()}
-    teacher = choose_teacher(workspace, config, opened[1], lms, cache, found=found)
+    teacher = choose_teacher(workspace, config, ("base", workspace.base_lm()), cache, found)
     assert teacher.target.weights == TeacherWeights(prior=0.3, file=0.7)
     needed = 3 * len(train)
     assert any(f"scores 3 of {needed} pairs" in line for line in workspace.notes)
@@ -202,9 +197,7 @@ def test_a_file_that_covers_nothing_is_refused(workspace, opened, tmp_path):
     cache = ResultCache(tmp_path / "s.jsonl", Score)
     found = candidates(*([[3, 4]] * len(train)))
     with pytest.raises(ValueError, match=r"scores none of the 12 pairs.*missing.jsonl"):
-        choose_teacher(
-            workspace, config, opened[1], {"base": workspace.base_lm()}, cache, found=found
-        )
+        choose_teacher(workspace, config, ("base", workspace.base_lm()), cache, found)
 
 
 def test_a_cross_encoder_teaches_and_no_language_model_reads(
@@ -215,8 +208,8 @@ def test_a_cross_encoder_teaches_and_no_language_model_reads(
     train = workspace.questions["train"]
     found = candidates(*([[0, 1, 2]] * len(train)))
     config = RetrieverConfig(reranker=source)
-    cache, lms = ResultCache(tmp_path / "s.jsonl", Score), {"base": workspace.base_lm()}
-    teacher = choose_teacher(workspace, config, opened[1], lms, cache, found=found)
+    cache, lm = ResultCache(tmp_path / "s.jsonl", Score), ("base", workspace.base_lm())
+    teacher = choose_teacher(workspace, config, lm, cache, found)
     assert teacher.target.weights == TeacherWeights(prior=0.3, reranker=0.7)
     target = teacher.log_probs(workspace, train, found, cache, score=None)
     logits = teacher.reranker.afresh(train, found)
@@ -230,65 +223,78 @@ def oracle(relevant_part):
     """Scores in which one part alone tells the relevant documents."""
 
     def score_candidates(workspace, lm, questions, found, cache, *, wanted):
-        good = np.zeros(found.mask.shape, np.float32)
-        relevant = workspace.relevant_rows("dev") + workspace.relevant_rows("train")
-        known = dict(
-            zip([*workspace.questions["dev"], *workspace.questions["train"]], relevant, strict=True)
+        relevant = workspace.relevant_rows("train")
+        good = np.stack(
+            [np.isin(ids, list(own)) for ids, own in zip(found.doc_ids, relevant, strict=True)]
         )
-        for q, question in enumerate(questions):
-            good[q] = [doc in known[question] for doc in found.doc_ids[q].tolist()]
         noise = np.random.default_rng(0).normal(size=good.shape).astype(np.float32)
         ones = np.ones(len(questions), np.int32)
-        parts = {"answer": noise, "question": noise} | {relevant_part: 9 * good}
-        if lm.fingerprint == "other":
-            parts = {"answer": noise, "question": noise}
+        parts = {"answer": noise, "question": noise} | {relevant_part: np.float32(9) * good}
         return TeacherScores(parts["answer"], ones, parts["question"], ones)
 
     return score_candidates
 
 
+@pytest.fixture
+def many(workspace):
+    """The workspace with as many training questions as a choice needs, and their candidates."""
+    every = (*workspace.questions["train"], *workspace.questions["dev"])
+    chosen = dataclasses.replace(workspace, questions={**workspace.questions, "train": every})
+    size = len(workspace.dataset.corpus)
+    return chosen, candidates(*[list(range(size))] * len(every))
+
+
 @pytest.mark.parametrize(("part", "other"), [("answer", "question"), ("question", "answer")])
-def test_the_mixture_is_the_one_that_dev_prefers(
-    workspace, opened, tmp_path, monkeypatch, part, other
+def test_the_mixture_is_the_one_that_ranks_training_passages_best(
+    many, tmp_path, monkeypatch, part, other
 ):
     monkeypatch.setattr(choice_module, "score_candidates", oracle(part))
-    grid = (TeacherWeights(**{other: 1.0}), TeacherWeights(**{part: 1.0, "prior": 0.3}))
+    grid = (TeacherWeights(**{other: 1.0}), TeacherWeights(**{part: 1.0, "prior": 0.001}))
     monkeypatch.setattr(choice_module, "_WITH_ANSWERS", grid)
+    (workspace, found), lm = many, FrozenLM(None, "one")
     cache = ResultCache(tmp_path / "s.jsonl", Score)
-    lms = {"adapted": FrozenLM(None, "one"), "base": FrozenLM(None, "other")}
-    config = RetrieverConfig(candidates=20)
-    teacher = choose_teacher(workspace, config, opened[1], lms, cache)
-    assert teacher.target.weights == grid[1] and teacher.lm.fingerprint == "one"
+    teacher = choose_teacher(workspace, RetrieverConfig(), ("adapted", lm), cache, found)
+    assert teacher.target.weights == grid[1] and teacher.lm == lm
     told = json.loads((tmp_path / "teachers.json").read_text())
-    assert told["language_model"] == "adapted" and told["dev_questions"] >= 20
-    assert told["alone"]["adapted"][part] == 1.0 > told["alone"]["base"][part]
+    assert told["language_model"] == "adapted" and told["questions"] >= 20
+    assert told["alone"]["adapted"][part] == 1.0 > told["alone"]["adapted"][other]
     assert [one["mrr"] for one in told["mixtures"]].index(1.0) == 1
-    assert "prior" in told["alone"]["base"] and "file" not in told["alone"]["base"]
+    assert "prior" in told["alone"]["adapted"] and "file" not in told["alone"]["adapted"]
 
 
-def test_defaults_teach_where_dev_knows_too_little(workspace, opened, tmp_path, monkeypatch):
+def test_a_question_whose_candidates_are_all_alike_does_not_judge(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(choice_module, "score_candidates", oracle("answer"))
+    workspace, found = many
+    mask, relevant = np.array(found.mask), workspace.relevant_rows("train")
+    mask[0] = np.isin(found.doc_ids[0], list(relevant[0]))  # nothing else
+    mask[1] = ~np.isin(found.doc_ids[1], list(relevant[1]))  # none
+    cache = ResultCache(tmp_path / "s.jsonl", Score)
+    lm = ("base", workspace.base_lm())
+    choose_teacher(workspace, RetrieverConfig(), lm, cache, found._replace(mask=mask))
+    told = json.loads((tmp_path / "teachers.json").read_text())
+    assert told["questions"] == len(relevant) - 2
+
+
+def test_defaults_teach_where_too_little_is_known(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(choice_module, "score_candidates", None)  # nothing is read for a choice
-    few = dataclasses.replace(
-        workspace, questions=workspace.questions | {"dev": workspace.questions["dev"][:19]}
-    )
-    cache, lms = ResultCache(tmp_path / "s.jsonl", Score), {"base": workspace.base_lm()}
-    teacher = choose_teacher(few, RetrieverConfig(candidates=20), opened[1], lms, cache)
-    assert teacher.target.weights == TeacherWeights(answer=1.0, question=1.0, prior=0.3)
-    assert (
-        "are the fewest that choose" in json.loads((tmp_path / "teachers.json").read_text())["why"]
-    )
-    bare = [dataclasses.replace(question, answers=()) for question in workspace.questions["train"]]
-    none = dataclasses.replace(few, questions={"train": tuple(bare), "dev": ()})
-    teacher = choose_teacher(none, RetrieverConfig(), opened[1], lms, cache)
+    train = workspace.questions["train"]
+    cache, lm = ResultCache(tmp_path / "s.jsonl", Score), ("base", workspace.base_lm())
+    for found in (candidates(*([[0, 1, 2]] * len(train))), None):
+        teacher = choose_teacher(workspace, RetrieverConfig(), lm, cache, found)
+        assert teacher.target.weights == TeacherWeights(answer=1.0, question=1.0, prior=0.3)
+        told = json.loads((tmp_path / "teachers.json").read_text())
+        assert "are the fewest that choose" in told["why"]
+    bare = [dataclasses.replace(question, answers=()) for question in train]
+    none = dataclasses.replace(workspace, questions={"train": tuple(bare)})
+    teacher = choose_teacher(none, RetrieverConfig(), lm, cache)
     assert teacher.target.weights == TeacherWeights(question=1.5, prior=0.5)
 
 
 def test_a_forecast_counts_what_the_language_model_reads(workspace):
-    dev, asked = len(workspace.questions["dev"]), len(workspace.questions["train"])
-    dev = min(dev, 24)
+    asked = len(workspace.questions["train"])
     for options, expected in (
-        ({}, (asked + dev) * 6),
-        ({"rounds": 3}, (3 * asked + dev) * 6),
+        ({}, asked * 6),
+        ({"rounds": 3}, 3 * asked * 6),
         ({"teachers": ("question=1",)}, asked * 6),
         ({"teachers": ("prior=1",)}, 0),
         ({"scores_file": "x"}, 0),

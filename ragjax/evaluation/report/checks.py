@@ -85,7 +85,7 @@ def teachers_section(teachers: Mapping[str, Any]) -> str:
     Args:
         teachers: `{"weights": {name: weight}, "language_model", "why", "alone": {language model:
             {name: MRR}}, "mixtures": [{"language_model", "weights", "mrr"}]}`; the last two only
-            where they were chosen on dev questions.
+            where they were chosen by training questions.
     """
     if not teachers.get("weights"):
         return ""
@@ -104,7 +104,7 @@ def teachers_section(teachers: Mapping[str, Any]) -> str:
         [_weights(one["weights"]), isolated(one.get("language_model")), number(one.get("mrr"))]
         for one in teachers.get("mixtures") or ()
     ]
-    headers = ["teachers", "language model", "MRR on dev"]
+    headers = ["teachers", "language model", "MRR"]
     return f'<dl class="answers">{items}</dl>' + "".join(
         table(headers, rows, caption=caption)
         for caption, rows in (("Each alone", alone), ("Together", together))

@@ -79,11 +79,11 @@ class RetrieverConfig(TowersConfig, StepsConfig):
             of the question, which needs no answer; both in nats per token; `prior`, the scores of
             the retrieval that found the candidates, `file`, those of `scores_file`, and `reranker`,
             those of a cross-encoder, all z-scored over the candidates. Names with weights, such as
-            `answer=1 question=1 prior=0.3`. `auto` chooses weights on dev, see
-            `ragjax.runs.teachers.choice`; with a file or a cross-encoder it takes that and the
-            prior.
+            `answer=1 question=1 prior=0.3`. `auto` chooses weights on the training questions, by
+            which of their candidates count as found, see `ragjax.runs.teachers.choice`; with a file
+            or a cross-encoder it takes that and the prior.
         teaching_lm: Language model that teaches: the `adapted` one, where one was made and kept, or
-            the `base` one, which has not read the training answers; `auto` scores dev with both.
+            the `base` one, which has not read the training answers.
         scores_file: JSON lines `{"query-id": ..., "corpus-id": ..., "score": ...}` of any other
             teacher (a judge, an endpoint): the higher, the better.
         reranker: Cross-encoder that teaches: a folder or a hub id.
@@ -111,7 +111,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     lexical: Literal["default", "dev"] = "default"
     objective: Literal["pdist", "lsr", "dpr"] = "pdist"
     teachers: tuple[str, ...] = AUTO_TEACHERS
-    teaching_lm: Literal["auto", "base", "adapted"] = "adapted"
+    teaching_lm: Literal["base", "adapted"] = "adapted"
     scores_file: str = ""
     reranker: str = ""
     score: Literal["prob", "prob_per_token", "log_prob", "log_prob_per_token"] = (
@@ -141,7 +141,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
 
     @property
     def weights(self) -> TeacherWeights | None:
-        """Weights of the teachers; None: they are chosen on dev."""
+        """Weights of the teachers; None: they are chosen."""
         return parse_teachers(self.teachers)
 
     def check(self) -> None:

@@ -233,10 +233,13 @@ class RunConfig(Options):
         seed: Seed of every random choice.
         compute_dtype: Dtype of both models' computations. With `bfloat16` trained parameters,
             gradients and optimizer state stay in float32, and so do norms, softmax and losses; made
-            for accelerators, on CPU it is slower than `float32`.
-        keep: What is kept of a training: `best` measures it on dev every few steps, takes the best
-            step, averages its weights with those before training (WiSE-FT) and ships what is
-            better on dev, un-adapted models among it; `last` takes the last step, as papers do.
+            for accelerators, on CPU it is slower than `float32`. There `float32` multiplies
+            weights and activations rounded to bfloat16 where the hardware can (twice the speed), as
+            a TPU does; the environment's JAX_DEFAULT_MATMUL_PRECISION=float32 forbids it.
+        keep: What is kept of a training: `best` measures it on dev every few steps, takes an
+            earlier step, or an average of the weights with those before training (WiSE-FT), where
+            that is better than the last step by more than noise, and ships what is better on dev,
+            un-adapted models among it; `last` takes the last step, as papers do.
         dev_fraction: Share of the training questions held out where the data has no dev split.
         checkpoint_every: Steps between two checkpoints.
         encode_tokens: Tokens in a batch of the encoder, for indexes and queries.

@@ -15,7 +15,7 @@ from ragjax.runs.workspace import Workspace
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.score_cache import ResultCache
 
-FACTORS = (0.25, 0.5, 0.75)
+FACTORS = (0.75, 0.5, 0.25)
 """Weights of the trained parameters that are tried beside 0 (before training) and 1."""
 _TIMES = 4
 

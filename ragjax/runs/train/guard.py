@@ -12,7 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from ragjax.index import Bm25Index, HybridIndex, HybridQueries, SearchResult
 from ragjax.index.base import pad_result
 from ragjax.refresh import encode_corpus
-from ragjax.runs.compare.choice import FIGURE_DEPTH, judge_problem, optimism, ranking_figure
+from ragjax.runs.compare.choice import (
+    FIGURE_DEPTH,
+    choose,
+    judge_problem,
+    optimism,
+    ranking_figure,
+)
 from ragjax.runs.found import Findable, FindableIndex, findable_in
 from ragjax.runs.indexes import Retriever, search
 from ragjax.runs.train.best import FACTORS, BestStep, save_kept
@@ -34,7 +40,8 @@ class Kept(NamedTuple):
     params: dict[str, Any]
     step: str  # name of the step
     factor: float  # weight of its parameters beside those before training
-    # By how much the figure on dev is too high for having been chosen there, in MRR.
+    # By how much the figure on dev is too high for having been chosen there, in MRR: 0 for the last
+    # step as it is.
     optimism: float = 0.0
 
 
@@ -165,21 +172,26 @@ class Guard:
         return kept
 
     def _choose(self, best: BestStep, params: dict[str, Any]) -> Kept:
-        step = "the last"
-        if best.figures:
+        """Takes the last step as it is, or what is better than that by more than noise.
+
+        The best of eight that differ by noise is too little training as often as it is too much.
+        """
+        names, rows = list(best.figures), list(best.figures.values())
+        step = names[-1] if names else "the last"
+        if names and choose(rows, default=len(rows) - 1) != len(rows) - 1:
             step, params = best.restore(params)
-        averages = {factor: average_params(self._base, params, factor) for factor in (*FACTORS, 1)}
+        averages = {factor: average_params(self._base, params, factor) for factor in (1, *FACTORS)}
         figures = {
             factor: best.measure(step if factor == 1 else f"{step} x {factor:g}", averaged)
             for factor, averaged in averages.items()
         }
-        # Of equal ones the nearest to the un-adapted towers.
-        factor = max(figures, key=lambda one: (figures[one].mean(), -one))
+        factor = list(figures)[choose(list(figures.values()))]
         if not figures[factor].any():
             return Kept(self._base, "before training", 0.0)
-        base = best.measure("before training", self._base)
-        rows = [base, *best.figures.values(), *figures.values()]
-        return Kept(averages[factor], step, float(factor), optimism(rows))
+        kept = Kept(averages[factor], step, float(factor))
+        if not names or (step == names[-1] and factor == 1):
+            return kept
+        return kept._replace(optimism=optimism([figures[1], *rows, *figures.values()]))
 
 
 class _Known:
