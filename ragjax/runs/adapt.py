@@ -35,7 +35,7 @@ from ragjax.runs.train.retriever import (
     train_live,
     train_retriever,
 )
-from ragjax.runs.train.targets import Targets, Teaching, taught_targets, written_passages
+from ragjax.runs.train.targets import Targets, Teaching, known_passages, taught_targets
 from ragjax.runs.workspace import (
     FrozenLM,
     Workspace,
@@ -264,11 +264,13 @@ def _adapt_retriever(
     """Trains the towers and keeps what is best on dev; the index of that is not yet built."""
     options, before = config.retriever, candidates.retriever
     teacher_lm = teaching_lm(options, workspace.base_lm(), lm)
-    teaching = Teaching(None, config.questions.passage_share)
-    rows = teaching.asks(written_passages(workspace))
-    known = [config.score_cache] if config.score_cache else []
+    known = known_passages(
+        workspace, given=options.known_share, written=config.questions.passage_share
+    )
+    teaching, rows = Teaching(None, known), known.asked
+    scores = [config.score_cache] if config.score_cache else []
     if config.refresh.mode != "off":
-        cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=known)
+        cache = ResultCache(workspace.folder / "scores" / "live.jsonl", Score, earlier=scores)
         if options.objective != "dpr" and rows.size:
             with workspace.timed("teacher"):
                 asked = workspace.with_train(rows)
@@ -283,8 +285,8 @@ def _adapt_retriever(
             targets_at = _labelled_round(workspace, options, candidates, number)
         else:
             path = workspace.folder / "scores" / f"{number}.jsonl"
-            cache = ResultCache(path, Score, earlier=known)
-            known.append(str(path))
+            cache = ResultCache(path, Score, earlier=scores)
+            scores.append(str(path))
             with workspace.timed("teacher"):
                 found = candidates.hybrid(options.candidates)
                 if rows.size and teaching.teacher is None:
@@ -313,7 +315,7 @@ def _scored_round(
 ) -> TargetsAt:
     """Lets the teacher score the candidates of the questions that it sets the target of."""
     targets = taught_targets(workspace, teaching, np.arange(len(found.mask)), found, cache)
-    if (rows := teaching.asks(targets.relevant)).size:
+    if (rows := teaching.known.asked).size:
         _report_target(targets.take(rows), workspace.log)
     return lambda step, rows: targets.take(rows)
 
@@ -334,7 +336,10 @@ def _labelled_round(
 
 def _report_target(targets: Targets, log: Log) -> None:
     """Reports how sharp the target is, and what to change where it teaches nothing."""
-    entropy = target_entropy(targets.log_probs, doc_mask=targets.mask)
+    # Of the teacher's part alone, where known passages have another.
+    log_probs = np.where(targets.mask, targets.log_probs, -np.inf)
+    log_probs -= np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
+    entropy = target_entropy(log_probs, doc_mask=targets.mask)
     mean = float(np.asarray(entropy.normalized).mean())
     log(f"teacher: entropy of p_LSR is {mean:.2f} of its maximum")
     if mean >= 0.98:

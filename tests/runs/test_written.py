@@ -16,7 +16,13 @@ from ragjax.runs.options.questions import QuestionsConfig
 from ragjax.runs.options.shared import DataConfig
 from ragjax.runs.system import by_hybrid, open_system, retrieve
 from ragjax.runs.train.retriever import _lsr_batches
-from ragjax.runs.train.targets import scored_targets, with_passages, written_passages
+from ragjax.runs.train.targets import (
+    Known,
+    known_passages,
+    scored_targets,
+    with_passages,
+    written_passages,
+)
 from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.runs.written import stage, writing
 from ragjax.runs.written.file import NAME, Written, read_file, with_written, write_file
@@ -344,7 +350,8 @@ def test_the_target_of_a_written_question_is_its_passage(share):
     mask = np.ones(ids.shape, bool)
     found = SearchResult(ids, np.zeros(ids.shape, np.float32), mask)
     given = scored_targets(found, log_probs)
-    targets = with_passages(given, [frozenset(), frozenset({5}), frozenset({1})], share)
+    passages = [frozenset[int](), frozenset({5}), frozenset({1})]
+    targets = with_passages(given, Known(passages, np.float32([0, share, share])))
     np.testing.assert_array_equal(targets.log_probs[0], log_probs[0])  # asked by a person
     assert mask.all() and (given.mask == mask).all()
     if share == 1:  # what was found beside it may answer the question as well
@@ -353,8 +360,35 @@ def test_the_target_of_a_written_question_is_its_passage(share):
     else:
         np.testing.assert_allclose(np.exp(targets.log_probs[1]), [0.375, 0.225, 0.15], rtol=1e-5)
         assert targets.doc_ids[2].tolist() == [7, 8, 1] and np.isneginf(targets.log_probs[2, 2])
-    assert with_passages(given, [frozenset()] * 3, share) is given
-    assert with_passages(given, [frozenset({5})] * 3, 0.0) is given
+    assert with_passages(given, Known([frozenset()] * 3, np.zeros(3, np.float32))) is given
+
+
+def test_of_several_known_passages_one_among_the_candidates_is_enough():
+    ids = np.array([[4, 5, 6]] * 2, np.int32)
+    log_probs = np.log(np.array([[0.5, 0.3, 0.2]] * 2, np.float32))
+    found = SearchResult(ids, np.zeros(ids.shape, np.float32), np.ones(ids.shape, bool))
+    known = Known([frozenset({2, 6}), frozenset({2, 3})], np.float32([0.5, 0.5]))
+    targets = with_passages(scored_targets(found, log_probs), known)
+    assert targets.doc_ids.tolist() == [[4, 5, 6], [4, 5, 2]]
+    assert targets.best(1).tolist() == [[False, False, True]] * 2
+
+
+def test_what_is_known_of_questions_given_and_written(workspace):
+    row = workspace.dataset.corpus.row_of
+    given = workspace.questions["train"][0]
+    asked = [
+        given,
+        Question(id="b", text="which dog?", passage="red-dog"),
+        Question(id="c", text="?"),
+    ]
+    own = with_train(workspace, *asked)
+    relevant = own.relevant_rows("train")[0]
+    known = known_passages(own, given=0.5, written=1.0)
+    assert known.passages == [relevant, {row("red-dog")}, frozenset()] and relevant
+    assert known.shares.tolist() == [0.5, 1.0, 0.0] and known.asked.tolist() == [0, 2]
+    assert known.take(np.array([1])).passages == [{row("red-dog")}]
+    alone = known_passages(own, given=0.0, written=0.0)
+    assert not any(alone.passages) and alone.asked.tolist() == [0, 1, 2]
 
 
 def with_train(workspace, *questions):
@@ -378,7 +412,9 @@ def test_batches_hold_the_passages_of_written_questions(workspace):
     passages = written_passages(own)
     assert passages == [{row("red-cat")}, {row("red-dog")}, frozenset(), {row("red-dog")}]
     for share in (0.75, 1.0):
-        targets = with_passages(scored_targets(found, log_probs), passages, share)
+        known = known_passages(own, given=0.0, written=share)
+        assert known.passages == passages
+        targets = with_passages(scored_targets(found, log_probs), known)
         config = RetrieverConfig(batch_size=4, candidates=2)
         batch = _lsr_batches(own, config, 0, lambda step, rows, t=targets: t.take(rows))(0)
         probs = np.exp(np.asarray(batch.target_log_probs))

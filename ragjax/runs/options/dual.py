@@ -82,6 +82,9 @@ class RetrieverConfig(TowersConfig, StepsConfig):
             `answer=1 question=1 prior=0.3`. `auto` chooses weights on the training questions, by
             which of their candidates count as found, see `ragjax.runs.teachers.choice`; with a file
             or a cross-encoder it takes that and the prior.
+        known_share: Share of the target of a question that its relevant passages have (judged, or
+            else the few that hold an answer), where they are known; the teachers have the rest. 0:
+            the teachers alone, as in the papers.
         teaching_lm: Language model that teaches: the `adapted` one, where one was made and kept, or
             the `base` one, which has not read the training answers.
         scores_file: JSON lines `{"query-id": ..., "corpus-id": ..., "score": ...}` of any other
@@ -111,6 +114,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     lexical: Literal["default", "dev"] = "default"
     objective: Literal["pdist", "lsr", "dpr"] = "pdist"
     teachers: tuple[str, ...] = AUTO_TEACHERS
+    known_share: float = 0.5
     teaching_lm: Literal["base", "adapted"] = "adapted"
     scores_file: str = ""
     reranker: str = ""
@@ -149,6 +153,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         super().check()
         at_least(self, 1, "candidates", "negative_depth", "rounds")
         at_least(self, 0, "documents")
+        fraction(self, "known_share")
         positive(self, "temperature")
         self._check_teachers()
         if self.objective == "lsr" and self.negatives == "batch":

@@ -47,16 +47,27 @@ class Targets(NamedTuple):
         return self.mask & (np.argsort(order, axis=1) < count)
 
 
+class Known(NamedTuple):
+    """Passages of Q training questions that are known to be right, and their part in the target."""
+
+    passages: list[frozenset[int]]  # corpus rows, of copies the first; none where none is known
+    shares: NDArray[np.float32]  # [Q] of the target that they have; the teacher has the rest
+
+    def take(self, rows: NDArray[np.int64]) -> "Known":
+        """Returns those of some questions."""
+        return Known([self.passages[row] for row in rows], self.shares[rows])
+
+    @property
+    def asked(self) -> NDArray[np.int64]:
+        """Which questions the teacher scores."""
+        return np.flatnonzero(self.shares < 1)
+
+
 class Teaching(NamedTuple):
-    """What sets the targets of questions without judgements."""
+    """What sets the targets of training questions."""
 
     teacher: LsrTeacher | None  # None where no question needs one
-    passage_share: float = 1.0  # of the target of a written question that is on its passage
-
-    def asks(self, passages: Sequence[frozenset[int]]) -> NDArray[np.int64]:
-        """Returns which questions the teacher scores, by the passages they were written from."""
-        asked = [place for place, own in enumerate(passages) if not own or self.passage_share < 1]
-        return np.asarray(asked, np.int64)
+    known: Known
 
 
 def taught_targets(
@@ -68,26 +79,25 @@ def taught_targets(
     *,
     score: Callable[..., TeacherScores] = score_candidates,
 ) -> Targets:
-    """Returns targets by the scores of a teacher and the passages of written questions.
+    """Returns targets by the scores of a teacher and the passages that are known.
 
     Args:
         workspace: Data and prompts.
-        teaching: The teacher, and its part in the target of a written question.
+        teaching: The teacher, and what is known.
         rows: Of B training questions.
         found: `[B, K]` candidates of theirs.
         cache: Scores of the teacher's language model known already; new ones are added.
         score: `score_candidates`, or `score_step` within a training step.
     """
-    questions, every = workspace.questions["train"], written_passages(workspace)
-    passages = [every[row] for row in rows]
+    questions, known = workspace.questions["train"], teaching.known.take(rows)
     log_probs = np.zeros(found.mask.shape, np.float32)
-    if (asked := teaching.asks(passages)).size:
-        assert teaching.teacher is not None, "only judgements teach without one"
+    if (asked := known.asked).size:
+        assert teaching.teacher is not None, "only what is known teaches without one"
         chosen = [questions[rows[place]] for place in asked]
         log_probs[asked] = teaching.teacher.log_probs(
             workspace, chosen, found.take(asked), cache, score=score
         )
-    return with_passages(scored_targets(found, log_probs), passages, teaching.passage_share)
+    return with_passages(scored_targets(found, log_probs), known)
 
 
 def scored_targets(candidates: SearchResult, log_probs: NDArray[np.float32]) -> Targets:
@@ -95,6 +105,27 @@ def scored_targets(candidates: SearchResult, log_probs: NDArray[np.float32]) -> 
     empty = [frozenset[int]()] * len(log_probs)
     share = np.ones(len(log_probs), np.float32)
     return Targets(candidates.doc_ids, candidates.mask, log_probs, empty, share)
+
+
+def known_passages(workspace: Workspace, *, given: float, written: float) -> Known:
+    """Returns what is known of the training questions.
+
+    Args:
+        workspace: Data; its `relevant_rows` say what counts as found.
+        given: Share of the target that the relevant passages of a question have.
+        written: Share that the passage has of which a question was written.
+    """
+    own = written_passages(workspace)
+    if given:
+        relevant = [first_copies(workspace, rows) for rows in workspace.relevant_rows("train")]
+    else:
+        relevant = [frozenset[int]()] * len(own)
+    passages, shares = [], []
+    for question, passage, found in zip(workspace.questions["train"], own, relevant, strict=True):
+        share = given if question.passage is None else written
+        passages.append((passage or found) if share else frozenset())
+        shares.append(share if passages[-1] else 0.0)
+    return Known(passages, np.asarray(shares, np.float32))
 
 
 def written_passages(workspace: Workspace) -> list[frozenset[int]]:
@@ -108,32 +139,30 @@ def written_passages(workspace: Workspace) -> list[frozenset[int]]:
     ]
 
 
-def with_passages(targets: Targets, passages: Sequence[frozenset[int]], share: float) -> Targets:
-    """Puts a share of the target of each written question on the passage it was written from.
+def with_passages(targets: Targets, known: Known) -> Targets:
+    """Puts the share of the target that is theirs on the passages that are known.
 
-    Where that is all of it, its other candidates are left out: they were found by the question too,
-    and may answer it.
+    Where that is all of it, the other candidates are left out: they were found by the question too,
+    and may answer it. A passage that is none of the candidates takes the place of the last.
 
     Args:
-        targets: Of the language model's scores.
-        passages: The passage of each question; empty for one that was not written.
-        share: Of the target, from 0 to 1; the scores have the rest.
+        targets: Of the teacher's scores.
+        known: Of the same questions.
     """
-    if not share or not any(passages):
+    if not known.shares.any():
         return targets
     doc_ids, mask = np.array(targets.doc_ids), np.array(targets.mask)
     log_probs = np.array(targets.log_probs)
-    shares = np.ones(len(passages), np.float32)
-    for row, own in enumerate(passages):
-        if not own:
-            continue
+    shares = np.ones(len(doc_ids), np.float32)
+    for row in np.flatnonzero(known.shares):
+        own, share = known.passages[row], known.shares[row]
         if share == 1:
-            mask[row] = False
-        if not np.isin(list(own), doc_ids[row][mask[row]]).all():
+            mask[row] &= np.isin(doc_ids[row], list(own))
+        if not (np.isin(doc_ids[row], list(own)) & mask[row]).any():
             doc_ids[row, -1], mask[row, -1], log_probs[row, -1] = min(own), True, -np.inf
         total = np.logaddexp.reduce(log_probs[row][mask[row]])
         if share < 1 and np.isfinite(total):
             shares[row], log_probs[row] = share, log_probs[row] + np.log1p(-share) - total
         else:
             log_probs[row] = -np.inf
-    return Targets(doc_ids, mask, log_probs, passages, shares)
+    return Targets(doc_ids, mask, log_probs, known.passages, shares)
