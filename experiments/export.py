@@ -140,7 +140,8 @@ def _from_run(flags: Flags) -> tuple[Any, Card]:
             )
     if run.metrics is None:
         print(f"note: {run.folder} holds no metrics.json; the model card says so")
-    return model, run_card(run, model, flags.what, license=flags.base_license or None)
+    license = flags.base_license or None
+    return model, run_card(run, model, flags.what, license=license, models=flags.models)
 
 
 def _from_source(flags: Flags) -> tuple[Any, Card]:

@@ -312,7 +312,12 @@ def adapted_language_model(run: FinishedRun) -> LanguageModel:
 
 
 def run_card(
-    run: FinishedRun, model: TextEncoder | LanguageModel, what: str, *, license: str | None
+    run: FinishedRun,
+    model: TextEncoder | LanguageModel,
+    what: str,
+    *,
+    license: str | None,
+    models: str = "adapted",
 ) -> Card:
     """Writes down what the run knows about a model, for its model card.
 
@@ -321,9 +326,15 @@ def run_card(
         model: The exported model.
         what: `encoder`, `query_encoder`, `doc_encoder` or `language_model`.
         license: Licence of the base model, where the user gave it.
+        models: `shipped` or `adapted`, which of the run's models it is.
     """
-    config = run.config
+    config, served = run.config, run.served
     is_lm = what == "language_model"
+    unadapted = served is not None and (
+        served.language_model == "base"
+        if is_lm
+        else models == "shipped" and served.retriever == "base"
+    )
     caps = config.data_options
     data = (
         f"`{config.data}`"
@@ -348,7 +359,10 @@ def run_card(
         metrics=metrics or None,
         columns=columns,
         metrics_note=_metrics_note(metrics),
-        limitations=_limitations(model, what, evaluated=bool(metrics)),
+        limitations=[
+            *(["This is the un-adapted model: its adaptation did not help."] if unadapted else ()),
+            *_limitations(model, what, evaluated=bool(metrics)),
+        ],
     )
 
 

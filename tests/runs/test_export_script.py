@@ -70,19 +70,25 @@ def test_a_shared_encoder_comes_out_as_the_run_evaluated_it(export, tiny_run, tm
     for part in ("license: mit", '"train": "shared"', "10 test questions", "| bm25 |"):
         assert part in text
     assert "exact_match" not in text.partition("## Metrics")[2]
+    assert "un-adapted model" not in text
 
 
 @pytest.mark.slow
 def test_what_a_run_ships_is_exported_with_a_note_where_that_is_un_adapted(
     export, tiny_run, tmp_path, capsys
 ):
-    run, output = tiny_run("adapt").folder, tmp_path / "encoder"
-    assert json.loads((run / "served.json").read_text())["retriever"] == "base"
+    run, output = tmp_path / "run", tmp_path / "encoder"
+    shutil.copytree(tiny_run("adapt").folder, run)
+    served = json.loads((run / "served.json").read_text())
+    told = {"retriever": "base", "documents": "hybrid_before"}
+    told["reason"] = "adaptation of the retriever did not help here; shipped: un-adapted hybrid"
+    (run / "served.json").write_text(json.dumps(served | told))
     assert export([f"--run={run}", "--what=encoder", f"--output={output}"]) == 0
     shown = capsys.readouterr().out
     assert "did not help here; shipped: un-adapted hybrid" in shown and "--models adapted" in shown
     base = load_encoder(open_run(run).config.encoder)
     np.testing.assert_array_equal(embed(load_encoder(str(output)), ["a"]), embed(base, ["a"]))
+    assert "This is the un-adapted model" in (output / "README.md").read_text("utf-8")
 
 
 @pytest.mark.slow
