@@ -42,7 +42,7 @@ def test_a_run_writes_everything_it_promises(finished):
     assert set(metrics) - {"served"} <= set(lines[0]["systems"])
     served = json.loads((output / "served.json").read_text())
     assert metrics["served"]["recall@5"] == metrics["hybrid"]["recall@5"]
-    assert "shipped: un-adapted hybrid" in served["reason"] and served["reason"] in out
+    assert "shipped: adapted hybrid" in served["reason"] and served["reason"] in out
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     lm_steps = [s["step"] for s in steps if s["stage"] == "lm"]
     assert lm_steps == list(range(len(lm_steps))) and 2 <= len(lm_steps) <= 3
