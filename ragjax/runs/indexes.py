@@ -78,7 +78,8 @@ def build_retriever(
 ) -> Retriever:
     """Encodes the corpus (or opens what an earlier life encoded, if undamaged) and indexes it.
 
-    The weight of the hybrid is chosen by MRR@10 on the dev questions, see `choose_dense_weight`.
+    The weight of the hybrid is chosen by MRR@10 on the dev questions, see `choose_dense_weight`; it
+    is the usual one where a language model wrote them.
 
     Args:
         workspace: Data and models.
@@ -100,21 +101,21 @@ def build_retriever(
     if version == 0:
         workspace.log(choice.reason)
     dense = choice.build(embeddings)
-    weight = USUAL_WEIGHT
+    weight, truth = USUAL_WEIGHT, workspace.truth("dev")
     known = [row for row, relevant in enumerate(workspace.relevant_rows("dev")) if relevant]
     dev = [workspace.questions["dev"][row] for row in known]
-    if dev:
+    chosen = "the usual one: no dev questions to choose it on"
+    if dev and truth == "written":
+        # They repeat words of their passage, or none of them, as no user does.
+        chosen = "the usual one: questions that a language model wrote do not choose it"
+    elif dev:
         queries = _hybrid_queries(workspace, query_params, dev)
         findable = findable_in(workspace, "dev").take(known)
         relevant = [workspace.relevant_rows("dev")[row] for row in known]
         weight = choose_dense_weight(
             FindableIndex(dense, findable), FindableIndex(bm25, findable), queries, relevant
         ).weight
-    chosen = (
-        f"chosen on {len(dev)} dev questions by {TRUTHS[workspace.truth('dev')]}"
-        if dev
-        else "no dev questions to choose it on"
-    )
+        chosen = f"chosen on {len(dev)} dev questions by {TRUTHS[truth]}"
     workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
     return Retriever(version, query_params, dense, hybrid, embeddings, store)
