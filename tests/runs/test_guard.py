@@ -106,6 +106,48 @@ def test_a_gain_is_shipped_and_a_kill_in_the_middle_changes_no_byte(inputs, tmp_
     assert (tmp_path / "cut" / "served.json").read_bytes() == whole
 
 
+class Measured:
+    """What was measured of a training whose parameter is the mean of its figure."""
+
+    def __init__(self, steps):
+        self.count = 0
+        self.figures = {f"retriever-0 {n}": self.figure(mean) for n, mean in enumerate(steps, 1)}
+        self.steps = steps
+
+    def figure(self, mean):
+        self.count += 1  # noise of mean 0, another one each time
+        return mean + 0.01 * np.cos(2 * np.pi * self.count * np.arange(40) / 40)
+
+    def measure(self, name, params):
+        return self.figures[name] if name in self.figures else self.figure(float(params["w"][0]))
+
+    def restore(self, template):
+        place = int(np.argmax([row.mean() for row in self.figures.values()]))
+        return f"retriever-0 {place + 1}", {"w": np.float32([self.steps[place]])}
+
+
+@pytest.mark.parametrize(
+    ("base", "steps", "step", "factor"),
+    [
+        (0.5, [0.6, 0.7, 0.701, 0.7], 4, 1),  # the third is no better but by noise
+        (0.5, [0.6, 0.8, 0.7, 0.6], 2, 1),
+        (0.9, [0.6, 0.6, 0.6, 0.6], 4, 0.25),  # the nearer to what was there before, the better
+    ],
+)
+def test_the_last_step_is_kept_unless_another_is_better_by_more_than_noise(
+    base, steps, step, factor
+):
+    guard = object.__new__(Guard)
+    guard._base = {"w": np.float32([base])}
+    kept = guard._choose(Measured(steps), {"w": np.float32([steps[-1]])})
+    assert (kept.step, kept.factor) == (f"retriever-0 {step}", factor)
+    np.testing.assert_allclose(
+        kept.params["w"], factor * steps[step - 1] + (1 - factor) * base, rtol=1e-5
+    )
+    # What was not chosen on the questions owes nothing to them.
+    assert kept.optimism == 0 if (step, factor) == (4, 1) else 0 <= kept.optimism < 0.05
+
+
 @pytest.mark.slow
 def test_a_learning_rate_far_too_high_ships_what_was_there_before(inputs, tmp_path):
     served, _ = ship(inputs, tmp_path / "run", learning_rate=10.0, epochs=4)

@@ -191,7 +191,7 @@ class Guard:
         kept = Kept(averages[factor], step, float(factor))
         if not names or (step == names[-1] and factor == 1):
             return kept
-        return kept._replace(optimism=optimism([figures[1], *rows, *figures.values()]))
+        return kept._replace(optimism=optimism([*rows[-1:], *rows, *figures.values()]))
 
 
 class _Known:
