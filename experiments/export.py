@@ -26,7 +26,8 @@ from ragjax.models.export.folder import ModelFolder, check_destination, publish
 from ragjax.models.export.language_model import auto_class
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.program import BAD_INPUT, flag_names, show_error
-from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
+from ragjax.runs.report.card import run_card
+from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run
 
 What = Literal["encoder", "query_encoder", "doc_encoder", "language_model"]
 

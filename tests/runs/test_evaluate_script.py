@@ -328,7 +328,7 @@ def test_a_run_is_evaluated_on_other_data(script, run_folder, write_domain, tmp_
     systems = ["--systems", "after", "hybrid"]
     assert script.main([*flags, *SMALL, "--no-robustness", *systems]) == 0
     metrics = load(output, "metrics.json")
-    assert list(metrics) == ["after", "hybrid"]
+    assert list(metrics) == ["after", "hybrid", "served"]
     assert (output / "index" / "1").is_dir()  # another corpus, so it was encoded
 
 

@@ -11,7 +11,8 @@ from programs import load_script
 from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.program import parse_flags
-from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run, run_card
+from ragjax.runs.report.card import run_card
+from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run
 
 
 @pytest.fixture(scope="module")
