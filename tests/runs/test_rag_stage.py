@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import StopAfter
 
 from ragjax.data import Question
 from ragjax.index import SearchResult
@@ -425,20 +426,6 @@ def test_both_models_learn_and_the_metrics_tell_how(whole, opened):
         "index/staleness_steps",
     ):  # fmt: skip
         assert all(np.isfinite(line[name]) for line in lines), name
-
-
-class StopAfter(StopFlag):
-    """Asks to stop after so many looks."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self.left = looks
-
-    def check(self):
-        self.left -= 1
-        if self.left == 0:
-            self.signum = 15
-        super().check()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ragjax.data import DataError, Question
-from ragjax.index import SearchResult
+from ragjax.index import USUAL_WEIGHT, SearchResult
 from ragjax.runs import adapt
 from ragjax.runs.indexes import build_bm25, build_towers
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
@@ -453,9 +453,11 @@ def test_documents_are_enough_for_a_whole_run(tiny_inputs, tmp_path, monkeypatch
     assert run.metrics["before"]["n"] == 4  # the passages that were held out for test
     notes = json.loads((run.folder / "notes.json").read_text())["notes"]
     assert any("questions written by the language model: 20 of 20 passages" in n for n in notes)
-    system = open_system(run.folder)  # whose weight the written dev questions choose
+    system = open_system(run.folder)
+    assert system.retriever.hybrid.dense_weight == USUAL_WEIGHT
     assert len(system.workspace.questions["dev"]) == 4
     assert retrieve(system, ["where is the red-cat house?"], 2, by=by_hybrid).found.mask.all()
     printed = capsys.readouterr().out
+    assert "questions that a language model wrote do not choose it" in printed
     assert printed.index("== forecast") < printed.index("== questions")
     assert adapt(config).metrics == run.metrics

@@ -96,7 +96,7 @@ def rounds_on_cpu() -> bool:
 
 def matmul_precision() -> str | None:
     """Returns `jax.default_matmul_precision` as it is; None: whatever is usual on the device."""
-    return jax.config.jax_default_matmul_precision  # pyrefly: ignore[missing-attribute]
+    return jax.config.jax_default_matmul_precision  # pyrefly: ignore[missing-attribute]  (set at run time)
 
 
 @jax.custom_vjp

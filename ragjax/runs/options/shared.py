@@ -234,8 +234,8 @@ class RunConfig(Options):
         compute_dtype: Dtype of both models' computations. With `bfloat16` trained parameters,
             gradients and optimizer state stay in float32, and so do norms, softmax and losses; made
             for accelerators, on CPU it is slower than `float32`. There `float32` multiplies
-            weights and activations rounded to bfloat16 where the hardware can (twice the speed), as
-            a TPU does; the environment's JAX_DEFAULT_MATMUL_PRECISION=float32 forbids it.
+            weights and activations rounded to bfloat16 where the hardware can, as a TPU does;
+            the environment's JAX_DEFAULT_MATMUL_PRECISION=float32 forbids it.
         keep: What is kept of a training: `best` measures it on dev every few steps, takes an
             earlier step, or an average of the weights with those before training (WiSE-FT), where
             that is better than the last step by more than noise, and ships what is better on dev,

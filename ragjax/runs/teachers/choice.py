@@ -156,11 +156,11 @@ def choose_teacher(
             ],
         }
         why = f"chosen on {len(rows)} training questions"
+        each = ", ".join(f"{name} {value:.3f}" for name, value in alone.items())
         workspace.log(
             f"teacher: MRR of what counts as found ({workspace.measured_by('train')}) among the"
-            " candidates: " + ", ".join(f"{name} {value:.3f}" for name, value in alone.items())
-            + f"; of mixtures up to {max(means):.3f}"
-        )  # fmt: skip
+            f" candidates: {each}; of mixtures up to {max(means):.3f}"
+        )
     workspace.log(f"teacher: {chosen} by the {lm[0]} language model, {why}")
     write_json(
         workspace.folder / TEACHERS,

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from ragjax.models.layers.linear import product
-from ragjax.runs import folder
+from ragjax.runs import AdaptConfig, folder
+from ragjax.runs.options.dual import LMConfig
+from ragjax.runs.speed import _backward
+from ragjax.training.loop import StopFlag
 
 
 @pytest.fixture
@@ -51,15 +54,25 @@ def test_a_few_rows_are_not_rounded(factors):
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_a_run_rounds_where_the_cpu_can_and_the_user_has_not_said_otherwise(monkeypatch, able):
+def test_a_run_rounds_where_the_cpu_can_and_the_user_has_not_said_otherwise(
+    monkeypatch, tmp_path, able
+):
     monkeypatch.setattr(folder, "_multiplies_bfloat16", lambda: able)
     asked = jax.config.jax_default_matmul_precision
     try:
         for given, expected in (("float32", "float32"), (None, "bfloat16" if able else None)):
             jax.config.update("jax_default_matmul_precision", given)
-            with pytest.raises(ZeroDivisionError), folder.fast_products():
+            run = folder.claim(AdaptConfig(output=str(tmp_path)), {}, StopFlag())
+            with pytest.raises(ZeroDivisionError), run:
                 assert jax.config.jax_default_matmul_precision == expected
                 raise ZeroDivisionError
             assert jax.config.jax_default_matmul_precision == given
     finally:
         jax.config.update("jax_default_matmul_precision", asked)
+
+
+def test_a_forecast_knows_that_backward_passes_do_not_gain():
+    config = LMConfig(train_layers=0)
+    exact = _backward(config, 2, 2.0)
+    with jax.default_matmul_precision("bfloat16"):
+        assert _backward(config, 2, 2.0) == pytest.approx(1.8 * exact)
