@@ -141,7 +141,7 @@ class Analyzer:
         places: dict[str, int] = {}  # word as it is written to its place in `words`
         rows: list[list[int]] = []
         for text in texts:
-            words = _words(text, singles=True)
+            words = split_words(text, singles=True)
             self._written.update(words)
             rows.append([places.setdefault(word, len(places)) for word in words])
         if self.language == "auto":
@@ -162,7 +162,7 @@ class Analyzer:
         """Returns the ids of the words of `text` that some document has."""
         stop_words = _STOP_WORDS.get(self.language, _NONE)
         asking = _QUESTION_WORDS.get(self.language, _NONE)
-        folded = [_fold(word, self.language) for word in _words(text, singles=False)]
+        folded = [_fold(word, self.language) for word in split_words(text, singles=False)]
         words = [word for word in folded if word not in stop_words]
         stems = self._stem([word for word in words if word not in asking] or words)
         return [self.vocabulary[stem] for stem in stems if stem in self.vocabulary]
@@ -178,7 +178,7 @@ class Analyzer:
         return f"pairs of characters where a script has no spaces ({pairs:.0%}), else {sentence}"
 
 
-def _words(text: str, *, singles: bool) -> list[str]:
+def split_words(text: str, *, singles: bool) -> list[str]:
     """Returns the words of a text as they are written, pairs of characters among them."""
     if text.isascii():
         return _ASCII_WORD.findall(text)

@@ -115,6 +115,7 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
     )
     steps = stage_steps(retriever, train)
     taught = train * (retriever.learnt * length + 32) * retriever.epochs * rounds
+    taught += steps * retriever.keywords * (length + 32) * rounds
     return _cost(
         texts,
         [

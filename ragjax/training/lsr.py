@@ -76,9 +76,9 @@ def make_lsr_loss(
 
     Returns:
         `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
-        fractions of their maximum. A question whose target is impossible (log q of -inf at all
-        candidates, or, for `lsr_loss`, at one) counts 0 in all of them; `impossible_answers` says
-        how many there were.
+        fractions of their maximum, over the questions of more than one candidate, as `agreement`
+        is. A question whose target is impossible (log q of -inf at all candidates, or, for
+        `lsr_loss`, at one) counts 0 in all of them; `impossible_answers` says how many there were.
 
     Gradients:
         To the towers in the trainable parameters; none to the target, hence none to the LM.
@@ -119,7 +119,10 @@ def make_lsr_loss(
             "agreement": agreement(scores, batch.target_log_probs, doc_mask=candidates),
         }
         kept = real & ~lost
-        means = {k: jnp.where(kept, v, 0.0).sum() / count for k, v in metrics.items()}
+        # One candidate alone has no entropy, and nothing to agree about.
+        several = kept & (candidates.sum(axis=1) > 1)
+        compared = jnp.maximum(1, several.sum()).astype(per_query.dtype)
+        means = {k: jnp.where(several, v, 0.0).sum() / compared for k, v in metrics.items()}
         loss = jnp.where(kept, per_query, 0.0).sum() / count
         return loss, means | {"impossible_answers": lost.sum()}
 

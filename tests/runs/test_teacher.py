@@ -224,7 +224,12 @@ def test_the_encoder_is_trained_on_the_best_documents_of_each_question(workspace
     every, best = (
         _lsr_batches(
             workspace,
-            RetrieverConfig(batch_size=4, candidates=found.mask.shape[1], documents=count),
+            RetrieverConfig(
+                batch_size=4,
+                candidates=found.mask.shape[1],
+                documents=count,
+                keyword_queries=0,
+            ),
             0,
             lambda step, rows: targets.take(rows),
         )(0)
@@ -242,8 +247,40 @@ def test_the_encoder_is_trained_on_the_best_documents_of_each_question(workspace
         assert tokens[0][:size] == tokens[1][:size]
 
 
+def test_keyword_queries_find_passages_that_no_question_brought(workspace, rng):
+    found = some_candidates(rng, 9, documents=40)
+    targets = scored_targets(found, found.scores)
+
+    def batch_of(**options):
+        config = RetrieverConfig(batch_size=4, documents=1, **options)
+        return _lsr_batches(workspace, config, 0, lambda step, rows: targets.take(rows))(0)
+
+    plain, batch = batch_of(keyword_queries=0), batch_of()
+    assert plain.target_log_probs.shape == (4, 4) and batch.target_log_probs.shape == (8, 8)
+    np.testing.assert_array_equal(batch.candidate_mask[4:].sum(axis=1), 1)
+    places = np.argmax(batch.candidate_mask[4:], axis=1)
+    assert len(set(places.tolist())) == 4 and not np.isin(places, np.flatnonzero(
+        np.asarray(batch.candidate_mask[:4]).any(axis=0))).any()  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(batch.target_log_probs)[4 + np.arange(4), places], 0)
+    # Its words are those of its passage.
+    for row, place in enumerate(places, 4):
+        asked = set(
+            np.asarray(batch.queries.ids[row])[np.asarray(batch.queries.mask[row])].tolist()
+        )
+        assert asked - set(np.asarray(batch.docs.ids[place]).tolist()) == set()
+
+
+def test_keyword_queries_need_the_negatives_of_the_batch():
+    assert RetrieverConfig(batch_size=4).keywords == 4
+    assert (
+        RetrieverConfig(negatives="none").keywords == RetrieverConfig(objective="dpr").keywords == 0
+    )
+    with pytest.raises(ValueError, match=r"keyword_queries=3 with negatives=none.*--retriever.neg"):
+        RetrieverConfig(keyword_queries=3, negatives="none").check()
+
+
 def test_a_question_is_no_negative_of_itself_in_the_batch(workspace, rng, monkeypatch):
-    config = RetrieverConfig(batch_size=4)
+    config = RetrieverConfig(batch_size=4, keyword_queries=0)
     found = some_candidates(rng, 9, documents=40)
     targets = scored_targets(found, found.scores)
     batch_at = _lsr_batches(workspace, config, 0, lambda step, rows: targets.take(rows))

@@ -415,7 +415,7 @@ def test_batches_hold_the_passages_of_written_questions(workspace):
         known = known_passages(own, given=0.0, written=share)
         assert known.passages == passages
         targets = with_passages(scored_targets(found, log_probs), known)
-        config = RetrieverConfig(batch_size=4, candidates=2)
+        config = RetrieverConfig(batch_size=4, candidates=2, keyword_queries=0)
         batch = _lsr_batches(own, config, 0, lambda step, rows, t=targets: t.take(rows))(0)
         probs = np.exp(np.asarray(batch.target_log_probs))
         np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-5)

@@ -101,6 +101,9 @@ class RetrieverConfig(TowersConfig, StepsConfig):
             others count only where another question brings them. 0, and with negatives=none: all.
         search: What finds them, and those that the language model is trained on: `hybrid`, BM25
             and the dense index together, or the `dense` one alone, as in the papers.
+        keyword_queries: Queries that a step learns beside its questions: each a few of the rarer
+            words of a random passage, which is to be found by them (`ragjax.runs.written.pretext`).
+            Negative: as many as `batch_size` with objective=pdist and negatives=batch, else 0.
         negative_depth: With `dpr`, hard negatives are drawn from this many of the best documents
             (ANCE: 200). The top few are often unlabelled positives.
         rounds: Times that candidates are retrieved, scored and trained on; the corpus is encoded
@@ -129,6 +132,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     epochs: int = 2
     batch_size: int = 16
     search: Literal["hybrid", "dense"] = "hybrid"
+    keyword_queries: int = -1
     negative_depth: int = 20
     rounds: int = 1
 
@@ -144,6 +148,13 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         return self.candidates if all_of_them else min(self.documents, self.candidates)
 
     @property
+    def keywords(self) -> int:
+        """Keyword queries of a step."""
+        if self.keyword_queries >= 0:
+            return self.keyword_queries
+        return self.batch_size * (self.objective == "pdist" and self.negatives == "batch")
+
+    @property
     def weights(self) -> TeacherWeights | None:
         """Weights of the teachers; None: they are chosen."""
         return parse_teachers(self.teachers)
@@ -156,6 +167,12 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         fraction(self, "known_share")
         positive(self, "temperature")
         self._check_teachers()
+        if self.keywords and self.negatives == "none":
+            raise ValueError(
+                f"keyword_queries={self.keyword_queries} with negatives=none: the passage of such a"
+                " query is found among those of the batch; add --retriever.negatives batch, or"
+                " leave it out"
+            )
         if self.objective == "lsr" and self.negatives == "batch":
             raise ValueError(
                 "objective=lsr is KL(p_R||p_LSR), infinite where p_LSR is 0, so it cannot take the"

@@ -1,6 +1,7 @@
 """The retriever stage of dual training: rounds over fixed or live candidates.
 
-Q questions, K candidates, B questions a step, M documents a step, N documents, D embedding size.
+Q questions, K candidates, B questions and W keyword queries a step, M documents a step, N
+documents, D embedding size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from ragjax.runs.train.targets import (
 )
 from ragjax.runs.trainable import split_towers
 from ragjax.runs.workspace import Workspace
+from ragjax.runs.written.pretext import Keywords
 from ragjax.training.live import LiveRetrieval
 from ragjax.training.loop import HostWork
 from ragjax.training.lsr import LsrBatch, make_lsr_loss
@@ -215,6 +217,7 @@ def _lsr_batches(
     encoder, query_ids = workspace.encoder, workspace.train_query_ids
     query_encoder = workspace.query_encoder
     query_length = bucket_of(query_encoder, max(map(len, query_ids)))
+    keywords = Keywords(workspace.dataset.corpus, seed) if config.keywords else None
     own = findable_in_training(workspace).dropped
     firsts = {row: min(group) for row, group in workspace.dataset.twins.copies.items()}
     shortened = _rests(workspace)
@@ -222,11 +225,11 @@ def _lsr_batches(
     def batch_at(step: int) -> LsrBatch:
         rows = batch_rows(seed, step, num_examples=len(query_ids), batch_size=config.batch_size)
         targets = targets_at(step, rows)
-        learnt, num_docs = targets.best(config.learnt), len(rows) * config.learnt
+        learnt, num_docs = targets.best(config.learnt), len(rows) * config.learnt + config.keywords
         chosen = np.unique(targets.doc_ids[learnt]).tolist()
         docs = _batch_docs(chosen, num_docs, len(workspace.doc_tokens), (seed, step), firsts)
         columns = {doc: column for column, doc in enumerate(docs)}
-        log_probs = np.full((len(rows), num_docs), -np.inf, np.float32)
+        log_probs = np.full((len(rows) + config.keywords, num_docs), -np.inf, np.float32)
         mask = np.zeros(log_probs.shape, bool)
         b, k = np.nonzero(targets.mask & np.isin(targets.doc_ids, docs))
         places = b, [columns[doc] for doc in targets.doc_ids[b, k].tolist()]
@@ -236,6 +239,13 @@ def _lsr_batches(
                 each = np.log(targets.share[row] / len(there))
                 log_probs[row, there] = np.logaddexp(log_probs[row, there], each)
                 mask[row, there] = True
+        queries = [query_ids[row] for row in rows]
+        if keywords is not None:
+            # The documents that no question brought, of which there are as many at least.
+            asked = _keyword_ids(workspace, keywords, docs[len(chosen) :], (seed, step))
+            for doc, ids in list(asked.items())[: config.keywords]:
+                log_probs[len(queries), columns[doc]], mask[len(queries), columns[doc]] = 0, True
+                queries.append(truncated(ids, query_length))
         # Of candidates that no question brought into the batch, the target goes to the others.
         with np.errstate(invalid="ignore"):
             total = np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
@@ -249,9 +259,10 @@ def _lsr_batches(
             for doc in docs
         ]
         padding: list[list[int]] = [[]] * (num_docs - len(docs))
+        queries += [[]] * (len(log_probs) - len(queries))
         doc_length = bucket_of(encoder, max(map(len, doc_ids)))
         return LsrBatch(
-            queries=pad_tokens(query_encoder, [query_ids[row] for row in rows], query_length),
+            queries=pad_tokens(query_encoder, queries, query_length),
             docs=pad_tokens(encoder, doc_ids + padding, doc_length),
             target_log_probs=jnp.asarray(log_probs),
             candidate_mask=jnp.asarray(mask),
@@ -260,6 +271,18 @@ def _lsr_batches(
         )
 
     return batch_at
+
+
+def _keyword_ids(
+    workspace: Workspace, keywords: Keywords, docs: Sequence[int], seed: tuple[int, int]
+) -> dict[int, list[int]]:
+    """Returns by document the token ids of a keyword query, of those that have one."""
+    draw = np.random.default_rng(seed)
+    texts = {doc: text for doc in docs if (text := keywords.query(doc, draw))}
+    encoder = workspace.query_encoder
+    written = [encoder.query_prefix + text for text in texts.values()]
+    encoded = encode_texts(encoder.tokenizer, written, max_length=encoder.max_length).ids
+    return dict(zip(texts, encoded, strict=True))
 
 
 def _rests(workspace: Workspace) -> dict[int, list[tuple[int, list[int]]]]:
