@@ -114,8 +114,8 @@ def estimate_cost(workspace: Workspace, config: AdaptConfig) -> Cost:
         workspace.encoder, min(retriever.doc_tokens, int(workspace.doc_tokens.lengths.max()))
     )
     steps = stage_steps(retriever, train)
-    taught = train * (retriever.learnt * length + 32) * retriever.epochs * rounds
-    taught += steps * retriever.keywords * (length + 32) * rounds
+    taught = retriever.batch_size * (retriever.learnt * length + 32)
+    taught = steps * rounds * (taught + retriever.keywords * (length + 32))
     return _cost(
         texts,
         [

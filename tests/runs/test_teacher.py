@@ -17,6 +17,7 @@ from ragjax.runs.teachers.reading import TeacherScores, score_candidates
 from ragjax.runs.teachers.target import target_log_probs, teacher_parts
 from ragjax.runs.train import retriever as retriever_module
 from ragjax.runs.train.retriever import _batch_docs, _lsr_batches
+from ragjax.runs.train.stages import stage_steps
 from ragjax.runs.train.targets import scored_targets
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
@@ -350,3 +351,10 @@ def test_a_packed_row_may_be_longer_than_any_context(workspace):
         workspace.prompts, [longest, 40], workspace.config.score_tokens
     )
     assert [(batch.rows.tolist(), batch.length) for batch in batches] == [([0], longest), ([1], 64)]
+
+
+def test_few_questions_are_repeated_beside_keyword_queries():
+    config = RetrieverConfig(batch_size=4, epochs=2)
+    assert [stage_steps(config, count) for count in (3, 200)] == [20, 100]
+    papers = dataclasses.replace(config, negatives="none")
+    assert stage_steps(papers, 3) == 2

@@ -21,6 +21,9 @@ from ragjax.runs.options.teachers import (
 
 Stage = Literal["lm", "retriever"]
 
+# Of a round that learns keyword queries.
+_FEWEST_STEPS = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig(LearningConfig, StepsConfig):
@@ -111,7 +114,8 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         lexical: How words are counted in the BM25 beside the trained encoder: `default`, or as
             `dev` says: k1, b, words stemmed or as written, and passages expanded with the questions
             written from them (doc2query).
-        epochs: Passes over the questions in each round.
+        epochs: Passes over the questions in each round; of few questions, so many more that a round
+            with keyword queries has 20 steps.
     """
 
     lexical: Literal["default", "dev"] = "default"
@@ -153,6 +157,11 @@ class RetrieverConfig(TowersConfig, StepsConfig):
         if self.keyword_queries >= 0:
             return self.keyword_queries
         return self.batch_size * (self.objective == "pdist" and self.negatives == "batch")
+
+    @property
+    def fewest_steps(self) -> int:
+        """Steps of a round: keyword queries are new in each, however few the questions are."""
+        return _FEWEST_STEPS if self.keywords else 1
 
     @property
     def weights(self) -> TeacherWeights | None:

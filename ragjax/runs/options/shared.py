@@ -167,6 +167,11 @@ class StepsConfig(Options):
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
+    @property
+    def fewest_steps(self) -> int:
+        """Steps that are taken however few the questions are."""
+        return 1
+
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().check()

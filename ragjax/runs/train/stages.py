@@ -129,4 +129,5 @@ def tower_rates(config: TowersConfig, towers: Iterable[str]) -> dict[str, float]
 
 def stage_steps(config: StageConfig, num_examples: int) -> int:
     """Returns the steps of a stage over so many examples."""
-    return num_steps(num_examples=num_examples, batch_size=config.batch_size, epochs=config.epochs)
+    steps = num_steps(num_examples=num_examples, batch_size=config.batch_size, epochs=config.epochs)
+    return max(steps, config.fewest_steps)
