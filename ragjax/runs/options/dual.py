@@ -121,7 +121,7 @@ class RetrieverConfig(TowersConfig, StepsConfig):
     lexical: Literal["default", "dev"] = "default"
     objective: Literal["pdist", "lsr", "dpr"] = "pdist"
     teachers: tuple[str, ...] = AUTO_TEACHERS
-    known_share: float = 0.8
+    known_share: float = 0.5
     teaching_lm: Literal["base", "adapted"] = "adapted"
     scores_file: str = ""
     reranker: str = ""
