@@ -50,6 +50,7 @@ FLAGS = (
     "--retriever.batch_size=4",
     "--retriever.rounds=2",
     "--retriever.learning_rate=0.01",
+    "--retriever.keyword_queries=0",  # which cost 20 steps a round
     "--evaluation.documents=2",
     "--evaluation.answers=all",
     "--evaluation.max_new_tokens=3",

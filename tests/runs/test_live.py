@@ -378,8 +378,8 @@ def test_killed_anywhere_a_run_with_live_retrieval_ends_with_the_same_bytes(
     tiny_flags, tmp_path, capsys
 ):
     live = [
-        *(flag for flag in tiny_flags if "rounds" not in flag), "--stages", "retriever",
-        "--retriever.epochs=3", "--refresh.mode=async", "--refresh.every=2",
+        *(flag for flag in tiny_flags if "rounds" not in flag and "keyword" not in flag),
+        "--stages", "retriever", "--refresh.mode=async", "--refresh.every=2",
         "--refresh.adopt_after=2", "--retriever.train=both",
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "cut"
@@ -397,7 +397,8 @@ def test_killed_anywhere_a_run_with_live_retrieval_ends_with_the_same_bytes(
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (whole, killed)
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 9
+    # Keyword queries and all; without them it would be as few as the questions make.
+    assert losses[0] == losses[1] and len(losses[0]) == 20
 
 
 @pytest.mark.slow

@@ -78,8 +78,8 @@ class Keywords:
 
     References:
         Ma et al., "PROP: Pre-training with Representative Words Prediction for Ad-hoc Retrieval",
-        2021, section 3.1 (representative word sets); Chen et al., "Salient Phrase Aware Dense
-        Retrieval: Can a Dense Retriever Imitate a Sparse One?", 2022, section 4.
+        2021 (sets of words drawn from a document); Chen et al., "Salient Phrase Aware Dense
+        Retrieval: Can a Dense Retriever Imitate a Sparse One?", 2022.
     """
 
     def __init__(self, corpus: Corpus, seed: int) -> None:
