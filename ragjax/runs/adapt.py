@@ -175,6 +175,7 @@ def _note_limits(workspace: Workspace, config: AdaptConfig) -> None:
         documents["language_model.documents"] = config.language_model.documents
     if config.trains_retriever:
         documents["retriever.candidates"] = retriever.candidates
+        documents["retriever.keyword_queries"] = retriever.keyword_queries
         note_batch(workspace, "retriever.batch_size", retriever.batch_size)
         most = max(1, retriever.candidates - 1)
         cut = sum(len(relevant) > most for relevant in workspace.relevant_rows("train"))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ragjax.data import Corpus
+from ragjax.runs.written import pretext
 from ragjax.runs.written.pretext import Keywords, inverse_cloze, own_titles, sentences
 
 TEXT = 'One two three four five. Six seven "eight nine ten eleven." Twelve? To the end it goes now.'
@@ -70,6 +71,13 @@ def test_a_passage_of_words_that_all_have_gives_no_keywords(tmp_path):
     assert keywords.query(2, np.random.default_rng(0)) == ""
     alone = Keywords(corpus_of(tmp_path, ["one two three"]), seed=0)
     assert alone.query(0, np.random.default_rng(0)) == ""
+
+
+def test_of_a_large_corpus_a_part_says_how_rare_words_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretext, "_COUNTED", 5)
+    corpus = corpus_of(tmp_path, [f"everywhere a{n} b{n}" for n in range(40)])
+    keywords, draw = Keywords(corpus, seed=0), np.random.default_rng(0)
+    assert {keywords.query(n, draw) for n in range(40)} == {f"a{n} b{n}" for n in range(40)}
 
 
 def test_keywords_of_a_script_without_spaces_are_pairs_of_characters(tmp_path):

@@ -271,6 +271,17 @@ def test_keyword_queries_find_passages_that_no_question_brought(workspace, rng):
         assert asked - set(np.asarray(batch.docs.ids[place]).tolist()) == set()
 
 
+def test_keyword_queries_that_no_passage_is_left_for_are_padding(workspace, rng):
+    found = some_candidates(rng, 9, documents=40)
+    targets, size = scored_targets(found, found.scores), len(workspace.dataset.corpus)
+    config = RetrieverConfig(batch_size=4, documents=1, keyword_queries=size)
+    batch = _lsr_batches(workspace, config, 0, lambda step, rows: targets.take(rows))(0)
+    asked = np.asarray(batch.candidate_mask).any(axis=1)
+    assert len(asked) == 4 + size and asked[:4].all()
+    assert 4 < asked.sum() < len(asked)
+    np.testing.assert_array_equal(np.asarray(batch.queries.mask).any(axis=1), asked)
+
+
 def test_keyword_queries_need_the_negatives_of_the_batch():
     assert RetrieverConfig(batch_size=4).keywords == 4
     assert (

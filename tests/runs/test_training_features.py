@@ -12,6 +12,7 @@ from programs import StopAfter
 from ragjax.index import HybridIndex
 from ragjax.models import Tokens, lora
 from ragjax.models.testing import tiny_encoder, tiny_language_model
+from ragjax.runs import forecast
 from ragjax.runs.adapt import Candidates, adapt
 from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.indexes import build_bm25, build_retriever, build_towers, search
@@ -190,3 +191,21 @@ def test_adapters_are_forecast_to_cost_less(tiny_inputs, tmp_path):
     whole = cost(language_model=LMConfig(train_layers=0), retriever=RetrieverConfig())
     adapters = cost()
     assert adapters.bytes_on_disk < 0.7 * whole.bytes_on_disk
+
+
+@pytest.mark.slow
+def test_keyword_queries_are_forecast(tiny_inputs, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(forecast, "_cost", lambda texts, work, **rest: seen.append((work, rest)))
+    for count in (0, 8):
+        retriever = RetrieverConfig(batch_size=8, documents=1, epochs=50, keyword_queries=count)
+        config = tiny_config(tiny_inputs, tmp_path, retriever=retriever)
+        workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda line: None)
+        estimate_cost(workspace, config)
+    (without, fewer), (beside, more) = seen
+    assert fewer["steps"] == more["steps"] > 20
+
+    def training(works):
+        return next(work for work in works if work.stage == "retriever")[1]
+
+    assert training(beside) == 2 * training(without)  # as many documents and queries again

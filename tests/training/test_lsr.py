@@ -63,6 +63,23 @@ def test_the_loss_is_the_mean_kl_over_questions(rng, in_batch):
     assert 0 <= float(metrics["retriever_entropy"]) <= 1
 
 
+def test_a_question_of_one_candidate_is_learnt_but_not_in_the_entropies(rng):
+    encoder, batch = tiny_encoder(), random_batch(rng)
+    alone = jnp.zeros(M, bool).at[2].set(True)
+    more = batch._replace(
+        candidate_mask=batch.candidate_mask.at[2].set(alone),
+        target_log_probs=batch.target_log_probs.at[2].set(jnp.where(alone, 0.0, -jnp.inf)),
+    )
+    without = more._replace(candidate_mask=more.candidate_mask.at[2].set(False))
+    loss_fn = make_lsr_loss(encoder.encode, pdist_loss, scale=20.0, in_batch=True)
+    (loss, metrics), (other, same) = (
+        loss_fn({"shared": encoder.params}, None, one, jax.random.key(0)) for one in (more, without)
+    )
+    assert float(loss) != float(other)
+    for name in ("agreement", "retriever_entropy", "target_entropy"):
+        np.testing.assert_allclose(metrics[name], same[name], rtol=1e-6)
+
+
 def test_an_impossible_target_and_nan_in_padding_cost_nothing_but_their_own_question():
     rng = np.random.default_rng(0)
     table = {"table": jnp.asarray(rng.normal(size=(40, 4)), jnp.float32)}
