@@ -282,6 +282,15 @@ def test_keyword_queries_that_no_passage_is_left_for_are_padding(workspace, rng)
     np.testing.assert_array_equal(np.asarray(batch.queries.mask).any(axis=1), asked)
 
 
+def test_a_keyword_query_is_as_long_as_the_questions_at_most(workspace, rng, monkeypatch):
+    found = some_candidates(rng, 9, documents=40)
+    targets, config = scored_targets(found, found.scores), RetrieverConfig(batch_size=4)
+    batch_at = _lsr_batches(workspace, config, 0, lambda step, rows: targets.take(rows))
+    usual = batch_at(0).queries.ids.shape
+    monkeypatch.setattr(retriever_module.Keywords, "query", lambda *_: "a long word " * 30)
+    assert batch_at(0).queries.ids.shape == usual
+
+
 def test_keyword_queries_need_the_negatives_of_the_batch():
     assert RetrieverConfig(batch_size=4).keywords == 4
     assert (
