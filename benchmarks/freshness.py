@@ -153,7 +153,7 @@ def arm_config(flags: Flags, arm: str, seed: int) -> AdaptConfig:
         stages=("retriever",),
         language_model=LMConfig(train_layers=0),
         seed=seed,
-        checkpoint_every=1_000_000,
+        checkpoint_minutes=1e6,
         data_options=DataConfig(
             train_questions=flags.questions, test_questions=flags.test_questions
         ),

@@ -4,8 +4,9 @@ import operator
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves a tree of arrays every few steps and finds the newest one that is whole.
+    """Saves a tree of arrays from time to time and finds the newest one that is whole.
 
     orbax writes each step into a folder of its own by rename, but restores flipped bytes and NaN
     without a word. So each step also gets a file of sha256 digests, written after orbax has
@@ -55,23 +56,46 @@ class Checkpointer:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._report = keep, report
         self._whole: set[int] = set()  # steps that this object wrote or verified
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-    def save(self, step: int, state: Any, info: dict | None = None) -> None:
-        """Writes one step; returns when it is complete on disk, and removes what it replaces.
+    def save(self, step: int, state: Any, info: dict | None = None, *, wait: bool = True) -> None:
+        """Writes one step, and removes what it replaces once it is complete on disk.
 
         The step itself stays, also where the folder holds later ones: those of an earlier life of
         the run, which began again before them because they were damaged.
 
         Args:
             step: Number of the step.
-            state: Tree of arrays, typed random keys among them.
+            state: Tree of arrays, typed random keys among them; copied to the host before this
+                returns, so a training step may take its buffers.
             info: JSON values to come back with it.
+            wait: Return when the step is complete on disk. False: a thread writes it, and what it
+                fails with is raised by the next `save` or `wait`.
 
         Raises:
             ValueError: If an array holds NaN or infinity; nothing is written then, so a diverged
                 run cannot push out the last good checkpoint.
         """
-        step, arrays = operator.index(step), key_data(state)
+        self.wait()
+        arrays = jax.tree.map(lambda leaf: np.array(leaf), key_data(state))
+        step, info = operator.index(step), dict(info or {})
+        self._writing = self._pool.submit(self._write, step, arrays, _array_table(state), info)
+        if wait:
+            self.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is being written."""
+        return self._writing is not None and not self._writing.done()
+
+    def wait(self) -> None:
+        """Returns when the last step is complete on disk; raises what its writing failed with."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, arrays: Any, table: dict[str, list], info: dict) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(arrays)
         bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not _is_finite(leaf)]
         if bad:
@@ -89,8 +113,8 @@ class Checkpointer:
             digests = {
                 "format": FORMAT,
                 "step": step,
-                "info": info or {},
-                "arrays": _array_table(state),
+                "info": info,
+                "arrays": table,
                 "sha256": walk_digests(building, known={}),
             }
             write_sealed(building / _DIGESTS, digests)
@@ -100,6 +124,19 @@ class Checkpointer:
             self._remove_unfinished()
         self._whole.add(step)
         self._remove_old(step)
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Waits; where something else failed before, that is raised and not the writing."""
+        try:
+            self.wait()
+        except Exception as second:
+            if error is None:
+                raise
+            error.add_note(f"The last checkpoint could not be written: {second}")
 
     def steps(self) -> list[int]:
         """Returns the numbers of the steps on disk, oldest first, whole or not."""
@@ -191,9 +228,8 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
     return state[field] if field else state
 
 
-def _is_finite(leaf: Any) -> bool:
+def _is_finite(array: np.ndarray) -> bool:
     # jax's issubdtype: numpy counts bfloat16 and the 8-bit floats as no numbers at all.
-    array = np.asarray(leaf)
     return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -121,13 +121,14 @@ class LoopConfig:
     Attributes:
         stage: Name of the stage in metrics and messages.
         num_steps: Steps of the whole stage.
-        checkpoint_every: Steps between two checkpoints; the last step is always saved.
+        checkpoint_seconds: Seconds between two checkpoints, which are written while training goes
+            on; 0: each step is saved before the next one is taken. The last step is always saved.
         max_skipped: Updates in a row that may be skipped for NaN or infinity before the run stops.
     """
 
     stage: str
     num_steps: int
-    checkpoint_every: int = 20
+    checkpoint_seconds: float = 120.0
     max_skipped: int = 3
 
 
@@ -192,7 +193,8 @@ def run_steps(
     Raises:
         Interrupted: After saving, if a signal came.
         NonFiniteError: If more than `max_skipped` updates in a row were skipped, or, at the end,
-            more than half of all.
+            more than half of all. Seen a step late: metrics are fetched while the next step runs,
+            so that the device never waits for the host.
         ValueError: If the checkpoint was written with other `info` (the message names what
             differs).
     """
@@ -201,41 +203,74 @@ def run_steps(
         host.resume(first, state, saved)
     log.rewind(config.stage, first)
 
-    def save(done: int, state: TrainState) -> None:
-        kept = {"host": dict(host.state_dict())} if host is not None else {}
-        checkpointer.save(done, state, {"stage": config.stage, **(info or {}), **kept})
-
     progress = tqdm(
         total=config.num_steps, initial=first, desc=config.stage, unit="step", file=sys.stderr,
         mininterval=1.0, dynamic_ncols=True, disable=None if sys.stderr.isatty() else False,
         maxinterval=30.0,
     )  # fmt: skip
-    with progress:
-        for step in range(first, config.num_steps):
-            started = time.perf_counter()
-            prepared = _prepare(host, step, state, save)
-            state, metrics = step_fn(state, batch_at(step), frozen)
-            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | prepared
-            log.write(config.stage, step, metrics | {"seconds": time.perf_counter() - started})
-            doing = f", {host.line(step)}" if host is not None else ""
+    running: list[_Ran] = []  # given to the device, metrics not fetched yet
+    since = last_save = time.perf_counter()
+
+    def fetch(left: int) -> None:
+        """Writes the metrics of all steps but the last `left`; waits until they have run."""
+        nonlocal since
+        while len(running) > left:
+            ran = running.pop(0)
+            metrics = {k: float(v) for k, v in jax.device_get(ran.metrics).items()}
+            metrics |= ran.prepared
+            now = time.perf_counter()
+            log.write(config.stage, ran.step, metrics | {"seconds": now - since})
+            since = now
+            doing = f", {host.line(ran.step)}" if host is not None else ""
             progress.set_postfix_str(f"loss={metrics['loss']:.3f}{doing}", refresh=False)
             progress.update()
             if metrics["skipped"] > config.max_skipped:
-                where = f" ({describe_batch(step)})" if describe_batch else ""
+                where = f" ({describe_batch(ran.step)})" if describe_batch else ""
                 raise NonFiniteError(
                     f"{config.stage}: {int(metrics['skipped'])} updates in a row had a loss or"
-                    f" gradient that is not finite, the last at step {step}{where}; parameters are"
-                    " unchanged since the last good one."
+                    f" gradient that is not finite, the last at step {ran.step}{where}; parameters"
+                    " are unchanged since the last good one."
                     f" {_advice(log.rows(config.stage), state.params, frozen)}"
                 )
-            done = step + 1
+
+    def save(done: int, state: TrainState, *, wait: bool = True) -> None:
+        nonlocal since, last_save
+        fetch(0)  # a run that goes on from here has the metrics of all steps before
+        kept = {"host": dict(host.state_dict())} if host is not None else {}
+        about = {"stage": config.stage, **(info or {}), **kept}
+        checkpointer.save(done, state, about, wait=wait or not config.checkpoint_seconds)
+        since = last_save = time.perf_counter()
+
+    def due() -> bool:
+        passed = time.perf_counter() - last_save
+        return passed >= config.checkpoint_seconds and not checkpointer.busy
+
+    with progress, checkpointer:
+        for step in range(first, config.num_steps):
+            prepared = _prepare(host, step, state, save)
+            state, metrics = step_fn(state, batch_at(step), frozen)
+            running.append(_Ran(step, metrics, prepared))
+            done, stopping = step + 1, stop.signum is not None
+            ending = stopping or done == config.num_steps
+            fetch(0 if ending else 1)
             if after_step is not None:
+                started = time.perf_counter()
                 after_step(done, state)
-            if done % config.checkpoint_every == 0 or done == config.num_steps or stop.signum:
-                save(done, state)
-            stop.check()
+                since += time.perf_counter() - started  # no part of a step
+            if ending or due():
+                save(done, state, wait=ending)
+            if stopping:
+                stop.check()
     _say_what_was_lost(config, log.rows(config.stage), state, frozen, describe_batch)
     return state
+
+
+class _Ran(NamedTuple):
+    """A step that was given to the device."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    prepared: Mapping[str, float]
 
 
 def _say_what_was_lost(

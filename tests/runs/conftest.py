@@ -55,7 +55,7 @@ FLAGS = (
     "--evaluation.answers=all",
     "--evaluation.max_new_tokens=3",
     "--evaluation.resamples=50",
-    "--checkpoint_every=1",
+    "--checkpoint_minutes=0",
 )
 RAG_FLAGS = (
     "--data_options.train_questions=8",
@@ -69,7 +69,7 @@ RAG_FLAGS = (
     "--evaluation.documents=2",
     "--evaluation.max_new_tokens=3",
     "--evaluation.resamples=50",
-    "--checkpoint_every=1",
+    "--checkpoint_minutes=0",
 )
 LORA = ("--retriever.lora_rank=2", "--language_model.lora_rank=2")
 # Kind of run -> its program and its flags.

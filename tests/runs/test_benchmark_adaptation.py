@@ -10,7 +10,7 @@ from programs import load_script
 from ragjax.data import read_beir
 
 TINY = """
-checkpoint_every = 1
+checkpoint_minutes = 0
 [data_options]
 answer_questions = 6
 [language_model]

@@ -56,7 +56,7 @@ def inputs(tmp_path_factory):
 
 def make_config(inputs, folder, *, keep="best", retriever=None):
     return AdaptConfig(
-        **inputs, output=str(folder), keep=keep, stages=("retriever",), checkpoint_every=10,
+        **inputs, output=str(folder), keep=keep, stages=("retriever",), checkpoint_minutes=0,
         retriever=dataclasses.replace(RETRIEVER, **(retriever or {})),
         language_model=LMConfig(train_layers=1),
     )  # fmt: skip

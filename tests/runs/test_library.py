@@ -30,7 +30,7 @@ def options(tiny_inputs):
     """Options of a run of a few seconds, as a config file has them."""
     return {
         **tiny_inputs,
-        "checkpoint_every": 1,
+        "checkpoint_minutes": 0,
         "data_options": {"train_questions": 8, "test_questions": 6, "answer_questions": 3},
         "language_model": {"questions": 4, "batch_size": 4, "train_layers": 1},
         "retriever": {"candidates": 2, "batch_size": 4},

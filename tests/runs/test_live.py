@@ -205,7 +205,7 @@ def test_a_run_resumed_from_any_checkpoint_is_bit_identical(make, monkeypatch):
     whole, rows = train(workspace)
     for cut in (4, 6):
         workspace, told = make(f"cut-{cut}", **options)
-        config = dataclasses.replace(workspace.config, checkpoint_every=1)
+        config = dataclasses.replace(workspace.config, checkpoint_minutes=0)
         workspace = dataclasses.replace(workspace, config=config)
 
         monkeypatch.setattr(MetricsLog, "write", dying_at(cut))

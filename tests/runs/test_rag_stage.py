@@ -57,7 +57,7 @@ def make_config(inputs, output, **changes):
         "training": TrainingConfig(documents=3, batch_size=4, devices=1),
         "language_model": ReaderConfig(train_layers=1),
         "refresh": FROZEN,
-        "checkpoint_every": 1,
+        "checkpoint_minutes": 0,
     } | changes
     return RagConfig(**inputs, output=str(output), **options)
 

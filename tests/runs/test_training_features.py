@@ -110,7 +110,7 @@ def tiny_config(tiny_inputs, output, **changes):
         ),
         "evaluation": EvaluationConfig(max_new_tokens=2, resamples=20),
         "compute_dtype": "bfloat16",
-        "checkpoint_every": 1,
+        "checkpoint_minutes": 0,
     }
     return AdaptConfig(**tiny_inputs, output=str(output), **(options | changes))
 

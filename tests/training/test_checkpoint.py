@@ -192,3 +192,37 @@ def test_nothing_saved_is_none(tmp_path):
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep"):
         Checkpointer(tmp_path, keep=0)
+
+
+def test_a_step_that_is_saved_in_the_background_has_the_values_of_its_moment(tmp_path):
+    checkpoints, state = Checkpointer(tmp_path), tree(1.0)
+    donated = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    checkpoints.save(1, state, {"index_version": 3}, wait=False)
+    state = donated(state)
+    checkpoints.wait()
+    assert not checkpoints.busy
+    restored = checkpoints.latest_good(state)
+    assert restored is not None and restored.info == {"index_version": 3}
+    np.testing.assert_array_equal(restored.state["w"], np.full((3, 2), 1.0))
+
+
+@pytest.mark.parametrize("call", ["wait", "save", "end"])
+def test_what_fails_in_the_background_is_raised_by_what_comes_next(tmp_path, call):
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, tree(1.0))
+    with pytest.raises(ValueError, match="step 2 is not saved: NaN"):
+        with checkpoints:
+            checkpoints.save(2, tree(jnp.nan), wait=False)
+            if call == "wait":
+                checkpoints.wait()
+            if call == "save":
+                checkpoints.save(3, tree(3.0))
+    assert checkpoints.steps() == [1]
+
+
+def test_an_error_of_the_training_is_not_hidden_by_that_of_its_last_checkpoint(tmp_path):
+    with pytest.raises(RuntimeError, match="no index") as raised:
+        with Checkpointer(tmp_path) as checkpoints:
+            checkpoints.save(2, tree(jnp.nan), wait=False)
+            raise RuntimeError("no index")
+    assert "checkpoint could not be written: step 2" in raised.value.__notes__[0]

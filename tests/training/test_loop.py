@@ -39,7 +39,7 @@ def batch_at(step):
 
 def train(folder, *, num_steps=9, stop=None, batches=batch_at, step_fn=STEP, **changes):
     return run_steps(
-        LoopConfig(stage="s", num_steps=num_steps, checkpoint_every=2, **changes),
+        LoopConfig(stage="s", num_steps=num_steps, checkpoint_seconds=0, **changes),
         step_fn,
         init_state({"w": jnp.zeros(3)}, OPTIMIZER, 0),
         batches,
@@ -222,6 +222,48 @@ def test_the_second_signal_ends_the_process_at_once():
     assert done.returncode == 128 + signal.SIGINT
 
 
+def test_the_host_builds_a_batch_while_the_step_before_runs(tmp_path):
+    written = []
+
+    def notes_what_is_written(step):
+        path = tmp_path / "metrics.jsonl"
+        written.append(len(lines(tmp_path)) if path.exists() else 0)
+        return batch_at(step)
+
+    config = LoopConfig(stage="s", num_steps=5, checkpoint_seconds=1e9)
+    run_steps(
+        config, STEP, init_state({"w": jnp.zeros(3)}, OPTIMIZER, 0), notes_what_is_written,
+        checkpointer=Checkpointer(tmp_path / "checkpoints"),
+        log=MetricsLog(tmp_path / "metrics.jsonl"), stop=StopFlag(),
+    )  # fmt: skip
+    assert written == [0, 0, 1, 2, 3]  # of step n - 1 nothing was fetched yet
+    assert [row["step"] for row in lines(tmp_path)] == list(range(5))
+    assert Checkpointer(tmp_path / "checkpoints").steps() == [5]
+
+
+def test_checkpoints_in_the_background_hold_the_step_they_name(tmp_path):
+    whole = train(tmp_path / "whole")
+
+    def dies(step):
+        if step == 7:
+            raise KeyError("killed")
+        return batch_at(step)
+
+    def run(batches):
+        return run_steps(
+            LoopConfig(stage="s", num_steps=9, checkpoint_seconds=1e-9), STEP,
+            init_state({"w": jnp.zeros(3)}, OPTIMIZER, 0), batches,
+            checkpointer=Checkpointer(tmp_path / "cut" / "checkpoints"),
+            log=MetricsLog(tmp_path / "cut" / "metrics.jsonl"), stop=StopFlag(),
+        )  # fmt: skip
+
+    with pytest.raises(KeyError):
+        run(dies)
+    assert Checkpointer(tmp_path / "cut" / "checkpoints").steps()
+    np.testing.assert_array_equal(run(batch_at).params["w"], whole.params["w"])
+    assert [row["step"] for row in lines(tmp_path / "cut")] == list(range(9))
+
+
 class Host:
     """Host work that shifts the batch by the parameters it sees, and can fail at a step."""
 
@@ -248,7 +290,7 @@ class Host:
 
 def train_with_host(folder, host):
     return run_steps(
-        LoopConfig(stage="s", num_steps=7, checkpoint_every=100),
+        LoopConfig(stage="s", num_steps=7, checkpoint_seconds=1e9),
         STEP,
         init_state({"w": jnp.zeros(3)}, OPTIMIZER, 0),
         lambda step: batch_at(step) + host.shift,

@@ -15,6 +15,9 @@ from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
+# Where a run is kept, and how often: it may be continued with other values.
+_NO_RESULT = ("output", "checkpoint_minutes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Options):
@@ -246,7 +249,8 @@ class RunConfig(Options):
             that is better than the last step by more than noise, and ships what is better on dev,
             un-adapted models among it; `last` takes the last step, as papers do.
         dev_fraction: Share of the training questions held out where the data has no dev split.
-        checkpoint_every: Steps between two checkpoints.
+        checkpoint_minutes: Minutes between two checkpoints, which are written while training goes
+            on; 0: each step is saved before the next. A stopped run saves its last step, too.
         encode_tokens: Tokens in a batch of the encoder, for indexes and queries.
         score_tokens: Tokens in a batch of the language model, scoring or answering.
         data_options: Corpus and questions.
@@ -270,7 +274,7 @@ class RunConfig(Options):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     keep: Literal["best", "last"] = "best"
     dev_fraction: float = 0.2
-    checkpoint_every: int = 10
+    checkpoint_minutes: float = 2.0
     encode_tokens: int = 1024
     score_tokens: int = 4096
     data_options: DataConfig = field(default_factory=DataConfig)
@@ -285,8 +289,8 @@ class RunConfig(Options):
     program: ClassVar[str | None] = None
 
     def fingerprint(self) -> str:
-        """Returns a digest of everything that decides the run's result (not where it is made)."""
-        values = {k: v for k, v in to_dict(self).items() if k != "output"}
+        """Returns a digest of everything that decides the run's result (not where it is kept)."""
+        values = {k: v for k, v in to_dict(self).items() if k not in _NO_RESULT}
         values["refresh"] = {k: v for k, v in values["refresh"].items() if k not in NO_RESULT}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -336,8 +340,8 @@ class RunConfig(Options):
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().check()
-        at_least(self, 1, "checkpoint_every", "encode_tokens", "score_tokens")
-        at_least(self, 0, "encoder_max_length")
+        at_least(self, 1, "encode_tokens", "score_tokens")
+        at_least(self, 0, "checkpoint_minutes", "encoder_max_length")
         if not 0 <= self.dev_fraction < 1:
             raise ValueError(
                 f"dev_fraction must be at least 0 and below 1, got {self.dev_fraction:g}"

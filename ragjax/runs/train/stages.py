@@ -86,7 +86,7 @@ def run_stage(
         LoopConfig(
             stage=stage.name,
             num_steps=stage.num_steps,
-            checkpoint_every=workspace.config.checkpoint_every,
+            checkpoint_seconds=60 * workspace.config.checkpoint_minutes,
         ),
         replicated,
         init_state(split.trainable, optimizer, stage.seed),
