@@ -50,6 +50,8 @@ OWNERSHIP_EXCEPTIONS = {
     ("models/files/pip_packages.py", "subprocess"),
     # The next step's documents are retrieved in one thread while the device computes this one.
     ("training/ahead.py", "concurrent"),
+    # Checkpoints are written while training goes on.
+    ("training/checkpoint.py", "concurrent"),
 }
 # torch is a reference in tests; what runs the library is not part of it.
 FORBIDDEN = {"torch", "experiments", "notebooks", "tests"}

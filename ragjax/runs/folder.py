@@ -15,7 +15,7 @@ from ragjax.models.layers.linear import matmul_precision
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import RunConfig
-from ragjax.storage import RunLock, read_lines, write_json
+from ragjax.storage import RunLock, keep_compiled, read_lines, write_json
 from ragjax.training.loop import StopFlag, graceful_stop
 
 
@@ -118,6 +118,7 @@ def claim(
     lock = RunLock(folder, remedy="use another --output folder")
     with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, lock:
         _check_free(folder, record, config)
+        keep_compiled()
         with fast_products():
             yield flag
 

@@ -32,6 +32,7 @@ from ragjax.runs.train.stages import stage_steps
 from ragjax.runs.trainable import split_lm, split_towers
 from ragjax.runs.workspace import Workspace, tower_params
 from ragjax.runs.written.stage import count_passages
+from ragjax.storage import compiled_folder
 
 # Distinct prompts with documents per answered question and language model: systems often retrieve
 # the same documents.
@@ -84,6 +85,8 @@ class Cost(NamedTuple):
             f"about {self.bytes_on_disk / 2**20:,.0f} MiB on disk"
             f" ({self.free_bytes / 2**20:,.0f} MiB free)",
         ]
+        if folder := compiled_folder():
+            lines.append(f"programs are compiled once and kept in {folder}")
         if self.bytes_on_disk > self.free_bytes:
             lines.append("warning: the disk is too small for this run")
         if self.refresh is not None:

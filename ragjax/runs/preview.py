@@ -12,6 +12,7 @@ from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.train_rag import open_rag
+from ragjax.storage import keep_compiled
 from ragjax.training.loop import StopFlag, graceful_stop
 
 
@@ -33,6 +34,7 @@ def dry_run(
     Raises:
         FileNotFoundError, ValueError: For data or models that cannot be used.
     """
+    keep_compiled()
     handled = nullcontext(stop) if stop else graceful_stop(kill=False)
     with handled as flag, tempfile.TemporaryDirectory() as name:
         folder = Path(name)

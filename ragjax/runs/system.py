@@ -36,6 +36,7 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import ModelChoice, Models, open_run
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace
 from ragjax.runs.written.file import with_written
+from ragjax.storage import keep_compiled
 from ragjax.training.loop import StopFlag
 
 
@@ -111,6 +112,7 @@ def open_system(
         FileNotFoundError: There is no run, or its data or models are not there any more.
         ValueError: The run has not ended, or its files do not belong together.
     """
+    keep_compiled()
     folder = Path(folder)
     run = open_run(folder)
     config, opened = run.config, run.open_models(models).read()
@@ -148,6 +150,7 @@ def open_base_system(
     Raises:
         FileNotFoundError, ValueError: Data or models cannot be used.
     """
+    keep_compiled()
     dataset = _documents(config, cache, log)
     models = Models(config, None)
     encoder = models.base_encoder

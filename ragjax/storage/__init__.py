@@ -1,5 +1,8 @@
 """Files and folders that are complete or absent, whatever kills a process that writes them."""
 
+from ragjax.storage.compiled import cache_folder as cache_folder
+from ragjax.storage.compiled import compiled_folder as compiled_folder
+from ragjax.storage.compiled import keep_compiled as keep_compiled
 from ragjax.storage.files import DiskFullError as DiskFullError
 from ragjax.storage.files import change_in_place as change_in_place
 from ragjax.storage.files import create_file as create_file

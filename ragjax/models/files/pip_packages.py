@@ -8,7 +8,6 @@ The cache entry of a wheel is a folder that appears complete, by one rename:
 
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ragjax.storage import sha256, whole_file, write_json
+from ragjax.storage import cache_folder, sha256, whole_file, write_json
 
 PIP_SOURCE = re.compile(
     r"pip:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
@@ -47,11 +46,6 @@ class _Package(NamedTuple):
     @property
     def requirement(self) -> str:
         return f"{self.name}=={self.version}"
-
-
-def cache_folder() -> Path:
-    """Returns the folder that ragjax keeps downloads in: `$RAGJAX_CACHE` or `~/.cache/ragjax`."""
-    return Path(os.environ.get("RAGJAX_CACHE") or "~/.cache/ragjax").expanduser()
 
 
 def fetch_package(source: str) -> Path:
