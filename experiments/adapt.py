@@ -5,8 +5,8 @@
     python experiments/adapt.py --config experiments/recipes/ra_dit.toml --data FOLDER
 
 Without flags it adapts MiniLM-L6-v2 and SmolLM2-135M-Instruct to the API documentation of the
-installed Python packages, in eight minutes on two CPU cores. It prints a time estimate first; re-run
-the same command to resume an interrupted run.
+installed Python packages, in eight minutes on two CPU cores. It prints a time estimate first;
+re-run the same command to resume an interrupted run.
 """
 
 import sys

@@ -95,6 +95,7 @@ class Flags:
         max_new_tokens: Tokens of an answer at most.
         document_tokens: Tokens read of each document; 0: 96, at which two cores keep to two
             seconds with 4 documents.
+        devices: Devices that have an equal part of each parameter, for models that do not fit one.
         explain: Find the words that carry the answer.
         json: One JSON object per question on stdout, and nothing else there; without a question,
             questions are read from stdin, one a line.
@@ -123,6 +124,7 @@ class Flags:
     decode: ModeName | None = None
     max_new_tokens: int = 16
     document_tokens: int = 0
+    devices: int = 1
     explain: bool = True
     json: bool = False
     warm_up: bool = True
@@ -227,7 +229,7 @@ def _run(flags: Flags) -> int:
 
 def _open(flags: Flags) -> System:
     if flags.run:
-        return open_system(flags.run, models=flags.models, log=_note)
+        return open_system(flags.run, models=flags.models, devices=flags.devices, log=_note)
     config = dataclasses.replace(
         _DEFAULTS,
         data=_corpus_folder(flags),
@@ -237,6 +239,8 @@ def _open(flags: Flags) -> System:
         query_prefix=flags.query_prefix,
         doc_prefix=flags.doc_prefix,
         lm=flags.lm,
+        devices=flags.devices,
+        fsdp=flags.devices,
         data_options=DataConfig(fields=flags.fields),
         prompt=PromptConfig(answer_tokens=flags.max_new_tokens),
     )

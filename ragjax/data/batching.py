@@ -63,6 +63,7 @@ def length_buckets(
     *,
     batch_tokens: int,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
+    devices: int = 1,
 ) -> list[LengthBatch]:
     """Groups texts by length into batches of few static shapes, the longest first.
 
@@ -72,8 +73,9 @@ def length_buckets(
 
     Args:
         lengths: Tokens of each text.
-        batch_tokens: Padded tokens a batch, about; one row is always allowed.
+        batch_tokens: Padded tokens a batch and device, about; one row is always allowed.
         buckets: Lengths to pad to; the largest must hold the longest text.
+        devices: That share the rows of a batch evenly.
 
     Returns:
         Batches that cover every row exactly once.
@@ -93,7 +95,8 @@ def length_buckets(
         rows = np.flatnonzero(bucket_of == bucket)
         length = int(edges[bucket])
         full = max(batch_tokens // length, 1)
-        small = max(full // 4, 1)
+        small = max(full // 4, 1) * devices
+        full *= devices
         while len(rows):
             size = full if len(rows) >= full else small
             batches.append(LengthBatch(rows[:size], length, size))

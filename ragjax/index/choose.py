@@ -1,9 +1,10 @@
 """Which dense index fits a corpus: by its size, the memory, and what is installed."""
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -33,7 +34,13 @@ class IndexChoice:
     reason: str
 
 
-def choose_index(size: int, dim: int, *, memory_bytes: int | None = None) -> IndexChoice:
+def choose_index(
+    size: int,
+    dim: int,
+    *,
+    memory_bytes: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> IndexChoice:
     """Chooses a dense index: exact while the embeddings fit the device, ScaNN beyond.
 
     Exact search has recall 1 and nothing to rebuild, so it is taken up to a million documents if
@@ -44,20 +51,22 @@ def choose_index(size: int, dim: int, *, memory_bytes: int | None = None) -> Ind
         dim: Size of an embedding.
         memory_bytes: Memory of the device that searches; default: asked of the device, or for a
             CPU of the operating system.
+        devices: Devices that would share an exact index; None: the first one has it.
 
     Raises:
         ValueError: `size` or `dim` is not positive.
     """
     if size < 1 or dim < 1:
         raise ValueError(f"An index needs documents and dimensions, got {size} and {dim}")
-    memory = _device_memory() if memory_bytes is None else memory_bytes
+    memory = _device_memory(devices) if memory_bytes is None else memory_bytes
+    build = functools.partial(exact.ExactIndex, devices=devices)
     needed = size * dim * _FLOAT_BYTES
     facts = f"{size:,} documents x {dim} dimensions = {needed / 2**20:,.0f} MiB"
     fits = needed <= _MEMORY_SHARE * memory
     if size <= _EXACT_AT_MOST and fits:
         return IndexChoice(
             name="exact",
-            build=exact.ExactIndex,
+            build=build,
             reason=f"exact index: {facts}, at most a quarter of {memory / 2**20:,.0f} MiB.",
         )
     why = (
@@ -73,17 +82,17 @@ def choose_index(size: int, dim: int, *, memory_bytes: int | None = None) -> Ind
     _LOG.warning("%s", problem)
     return IndexChoice(
         name="exact",
-        build=exact.ExactIndex,
+        build=build,
         reason=f"exact index though {facts}, {why}: {problem}",
     )
 
 
-def _device_memory() -> int:
-    """Returns the bytes of the first device, or of the machine where the device is its CPU."""
-    device = jax.devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
+def _device_memory(devices: Sequence[jax.Device] | None) -> int:
+    """Returns the bytes of the devices together, or of the machine where they are its CPU."""
+    devices = devices or jax.devices()[:1]
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
+        return int(stats["bytes_limit"]) * len(devices)
     if not hasattr(os, "sysconf"):
         return _UNKNOWN_MEMORY
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

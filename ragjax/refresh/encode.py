@@ -167,17 +167,18 @@ class _Placement(NamedTuple):
 
     mesh: Mesh | None  # None: where the parameters are, or the default device
     num_devices: int
+    given: bool = False  # the parameters lie on the mesh already, copied or divided
 
     @classmethod
     def on(cls, devices: Sequence[jax.Device] | None, params: Any) -> "_Placement":
         """Divides rows among these devices, in this order, and copies the rest to each.
 
-        None: those that each have a copy of the parameters already, as a mesh of the trainer does.
-        Left to follow the parameters, each of them would encode every row.
+        None: those that the parameters lie on, where these stay as they are. Left to follow the
+        parameters, each of them would encode every row.
         """
-        devices = _copied_to(params) if devices is None else devices
         if devices is None:
-            return cls(None, 1)
+            mesh = _mesh_of(params)
+            return cls(mesh, 1 if mesh is None else mesh.size, given=True)
         if not devices or len(set(devices)) != len(devices):
             raise ValueError(f"devices must be distinct and at least one, got {list(devices)}")
         mesh = Mesh(np.asarray(devices), ("rows",), axis_types=(AxisType.Auto,))
@@ -189,10 +190,11 @@ class _Placement(NamedTuple):
 
     def place(self, params: Any, compute_dtype: str) -> Any:
         """Puts parameters on the devices; one leaf at a time, so that casting adds only that."""
-        sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
         def place(leaf: Any) -> Array:
-            placed = jax.device_put(leaf, sharding)
+            stays = self.given and isinstance(leaf, Array)
+            placed = jax.device_put(leaf, leaf.sharding if stays else everywhere)
             floating = jnp.issubdtype(placed.dtype, jnp.floating)
             return placed.astype(compute_dtype) if floating else placed
 
@@ -203,19 +205,19 @@ class _Placement(NamedTuple):
         """Puts arrays `[rows, ...]` on the devices, by rows."""
         if self.mesh is None:
             return batch
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("rows")))
+        axes = PartitionSpec(self.mesh.axis_names)
+        return jax.device_put(batch, NamedSharding(self.mesh, axes))
 
 
-def _copied_to(params: Any) -> list[jax.Device] | None:
-    """Returns the devices of this process that hold all parameters alike; None for fewer than 2."""
+def _mesh_of(params: Any) -> Mesh | None:
+    """Returns the mesh of several devices that all parameters lie on; None: there is none."""
     leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, Array)]
-    sets = {frozenset(leaf.sharding.device_set) for leaf in leaves}
-    if len(sets) != 1 or not all(
-        leaf.is_fully_replicated and leaf.is_fully_addressable for leaf in leaves
-    ):
+    found = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    meshes = {mesh for mesh in found if isinstance(mesh, Mesh)}
+    if len(found) < len(leaves) or len(meshes) != 1:
         return None
-    devices = sorted(sets.pop(), key=lambda device: device.id)
-    return devices if len(devices) > 1 else None
+    mesh = meshes.pop()
+    return mesh if mesh.size > 1 else None
 
 
 class _Job:

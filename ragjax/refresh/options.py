@@ -2,7 +2,10 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+import jax
 
 from ragjax.refresh.build import BuildOptions
 from ragjax.refresh.partial import PartialPolicy
@@ -37,6 +40,7 @@ class RefreshOptions:
     Attributes:
         index: Kind of index; "auto" decides by size and memory.
         build: Of a ScaNN index.
+        devices: Devices that share an exact index; None: the first one has it.
         keep: Generations kept on disk, at least 3.
         max_retries: Times that a failed refresh is tried again before it counts as failed.
         backoff_seconds: Wait before the first retry; it doubles each time.
@@ -55,6 +59,7 @@ class RefreshOptions:
 
     index: Literal["auto", "exact", "scann"] = "auto"
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
+    devices: Sequence[jax.Device] | None = None
     keep: int = 3
     max_retries: int = 2
     backoff_seconds: float = 1.0

@@ -85,7 +85,7 @@ class Pipeline:
         # The numbers' formats decide what is stored as much as the weights do.
         self._model = f"{task.model_fingerprint} {task.options.compute_dtype} {task.dtype}".strip()
         self._index, self._build = str(options.index), options.build
-        self._partial = options.partial
+        self._partial, self._devices = options.partial, options.devices
         self._cancelled, self._on_progress, self._report = cancelled, on_progress, report
         self.counts = RetrievalCounts(len(task.documents))
         # Known change of each document's embedding at its newest encoding, and the step of it.
@@ -135,7 +135,7 @@ class Pipeline:
             expected=dataclasses.replace(expected, whole=True)
         )
         if generation is not None:
-            self._latest = load_snapshot(generation)
+            self._latest = load_snapshot(generation, self._devices)
         return None if generation is None else self._latest
 
     def mismatch(self) -> str:
@@ -317,7 +317,7 @@ class Pipeline:
         )
         number = self._generations.publish(folder, description)
         generation = self._generations.open(number, expected=self._expected(digest))
-        snapshot = load_snapshot(generation)
+        snapshot = load_snapshot(generation, self._devices)
         if export.probe_queries is None or self._latest is None:
             return snapshot
         k = min(_OVERLAP_K, snapshot.index.size)
@@ -370,7 +370,7 @@ class Pipeline:
     def _kind(self, spec: StoreSpec) -> str:
         """Returns the kind of index, "exact" or "scann"."""
         if self._index == "auto":
-            choice = choose_index(spec.size, spec.dim)
+            choice = choose_index(spec.size, spec.dim, devices=self._devices)
             self._index = choice.name
             self._report(choice.reason)
         return self._index

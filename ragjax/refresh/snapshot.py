@@ -1,7 +1,9 @@
 """From a generation on disk to an index in memory. R rows, D embedding size."""
 
 import functools
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,8 +11,14 @@ from ragjax.index import EmbeddingStore, ExactIndex, IndexSnapshot, ScannIndex
 from ragjax.refresh.generations import EMBEDDINGS, INDEX, Generation
 
 
-def load_snapshot(generation: Generation) -> IndexSnapshot:
+def load_snapshot(
+    generation: Generation, devices: Sequence[jax.Device] | None = None
+) -> IndexSnapshot:
     """Loads a verified generation to search it; it stays on disk as long as the snapshot lives.
+
+    Args:
+        generation: Held open by the caller.
+        devices: Devices that share an exact index; None: the first one has it.
 
     Raises:
         ValueError: Its index is of a kind that this version does not know.
@@ -19,7 +27,7 @@ def load_snapshot(generation: Generation) -> IndexSnapshot:
     what = generation.description
     store = EmbeddingStore.open(generation.folder / EMBEDDINGS, verified=True)
     if what.kind == "exact":
-        index: ExactIndex | ScannIndex = ExactIndex(store.read())
+        index: ExactIndex | ScannIndex = ExactIndex(store.read(), devices=devices)
     elif what.kind == "scann":
         # The trainer waits for a search, so it may use every core; the build was capped.
         index = ScannIndex.load(generation.folder / INDEX, threads=0, verified=True)

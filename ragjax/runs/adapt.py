@@ -184,7 +184,7 @@ def _note_limits(workspace: Workspace, config: AdaptConfig) -> None:
                 f"note: --retriever.candidates {retriever.candidates}: {cut} training questions"
                 f" have more than {most} relevant passages, of which {most} are taken"
             )
-    note_limits(workspace, documents, devices=1 + config.refresh.devices)
+    note_limits(workspace, documents)
 
 
 class Candidates:

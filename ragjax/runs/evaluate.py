@@ -72,7 +72,8 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     """
     run = open_run(Path(config.run)) if config.run else None
     options = run_options(config, run.config if run else None)
-    models = run.models if run else Models(options, None)
+    placed = {"devices": config.devices, "fsdp": config.fsdp}
+    models = run.open_models("adapted", **placed) if run else Models(options, None)
     rerank = _reranking(config, run)
     check_reranker(rerank, "--rerank")
     systems = system_names(config, adapts_lm=models.trains_lm, reranks=rerank != NONE)

@@ -14,7 +14,7 @@ import jax
 from ragjax.models.layers.linear import matmul_precision
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import to_dict
-from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.options.shared import OF_MACHINE, RunConfig
 from ragjax.storage import RunLock, keep_compiled, read_lines, write_json
 from ragjax.training.loop import StopFlag, graceful_stop
 
@@ -160,7 +160,8 @@ def config_record(
         mode: How several documents make one answer, which the options may leave to the run.
     """
     made_by = {"program": config.program} if config.program else {}
-    return made_by | {"fingerprint": fingerprint, "mode": mode, "config": to_dict(config)}
+    values = {name: value for name, value in to_dict(config).items() if name not in OF_MACHINE}
+    return made_by | {"fingerprint": fingerprint, "mode": mode, "config": values}
 
 
 def _check_free(

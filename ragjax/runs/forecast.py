@@ -173,7 +173,7 @@ def _measured(texts: Texts, times: int) -> list[Work]:
 def estimate_rag_cost(workspace: Workspace, config: RagConfig) -> Cost:
     """Measures both models on a few real texts and forecasts an end-to-end run."""
     texts = Texts(workspace, config)
-    batches = RagBatches(workspace, config, lambda batch: batch)
+    batches = RagBatches(workspace, config)
     steps = stage_steps(config.training, len(workspace.questions["train"]))
     questions = steps * config.training.batch_size
     read = questions * (batches.num_retrieved + config.training.null_document)

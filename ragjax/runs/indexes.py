@@ -97,7 +97,7 @@ def build_retriever(
     folder = workspace.folder / "index" / str(version)
     store = _encode_corpus(workspace, doc_params, folder, earlier)
     embeddings = store.read()
-    choice = choose_index(*embeddings.shape)
+    choice = choose_index(*embeddings.shape, devices=workspace.layout.devices)
     if version == 0:
         workspace.log(choice.reason)
     dense = choice.build(embeddings)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import jax
 
 from ragjax.models.encoder import (
     Encode,
@@ -12,9 +14,64 @@ from ragjax.models.encoder import (
     load_encoder,
     with_options,
 )
+from ragjax.models.files.placement import loading_as
+from ragjax.models.files.sources import resolve_source
 from ragjax.models.language_model import LanguageModel, load_language_model
 from ragjax.models.rag import is_rag, load_rag_language_model, load_rag_query_encoder
-from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.options.shared import LearningConfig, RunConfig
+from ragjax.training.mesh import Layout, make_layout
+
+# Of a device's memory, for parameters and the optimizer; activations take the rest.
+_PARAMETER_SHARE = 0.6
+# Of a parameter in a file that is not quantised.
+_FEWEST_BYTES = 2
+
+
+def visible_devices() -> list[jax.Device]:
+    """Returns the devices of this process and of those that it computes with."""
+    return jax.devices()
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """Returns where the arrays of a run lie.
+
+    Raises:
+        ValueError: There are fewer devices than asked for, or `fsdp` does not divide them.
+    """
+    found = visible_devices()
+    spare = found[: len(found) - config.refresh.devices]
+    if not spare or config.devices > len(spare):
+        raise ValueError(
+            f"--devices {config.devices}: there are {len(found)} devices, and"
+            f" {config.refresh.devices} of them encode (--refresh.devices)"
+        )
+    devices = spare[: config.devices or None]
+    return make_layout(devices, fsdp=config.fsdp or _fewest_parts(config, devices))
+
+
+def _fewest_parts(config: RunConfig, devices: Sequence[jax.Device]) -> int:
+    """Returns over how many devices parameters must be divided to fit; 1 where nobody knows."""
+    stats = devices[0].memory_stats() if len(devices) > 1 else None
+    if not stats or "bytes_limit" not in stats:
+        return 1
+    room = _PARAMETER_SHARE * stats["bytes_limit"]
+    needed = _most_parameters(config.lm) * _bytes_each(config.language_model, config.trains_lm)
+    each = _bytes_each(config.retriever, config.trains_retriever)
+    needed += sum(map(_most_parameters, set(config.encoder_sources))) * each
+    parts = [count for count in range(1, len(devices) + 1) if len(devices) % count == 0]
+    return next((count for count in parts if needed / count <= room), parts[-1])
+
+
+def _bytes_each(config: LearningConfig, trained: bool) -> int:
+    """Returns bytes per parameter; with its gradient and two moments where it is trained."""
+    return 16 if trained and not config.lora_rank else 4
+
+
+def _most_parameters(source: str) -> float:
+    """Returns how many parameters the weights of a model are at most, by the size of its files."""
+    path = resolve_source(source)
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
+    return sum(file.stat().st_size for file in files) / _FEWEST_BYTES
 
 
 class Encoders(NamedTuple):
@@ -49,7 +106,8 @@ def load_encoders(config: RunConfig) -> Encoders:
             f"--doc_encoder {sources[1]}: a RAG checkpoint embeds questions only; add --doc_encoder"
             " with the context encoder that it was trained with"
         )
-    loaded = {source: _load(config, source) for source in dict.fromkeys(sources)}
+    layout = layout_of(config)
+    loaded = {source: _load(config, source, layout) for source in dict.fromkeys(sources)}
     query, doc = (loaded[source] for source in sources)
     for what, first, other in (
         ("dimensions", query.embedding_size, doc.embedding_size),
@@ -65,7 +123,9 @@ def load_encoders(config: RunConfig) -> Encoders:
 
 def load_lm(config: RunConfig) -> LanguageModel:
     """Loads the language model of a run, which may be the generator of a RAG checkpoint."""
-    return (load_rag_language_model if is_rag(config.lm) else load_language_model)(config.lm)
+    load = load_rag_language_model if is_rag(config.lm) else load_language_model
+    with loading_as(shardings=layout_of(config).sharding):
+        return load(config.lm)
 
 
 def base_towers(config: RunConfig, encoders: Encoders) -> dict[str, Any]:
@@ -119,7 +179,13 @@ def scale_note(encoder: TextEncoder, asked: float) -> str | None:
     return None
 
 
-def _load(config: RunConfig, source: str) -> TextEncoder:
+def _load(config: RunConfig, source: str, layout: Layout) -> TextEncoder:
+    with loading_as(shardings=layout.sharding):
+        encoder = _load_as(config, source)
+    return dataclasses.replace(encoder, params=layout.place(encoder.params))
+
+
+def _load_as(config: RunConfig, source: str) -> TextEncoder:
     length, query_prefix = config.encoder_max_length, config.query_prefix
     if not is_rag(source):
         return load_encoder(

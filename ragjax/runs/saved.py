@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import jax
-
 from ragjax.models.encoder import TextEncoder
 from ragjax.models.language_model import LanguageModel
 from ragjax.runs.compare.served import Served
@@ -153,8 +151,7 @@ class Models:
         )
         if not folder.is_dir():
             raise ValueError(f"{where} has not begun; {again} finishes the run")
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
-        restored = Checkpointer(folder, report=notes.append).latest_good(abstract, field="params")
+        restored = Checkpointer(folder, report=notes.append).latest_good(template, field="params")
         listed = f" ({'; '.join(notes)})" if notes else ""
         if restored is None:
             raise ValueError(f"{where} has no whole checkpoint; {again} finishes the run{listed}")
@@ -211,7 +208,7 @@ class FinishedRun(Results):
 
     @cached_property
     def models(self) -> Models:
-        """The base and the trained models."""
+        """The base and the trained models, on one device."""
         return self.open_models("adapted")
 
     @cached_property
@@ -219,12 +216,19 @@ class FinishedRun(Results):
         """What the run ships, as its dev questions chose; None: it says nothing of that."""
         return Served.read(self.folder)
 
-    def open_models(self, which: ModelChoice) -> Models:
-        """Returns the trained models, the base ones, or of each what is shipped."""
+    def open_models(self, which: ModelChoice, *, devices: int = 1, fsdp: int = 1) -> Models:
+        """Returns the trained models, the base ones, or of each what is shipped.
+
+        Args:
+            which: `adapted`, `base` or `shipped`.
+            devices: Devices that have them; 0: all.
+            fsdp: Devices that have an equal part of each parameter; 0: see `RunConfig`.
+        """
         served = self.served._asdict() if which == "shipped" and self.served else {}
         names = ("retriever", "language_model")
         base = [name for name in names if "base" in (which, served.get(name))]
-        return Models(self.config, self.folder, self.inputs, base)
+        config = dataclasses.replace(self.config, devices=devices, fsdp=fsdp)
+        return Models(config, self.folder, self.inputs, base)
 
 
 @dataclass(frozen=True, repr=False)

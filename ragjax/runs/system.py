@@ -93,6 +93,7 @@ def open_system(
     folder: str | Path,
     *,
     models: ModelChoice = "shipped",
+    devices: int = 1,
     stop: StopFlag | None = None,
     log: Log = print,
 ) -> System:
@@ -105,6 +106,7 @@ def open_system(
         folder: Output folder of a finished run.
         models: `adapted` or `base` models in place of what is shipped, with the hybrid of both
             indexes.
+        devices: That have an equal part of each parameter, where the models do not fit one.
         stop: Looked at while a corpus is encoded.
         log: Shows one line to the user.
 
@@ -115,7 +117,8 @@ def open_system(
     keep_compiled()
     folder = Path(folder)
     run = open_run(folder)
-    config, opened = run.config, run.open_models(models).read()
+    config = dataclasses.replace(run.config, devices=devices, fsdp=devices)
+    opened = run.open_models(models, devices=devices, fsdp=devices).read()
     dataset = read_data(config, folder, log)
     workspace = make_workspace(
         config,

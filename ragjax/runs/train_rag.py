@@ -17,7 +17,7 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
-from ragjax.runs.train.end_to_end import choose_devices, make_reader, train_end_to_end
+from ragjax.runs.train.end_to_end import make_reader, train_end_to_end
 from ragjax.runs.train.guard import Guard
 from ragjax.runs.train.live import check_machine
 from ragjax.runs.train.statements import read_statements
@@ -85,7 +85,6 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
 
 def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
-    devices = choose_devices(config)
     check_machine(config.refresh)
     workspace = open_workspace(config, folder, stop=stop, log=log)
     workspace = _with_answers(workspace, config)
@@ -94,7 +93,7 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
         "evaluation.documents": config.evaluation.documents,
         "training.documents": config.training.documents,
     }
-    note_limits(workspace, documents, devices=devices.count + config.refresh.devices)
+    note_limits(workspace, documents)
     note_batch(workspace, "training.batch_size", config.training.batch_size)
     make_reader(workspace, config)
     if config.training.same_source == "drop":

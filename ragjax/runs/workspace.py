@@ -43,6 +43,7 @@ from ragjax.runs.models import (
     Encoders,
     base_towers,
     in_compute_dtype,
+    layout_of,
     load_encoders,
     load_lm,
     scale_note,
@@ -53,6 +54,7 @@ from ragjax.runs.options.modes import check_mode
 from ragjax.runs.options.shared import RunConfig, TowersConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
 from ragjax.training.loop import MetricsLog, StopFlag, not_finite
+from ragjax.training.mesh import Layout
 
 _METRICS = "metrics.jsonl"
 
@@ -120,6 +122,11 @@ class Workspace:
         if text not in self.notes:
             self.log(f"note: {text}")
             self.notes.append(text)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The devices of the run, and what lies where on them."""
+        return layout_of(self.config)
 
     @property
     def scale(self) -> float:
@@ -300,6 +307,8 @@ def make_workspace(
     if scale := scale_note(encoder, config.retriever.scale):
         log(f"note: {scale}")
     log(f"language model {config.lm}: {_size(lm.params)}, vocabulary {lm.config.vocab_size:,}")
+    if (there := jax.device_count()) > 1:
+        log(f"{layout_of(config).describe()}, of {there} that are there")
     doc_tokens = CorpusTokens(
         len(dataset.corpus),
         lambda: (encoder.doc_prefix + passage_text(passage) for passage in dataset.corpus),
@@ -332,13 +341,12 @@ def make_workspace(
     )
 
 
-def note_limits(workspace: Workspace, documents: Mapping[str, int], *, devices: int = 1) -> None:
+def note_limits(workspace: Workspace, documents: Mapping[str, int]) -> None:
     """Tells where a run takes less than it was asked for, or than there is.
 
     Args:
         workspace: Data and options.
         documents: Options to the passages that they ask for of each question.
-        devices: Local devices that compute.
     """
     size = len(workspace.dataset.corpus)
     for name, count in documents.items():
@@ -347,14 +355,16 @@ def note_limits(workspace: Workspace, documents: Mapping[str, int], *, devices: 
     kept, most = workspace.config.retriever.doc_tokens, workspace.encoder.max_length
     if kept > most and kept != TowersConfig.doc_tokens:
         workspace.log(f"note: --retriever.doc_tokens {kept:,}: the encoder reads {most:,} tokens")
-    local = jax.local_device_count()
-    if devices < local:
-        used = "is" if devices == 1 else "are"
-        workspace.log(f"note: {devices} of the {local} local devices {used} used")
 
 
 def note_batch(workspace: Workspace, name: str, batch_size: int) -> None:
-    """Tells where a batch takes more questions than there are, so that it repeats some."""
+    """Tells where a batch repeats questions, or its rows do not go round the devices."""
+    devices = workspace.layout.num_devices
+    if batch_size % devices:
+        workspace.log(
+            f"note: --{name} {batch_size:,} is no multiple of the {devices} devices, some of which"
+            " compute what others do"
+        )
     count = len(workspace.questions["train"])
     if batch_size > count > 0:
         workspace.log(

@@ -198,7 +198,7 @@ class Checkpointer:
 
 
 def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
-    """Reads a verified checkpoint, or one field of it, onto the first device."""
+    """Reads a verified checkpoint, or one field of it, to where the template's arrays lie."""
     if field:
         prefix = f".{field}"
         arrays = {
@@ -216,11 +216,13 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
                 f" {expected.get(name)} here (other model, trained towers or optimiser?); use"
                 " another output folder"
             )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=device),
-        key_data(template),
-    )
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def described(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or first
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
+
+    abstract = jax.tree.map(described, key_data(template))
     context = _orbax().Context()
     context.pytree.loading.partial_load = bool(field)
     with context:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 from programs import load_script
 
@@ -65,7 +66,6 @@ RAG_FLAGS = (
     "--language_model.train_layers=1",
     "--training.documents=2",
     "--training.batch_size=4",
-    "--training.devices=1",
     "--evaluation.documents=2",
     "--evaluation.max_new_tokens=3",
     "--evaluation.resamples=50",
@@ -96,6 +96,20 @@ class TinyRun(NamedTuple):
     folder: Path
     flags: list[str]  # all but --output
     printed: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device():
+    """Lets runs use the first of the eight devices; `test_devices.py` is about the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ragjax.runs.models.visible_devices", lambda: jax.devices()[:1])
+        yield
+
+
+@pytest.fixture
+def all_devices(monkeypatch):
+    """Lets the runs of a test use all eight devices."""
+    monkeypatch.setattr("ragjax.runs.models.visible_devices", jax.devices)
 
 
 @pytest.fixture(scope="session")

@@ -163,7 +163,7 @@ def test_values_out_of_range_are_named(make, match):
         (AdaptConfig(), ["--data_options.fields=text"], "--data_options.fields 'text': expected"),
         (AdaptConfig(), ["--data_options.fields=a=b"], "--data_options.fields: unknown name 'a'"),
         (AdaptConfig(), ["--refresh.mode=async", "--stages=lm"], "--refresh.mode async is for"),
-        (RagConfig(), ["--training.devices=3"], "--training.devices=3 does not divide"),
+        (RagConfig(), ["--devices=-1"], "--devices must be at least 0"),
         (RagConfig(), ["--objective.marginal_weight=0"], "--objective: all weights are 0"),
         (RagConfig(), ["--training.accumulate=2"], "--training.accumulate=2 splits a step"),
         (EvaluateConfig(), ["--run=r", "--encode_tokens=0"], "--encode_tokens must be at least 1"),

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from ragjax.runs.options.evaluate import EvaluateConfig, run_options
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig, RunConfig, TowersConfig
 from ragjax.runs.tokens import corpus_task
 from ragjax.runs.workspace import note_batch, note_limits
+from ragjax.training.mesh import make_layout
 
 PASSAGES = ("the red cat", "der blaue Hund ist auf dem Dach und in der Sonne")
 
@@ -88,17 +90,25 @@ def test_as_many_documents_are_searched_as_are_read(monkeypatch, documents, dist
 def test_more_than_there_is_is_said():
     opened, lines = workspace("red cat")
     opened.encoder = SimpleNamespace(max_length=64)
-    note_limits(opened, {"evaluation.documents": 3, "distractors": 2}, devices=8)
+    opened.layout = make_layout(jax.devices())
+    note_limits(opened, {"evaluation.documents": 3, "distractors": 2})
     assert lines == ["note: --evaluation.documents 3: there are 2 passages, all are taken"]
     lines.clear()
+    opened.layout = make_layout(jax.devices()[:3])
     opened.config = RunConfig(retriever=TowersConfig(doc_tokens=200))
-    note_limits(opened, {}, devices=3)
+    note_limits(opened, {})
     assert lines == [
         "note: --retriever.doc_tokens 200: the encoder reads 64 tokens",
-        "note: 3 of the 8 local devices are used",
     ]
     lines.clear()
     opened.questions["train"] = opened.questions["test"]
+    note_batch(opened, "retriever.batch_size", 1)
+    assert lines == [
+        "note: --retriever.batch_size 1 is no multiple of the 3 devices, some of which compute what"
+        " others do"
+    ]
+    lines.clear()
+    opened.layout = make_layout(jax.devices()[:1])
     note_batch(opened, "retriever.batch_size", 1)
     assert not lines
     note_batch(opened, "retriever.batch_size", 2)

@@ -309,7 +309,7 @@ def test_the_options_reach_the_refresher():
         ({"workers": True}, ProcessExecutor, None),
     ],
 )
-def test_the_executor_is_the_one_asked_for(make, refresh, kind, devices):
+def test_the_executor_is_the_one_asked_for(make, all_devices, refresh, kind, devices):
     workspace, _ = make(mode="async", **refresh)
     with closing(open_refresher(workspace, lambda: None)) as refresher:
         assert type(refresher._executor) is kind

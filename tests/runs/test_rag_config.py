@@ -91,7 +91,6 @@ FROZEN = RefreshConfig(mode="frozen")
             ["--objective.negatives none"],
         ),
         (lambda: TrainingConfig(accumulate=3), ["accumulate=3", "batch_size=8"]),
-        (lambda: TrainingConfig(devices=3), ["devices=3", "batch_size=8"]),
         (lambda: TrainingConfig(documents=0), ["documents", "1"]),
         (lambda: TrainingConfig(warmup_fraction=2), ["warmup_fraction"]),
     ],

@@ -32,8 +32,6 @@ from ragjax.runs.teachers.reading import score_candidates
 from ragjax.runs.train import end_to_end as rag_stage
 from ragjax.runs.train.batches import RagBatches
 from ragjax.runs.train.end_to_end import (
-    Devices,
-    choose_devices,
     make_reader,
     make_terms,
     train_end_to_end,
@@ -47,14 +45,13 @@ from ragjax.training.live import StepDocuments
 from ragjax.training.loop import Interrupted, MetricsLog, StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
-ONE_DEVICE = Devices(1, lambda batch: batch, lambda tree: tree)
 FROZEN = RefreshConfig(mode="frozen")
 
 
 def make_config(inputs, output, **changes):
     options = {
         "data_options": DataConfig(train_questions=8, dev_questions=4, test_questions=4),
-        "training": TrainingConfig(documents=3, batch_size=4, devices=1),
+        "training": TrainingConfig(documents=3, batch_size=4),
         "language_model": ReaderConfig(train_layers=1),
         "refresh": FROZEN,
         "checkpoint_minutes": 0,
@@ -266,40 +263,13 @@ def test_epochs_and_batch_size_give_the_number_of_steps(opened):
         split = split_models(
             changed, workspace.lm.family, workspace.lm.params, tower_params(workspace)
         )
-        assert rag_stage.end_to_end_stage(changed, split, 8, ONE_DEVICE).num_steps == steps
-
-
-@pytest.mark.parametrize(
-    ("training", "refresh", "count"),
-    [
-        ({"devices": 2}, {}, 2),
-        ({"devices": 0}, {}, 4),  # eight are there, four questions
-        ({"devices": 0, "batch_size": 16}, {}, 8),
-        ({"devices": 0, "batch_size": 16}, {"mode": "async", "devices": 5}, 2),
-        ({"devices": 1}, {}, 1),
-    ],
-)
-def test_a_step_runs_on_the_devices_that_divide_it(opened, training, refresh, count):
-    config = dataclasses.replace(
-        opened[0],
-        training=TrainingConfig(**{"batch_size": 4} | training),
-        refresh=RefreshConfig(**{"mode": "frozen"} | refresh),
-    )
-    devices = choose_devices(config)
-    assert devices.count == count
-    assert len(devices.place_batch(jnp.zeros((16, 2))).sharding.device_set) == count
-
-
-def test_more_devices_than_there_are_are_refused(opened):
-    config = dataclasses.replace(opened[0], training=TrainingConfig(batch_size=16, devices=16))
-    with pytest.raises(ValueError, match="--training.devices 16: there are 8 local devices"):
-        choose_devices(config)
+        assert rag_stage.end_to_end_stage(changed, split, 8).num_steps == steps
 
 
 def optimizer_of(config, workspace):
     """The split models and the optimizer of a run of 10 steps of 4 questions."""
     split = split_models(config, workspace.lm.family, workspace.lm.params, tower_params(workspace))
-    return split, stage_optimizer(rag_stage.end_to_end_stage(config, split, 40, ONE_DEVICE))
+    return split, stage_optimizer(rag_stage.end_to_end_stage(config, split, 40))
 
 
 def update_size(opened, **training):
@@ -438,16 +408,6 @@ def test_a_run_that_was_cut_ends_as_the_whole_one_to_the_bit(whole, opened, star
 
 
 @pytest.mark.slow
-def test_four_devices_learn_what_one_learns(whole, opened, start, tmp_path):
-    training = dataclasses.replace(opened[0].training, devices=4)
-    trained, lines = train(opened, start, tmp_path / "run", training=training)
-    for line, expected in zip(lines, whole[1], strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), trained, whole[0])
-
-
-@pytest.mark.slow
 def test_a_frozen_language_model_keeps_its_bits(opened, start, tmp_path):
     trained, _ = train(
         opened, start, tmp_path / "run", language_model=ReaderConfig(train=False),
@@ -565,9 +525,7 @@ def test_same_source_drop_leaves_out_the_source_and_raises_when_nothing_is_left(
 def test_a_forecast_names_every_part_and_grows_with_the_documents(opened):
     config, workspace = opened
     few = estimate_rag_cost(workspace, config)
-    more = dataclasses.replace(
-        config, training=TrainingConfig(documents=6, batch_size=4, devices=1)
-    )
+    more = dataclasses.replace(config, training=TrainingConfig(documents=6, batch_size=4))
     many = estimate_rag_cost(workspace, more)
     assert {"encoding", "reading", "retriever", "dev", "evaluation"} <= set(few.seconds)
     assert many.lm_forwards > few.lm_forwards and few.bytes_on_disk > 0

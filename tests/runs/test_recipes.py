@@ -34,7 +34,7 @@ SMALL = (
 )  # fmt: skip
 SMALL_DUAL = ("--language_model.batch_size=4", "--retriever.candidates=3",
               "--retriever.batch_size=4")  # fmt: skip
-SMALL_RAG = ("--training.documents=2", "--training.batch_size=4", "--training.devices=1")
+SMALL_RAG = ("--training.documents=2", "--training.batch_size=4")
 
 
 def options_of(path, *more):

@@ -24,7 +24,7 @@ def opened(tiny_inputs, tmp_path_factory):
         **tiny_inputs,
         output=str(folder),
         data_options=DataConfig(train_questions=4),
-        training=TrainingConfig(batch_size=2, devices=1, statements="6", same_source="drop"),
+        training=TrainingConfig(batch_size=2, statements="6", same_source="drop"),
         language_model=ReaderConfig(train_layers=1),
         refresh=RefreshConfig(mode="frozen"),
     )
@@ -61,7 +61,7 @@ def test_questions_without_answers_are_left_out_and_statements_alone_can_train(
         config = RagConfig(
             **tiny_inputs | {"data": str(data)},
             output=str(tmp_path),
-            training=TrainingConfig(batch_size=2, devices=1, statements=statements),
+            training=TrainingConfig(batch_size=2, statements=statements),
             language_model=ReaderConfig(train_layers=1),
             refresh=RefreshConfig(mode="frozen"),
         )

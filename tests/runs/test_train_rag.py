@@ -94,8 +94,7 @@ def refuse(script, capsys, flags):
     [
         (["--objective.marginal=emdr2"], "--objective.lm_weight"),
         (["--refresh.mode=off"], "--refresh.mode frozen"),
-        (["--training.devices=4", "--training.batch_size=6"], "devices=4 does not divide"),
-        (["--training.devices=16", "--training.batch_size=16"], "there are 8 local devices"),
+        (["--devices=16"], "--devices 16: there are 1 devices"),
         (["--training.same_source=drop"], "names the document it was made from"),
         (["--language_model.train_layers=9"], "9: "),
         (

@@ -59,7 +59,7 @@ def opened(two, tmp_path_factory):
         output=str(folder),
         data_options=DataConfig(train_questions=4, dev_questions=2, test_questions=2),
         language_model=ReaderConfig(train_layers=1),
-        training=TrainingConfig(batch_size=2, documents=2, devices=1),
+        training=TrainingConfig(batch_size=2, documents=2),
         retriever=TowersConfig(train="both"),
     )
     return config, open_workspace(config, folder, stop=StopFlag(), log=lambda _: None)

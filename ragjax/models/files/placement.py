@@ -39,9 +39,12 @@ def loading_as(*, dtype: Any = np.float32, shardings: Shardings = None) -> Itera
 
     Args:
         dtype: Of the parameters; "keep" leaves float32, bfloat16 and float16 tensors as they are.
-        shardings: None for the default device, or what `sharding_of` takes: a model larger than
-            one device, or than the host, is loaded straight into its place.
+        shardings: What `sharding_of` takes: a model larger than one device, or than the host, is
+            loaded straight into its place. None: as a block around this one says, else the default
+            device.
     """
+    if shardings is None:
+        shardings = current_placement().shardings
     token = _PLACEMENT.set(Placement(dtype, shardings))
     try:
         yield

@@ -20,6 +20,7 @@ from ragjax.models.seq2seq.fusion import fusion_decoder
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.teachers.batches import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
+from ragjax.training.mesh import rows_multiple, spread_rows
 from ragjax.training.score_cache import ResultCache, result_key
 
 # Base models often begin an answer on a new line: without a first token the line break would end
@@ -163,15 +164,16 @@ def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Reque
 
     def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
         chosen = [targets[row] for row in batch.rows]
-        packed = pack_batch(workspace.prompts, batch, contexts, chosen)
+        packed = spread_rows(pack_batch(workspace.prompts, batch, contexts, chosen), model.params)
         result = score_and_generate(workspace.lm.decoder, model.params, packed, limits)
         return result.generated, -np.asarray(result.token_log_probs).sum(axis=1)
 
-    return _Plan(_even_batches(list(map(len, contexts)), tokens), " prompts", answer)
+    batches = _even_batches(list(map(len, contexts)), tokens, rows_multiple(model.params))
+    return _Plan(batches, " prompts", answer)
 
 
-def _even_batches(lengths: Sequence[int], batch_tokens: int) -> list[LengthBatch]:
-    """Groups prompts into batches of two static shapes at most, each of about `batch_tokens`.
+def _even_batches(lengths: Sequence[int], batch_tokens: int, devices: int) -> list[LengthBatch]:
+    """Groups prompts into batches of two static shapes at most, of so many tokens a device, about.
 
     Compiling a shape in which answers are generated takes as long as answering several prompts. The
     lengths are the longest, and the one below it that leaves the fewest slots empty.
@@ -186,8 +188,8 @@ def _even_batches(lengths: Sequence[int], batch_tokens: int) -> list[LengthBatch
         (split, np.flatnonzero(padded <= split)),
     ):
         if len(rows):
-            count = -(-len(rows) // max(1, batch_tokens // int(length)))
-            size = -(-len(rows) // count)
+            count = -(-len(rows) // (max(1, batch_tokens // int(length)) * devices))
+            size = -(-len(rows) // (count * devices)) * devices
             batches += [
                 LengthBatch(rows[start : start + size], int(length), size)
                 for start in range(0, len(rows), size)
@@ -211,7 +213,9 @@ def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Reques
     score = jax.jit(workspace.lm.token_log_probs)
 
     def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
-        packed, scores, mask = _pack_groups(workspace, batch, contexts, targets, requests, count)
+        packed, scores, mask = spread_rows(
+            _pack_groups(workspace, batch, contexts, targets, requests, count), model.params
+        )
         shape = (batch.batch_size, count, -1)
         if mode.fused:
             return _answer_fused(workspace.lm, model, packed, shape, limits)
@@ -224,7 +228,8 @@ def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Reques
         return generated, np.asarray(nlls)
 
     longest = [max(map(len, group)) for group in contexts]
-    return _Plan(_question_batches(workspace, longest, count), " questions", answer)
+    batches = _question_batches(workspace, longest, count, rows_multiple(model.params))
+    return _Plan(batches, " questions", answer)
 
 
 def _answer_fused(
@@ -239,12 +244,14 @@ def _answer_fused(
 
 
 def _question_batches(
-    workspace: Workspace, longest: Sequence[int], count: int
+    workspace: Workspace, longest: Sequence[int], count: int, devices: int
 ) -> list[LengthBatch]:
     return [
         LengthBatch(batch.rows[start : start + size], batch.length, size)
-        for batch in context_batches(workspace.prompts, longest, workspace.config.score_tokens)
-        for size in [max(1, batch.batch_size // count)]
+        for batch in context_batches(
+            workspace.prompts, longest, workspace.config.score_tokens, devices
+        )
+        for size in [max(1, batch.batch_size // devices // count) * devices]
         for start in range(0, len(batch.rows), size)
     ]
 

@@ -142,8 +142,6 @@ class TrainingConfig(StepsConfig):
         overlap: Retrieve for step n+1 while step n runs, with the query encoder of step n; `False`
             waits for that step first.
         accumulate: Microbatches in which a step takes its questions.
-        devices: Local devices that share each step's questions; 0: all (less those of
-            `refresh.devices`), as far as they divide `batch_size`.
         clip_norm: Largest gradient norm, of all models together.
     """
 
@@ -154,19 +152,12 @@ class TrainingConfig(StepsConfig):
     statements: str = ""
     overlap: bool = True
     accumulate: int = 1
-    devices: int = 0
 
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().check()
         at_least(self, 1, "documents", "accumulate")
-        at_least(self, 0, "devices")
         check_accumulate(self.batch_size, self.accumulate)
-        if self.devices and self.batch_size % self.devices:
-            raise ValueError(
-                f"devices={self.devices} does not divide batch_size={self.batch_size}; each device"
-                " takes an equal part of the questions"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

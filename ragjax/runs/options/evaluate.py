@@ -12,7 +12,7 @@ from ragjax.evaluation.systems import SYSTEMS
 from ragjax.runs.options.checks import Options, at_least
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.modes import MODES, ModeName
-from ragjax.runs.options.shared import RunConfig
+from ragjax.runs.options.shared import OF_MACHINE, RunConfig
 
 # Systems of base models alone, then what a run adds, then what an adapted language model does
 # without the adapted retriever and the other way round.
@@ -73,8 +73,12 @@ class EvaluateConfig(Options):
         robustness: Also answer from the relevant passages alone, with distractors before and behind
             them, and from distractors alone.
         distractors: Irrelevant retrieved passages in those prompts.
-        encode_tokens: Tokens in a batch of the encoder; None: as the run, else 1024.
-        score_tokens: Tokens in a batch of the language model; None: as the run, else 4096.
+        devices: Devices that compute, in every stage; 0: all of them.
+        fsdp: Devices that have an equal part of each parameter; 0: as few as have room for both
+            models, where that is known.
+        encode_tokens: Tokens in a batch of the encoder on each device; None: as the run, else 1024.
+        score_tokens: Tokens in a batch of the language model on each device; None: as the run, else
+            4096.
     """
 
     run: str = ""
@@ -107,6 +111,8 @@ class EvaluateConfig(Options):
     support_threshold: float = CONTAINMENT_THRESHOLD
     robustness: bool = True
     distractors: int = 2
+    devices: int = 0
+    fsdp: int = 0
     encode_tokens: int | None = None
     score_tokens: int | None = None
 
@@ -120,7 +126,7 @@ class EvaluateConfig(Options):
         at_least(self, 1, "answer_questions", "resamples", "bins", "distractors")
         at_least(self, 1, "documents", "beams", "max_new_tokens", "document_tokens")
         at_least(self, 1, "encode_tokens", "score_tokens", "rerank_depth")
-        at_least(self, 0, "max_questions")
+        at_least(self, 0, "max_questions", "devices", "fsdp")
         if not self.output:
             raise ValueError("output must name a folder")
         if not 0 < self.support_threshold <= 1:
@@ -153,7 +159,7 @@ class EvaluateConfig(Options):
         Args:
             run: Options of the run; None: base models.
         """
-        values = {k: v for k, v in to_dict(self).items() if k not in ("output", "run")}
+        values = {k: v for k, v in to_dict(self).items() if k not in ("output", "run", *OF_MACHINE)}
         trained = [to_dict(run)] if run else None
         text = json.dumps([values, trained, self.run and str(Path(self.run).resolve())])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -181,6 +187,7 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
 
     changes = chosen("query_encoder", "doc_encoder")
     changes |= chosen("data", "encoder", "lm", "output", "seed", "encode_tokens", "score_tokens")
+    changes |= {"devices": config.devices, "fsdp": config.fsdp}
     changes |= {
         name: prefix
         for name in ("query_prefix", "doc_prefix")

@@ -15,8 +15,8 @@ from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
-# Where a run is kept, and how often: it may be continued with other values.
-_NO_RESULT = ("output", "checkpoint_minutes")
+# Of the machine: a run may be continued with other values, and its config.json has none of them.
+OF_MACHINE = ("checkpoint_minutes", "devices", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +251,12 @@ class RunConfig(Options):
         dev_fraction: Share of the training questions held out where the data has no dev split.
         checkpoint_minutes: Minutes between two checkpoints, which are written while training goes
             on; 0: each step is saved before the next. A stopped run saves its last step, too.
-        encode_tokens: Tokens in a batch of the encoder, for indexes and queries.
-        score_tokens: Tokens in a batch of the language model, scoring or answering.
+        devices: Devices that compute, in every stage; 0: all of them, less those of
+            `refresh.devices`.
+        fsdp: Devices that have an equal part of each parameter and of the optimizer's state (FSDP);
+            1: each has all of it. 0: as few as have room for both models, where that is known.
+        encode_tokens: Tokens in a batch of the encoder on each device, for indexes and queries.
+        score_tokens: Tokens in a batch of the language model on each device, scoring or answering.
         data_options: Corpus and questions.
         prompt: Lengths in the prompt of the language model.
         refresh: How the index is kept up to date while the encoders train.
@@ -275,6 +279,8 @@ class RunConfig(Options):
     keep: Literal["best", "last"] = "best"
     dev_fraction: float = 0.2
     checkpoint_minutes: float = 2.0
+    devices: int = 0
+    fsdp: int = 0
     encode_tokens: int = 1024
     score_tokens: int = 4096
     data_options: DataConfig = field(default_factory=DataConfig)
@@ -289,8 +295,8 @@ class RunConfig(Options):
     program: ClassVar[str | None] = None
 
     def fingerprint(self) -> str:
-        """Returns a digest of everything that decides the run's result (not where it is kept)."""
-        values = {k: v for k, v in to_dict(self).items() if k not in _NO_RESULT}
+        """Returns a digest of everything that decides the run's result (not where it is made)."""
+        values = {k: v for k, v in to_dict(self).items() if k not in ("output", *OF_MACHINE)}
         values["refresh"] = {k: v for k, v in values["refresh"].items() if k not in NO_RESULT}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -341,7 +347,7 @@ class RunConfig(Options):
         """Raises ValueError naming the field that is out of range."""
         super().check()
         at_least(self, 1, "encode_tokens", "score_tokens")
-        at_least(self, 0, "checkpoint_minutes", "encoder_max_length")
+        at_least(self, 0, "checkpoint_minutes", "devices", "fsdp", "encoder_max_length")
         if not 0 <= self.dev_fraction < 1:
             raise ValueError(
                 f"dev_fraction must be at least 0 and below 1, got {self.dev_fraction:g}"

@@ -16,6 +16,7 @@ from ragjax.data import LengthBatch, PromptBuilder, buckets_up_to, fill_rows, le
 from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_groups
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
+from ragjax.training.mesh import rows_multiple, spread_rows
 
 # Lengths in tokens that prompts are padded to: a document of the default 140 and a question fall
 # into a few of them.
@@ -67,10 +68,11 @@ def row_batches(
 ) -> Iterator[RowBatch]:
     """Yields batches of about so many tokens that hold every row once."""
     if lm.family.packed_token_log_probs:
-        yield from _packed_batches(prompts, rows, batch_tokens)
+        yield from _packed_batches(prompts, rows, batch_tokens, rows_multiple(lm.params))
         return
     contexts = [row.context for row in rows]
-    for batch in context_batches(prompts, list(map(len, contexts)), batch_tokens):
+    devices = rows_multiple(lm.params)
+    for batch in context_batches(prompts, list(map(len, contexts)), batch_tokens, devices):
         chosen = [rows[place] for place in batch.rows]
         longest = max(len(row.target) for row in chosen)
         length = max(prompts.max_target_length, -(-longest // _TARGET_MULTIPLE) * _TARGET_MULTIPLE)
@@ -84,9 +86,8 @@ def batch_scores(lm: LanguageModel, params: Any, batch: RowBatch) -> dict[str, t
     """Returns of each part its log-probability in nats and its tokens."""
     function = lm.family.packed_token_log_probs or lm.family.token_log_probs
     scores = {}
-    for group, row in zip(
-        batch.groups, np.asarray(_score(function, lm.config, params, batch.tokens)), strict=False
-    ):
+    log_probs = _score(function, lm.config, params, spread_rows(batch.tokens, params))
+    for group, row in zip(batch.groups, np.asarray(log_probs), strict=False):
         first = 0
         for target, parts in ((one.target, one.parts) for one in group):
             for key, start, end in parts:
@@ -96,13 +97,13 @@ def batch_scores(lm: LanguageModel, params: Any, batch: RowBatch) -> dict[str, t
 
 
 def context_batches(
-    prompts: PromptBuilder, lengths: Sequence[int], batch_tokens: int
+    prompts: PromptBuilder, lengths: Sequence[int], batch_tokens: int, devices: int = 1
 ) -> list[LengthBatch]:
-    """Groups prompts of similar length into batches of about `batch_tokens`, few static shapes."""
+    """Groups prompts of similar length into batches of few static shapes; see `length_buckets`."""
     # A packed row holds targets too, and so may be longer than any context.
     longest = max([prompts.max_context_length, *lengths])
     buckets = buckets_up_to(longest, _CONTEXT_BUCKETS)
-    return length_buckets(lengths, batch_tokens=batch_tokens, buckets=buckets)
+    return length_buckets(lengths, batch_tokens=batch_tokens, buckets=buckets, devices=devices)
 
 
 def pack_batch(
@@ -133,7 +134,7 @@ def pack_batch(
 
 
 def _packed_batches(
-    prompts: PromptBuilder, rows: Sequence[Row], batch_tokens: int
+    prompts: PromptBuilder, rows: Sequence[Row], batch_tokens: int, devices: int
 ) -> Iterator[RowBatch]:
     """Yields batches of one shape, whose rows are documents, each with what follows it."""
     groups = _groups(rows)
@@ -145,8 +146,9 @@ def _packed_batches(
     multiple = -(-needed // _ROW_SLOTS) * _ROW_SLOTS
     length = next((size for size in _CONTEXT_BUCKETS if size >= needed), multiple)
     # Few rows, such as those of a training step, in one of few shapes.
-    full = max(1, batch_tokens // length)
+    full = max(1, batch_tokens // length) * devices
     count = min(full, 1 << max(0, -(-total // length) - 1).bit_length())
+    count = -(-count // devices) * devices
     # The largest first: what is small fills the gaps.
     order = sorted(range(len(groups)), key=lambda place: -sizes[place])
     planned = fill_rows(order, sizes, rows=count, length=length, window=len(order))

@@ -26,6 +26,7 @@ from ragjax.index import SearchResult
 from ragjax.models.cross_encoder import CrossEncoder
 from ragjax.models.inputs import PairTokens
 from ragjax.runs.workspace import Workspace
+from ragjax.training.mesh import rows_multiple, spread_rows
 from ragjax.training.score_cache import ResultCache, result_key
 
 # Padded tokens of a batch.
@@ -72,6 +73,7 @@ def cross_scores(
         list(map(len, ids)),
         batch_tokens=_BATCH_TOKENS,
         buckets=buckets_up_to(model.max_length, DEFAULT_BUCKETS),
+        devices=rows_multiple(model.params),
     )
     with tqdm(
         total=len(new), desc="cross-encoder", unit=" pairs", file=sys.stderr, disable=quiet
@@ -89,7 +91,8 @@ def cross_scores(
                     jnp.asarray(padded.mask),
                     None if typed is None else jnp.asarray(typed),
                 )
-                found = np.asarray(logits(model.params, tokens))[: len(chosen)]
+                found = logits(model.params, spread_rows(tokens, model.params))
+                found = np.asarray(found)[: len(chosen)]
                 cache.put(chosen, [PairScore(float(logit)) for logit in found])
             progress.update(len(chosen))
             workspace.stop.check()

@@ -3,7 +3,7 @@
 B questions a step, K retrieved documents, S document slots, M = B * S.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from ragjax.runs.train.statements import shown
 from ragjax.runs.workspace import Workspace
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, RagBatch
 from ragjax.training.live import StepDocuments
+from ragjax.training.mesh import spread_rows
 
 _CONTEXT_MULTIPLE = 32
 
@@ -36,7 +37,6 @@ class RagBatches:
         self,
         workspace: Workspace,
         config: RagConfig,
-        place: Callable[[RagBatch], RagBatch],
         *,
         sources: Sequence[frozenset[int]] | None = None,
     ) -> None:
@@ -45,11 +45,10 @@ class RagBatches:
         Args:
             workspace: Data and models.
             config: Options of the run.
-            place: Puts a batch on the devices.
             sources: Corpus rows that each question was made from, or that are itself, which are no
                 negatives of it; None: they are as any other.
         """
-        self._workspace, self._config, self._place = workspace, config, place
+        self._workspace, self._config = workspace, config
         encoder, query_ids = workspace.encoder, workspace.train_query_ids
         asked = workspace.query_encoder
         self._questions = workspace.questions["train"]
@@ -100,7 +99,7 @@ class RagBatches:
             relevant=relevant,
         )
         batch = RagBatch(**jax.tree.map(jnp.asarray, arrays))
-        return self._place(batch), self._recall(rows, results)
+        return spread_rows(batch, self._workspace.lm.params), self._recall(rows, results)
 
     def _candidates(self, results: SearchResult) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask `[B, K]`, the null document last."""

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -111,13 +110,12 @@ class BestStep:
         """Returns name and parameters of the best step.
 
         Args:
-            template: Parameters of the same shapes.
+            template: Parameters of the same shapes, in the same places.
 
         Raises:
             ValueError: They are damaged.
         """
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
-        restored = self._saved.latest_good(Saved(abstract))
+        restored = self._saved.latest_good(Saved(template))
         if restored is None or restored.info.get("name") != self._best[2]:
             folder = self._workspace.folder
             raise ValueError(

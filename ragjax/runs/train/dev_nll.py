@@ -20,6 +20,7 @@ from ragjax.runs.tokens import training_prompts
 from ragjax.runs.train.reading import Prompt, make_prompt, pack_prompts, unpacked, useless
 from ragjax.runs.trainable import SplitModel
 from ragjax.runs.workspace import Workspace
+from ragjax.training.mesh import spread_rows
 
 DEV_QUESTIONS = 12
 """Dev questions that are measured, at most: each costs a few forward passes."""
@@ -69,8 +70,8 @@ class DevNll:
         """Returns `[Q]` of the questions that are measured, higher is better."""
         sums = [-np.inf] * len(self._prompts)
         for rows, (batch, below) in zip(self._places, self._batches, strict=True):
-            log_probs = np.asarray(self._score(trainable, self._split.frozen, batch, below))
-            for values, prompts in zip(log_probs, rows, strict=False):
+            log_probs = self._score(trainable, self._split.frozen, batch, below)
+            for values, prompts in zip(np.asarray(log_probs), rows, strict=False):
                 start = 0
                 for prompt in prompts:
                     count = len(self._prompts[prompt].target)
@@ -86,7 +87,8 @@ class DevNll:
     @functools.cached_property
     def _packing(self) -> Any:
         order = sorted(range(len(self._prompts)), key=lambda p: -self._prompts[p].size)
-        return pack_prompts(self._prompts, order, batch_size=_BATCH)
+        devices = self._workspace.layout.num_devices
+        return pack_prompts(self._prompts, order, batch_size=_BATCH, devices=devices)
 
     @functools.cached_property
     def _places(self) -> list[list[list[int]]]:
@@ -104,9 +106,9 @@ class DevNll:
             builder = training_prompts(self._workspace.config.prompt, lm)
             length = -(-max(len(prompt.context) for prompt in self._prompts) // 32) * 32
             groups = [[self._prompts[row[0]] for row in rows] for rows in self._places]
-            return [(unpacked(builder, _filled(group), length), None) for group in groups]
+            return [(self._spread(unpacked(builder, _filled(one), length)), None) for one in groups]
         rows = [
-            self._packing.batch(number, self._prompts, lm.pad_id).rows
+            self._spread(self._packing.batch(number, self._prompts, lm.pad_id).rows)
             for number in range(len(self._packing.batches))
         ]
         params = self._split.merged(self._split.trainable)
@@ -118,6 +120,9 @@ class DevNll:
             )
         )
         return [(batch, states(params, batch)) for batch in rows]
+
+    def _spread(self, batch: Any) -> Any:
+        return spread_rows(batch, self._split.frozen)
 
     @functools.cached_property
     def _score(self) -> Callable[..., jax.Array]:

@@ -3,11 +3,9 @@
 import functools
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ragjax.data import batch_rows
 from ragjax.index import Bm25Index
@@ -33,45 +31,6 @@ _MARGINALS = {
 _DRAWN = {"gumbel": end_to_end.make_gumbel_term, "reinforce": end_to_end.make_reinforce_term}
 
 
-class Devices(NamedTuple):
-    """Where a step runs: one device, or a mesh that shares the questions."""
-
-    count: int
-    place_batch: Callable[[Any], Any]
-    replicate: Callable[[Any], Any]
-
-
-def choose_devices(config: RagConfig) -> Devices:
-    """Returns the devices of the training step: as many as divide the batch evenly.
-
-    Raises:
-        ValueError: There are fewer devices, or they do not divide the batch.
-    """
-    local = jax.local_devices()
-    spare = local[: len(local) - config.refresh.devices]
-    asked = config.training.devices
-    if not spare or asked > len(spare):
-        raise ValueError(
-            f"--training.devices {asked}: there are {len(local)} local devices, and"
-            f" {config.refresh.devices} of them encode (--refresh.devices)"
-        )
-    # Each part of an accumulated step is shared as well.
-    part = config.training.batch_size // config.training.accumulate
-    if asked and part % asked:
-        raise ValueError(
-            f"--training.devices {asked} does not divide the {part} questions of a part"
-            " (batch_size / accumulate)"
-        )
-    count = asked or max(n for n in range(1, len(spare) + 1) if part % n == 0)
-    if count == 1:
-        return Devices(1, lambda batch: batch, lambda tree: tree)
-    mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=spare[:count])
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    put = jax.device_put
-    return Devices(count, lambda batch: put(batch, rows), lambda tree: put(tree, everywhere))
-
-
 def train_end_to_end(
     workspace: Workspace,
     config: RagConfig,
@@ -91,9 +50,7 @@ def train_end_to_end(
     Returns:
         Both models after training.
     """
-    devices, training = choose_devices(config), config.training
-    if devices.count > 1:
-        workspace.log(f"{devices.count} devices share each step")
+    training, sharded = config.training, workspace.layout.num_devices > 1
     split = split_models(config, workspace.lm.family, workspace.lm.params, tower_params)
     questions = workspace.questions["train"]
     sources = None
@@ -103,7 +60,6 @@ def train_end_to_end(
     batches = RagBatches(
         workspace,
         config,
-        devices.place_batch,
         sources=no_negatives if sources or any(no_negatives) else None,
     )
     retrieval = open_retrieval(
@@ -116,7 +72,7 @@ def train_end_to_end(
         dense_weight=before.hybrid.dense_weight,
         sources=sources,
     )
-    stage = end_to_end_stage(config, split, len(questions), devices)
+    stage = end_to_end_stage(config, split, len(questions))
     host = AheadRetrieval(
         retrieval,
         batches.prepare,
@@ -133,18 +89,15 @@ def train_end_to_end(
         )
         return "questions " + ", ".join(questions[row].id for row in rows)
 
-    loss = make_loss(workspace, config, split, sharded=devices.count > 1)
+    loss = make_loss(workspace, config, split, sharded=sharded)
     with closing(host):
         trained = run_stage(
             workspace, stage, split, loss, host.batch_at, host=host, describe_batch=describe_batch
         )
-    # Indexes and evaluation run on one device.
-    return split.merged(jax.device_put(trained, jax.local_devices()[0]))
+    return split.merged(trained)
 
 
-def end_to_end_stage(
-    config: RagConfig, split: SplitModels, num_questions: int, devices: Devices
-) -> Stage:
+def end_to_end_stage(config: RagConfig, split: SplitModels, num_questions: int) -> Stage:
     """Returns the length and the updates of the stage."""
     rates = tower_rates(config.retriever, split.towers.trainable)
     if config.trains_lm:
@@ -157,7 +110,6 @@ def end_to_end_stage(
         learning_rate=rates,
         accumulate=config.training.accumulate,
         weight=lambda batch: np.float32(1.0) * batch.target_ids.shape[0],
-        replicate=devices.replicate,
     )
 
 

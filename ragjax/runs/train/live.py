@@ -98,21 +98,24 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> ref
         workspace.task,
         executor=_executor(config, folder),
         trigger=refresh_trigger(config.mode, trigger),
-        options=refresh_options(config),
+        options=refresh_options(config, workspace.layout.devices),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
         report=workspace.log,
         check=workspace.stop.check,
     )
 
 
-def refresh_options(config: RefreshConfig) -> refresh.RefreshOptions:
-    """Returns the refresher's options for those of a run."""
+def refresh_options(
+    config: RefreshConfig, devices: Sequence[jax.Device] | None = None
+) -> refresh.RefreshOptions:
+    """Returns the refresher's options for those of a run, whose devices share an exact index."""
     partial = (
         refresh.PartialPolicy(config.partial, config.full_every) if config.partial < 1 else None
     )
     return refresh.RefreshOptions(
         index=config.index,
         build=refresh.BuildOptions(deadline_seconds=config.deadline_seconds),
+        devices=devices,
         keep=config.keep,
         on_failure=config.on_failure,
         max_index_lag_steps=config.max_lag,

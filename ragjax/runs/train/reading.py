@@ -148,8 +148,9 @@ def lm_steps(workspace: Workspace, config: LMConfig, read: Sequence[Reading]) ->
             for row in batch_rows(seed, epoch, num_examples=len(read), batch_size=len(read))
         ]
         packing = pack_prompts(
-            prompts, order, batch_size=config.batch_size, parts=config.accumulate
-        )
+            prompts, order, batch_size=config.batch_size, parts=config.accumulate,
+            devices=workspace.layout.num_devices,
+        )  # fmt: skip
         pad_id = workspace.lm.pad_id
         return Steps(len(packing.batches), lambda step: packing.batch(step, prompts, pad_id))
     length = -(-max(len(prompt.context) for prompt in prompts) // 32) * 32
@@ -206,7 +207,7 @@ class Packing(NamedTuple):
     """Which prompts lie in which row of which batch, and the static shape of a batch."""
 
     batches: list[list[list[int]]]  # prompts by row, by batch
-    rows: int
+    rows: int  # of a batch; those beyond its own are empty
     length: int
     scored: int  # tokens of a row, at most
 
@@ -217,7 +218,7 @@ class Packing(NamedTuple):
                 (), [Suffix(prompts[p].context, prompts[p].target) for p in row],
                 length=self.length, num_targets=self.scored, pad_id=pad_id,
             )
-            for row in self.batches[number]
+            for row in self.batches[number] + [[]] * (self.rows - len(self.batches[number]))
         ]  # fmt: skip
         weights = np.zeros((self.rows, self.scored), np.float32)
         for place, row in enumerate(self.batches[number]):
@@ -228,7 +229,12 @@ class Packing(NamedTuple):
 
 
 def pack_prompts(
-    prompts: Sequence[Prompt], order: Sequence[int], *, batch_size: int, parts: int = 1
+    prompts: Sequence[Prompt],
+    order: Sequence[int],
+    *,
+    batch_size: int,
+    parts: int = 1,
+    devices: int = 1,
 ) -> Packing:
     """Plans batches of one static shape, as full of prompts as their order allows.
 
@@ -236,7 +242,8 @@ def pack_prompts(
         prompts: All prompts.
         order: Which of them, in this order as far as they fit; one may come several times.
         batch_size: Prompts of a batch on average.
-        parts: The rows of a batch are a multiple of it.
+        parts: In which a batch is taken, of as many rows each.
+        devices: That share the rows of each part: empty ones make them a multiple.
     """
     sizes = [prompt.size for prompt in prompts]
     batch = batch_size * sum(sizes) / len(sizes)
@@ -244,4 +251,5 @@ def pack_prompts(
     rows = max(1, round(batch / length / parts)) * parts
     batches = fill_rows(order, sizes, rows=rows, length=length, window=_WINDOW * batch_size)
     scored = max(sum(len(prompts[p].target) for p in row) for step in batches for row in step)
-    return Packing(batches, rows, length, -(-scored // 8) * 8)
+    shared = -(-rows // (parts * devices)) * parts * devices
+    return Packing(batches, shared, length, -(-scored // 8) * 8)

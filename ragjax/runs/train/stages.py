@@ -15,6 +15,7 @@ from ragjax.runs.trainable import SplitModel, SplitModels, SplitTowers
 from ragjax.runs.workspace import Workspace
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.loop import HostWork, LoopConfig, run_steps
+from ragjax.training.mesh import spread_rows
 from ragjax.training.optimizer import OptimizerConfig, make_optimizer
 from ragjax.training.steps import LossFn, TrainState, init_state, make_train_step
 
@@ -34,7 +35,6 @@ class Stage:
         index_version: Index that the stage starts from, noted in its checkpoints; None: not noted.
         accumulate: As in `make_train_step`.
         weight: As in `make_train_step`.
-        replicate: Puts state and frozen parameters on the devices of the step.
     """
 
     name: str
@@ -45,7 +45,6 @@ class Stage:
     index_version: int | None = None
     accumulate: int = 1
     weight: Callable[[Any], jax.Array] | None = None
-    replicate: Callable[[Any], Any] = lambda tree: tree
 
 
 def run_stage(
@@ -78,8 +77,10 @@ def run_stage(
     optimizer = stage_optimizer(stage)
     step = make_train_step(loss, optimizer, accumulate=stage.accumulate, weight=stage.weight)
 
-    def replicated(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict]:
-        return step(stage.replicate(state), batch, frozen)
+    layout = workspace.layout
+
+    def spread(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict]:
+        return step(state, spread_rows(batch, state.params), frozen)
 
     version = {} if stage.index_version is None else {"index_version": stage.index_version}
     return run_steps(
@@ -88,10 +89,10 @@ def run_stage(
             num_steps=stage.num_steps,
             checkpoint_seconds=60 * workspace.config.checkpoint_minutes,
         ),
-        replicated,
-        init_state(split.trainable, optimizer, stage.seed),
+        spread,
+        layout.place(init_state(split.trainable, optimizer, stage.seed)),
         batch_at,
-        frozen=stage.replicate(split.frozen),
+        frozen=layout.place(split.frozen),
         checkpointer=Checkpointer(workspace.folder / "checkpoints" / stage.name),
         log=workspace.metrics,
         stop=workspace.stop,

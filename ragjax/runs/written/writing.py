@@ -21,6 +21,7 @@ from ragjax.runs.compare.answers import answer_limits
 from ragjax.runs.options.questions import QuestionsConfig
 from ragjax.runs.teachers.batches import context_batches
 from ragjax.runs.workspace import FrozenLM, Workspace
+from ragjax.training.mesh import rows_multiple, spread_rows
 from ragjax.training.score_cache import ResultCache, result_key
 
 # As in the prompts of answers, so that a language model which has learnt those goes on in kind.
@@ -152,9 +153,8 @@ def write_drafts(
     ]
     cache = ResultCache(workspace.folder / "questions" / "drafts.jsonl", Draft)
     names = [[f"{key}-{sample}" for sample in range(config.per_passage)] for key in keys]
-    batches = context_batches(
-        workspace.prompts, list(map(len, contexts)), workspace.config.score_tokens
-    )
+    tokens, devices = workspace.config.score_tokens, rows_multiple(lm.params)
+    batches = context_batches(workspace.prompts, list(map(len, contexts)), tokens, devices)
     with tqdm(total=len(rows), desc="questions", unit=" passages", file=sys.stderr) as progress:
         for batch in batches:
             chosen = [name for place in batch.rows for name in names[place]]
@@ -215,7 +215,9 @@ def _sample(
     generated = generate_sampled(
         workspace.lm.decoder,
         lm.params,
-        Prompts(jnp.asarray(packed.context_ids), jnp.asarray(packed.context_mask)),
+        spread_rows(
+            Prompts(jnp.asarray(packed.context_ids), jnp.asarray(packed.context_mask)), lm.params
+        ),
         answer_limits(workspace.lm, _MOST_TOKENS),
         key=keys,
         sampling=sampling,

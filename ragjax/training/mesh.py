@@ -1,0 +1,136 @@
+"""Where the arrays of a run lie: the only module that names the axes of the mesh.
+
+The devices form a mesh of two axes, `data` x `fsdp`. The rows of a batch are divided over both.
+Parameters and optimiser states are divided over `fsdp` and copied along `data`, so that
+`fsdp` = 1 is data parallelism and `fsdp` = all devices is ZeRO's third stage.
+
+References:
+    Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+    2020, section 5; Xu et al., "GSPMD", 2021.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_AXES = _DATA, _FSDP = "data", "fsdp"
+# Values below which every device has an array whole: gathering it would take longer than reading.
+_SMALLEST = 2**16
+# Key of the parameters that are stacks of layers, which a scan takes one after the other.
+_STACKS = "layers"
+T = TypeVar("T")
+
+
+class Layout(NamedTuple):
+    """The mesh of a run; none for a single device, where everything is as JAX does it."""
+
+    mesh: Mesh | None = None
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def devices(self) -> list[jax.Device] | None:
+        """The devices; None for a single one, the default device."""
+        return None if self.mesh is None else list(self.mesh.devices.flat)
+
+    def describe(self) -> str:
+        """Returns a few words on the mesh."""
+        if self.mesh is None:
+            return "1 device"
+        return f"{self.num_devices} devices: " + " x ".join(
+            f"{axis} {size}" for axis, size in self.mesh.shape.items()
+        )
+
+    def sharding(self, path: str, shape: Sequence[int]) -> NamedSharding | None:
+        """Returns where a parameter, or a value of the optimiser for each of its values, goes.
+
+        Divided is the largest axis that `fsdp` divides; of a stack of layers never the first one.
+
+        Args:
+            path: Keys of the parameter, joined by "/".
+            shape: Of the parameter.
+        """
+        if self.mesh is None:
+            return None
+        parts = self.mesh.shape[_FSDP]
+        axes: list[str | None] = [None] * len(shape)
+        first = int(_STACKS in path.split("/"))
+        fitting = [axis for axis in range(first, len(shape)) if shape[axis] % parts == 0]
+        if parts > 1 and fitting and math.prod(shape) >= _SMALLEST:
+            axes[max(fitting, key=lambda axis: shape[axis])] = _FSDP
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def place(self, tree: T) -> T:
+        """Puts parameters or a state of training where they go."""
+        if self.mesh is None:
+            return tree
+
+        def place(path: Any, leaf: Any) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return jax.device_put(leaf, self.sharding(name, leaf.shape))
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def make_layout(devices: Sequence[jax.Device], *, fsdp: int = 1) -> Layout:
+    """Returns the layout over some devices.
+
+    Args:
+        devices: At least one.
+        fsdp: Devices that have an equal part of each parameter.
+
+    Raises:
+        ValueError: `fsdp` does not divide the number of devices.
+    """
+    count = len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(f"--fsdp {fsdp} does not divide the {count} devices (--devices)")
+    if count == 1:
+        return Layout()
+    kinds = (AxisType.Auto, AxisType.Auto)
+    shape = (count // fsdp, fsdp)
+    return Layout(jax.make_mesh(shape, _AXES, axis_types=kinds, devices=list(devices)))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """Returns the mesh that parameters lie on; None: on one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh  # pyrefly: ignore[bad-return]  (of placed arrays never abstract)
+    return None
+
+
+def rows_multiple(params: Any) -> int:
+    """Returns what the rows of a batch must be a multiple of for the devices of some parameters."""
+    mesh = mesh_of(params)
+    return 1 if mesh is None else mesh.size
+
+
+def spread_rows(batch: T, params: Any) -> T:
+    """Divides the rows of a batch over the devices that some parameters lie on.
+
+    Args:
+        batch: Arrays whose first axis is the rows. Rows that all devices do not divide evenly are
+            divided over one axis of the mesh, or, where that is not possible either, computed
+            by each device.
+        params: What the batch will be computed with.
+    """
+    mesh = mesh_of(params)
+    if mesh is None:
+        return batch
+    ways = [(_AXES, mesh.size), *sorted(mesh.shape.items(), key=lambda axis: -axis[1])]
+
+    def spread(leaf: Any) -> jax.Array:
+        rows = leaf.shape[:1]
+        axes = next((axes for axes, count in ways if rows and rows[0] % count == 0), None)
+        spec = PartitionSpec(axes) if axes else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(spread, batch)
