@@ -82,7 +82,7 @@ def batch_of(opened, **training):
     config, workspace = opened
     changes = {"training": dataclasses.replace(config.training, **training)}
     config = dataclasses.replace(config, **changes)
-    return RagBatches(workspace, config, lambda batch: batch).prepare(retrieved(workspace))
+    return RagBatches(workspace, config).prepare(retrieved(workspace))
 
 
 def test_a_batch_holds_what_was_retrieved(opened):
@@ -119,7 +119,7 @@ def test_null_document_adds_an_empty_one_that_the_model_answers_without(opened):
 def test_contrastive_weight_brings_a_judged_document_into_the_batch(opened):
     config, workspace = opened
     objective = ObjectiveConfig(contrastive_weight=1.0)
-    batches = RagBatches(workspace, dataclasses.replace(config, objective=objective), lambda b: b)
+    batches = RagBatches(workspace, dataclasses.replace(config, objective=objective))
     gold = [next(iter(rows)) for rows in workspace.gold_rows("train")]
     given = retrieved(workspace)
     given.found.doc_ids[1, 2] = gold[1]  # question 1 found its own
@@ -137,16 +137,12 @@ def test_what_a_question_was_made_from_is_no_negative_of_it(opened):
     assert batch_of(opened)[0].relevant is None
     sources = [frozenset()] * len(workspace.questions["train"])
     sources[0] = frozenset({4, 40})  # question 1 retrieved row 4
-    batch, _ = RagBatches(workspace, config, lambda b: b, sources=sources).prepare(
-        retrieved(workspace)
-    )
+    batch, _ = RagBatches(workspace, config, sources=sources).prepare(retrieved(workspace))
     assert np.argwhere(np.asarray(batch.relevant)).tolist() == [[0, 4]]
     gold = next(iter(workspace.gold_rows("train")[0]))
     objective = ObjectiveConfig(contrastive_weight=1.0)
     judged = dataclasses.replace(config, objective=objective)
-    batch, _ = RagBatches(workspace, judged, lambda b: b, sources=sources).prepare(
-        retrieved(workspace)
-    )
+    batch, _ = RagBatches(workspace, judged, sources=sources).prepare(retrieved(workspace))
     flat = np.asarray(batch.doc_ids).reshape(-1)
     np.testing.assert_array_equal(batch.relevant[0], np.isin(flat, [4, 40, gold]))
 
@@ -156,7 +152,7 @@ def test_a_short_result_is_masked(opened):
     config, _ = opened
     given = retrieved(workspace)
     given.found.mask[2, 1:] = False
-    batch, _ = RagBatches(workspace, config, lambda b: b).prepare(given)
+    batch, _ = RagBatches(workspace, config).prepare(given)
     np.testing.assert_array_equal(batch.doc_mask[2], [True, False, False])
     assert not np.asarray(batch.docs.mask[2, 1:]).any()
     assert np.asarray(batch.context_mask[2, 1]).any()  # no row of nothing but padding
@@ -165,15 +161,15 @@ def test_a_short_result_is_masked(opened):
 def test_documents_and_doc_tokens_set_the_shapes(opened):
     config, workspace = opened
     more = dataclasses.replace(config, training=TrainingConfig(documents=500, batch_size=4))
-    assert RagBatches(workspace, more, lambda b: b).num_retrieved == len(workspace.doc_tokens)
+    assert RagBatches(workspace, more).num_retrieved == len(workspace.doc_tokens)
     shorter = dataclasses.replace(config, retriever=TowersConfig(doc_tokens=9))
-    lengths = [RagBatches(workspace, c, lambda b: b).doc_tokens for c in (config, shorter)]
+    lengths = [RagBatches(workspace, c).doc_tokens for c in (config, shorter)]
     assert lengths[0] > lengths[1]
 
 
 def test_every_batch_has_the_same_shapes(opened):
     config, workspace = opened
-    batches = RagBatches(workspace, config, lambda b: b)
+    batches = RagBatches(workspace, config)
     first, _ = batches.prepare(retrieved(workspace))
     given = retrieved(workspace)
     other, _ = batches.prepare(given._replace(rows=np.arange(4, 8)))

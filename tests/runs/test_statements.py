@@ -77,7 +77,7 @@ def test_questions_without_answers_are_left_out_and_statements_alone_can_train(
 
 def test_a_reader_is_not_shown_what_it_is_to_reconstruct(opened):
     config, workspace = opened
-    batches = RagBatches(workspace, config, lambda batch: batch)
+    batches = RagBatches(workspace, config)
     statement = workspace.questions["train"][4]
     read = workspace.lm.tokenizer.decode(batches._context(4, 0))
     passage = workspace.dataset.corpus[0]
@@ -112,7 +112,7 @@ def test_what_a_statement_may_not_find_is_not_missed(opened):
     config, workspace = opened
     rows = workspace.relevant_rows("train")
     sources = [frozenset()] * 4 + list(rows[4:])
-    batches = RagBatches(workspace, config, lambda batch: batch, sources=sources)
+    batches = RagBatches(workspace, config, sources=sources)
     nothing = dataclasses.make_dataclass("Found", ["doc_ids", "mask"])
     found = nothing([[] for _ in range(6)], [[] for _ in range(6)])
     assert batches._recall(range(4, 10), found) == {}

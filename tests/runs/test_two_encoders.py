@@ -84,7 +84,7 @@ def test_each_side_is_embedded_by_its_own_model_with_its_own_prefix(opened, two)
 
 def test_a_batch_has_the_query_encoders_tokens(opened):
     config, workspace = opened
-    batches = RagBatches(workspace, config, lambda batch: batch)
+    batches = RagBatches(workspace, config)
     found = build_bm25(workspace).search([q.text for q in workspace.questions["train"][:2]], 2)
     batch, _ = batches.prepare(StepDocuments(0, np.arange(2), found))
     expected = query_ids(workspace.query_encoder, workspace.questions["train"][:1])[0]
