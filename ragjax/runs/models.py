@@ -46,7 +46,9 @@ def layout_of(config: RunConfig) -> Layout:
             f" {config.refresh.devices} of them encode (--refresh.devices)"
         )
     devices = spare[: config.devices or None]
-    return make_layout(devices, fsdp=config.fsdp or _fewest_parts(config, devices))
+    pmap = config.parallel == "pmap"
+    fsdp = 1 if pmap else config.fsdp or _fewest_parts(config, devices)
+    return make_layout(devices, fsdp=fsdp, mapped=pmap)
 
 
 def _fewest_parts(config: RunConfig, devices: Sequence[jax.Device]) -> int:

@@ -29,7 +29,7 @@ from ragjax.losses import (
 )
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.models.seq2seq.fusion import FusionBatch
-from ragjax.training.lsr import Encode, towers
+from ragjax.training.lsr import Encode, gathered, towers
 from ragjax.training.steps import LossFn, Metrics
 from ragjax.training.terms import NO_SLOT as NO_SLOT
 from ragjax.training.terms import NULL_DOC as NULL_DOC
@@ -62,6 +62,7 @@ def make_rag_loss(
     merge_tower: Callable[[Any, Any], Any] | None = None,
     merge_lm: Callable[[Any, Any], Any] | None = None,
     encode_queries: Encode | None = None,
+    axis_name: str | None = None,
 ) -> LossFn:
     """Builds the end-to-end loss over live scores s = scale · q·d, averaged over the questions.
 
@@ -76,6 +77,8 @@ def make_rag_loss(
         merge_lm: `(trainable, frozen)` of the language model to its parameters; None: it trains as
             a whole, or not at all.
         encode_queries: Of queries, where they have another architecture; None: `encode`.
+        axis_name: Mapped axis over which the questions are divided; the documents of all of them
+            are gathered for the terms that compare within the batch.
 
     Returns:
         `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`. `params` holds
@@ -105,13 +108,18 @@ def make_rag_loss(
         query_params, doc_params = towers(trained_towers, frozen["towers"], merge_tower)
         batch = _without_masked(batch)
         queries = (encode_queries or encode)(query_params, batch.queries)  # [B, D]
-        own, everyone = _scores(encode, queries, doc_params, batch, scale, chunk_tokens)
+        own, docs = _scores(encode, queries, doc_params, batch, scale, chunk_tokens)
+        everyone = jnp.einsum(
+            "bd,md->bm", queries, gathered(docs, axis_name), precision=jax.lax.Precision.HIGHEST
+        )
         doc_scores = own[:, : batch.doc_mask.shape[1]]
         log_probs = _once(reader.log_probs, lm_params, batch)
         outputs = Outputs(
             batch=batch,
             doc_scores=doc_scores,
-            batch_scores=everyone,
+            batch_scores=scale * everyone,
+            ids=gathered(batch.doc_ids.reshape(-1), axis_name),
+            first=0 if axis_name is None else jax.lax.axis_index(axis_name) * batch.doc_ids.size,
             log_probs=log_probs,
             fused_log_probs=_once(reader.fused_log_probs, lm_params, batch),
             attention=_once(reader.attention, lm_params, batch),
@@ -165,7 +173,7 @@ def _scores(
     scale: float,
     chunk_tokens: int | None,
 ) -> tuple[Array, Array]:
-    """Returns live scores of each question's own slots `[B, S]` and of all documents `[B, M]`."""
+    """Returns live scores of each question's own slots `[B, S]`, and all documents `[M, D]`."""
     questions, slots, length = batch.docs.ids.shape
     flat = Tokens(*(leaf.reshape(questions * slots, length) for leaf in batch.docs))
     chunk = flat.ids.shape[0] if chunk_tokens is None else max(1, chunk_tokens // length)
@@ -174,8 +182,7 @@ def _scores(
     docs = jnp.where((batch.doc_ids != NO_SLOT).reshape(-1, 1), docs, 0.0)
     highest = jax.lax.Precision.HIGHEST
     own = jnp.einsum("bd,bsd->bs", queries, docs.reshape(questions, slots, -1), precision=highest)
-    everyone = jnp.einsum("bd,md->bm", queries, docs, precision=highest)
-    return scale * own, scale * everyone
+    return scale * own, docs
 
 
 def _once(function: Callable[[Any, RagBatch], Array] | None, params: Any, batch: RagBatch) -> Any:

@@ -56,6 +56,7 @@ def make_lsr_loss(
     chunk_tokens: int = 2048,
     merge: Callable[[Any, Any], Any] | None = None,
     encode_queries: Encode | None = None,
+    axis_name: str | None = None,
 ) -> LossFn:
     """Builds the LSR loss over live scores s = scale · q·d, averaged over the questions.
 
@@ -73,6 +74,8 @@ def make_lsr_loss(
         merge: `(trainable, frozen)` of one tower to its parameters, where part of a tower is frozen
             (see `towers`); None: towers train as a whole.
         encode_queries: Of queries, where they have another architecture; None: `encode`.
+        axis_name: Mapped axis over which the rows of queries and of documents are divided; every
+            device's documents are gathered for all queries.
 
     Returns:
         `(params, frozen, batch, key) -> (loss [], metrics)` for `make_train_step`; entropies are
@@ -97,11 +100,11 @@ def make_lsr_loss(
         # What an encoder makes of padding may be NaN, and 0 · NaN is NaN in the others' gradient.
         real = batch.candidate_mask.any(axis=1)
         queries = jnp.where(real[:, None], queries, 0.0)
-        docs = jnp.where(batch.doc_mask[:, None], docs, 0.0)
+        docs = gathered(jnp.where(batch.doc_mask[:, None], docs, 0.0), axis_name)
         scores = scale * jnp.einsum(
             "bd,md->bm", queries, docs, precision=jax.lax.Precision.HIGHEST
         )  # [B, M]
-        everyone = jnp.broadcast_to(batch.doc_mask[None, :], scores.shape)
+        everyone = jnp.broadcast_to(gathered(batch.doc_mask, axis_name)[None, :], scores.shape)
         if batch.excluded is not None:
             everyone &= ~batch.excluded
         mask = everyone if in_batch else batch.candidate_mask & everyone
@@ -127,3 +130,13 @@ def make_lsr_loss(
         return loss, means | {"impossible_answers": lost.sum()}
 
     return loss
+
+
+def real_questions(batch: LsrBatch) -> jax.Array:
+    """Returns what the loss is a mean over, for `make_train_step`: `[]` int32."""
+    return batch.candidate_mask.any(axis=1).sum()
+
+
+def gathered(rows: jax.Array, axis_name: str | None) -> jax.Array:
+    """Returns the rows of all devices of a mapped axis one after the other; None: the rows."""
+    return rows if axis_name is None else jax.lax.all_gather(rows, axis_name, tiled=True)

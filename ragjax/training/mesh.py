@@ -17,6 +17,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 _AXES = _DATA, _FSDP = "data", "fsdp"
+ROWS = _DATA
+"""Axis over which a step under `jax.pmap` has its rows."""
 # Values below which every device has an array whole: gathering it would take longer than reading.
 _SMALLEST = 2**16
 # Key of the parameters that are stacks of layers, which a scan takes one after the other.
@@ -28,6 +30,7 @@ class Layout(NamedTuple):
     """The mesh of a run; none for a single device, where everything is as JAX does it."""
 
     mesh: Mesh | None = None
+    mapped: bool = False  # training steps run under `jax.pmap`
 
     @property
     def num_devices(self) -> int:
@@ -38,6 +41,11 @@ class Layout(NamedTuple):
     def devices(self) -> list[jax.Device] | None:
         """The devices; None for a single one, the default device."""
         return None if self.mesh is None else list(self.mesh.devices.flat)
+
+    @property
+    def rows_axis(self) -> str | None:
+        """The mapped axis of training steps; None: they run under `jax.jit`."""
+        return ROWS if self.mapped else None
 
     def describe(self) -> str:
         """Returns a few words on the mesh."""
@@ -78,12 +86,13 @@ class Layout(NamedTuple):
         return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def make_layout(devices: Sequence[jax.Device], *, fsdp: int = 1) -> Layout:
+def make_layout(devices: Sequence[jax.Device], *, fsdp: int = 1, mapped: bool = False) -> Layout:
     """Returns the layout over some devices.
 
     Args:
         devices: At least one.
         fsdp: Devices that have an equal part of each parameter.
+        mapped: Run training steps under `jax.pmap`, which needs `fsdp` 1.
 
     Raises:
         ValueError: `fsdp` does not divide the number of devices.
@@ -95,7 +104,7 @@ def make_layout(devices: Sequence[jax.Device], *, fsdp: int = 1) -> Layout:
         return Layout()
     kinds = (AxisType.Auto, AxisType.Auto)
     shape = (count // fsdp, fsdp)
-    return Layout(jax.make_mesh(shape, _AXES, axis_types=kinds, devices=list(devices)))
+    return Layout(jax.make_mesh(shape, _AXES, axis_types=kinds, devices=list(devices)), mapped)
 
 
 def mesh_of(params: Any) -> Mesh | None:
@@ -125,7 +134,8 @@ def spread_rows(batch: T, params: Any) -> T:
     mesh = mesh_of(params)
     if mesh is None:
         return batch
-    ways = [(_AXES, mesh.size), *sorted(mesh.shape.items(), key=lambda axis: -axis[1])]
+    single = sorted(mesh.shape.items(), key=lambda axis: -axis[1])
+    ways = [(mesh.axis_names, mesh.size), *single]
 
     def spread(leaf: Any) -> jax.Array:
         rows = leaf.shape[:1]

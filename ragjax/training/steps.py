@@ -1,11 +1,14 @@
 """Training steps: one pure, jitted, donated function (state, batch) -> (state, metrics)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from ragjax.training.mesh import ROWS
 
 Metrics = dict[str, jax.Array]
 # (trainable parameters, frozen parameters, batch, key) -> (scalar loss, metrics)
@@ -46,6 +49,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     weight: Callable[[Any], jax.Array] | None = None,
+    mapped: Sequence[jax.Device] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `step(state, batch, frozen=None) -> (state, metrics)`, jitted, with the state donated.
 
@@ -65,6 +69,10 @@ def make_train_step(
             tokens or the rows. With it, the N parts together give the loss and the gradient of the
             whole batch, however unevenly that number is spread. Metrics of an integer type are
             counts and are added up; the others are averaged with it.
+        mapped: Devices of a `jax.pmap` over the rows, which each of them gets an equal part of, and
+            whose losses, gradients and metrics are averaged by `weight` over the axis `mesh.ROWS`;
+            None: `jax.jit`, which goes where its arguments lie. A loss in which rows meet gathers
+            them over that axis.
 
     Returns:
         The step. Its metrics are those of `loss_fn` plus `loss`, `grad_norm` (before clipping) and
@@ -72,19 +80,24 @@ def make_train_step(
         (another index, another language model of the same shapes) do not recompile it.
 
     Raises:
-        ValueError: `accumulate` is below 1 or comes without `weight`; the step, when first called,
-            if the rows of a batch cannot be divided by it.
+        ValueError: `accumulate` is below 1 or comes without `weight`, as `mapped` must not; the
+            step, when first called, if the rows of a batch cannot be divided by it, or among the
+            devices.
 
     Gradients:
         Taken here, and only here; none through `frozen` or `batch`.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    if accumulate > 1 and weight is None:
+    if weight is None and (accumulate > 1 or mapped is not None):
         raise ValueError(f"accumulate={accumulate} needs weight=, what the loss is a mean over")
     differentiated = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate > 1 and weight is not None:
         differentiated = _accumulated(differentiated, accumulate, weight)
+    elif mapped is not None and weight is not None:
+        differentiated = jax.value_and_grad(_shared(loss_fn, weight), has_aux=True)
+    if mapped is not None and weight is not None:
+        differentiated = _summed(differentiated, weight, weighted=accumulate == 1)
 
     def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -107,7 +120,71 @@ def make_train_step(
         report = metrics | {"loss": loss, "grad_norm": grad_norm, "skipped": skipped}
         return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in report.items()}
 
-    return jax.jit(step, donate_argnums=0)
+    if mapped is None:
+        return jax.jit(step, donate_argnums=0)
+    on_each = jax.pmap(
+        step, ROWS, in_axes=(None, 0, None), out_axes=None, devices=mapped, donate_argnums=0
+    )
+
+    def mapped_step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Any]:
+        return on_each(state, _for_each(batch, len(mapped)), frozen)
+
+    return mapped_step
+
+
+def _shared(loss_fn: LossFn, weight: Callable[[Any], jax.Array]) -> LossFn:
+    """Returns a device's part of the loss of all, so that gradients of gathered rows add up."""
+
+    def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        value, metrics = loss_fn(params, frozen, batch, key)
+        return value * _share(weight, batch), metrics
+
+    return loss
+
+
+def _share(weight: Callable[[Any], jax.Array], batch: Any) -> jax.Array:
+    own = weight(batch).astype(jnp.float32)
+    return own / jnp.maximum(jax.lax.psum(own, ROWS), 1e-30)
+
+
+def _summed(
+    differentiated: Callable[..., Any], weight: Callable[[Any], jax.Array], *, weighted: bool
+) -> Callable[..., Any]:
+    """Returns a function like `differentiated` whose result is that of all devices' rows.
+
+    Args:
+        differentiated: Of a device's own rows.
+        weight: What their loss is a mean over.
+        weighted: Loss and gradient, though not the metrics, are parts of the whole already.
+    """
+
+    def whole(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        # Draws of different rows differ.
+        key = jax.random.fold_in(key, jax.lax.axis_index(ROWS))
+        (loss, metrics), grads = differentiated(params, frozen, batch, key)
+        share = _share(weight, batch)
+        metrics = jax.tree.map(lambda value: _weighted(value, share), metrics)
+        if not weighted:
+            loss, grads = jax.tree.map(lambda value: _weighted(value, share), (loss, grads))
+        return jax.lax.psum(((loss, metrics), grads), ROWS)
+
+    return whole
+
+
+def _for_each(batch: Any, devices: int) -> Any:
+    """Returns arrays `[devices, rows / devices, ...]`."""
+
+    def divide(leaf: Any) -> Any:
+        rows = leaf.shape[0]
+        if rows % devices:
+            raise ValueError(
+                f"--parallel pmap: a batch of {rows} rows cannot be taken by {devices} devices in"
+                " equal parts; choose a batch size that is a multiple, other --devices, or"
+                " --parallel mesh"
+            )
+        return np.reshape(leaf, (devices, rows // devices, *leaf.shape[1:]))
+
+    return jax.tree.map(divide, batch)
 
 
 def _accumulated(

@@ -70,6 +70,14 @@ class Outputs(NamedTuple):
     # [B, K] log-prob of the whole answer without each document, constant
     leave_one_out: Callable[[], Array]
     key: Array  # of the step's random draws
+    # [M] int32 ids of the documents of `batch_scores`; None: those of the batch in their order
+    ids: Array | None = None
+    first: Array | int = 0  # [] int32, place among them of the first slot of the first question
+
+    @property
+    def batch_ids(self) -> Array:
+        """Ids of all documents that the questions are scored with, `[M]` int32."""
+        return self.batch.doc_ids.reshape(-1) if self.ids is None else self.ids
 
 
 Term = Callable[[Outputs], Array]  # -> [B] nats
@@ -201,8 +209,8 @@ def contrastive_term(outputs: Outputs) -> Array:
     batch = outputs.batch
     assert batch.positive is not None and batch.relevant is not None, "set for this term"
     rows = jnp.arange(len(batch.positive), dtype=jnp.int32)
-    columns = rows * batch.doc_ids.shape[1] + jnp.maximum(batch.positive, 0)
-    distinct = (batch.doc_ids.reshape(-1) >= 0) & _first_of_its_kind(batch.doc_ids)
+    columns = outputs.first + rows * batch.doc_ids.shape[1] + jnp.maximum(batch.positive, 0)
+    distinct = (outputs.batch_ids >= 0) & _first_of_its_kind(outputs.batch_ids)
     judged = batch.positive >= 0
     mask = distinct[None, :] & ~batch.relevant & judged[:, None]
     # `info_nce_loss` keeps the positive itself; a question whose negatives are all masked counts 0.
@@ -222,10 +230,10 @@ def negatives_term(outputs: Outputs) -> Array:
     over C re-ranks within it. A document in `batch.relevant` is left out.
     """
     batch = outputs.batch
-    flat = batch.doc_ids.reshape(-1)  # [M]
+    flat = outputs.batch_ids
     candidates = jnp.where(batch.doc_mask, batch.doc_ids[:, : batch.doc_mask.shape[1]], NO_SLOT)
     own = (flat[None, None, :] == candidates[:, :, None]).any(axis=1)  # [B, M]
-    others = (flat >= 0) & _first_of_its_kind(batch.doc_ids)
+    others = (flat >= 0) & _first_of_its_kind(flat)
     negative = others[None, :] & ~own
     if batch.relevant is not None:
         negative &= ~batch.relevant
@@ -266,8 +274,7 @@ def _scored(outputs: Outputs, score: Score) -> Array:
     return score(sums, target_mask.sum(axis=1))
 
 
-def _first_of_its_kind(doc_ids: Array) -> Array:
+def _first_of_its_kind(flat: Array) -> Array:
     """Tells, for each slot of the batch `[M]`, whether no earlier one holds the same document."""
-    flat = doc_ids.reshape(-1)
     same = flat[:, None] == flat[None, :]
     return ~jnp.tril(same, k=-1).any(axis=1)

@@ -91,23 +91,25 @@ def on_one_device(shared, tiny_inputs):
 
 
 @pytest.mark.parametrize(
-    ("program", "fsdp"),
+    ("program", "fsdp", "more"),
     [
-        ("adapt", 4),
-        pytest.param("adapt", 1, marks=pytest.mark.slow),
-        pytest.param("adapt", 8, marks=pytest.mark.slow),
-        ("train_rag", 2),
-        pytest.param("train_rag", 1, marks=pytest.mark.slow),
-        pytest.param("train_rag", 8, marks=pytest.mark.slow),
+        ("adapt", 4, ()),
+        pytest.param("adapt", 1, (), marks=pytest.mark.slow),
+        pytest.param("adapt", 8, (), marks=pytest.mark.slow),
+        pytest.param("adapt", 1, ("--parallel=pmap",), marks=pytest.mark.slow),
+        ("train_rag", 2, ()),
+        pytest.param("train_rag", 1, (), marks=pytest.mark.slow),
+        pytest.param("train_rag", 8, (), marks=pytest.mark.slow),
+        pytest.param("train_rag", 1, ("--parallel=pmap",), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_on_eight_devices_is_that_of_one(
-    on_one_device, tmp_path, capsys, by_stage, program, fsdp
+    on_one_device, tmp_path, capsys, by_stage, program, fsdp, more
 ):
     expected, flags = on_one_device(program)
     before = held_by_device()
     main = load_script(f"experiments/{program}.py").main
-    assert main([*flags, f"--output={tmp_path / 'run'}", f"--fsdp={fsdp}"]) == 0
+    assert main([*flags, f"--output={tmp_path / 'run'}", f"--fsdp={fsdp}", *more]) == 0
     said = capsys.readouterr().out
     assert f"8 devices: data {8 // fsdp} x fsdp {fsdp}" in said
     assert_same(tmp_path / "run", expected)

@@ -387,7 +387,12 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
         "distractors": 3, "encode_tokens": 3, "score_tokens": 3, "rerank": "question",
         "rerank_depth": 3,
     }  # fmt: skip
-    assert {f.name for f in dataclasses.fields(config)} - {"run", "output", "devices", "fsdp"} == set(changed)
+    assert {f.name for f in dataclasses.fields(config)} - {
+        "run",
+        "output",
+        "devices",
+        "fsdp",
+    } == set(changed)
     plain = config.fingerprint(None)
     for name, value in changed.items():
         other = dataclasses.replace(config, **{name: value})

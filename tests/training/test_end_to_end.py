@@ -16,6 +16,7 @@ from ragjax.models.inputs import Tokens
 from ragjax.models.seq2seq.fusion import FusionBatch
 from ragjax.training import end_to_end as e2e
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, LMReader, Outputs, RagBatch, make_rag_loss
+from ragjax.training.mesh import ROWS
 from ragjax.training.steps import init_state, make_train_step
 
 pytestmark = pytest.mark.slow
@@ -576,3 +577,32 @@ def test_the_attention_term_distils_the_decoders_attention():
 def test_a_term_that_the_reader_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="does not give"):
         value(e2e.fused_lm_term, make_batch())
+
+
+def test_pmap_over_the_questions_learns_what_one_device_learns():
+    batch = make_batch(questions=4, documents=2, slots=3)
+    batch = batch._replace(
+        # One document twice, on two devices, and one that is no negative of a question elsewhere.
+        doc_ids=batch.doc_ids.at[3, 1].set(batch.doc_ids[0, 1]),
+        positive=jnp.array([2, -1, 0, 1], jnp.int32),
+        relevant=jnp.zeros((4, 12), bool).at[0, 10].set(True),
+    )
+    terms = {
+        "marginal": (1.0, e2e.sequence_term),
+        "contrastive": (0.5, e2e.contrastive_term),
+        "negatives": (1.0, e2e.negatives_term),
+    }
+    optimizer, results = optax.adam(1e-2), []
+    for axis, mapped in ((None, None), (ROWS, jax.devices()[:2]), (ROWS, jax.devices()[:4])):
+        step = make_train_step(
+            loss_of(terms, axis_name=axis), optimizer, mapped=mapped,
+            weight=lambda batch: jnp.float32(len(batch.doc_ids)),
+        )  # fmt: skip
+        state, found = init_state(make_params(), optimizer, 0), []
+        for _ in range(3):
+            state, metrics = step(state, batch, FROZEN)
+            found.append({name: float(value) for name, value in metrics.items()})
+        results.append(found)
+    for other in results[1:]:
+        for mine, expected in zip(other, results[0], strict=True):
+            assert mine == pytest.approx(expected, rel=1e-5, abs=1e-5)

@@ -6,7 +6,8 @@ import pytest
 from ragjax.losses import encode_in_chunks, lsr_loss, pdist_loss
 from ragjax.models import Tokens
 from ragjax.models.testing import tiny_encoder
-from ragjax.training.lsr import LsrBatch, make_lsr_loss, towers
+from ragjax.training.lsr import LsrBatch, make_lsr_loss, real_questions, towers
+from ragjax.training.mesh import ROWS
 from ragjax.training.optimizer import OptimizerConfig, make_optimizer
 from ragjax.training.steps import init_state, make_train_step
 
@@ -228,3 +229,30 @@ def test_a_larger_batch_does_not_take_more_memory_than_one_chunk(rng):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert peak(128) < 1.5 * peak(16)
+
+
+@pytest.mark.slow
+def test_pmap_over_the_rows_learns_what_one_device_learns(rng):
+    encoder, optimizer = (
+        tiny_encoder(),
+        make_optimizer(OptimizerConfig(learning_rate=1e-3), total_steps=3),
+    )
+    batch = random_batch(rng)
+    # Four queries and eight documents on four devices; one query is padding.
+    padded = batch._replace(
+        queries=Tokens(*(jnp.pad(leaf, ((0, 1), (0, 0))) for leaf in batch.queries)),
+        target_log_probs=jnp.pad(batch.target_log_probs, ((0, 1), (0, 0)), constant_values=-np.inf),
+        candidate_mask=jnp.pad(batch.candidate_mask, ((0, 1), (0, 0))),
+        excluded=jnp.zeros((B + 1, M), bool).at[0, 3].set(True),
+    )
+    results = []
+    for axis, mapped in ((None, None), (ROWS, jax.devices()[:4])):
+        loss = make_lsr_loss(encoder.encode, pdist_loss, scale=20.0, in_batch=True, axis_name=axis)
+        step = make_train_step(loss, optimizer, weight=real_questions, mapped=mapped)
+        state = init_state({"shared": encoder.params}, optimizer, 0)
+        results.append([])
+        for _ in range(3):
+            state, metrics = step(state, padded)
+            results[-1].append({name: float(value) for name, value in metrics.items()})
+    for mine, expected in zip(*results, strict=True):
+        assert mine == pytest.approx(expected, rel=1e-4, abs=1e-5)

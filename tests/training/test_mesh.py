@@ -5,7 +5,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from ragjax.training import mesh
 from ragjax.training.checkpoint import Checkpointer
+from ragjax.training.lsr import gathered
 from ragjax.training.mesh import Layout, make_layout, mesh_of, rows_multiple, spread_rows
 from ragjax.training.steps import init_state, make_train_step
 
@@ -130,3 +132,58 @@ def test_rows_of_each_device_shrink_with_the_parts_of_a_step():
         state = where.place(init_state(params, optax.sgd(0.1), 0))
         step(state, spread_rows(np.ones((64, 4), np.float32), params))
         assert seen[-1].shard_shape((64 // parts, 4)) == (8 // parts, 4)
+
+
+# Some loss whose rows meet: each is compared with those of the whole batch.
+def contrastive_of(axis_name):
+    def loss(params, frozen, batch, key):
+        vectors = jnp.tanh(batch["x"] @ params)
+        everyone = gathered(vectors, axis_name)
+        own = (vectors**2).sum(1)
+        each = jax.nn.logsumexp(vectors @ everyone.T, axis=1) - own
+        counted = batch["counts"]
+        total = jnp.maximum(1, counted.sum()).astype(each.dtype)
+        metrics = {"real": counted.sum(), "mean": jnp.where(counted, own, 0.0).sum() / total}
+        return jnp.where(counted, each, 0.0).sum() / total, metrics
+
+    return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pmap_learns_what_jit_learns_where_rows_meet_and_count_differs(rng, accumulate):
+    batch = {
+        "x": rng.normal(size=(16, 4)).astype(np.float32),
+        "counts": np.arange(16) % 5 < 2 + np.arange(16) // 8,  # unlike on each device
+    }
+    optimizer, params = optax.sgd(0.1), rng.normal(size=(4, 4)).astype(np.float32)
+    axis = mesh.ROWS if accumulate == 1 else None
+    results = []
+    for mapped, name in ((None, None), (jax.devices()[:4], axis)):
+        loss = contrastive_of(name) if accumulate == 1 else mean_of_rows
+        step = make_train_step(
+            loss, optimizer, accumulate=accumulate, mapped=mapped,
+            weight=lambda batch: batch["counts"].sum(),
+        )  # fmt: skip
+        state = init_state(jnp.asarray(params), optimizer, 0)
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        results.append((state.params, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *results)
+
+
+def mean_of_rows(params, frozen, batch, key):
+    each = ((batch["x"] @ params) ** 2).sum(1)
+    counted = batch["counts"]
+    total = jnp.maximum(1, counted.sum()).astype(each.dtype)
+    return jnp.where(counted, each, 0.0).sum() / total, {"real": counted.sum()}
+
+
+def test_rows_that_pmap_cannot_give_out_are_refused():
+    step = make_train_step(
+        mean_of_rows, optax.sgd(0.1), weight=lambda b: b["counts"].sum(), mapped=jax.devices()
+    )
+    batch = {"x": np.ones((12, 4), np.float32), "counts": np.ones(12, bool)}
+    with pytest.raises(ValueError, match="a batch of 12 rows cannot be taken by 8 devices"):
+        step(init_state(jnp.ones((4, 4)), optax.sgd(0.1), 0), batch)
+    with pytest.raises(ValueError, match="needs weight="):
+        make_train_step(mean_of_rows, optax.sgd(0.1), mapped=jax.devices())

@@ -16,7 +16,7 @@ from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
 # Of the machine: a run may be continued with other values, and its config.json has none of them.
-OF_MACHINE = ("checkpoint_minutes", "devices", "fsdp")
+OF_MACHINE = ("checkpoint_minutes", "devices", "fsdp", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +255,9 @@ class RunConfig(Options):
             `refresh.devices`.
         fsdp: Devices that have an equal part of each parameter and of the optimizer's state (FSDP);
             1: each has all of it. 0: as few as have room for both models, where that is known.
+        parallel: How training steps use several devices: `mesh` divides arrays and lets XLA do the
+            rest; `pmap` runs a step on each device with its part of the rows, and averages losses
+            and gradients. The same losses up to rounding; `pmap` cannot divide parameters.
         encode_tokens: Tokens in a batch of the encoder on each device, for indexes and queries.
         score_tokens: Tokens in a batch of the language model on each device, scoring or answering.
         data_options: Corpus and questions.
@@ -281,6 +284,7 @@ class RunConfig(Options):
     checkpoint_minutes: float = 2.0
     devices: int = 0
     fsdp: int = 0
+    parallel: Literal["mesh", "pmap"] = "mesh"
     encode_tokens: int = 1024
     score_tokens: int = 4096
     data_options: DataConfig = field(default_factory=DataConfig)
@@ -348,6 +352,11 @@ class RunConfig(Options):
         super().check()
         at_least(self, 1, "encode_tokens", "score_tokens")
         at_least(self, 0, "checkpoint_minutes", "devices", "fsdp", "encoder_max_length")
+        if self.parallel == "pmap" and self.fsdp > 1:
+            raise ValueError(
+                f"fsdp={self.fsdp} divides parameters, of which parallel=pmap needs a copy on each"
+                " device; use --parallel mesh, or --fsdp 1"
+            )
         if not 0 <= self.dev_fraction < 1:
             raise ValueError(
                 f"dev_fraction must be at least 0 and below 1, got {self.dev_fraction:g}"

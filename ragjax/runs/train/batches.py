@@ -99,7 +99,9 @@ class RagBatches:
             relevant=relevant,
         )
         batch = RagBatch(**jax.tree.map(jnp.asarray, arrays))
-        return spread_rows(batch, self._workspace.lm.params), self._recall(rows, results)
+        if not self._workspace.layout.rows_axis:  # else the step gives them out
+            batch = spread_rows(batch, self._workspace.lm.params)
+        return batch, self._recall(rows, results)
 
     def _candidates(self, results: SearchResult) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask `[B, K]`, the null document last."""

@@ -34,7 +34,7 @@ from ragjax.runs.workspace import Workspace
 from ragjax.runs.written.pretext import Keywords
 from ragjax.training.live import LiveRetrieval
 from ragjax.training.loop import HostWork
-from ragjax.training.lsr import LsrBatch, make_lsr_loss
+from ragjax.training.lsr import LsrBatch, make_lsr_loss, real_questions
 from ragjax.training.score_cache import ResultCache, Score
 
 # With a target that is 1 on the relevant document, KL(target‖p_R) is DPR's loss.
@@ -84,6 +84,7 @@ def train_retriever(
         config=config,
         learning_rate=tower_rates(config, split.trainable),
         index_version=round_number,
+        weight=real_questions,
     )
     encode_queries, encode = workspace.training_encodes()
     loss = make_lsr_loss(
@@ -93,6 +94,7 @@ def train_retriever(
         in_batch=config.negatives == "batch",
         merge=split.merge,
         encode_queries=encode_queries,
+        axis_name=workspace.layout.rows_axis,
     )
     batches = _lsr_batches(workspace, config, seed, targets_at)
     watch = guard.watch(stage.name, stage.num_steps, split.merged) if guard else None

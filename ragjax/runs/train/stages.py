@@ -75,12 +75,15 @@ def run_stage(
         The trainable parameters after the last step.
     """
     optimizer = stage_optimizer(stage)
-    step = make_train_step(loss, optimizer, accumulate=stage.accumulate, weight=stage.weight)
-
     layout = workspace.layout
+    mapped = layout.devices if layout.mapped else None
+    step = make_train_step(
+        loss, optimizer, accumulate=stage.accumulate, weight=stage.weight, mapped=mapped
+    )
 
     def spread(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict]:
-        return step(state, spread_rows(batch, state.params), frozen)
+        # Under pmap the step itself gives out the rows.
+        return step(state, batch if mapped else spread_rows(batch, state.params), frozen)
 
     version = {} if stage.index_version is None else {"index_version": stage.index_version}
     return run_steps(
