@@ -4,7 +4,9 @@ from ragjax.index.base import Index as Index
 from ragjax.index.base import IndexSnapshot as IndexSnapshot
 from ragjax.index.base import SearchResult as SearchResult
 from ragjax.index.bm25 import Bm25Index as Bm25Index
+from ragjax.index.callback import HostIndex as HostIndex
 from ragjax.index.callback import JitSearchResult as JitSearchResult
+from ragjax.index.callback import call_host as call_host
 from ragjax.index.callback import make_jit_search as make_jit_search
 from ragjax.index.choose import IndexChoice as IndexChoice
 from ragjax.index.choose import choose_index as choose_index

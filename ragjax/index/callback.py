@@ -11,7 +11,7 @@ moment: a new snapshot compiles nothing. B = queries, D = embedding size.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,29 +75,61 @@ def make_jit_search(
         """Returns the k best documents of query embeddings `[B, D]`."""
         if jnp.ndim(queries) != 2:
             raise ValueError(f"Queries must be [B, D], got shape {jnp.shape(queries)}")
-        num_queries, dim = queries.shape
-        values = jax.lax.stop_gradient(queries).astype(jnp.float32).reshape(-1)
-        cuts = list(range(_PIECE_VALUES, values.size, _PIECE_VALUES))
-
-        def call(*pieces: Array) -> tuple[NDArray, ...]:
-            flat = np.concatenate([np.asarray(piece) for piece in pieces])
-            return _search(current_snapshot(), flat.reshape(num_queries, dim), k)
-
+        num_queries = len(queries)
         shapes = (
             jax.ShapeDtypeStruct((num_queries, k), jnp.int32),
             jax.ShapeDtypeStruct((num_queries, k), jnp.float32),
             jax.ShapeDtypeStruct((num_queries, k), jnp.bool_),
             jax.ShapeDtypeStruct((), jnp.int32),
         )
-        return JitSearchResult(*io_callback(call, shapes, *jnp.split(values, cuts)))
+        found = call_host(lambda rows: _search(current_snapshot(), rows, k), shapes, queries)
+        return JitSearchResult(*found)
 
     return search
+
+
+def call_host(function: Callable[..., Any], shapes: Any, embeddings: Array, *more: Array) -> Any:
+    """Calls a function of the host with embeddings, inside a user's own `jit`.
+
+    Args:
+        function: Of arrays of numpy: `embeddings` `[B, D]` float32, then `more`. It must not run
+            JAX, which can wait for the program that waits for it. What it raises ends the program.
+        shapes: Tree of `jax.ShapeDtypeStruct` of what it returns.
+        embeddings: `[B, D]`; stopped, so without a gradient.
+        *more: Small arrays, less than 100 KiB each.
+
+    Returns:
+        What the function returned.
+    """
+    shape = embeddings.shape
+    values = jax.lax.stop_gradient(embeddings).astype(jnp.float32).reshape(-1)
+    cuts = list(range(_PIECE_VALUES, values.size, _PIECE_VALUES))
+    pieces = jnp.split(values, cuts)
+
+    def call(*arrays: Array) -> Any:
+        found = [np.asarray(array) for array in arrays]
+        rows = np.concatenate(found[: len(pieces)]).reshape(shape)
+        return function(rows, *found[len(pieces) :])
+
+    return io_callback(call, shapes, *pieces, *more)
+
+
+class HostIndex:
+    """An index as a callback inside `jit` may search it: without running JAX."""
+
+    def __init__(self, index: Any) -> None:
+        """Takes the index."""
+        self._search = getattr(index, "search_on_host", index.search)
+        self.size: int = index.size
+
+    def search(self, queries: Any, k: int) -> base.SearchResult:
+        """Returns the k best documents of each query, `[B, k]`."""
+        return self._search(queries, k)
 
 
 def _search(
     snapshot: base.IndexSnapshot, queries: NDArray[np.float32], k: int
 ) -> tuple[NDArray, ...]:
     """Searches one snapshot on the host; returns the fields of a `JitSearchResult`."""
-    index = snapshot.index
-    found = getattr(index, "search_on_host", index.search)(queries, k)
+    found = HostIndex(snapshot.index).search(queries, k)
     return *found, np.array(snapshot.version, np.int32)

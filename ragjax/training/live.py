@@ -13,6 +13,7 @@ How fresh, is one switch (`Freshness`):
 B questions a step, K documents each, D embedding size.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ragjax.index import EmbeddingStore, IndexSnapshot, SearchResult
+from ragjax.index import EmbeddingStore, HostIndex, IndexSnapshot, SearchResult
+from ragjax.index.base import empty_result
 from ragjax.refresh import Never, Refresher, Trigger, live_embeddings, rerank
 from ragjax.refresh.gauges import index_metrics
 from ragjax.refresh.task import EncodeTask
@@ -179,6 +181,21 @@ class LiveRetrieval:
             served = index_metrics(self.refresher.snapshot, retrieved.step)
             metrics = {k: v for k, v in metrics.items() if k not in served} | dict(retrieved.index)
         return metrics | {"retrieval/short": float((~found.mask).any(axis=1).mean())}
+
+    def search(
+        self, snapshot: IndexSnapshot, rows: NDArray[np.int64], embeddings: NDArray[np.float32]
+    ) -> SearchResult:
+        """Returns the documents of some questions `[B, K]` by their embeddings, without JAX."""
+        on_host = dataclasses.replace(snapshot, index=HostIndex(snapshot.index))
+        return self._search(StepQueries(on_host, rows, embeddings, None), self._k)
+
+    def nothing(self, rows: int) -> SearchResult:
+        """Returns what a search that finds nothing returns for so many questions."""
+        return empty_result(rows, self._k)
+
+    def rows_of(self, step: int) -> NDArray[np.int64]:
+        """Returns the questions of a step, `[B]`."""
+        return self._rows_at(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which index serves, for the checkpoint."""

@@ -74,6 +74,13 @@ class Layout(NamedTuple):
             axes[max(fitting, key=lambda axis: shape[axis])] = _FSDP
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
+    def divide(self, batch: T) -> T:
+        """Divides the rows of a batch inside of a compiled program, as `spread_rows` does."""
+        if self.mesh is None or self.mapped:
+            return batch
+        mesh, fixed = self.mesh, jax.lax.with_sharding_constraint
+        return jax.tree.map(lambda leaf: fixed(leaf, _of_rows(mesh, leaf)), batch)
+
     def place(self, tree: T) -> T:
         """Puts parameters or a state of training where they go."""
         if self.mesh is None:
@@ -134,13 +141,13 @@ def spread_rows(batch: T, params: Any) -> T:
     mesh = mesh_of(params)
     if mesh is None:
         return batch
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, _of_rows(mesh, leaf)), batch)
+
+
+def _of_rows(mesh: Mesh, leaf: Any) -> NamedSharding:
+    """Returns how the rows of an array are divided."""
     single = sorted(mesh.shape.items(), key=lambda axis: -axis[1])
     ways = [(mesh.axis_names, mesh.size), *single]
-
-    def spread(leaf: Any) -> jax.Array:
-        rows = leaf.shape[:1]
-        axes = next((axes for axes, count in ways if rows and rows[0] % count == 0), None)
-        spec = PartitionSpec(axes) if axes else PartitionSpec()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
-
-    return jax.tree.map(spread, batch)
+    rows = leaf.shape[:1]
+    axes = next((axes for axes, count in ways if rows and rows[0] % count == 0), None)
+    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())

@@ -1,7 +1,9 @@
 """Options of end-to-end training."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from ragjax.runs.options.checks import Options, at_least, check_accumulate, positive
 from ragjax.runs.options.modes import AUTO
@@ -141,6 +143,9 @@ class TrainingConfig(StepsConfig):
             `same_source drop` then keeps from finding their own passage; "" for none.
         overlap: Retrieve for step n+1 while step n runs, with the query encoder of step n; `False`
             waits for that step first.
+        retrieval: Where a step retrieves: on the `host`, before it; or in the step itself, whose
+            one compiled program calls back to the host for the documents of its own query
+            embeddings (`callback`). The same documents where `overlap` is False.
         accumulate: Microbatches in which a step takes its questions.
         clip_norm: Largest gradient norm, of all models together.
     """
@@ -151,6 +156,9 @@ class TrainingConfig(StepsConfig):
     same_source: Literal["keep", "drop"] = "keep"
     statements: str = ""
     overlap: bool = True
+    retrieval: Annotated[Literal["host", "callback"], tyro.conf.arg(aliases=("--retrieval",))] = (
+        "host"
+    )
     accumulate: int = 1
 
     def check(self) -> None:
@@ -215,6 +223,11 @@ class RagConfig(RunConfig):
             raise ValueError(
                 "refresh.mode off: every step retrieves, so there is an index; the one of the start"
                 " is used throughout with --refresh.mode frozen"
+            )
+        if self.training.retrieval == "callback" and self.refresh.mode == "rerank":
+            raise ValueError(
+                "refresh.mode rerank encodes documents with the live encoder for each search, which"
+                " a compiled step cannot call back for; use --retrieval host"
             )
         check_used(self.refresh)
         check_freshness(

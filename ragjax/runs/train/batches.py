@@ -14,14 +14,17 @@ from ragjax.data import encode_texts, pad_right
 from ragjax.index import SearchResult
 from ragjax.models.inputs import Tokens
 from ragjax.runs.options.end_to_end import RagConfig
-from ragjax.runs.tokens import bucket_of, pad_tokens, training_prompts, truncated
+from ragjax.runs.tokens import bucket_of, training_prompts, truncated
 from ragjax.runs.train.statements import shown
 from ragjax.runs.workspace import Workspace
 from ragjax.training.end_to_end import NO_SLOT, NULL_DOC, RagBatch
+from ragjax.training.in_step import StepInputs
 from ragjax.training.live import StepDocuments
 from ragjax.training.mesh import spread_rows
 
 _CONTEXT_MULTIPLE = 32
+# Fills up the documents that are no negatives of a question: no slot of a batch holds it.
+_NOTHING = NO_SLOT - 1
 
 
 class RagBatches:
@@ -62,6 +65,8 @@ class RagBatches:
             pad_id=self._prompts.pad_id,
         )
         self._relevant, self._sources = workspace.relevant_rows("train"), sources
+        judged = self._relevant if config.objective.contrastive_weight else []
+        self._no_negatives = _padded(len(self._questions), judged, sources or [])
         self._context_length = self._longest_context()
         self._null_ids = encode_texts(
             encoder.tokenizer, [encoder.doc_prefix], max_length=encoder.max_length
@@ -73,6 +78,26 @@ class RagBatches:
 
     def prepare(self, retrieved: StepDocuments) -> tuple[RagBatch, Mapping[str, float]]:
         """Returns the batch of a step and the recall of its candidates."""
+        arrays, metrics = self.arrays(retrieved)
+        rows = retrieved.rows
+        arrays["queries"] = self._queries_of(rows)
+        arrays["relevant"] = self._relevant_among(rows, arrays["doc_ids"])
+        batch = RagBatch(**jax.tree.map(jnp.asarray, arrays))
+        if not self._workspace.layout.rows_axis:  # else the step gives them out
+            batch = spread_rows(batch, self._workspace.lm.params)
+        return batch, metrics
+
+    def inputs(self, step: int, rows: np.ndarray) -> StepInputs:
+        """Returns what a step that retrieves by itself is given: its questions."""
+        steps = np.full(len(rows), step, np.int32)
+        known = (self._queries_of(rows), self._no_negatives[rows])
+        return StepInputs._make([steps, rows.astype(np.int32), *known])
+
+    def arrays(self, retrieved: StepDocuments) -> tuple[dict[str, Any], Mapping[str, float]]:
+        """Returns the fields of a step's batch but `queries` and `relevant`, and the recall.
+
+        Made without JAX, so that a compiled step may call back for them.
+        """
         rows, results = retrieved.rows, retrieved.found
         doc_ids, mask = self._candidates(results)
         contexts = [
@@ -85,9 +110,8 @@ class RagBatches:
         )
         shape = (*mask.shape, self._context_length)
         target_ids, target_mask = (part[rows] for part in self._targets)
-        positive, relevant, slots = self._slots(rows, doc_ids, mask)
+        positive, slots = self._slots(rows, doc_ids, mask)
         arrays = dict(
-            queries=Tokens._make(part[rows] for part in self._queries),
             docs=self._docs(slots),
             doc_ids=slots,
             doc_mask=mask,
@@ -96,12 +120,11 @@ class RagBatches:
             target_ids=target_ids,
             target_mask=target_mask,
             positive=positive,
-            relevant=relevant,
         )
-        batch = RagBatch(**jax.tree.map(jnp.asarray, arrays))
-        if not self._workspace.layout.rows_axis:  # else the step gives them out
-            batch = spread_rows(batch, self._workspace.lm.params)
-        return batch, self._recall(rows, results)
+        return arrays, self._recall(rows, results)
+
+    def _queries_of(self, rows: np.ndarray) -> Tokens:
+        return Tokens._make(part[rows] for part in self._queries)
 
     def _candidates(self, results: SearchResult) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask `[B, K]`, the null document last."""
@@ -114,14 +137,13 @@ class RagBatches:
         documents = [] if doc == NULL_DOC else self._workspace.documents.get([doc])
         return self._prompts.context(shown(self._questions[row]), documents)
 
-    def _slots(self, rows: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray) -> tuple[Any, ...]:
-        """Returns the slot of a relevant document of each question, non-negatives, and all slots.
+    def _slots(self, rows: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
+        """Returns the slot of a relevant document of each question, and all slots.
 
         Without the contrastive term the slots are the candidates, and labels are not used.
         """
-        sources = [self._sources[row] if self._sources else frozenset() for row in rows]
         if not self._config.objective.contrastive_weight:
-            return None, _members(doc_ids, sources) if self._sources else None, doc_ids
+            return None, doc_ids
         slots = _with_column(doc_ids, NO_SLOT)
         positive = np.full(len(rows), -1, np.int32)
         relevant = [self._relevant[row] for row in rows]
@@ -132,7 +154,13 @@ class RagBatches:
             elif docs:
                 slots[row, -1] = min(docs)
                 positive[row] = doc_ids.shape[1]
-        return positive, _members(slots, list(map(frozenset.union, relevant, sources))), slots
+        return positive, slots
+
+    def _relevant_among(self, rows: np.ndarray, slots: np.ndarray) -> np.ndarray | None:
+        """Returns which documents of the batch are no negatives of a question, `[B, M]` bool."""
+        if not (self._config.objective.contrastive_weight or self._sources):
+            return None
+        return (slots.reshape(1, -1, 1) == self._no_negatives[rows][:, None]).any(axis=2)
 
     def _docs(self, slots: np.ndarray) -> Tokens:
         special: dict[int, list[int]] = {NULL_DOC: self._null_ids, NO_SLOT: []}
@@ -142,8 +170,8 @@ class RagBatches:
             else truncated(self._workspace.doc_tokens[doc], self.doc_tokens)
             for doc in slots.reshape(-1).tolist()
         ]
-        tokens = pad_tokens(self._workspace.encoder, ids, self.doc_tokens)
-        return Tokens(*(leaf.reshape(*slots.shape, -1) for leaf in tokens))
+        tokens = pad_right(ids, length=self.doc_tokens, pad_id=self._workspace.encoder.pad_id)
+        return Tokens._make(leaf.reshape(*slots.shape, -1) for leaf in tokens)
 
     def _longest_context(self) -> int:
         """Returns one length for the contexts of all steps, so that the step is compiled once."""
@@ -165,10 +193,14 @@ class RagBatches:
         return {"retrieval/recall": float(np.mean(hits))} if hits else {}
 
 
+def _padded(count: int, *sets: Sequence[frozenset[int]]) -> np.ndarray:
+    """Returns the union of each question's sets `[Q, R]` int32, padded with no document's id."""
+    unions = [frozenset().union(*(one[row] for one in sets if one)) for row in range(count)]
+    padded = np.full((count, max(1, *map(len, unions))), _NOTHING, np.int32)
+    for row, members in enumerate(unions):
+        padded[row, : len(members)] = sorted(members)
+    return padded
+
+
 def _with_column(array: np.ndarray, value: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, 1)), constant_values=value)
-
-
-def _members(slots: np.ndarray, sets: Sequence[frozenset[int]]) -> np.ndarray:
-    """Returns which documents of the batch are in each question's set, `[B, M]` bool."""
-    return np.stack([np.isin(slots.reshape(-1), list(members)) for members in sets])

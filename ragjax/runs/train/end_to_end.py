@@ -22,6 +22,7 @@ from ragjax.runs.trainable import END_TO_END, SplitModels, Trained, split_models
 from ragjax.runs.workspace import Workspace
 from ragjax.training import end_to_end
 from ragjax.training.ahead import AheadRetrieval
+from ragjax.training.in_step import InStepRetrieval, failures_of, make_in_step_loss
 
 _MARGINALS = {
     "sequence": end_to_end.sequence_term,
@@ -73,15 +74,25 @@ def train_end_to_end(
         sources=sources,
     )
     stage = end_to_end_stage(config, split, len(questions))
-    host = AheadRetrieval(
-        retrieval,
-        batches.prepare,
-        num_steps=stage.num_steps,
-        # Re-ranking reads the live document encoder, whose buffers the step donates, so it cannot
-        # overlap the step.
-        overlap=training.overlap and config.refresh.mode != "rerank",
-        max_lag=config.refresh.max_lag,
-    )
+    loss = make_loss(workspace, config, split, sharded=sharded)
+    if training.retrieval == "callback":
+        host = InStepRetrieval(
+            retrieval, batches.arrays, lambda step: batches.inputs(step, retrieval.rows_of(step))
+        )
+        loss = make_in_step_loss(
+            loss, host, workspace.training_encodes()[0], merge_tower=split.towers.merge,
+            axis_name=workspace.layout.rows_axis, divide=workspace.layout.divide,
+        )  # fmt: skip
+    else:
+        host = AheadRetrieval(
+            retrieval,
+            batches.prepare,
+            num_steps=stage.num_steps,
+            # Re-ranking reads the live document encoder, whose buffers the step donates, so it
+            # cannot overlap the step.
+            overlap=training.overlap and config.refresh.mode != "rerank",
+            max_lag=config.refresh.max_lag,
+        )
 
     def describe_batch(step: int) -> str:
         rows = batch_rows(
@@ -89,8 +100,7 @@ def train_end_to_end(
         )
         return "questions " + ", ".join(questions[row].id for row in rows)
 
-    loss = make_loss(workspace, config, split, sharded=sharded)
-    with closing(host):
+    with closing(host), failures_of(host):
         trained = run_stage(
             workspace, stage, split, loss, host.batch_at, host=host, describe_batch=describe_batch
         )
@@ -109,7 +119,7 @@ def end_to_end_stage(config: RagConfig, split: SplitModels, num_questions: int) 
         config=config.training,
         learning_rate=rates,
         accumulate=config.training.accumulate,
-        weight=lambda batch: np.float32(1.0) * batch.target_ids.shape[0],
+        weight=lambda batch: np.float32(1.0) * batch.queries.ids.shape[0],
     )
 
 
