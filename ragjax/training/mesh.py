@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         """
         if self.mesh is None:
             return None
-        parts = self.mesh.shape[_FSDP]
+        parts = self.mesh.shape.get(_FSDP, 1)
         axes: list[str | None] = [None] * len(shape)
         first = int(_STACKS in path.split("/"))
         fitting = [axis for axis in range(first, len(shape)) if shape[axis] % parts == 0]
@@ -109,9 +109,10 @@ def make_layout(devices: Sequence[jax.Device], *, fsdp: int = 1, mapped: bool = 
         raise ValueError(f"--fsdp {fsdp} does not divide the {count} devices (--devices)")
     if count == 1:
         return Layout()
-    kinds = (AxisType.Auto, AxisType.Auto)
-    shape = (count // fsdp, fsdp)
-    return Layout(jax.make_mesh(shape, _AXES, axis_types=kinds, devices=list(devices)), mapped)
+    # As `jax.pmap` makes it, so that what lies there is what its programs expect.
+    shape, axes = ((count,), (ROWS,)) if mapped else ((count // fsdp, fsdp), _AXES)
+    kinds = (AxisType.Auto,) * len(shape)
+    return Layout(jax.make_mesh(shape, axes, axis_types=kinds, devices=list(devices)), mapped)
 
 
 def mesh_of(params: Any) -> Mesh | None:
