@@ -66,13 +66,14 @@ class Layout(NamedTuple):
         """
         if self.mesh is None:
             return None
-        parts = self.mesh.shape.get(_FSDP, 1)
-        axes: list[str | None] = [None] * len(shape)
+        parts, spec = self.mesh.shape.get(_FSDP, 1), PartitionSpec()
         first = int(_STACKS in path.split("/"))
         fitting = [axis for axis in range(first, len(shape)) if shape[axis] % parts == 0]
         if parts > 1 and fitting and math.prod(shape) >= _SMALLEST:
-            axes[max(fitting, key=lambda axis: shape[axis])] = _FSDP
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
+            largest = max(fitting, key=lambda axis: shape[axis])
+            # Without a None behind it, as the results of a compiled step have it.
+            spec = PartitionSpec(*[None] * largest, _FSDP)
+        return NamedSharding(self.mesh, spec)
 
     def divide(self, batch: T) -> T:
         """Divides the rows of a batch inside of a compiled program, as `spread_rows` does."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.rst"))]
 # Flags of the programs beside the options: of every script, and of ask.py.
-PROGRAM_FLAGS = {"config", "dry_run", "documents", "help"}
+PROGRAM_FLAGS = {"config", "dry_run", "documents", "help", "retrieval"}
 
 
 def flags_of(config, prefix=""):

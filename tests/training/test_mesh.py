@@ -20,11 +20,11 @@ def layout(data, fsdp):
     ("path", "shape", "spec"),
     [
         ("head", (512, 1024), (None, "fsdp")),
-        ("head", (512, 1023), ("fsdp", None)),
-        ("layers/up", (64, 48, 32), (None, "fsdp", None)),  # never the axis of the stack
-        ("layers/norm", (65_536, 3), (None, None)),
-        ("head", (255, 256), (None, None)),  # as quickly read as gathered
-        ("head", (511, 513), (None, None)),
+        ("head", (512, 1023), ("fsdp",)),
+        ("layers/up", (64, 48, 32), (None, "fsdp")),  # never the axis of the stack
+        ("layers/norm", (65_536, 3), ()),
+        ("head", (255, 256), ()),  # as quickly read as gathered
+        ("head", (511, 513), ()),
         ("step", (), ()),
     ],
 )
