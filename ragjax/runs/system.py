@@ -34,6 +34,7 @@ from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import ModelChoice, Models, open_run
+from ragjax.runs.trainable import folded
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace
 from ragjax.runs.written.file import with_written
 from ragjax.storage import keep_compiled
@@ -309,7 +310,7 @@ def _assemble(
         workspace=workspace,
         bm25=bm25,
         retriever=retriever,
-        lm_params=workspace.in_compute_dtype(models.language_model.params),
+        lm_params=workspace.in_compute_dtype(folded(models.language_model.params)),
         name=name,
         search=search,
     )

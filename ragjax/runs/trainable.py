@@ -50,6 +50,19 @@ class SplitModel(NamedTuple):
         return merged if adapters else join_layers(merged)
 
 
+def folded(params: Any) -> Any:
+    """Returns parameters as the base model has them: without adapters, all layers in one stack.
+
+    What scores or generates with them is the base model's program, and a token that is generated
+    copies no cache: between several stacks it would be taken apart and put together each time.
+
+    Args:
+        params: As of `SplitModel.joined`. Where they have adapters, the result takes as much memory
+            as the weights.
+    """
+    return join_layers(lora.merge(params))
+
+
 class SplitTowers(NamedTuple):
     """The towers of a retriever; by name, as `ragjax.training.lsr.towers` takes them."""
 
@@ -202,6 +215,4 @@ def _merge_adapters(adapters: Any, rest: Any) -> Any:
 def _merged_towers(
     merge: Merge, trainable: dict[str, Any], frozen: dict[str, Any]
 ) -> dict[str, Any]:
-    return {
-        name: join_layers(lora.merge(merge(part, frozen[name]))) for name, part in trainable.items()
-    }
+    return {name: folded(merge(part, frozen[name])) for name, part in trainable.items()}

@@ -53,6 +53,7 @@ from ragjax.runs.models import (
 from ragjax.runs.options.modes import check_mode
 from ragjax.runs.options.shared import RunConfig, TowersConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
+from ragjax.runs.trainable import folded
 from ragjax.training.loop import MetricsLog, StopFlag, not_finite
 from ragjax.training.mesh import Layout
 
@@ -214,7 +215,7 @@ class Workspace:
 
     def adapted_lm(self, params: Any) -> FrozenLM:
         """Returns the language model with adapted parameters as it scores and answers."""
-        return self._frozen(params, params_digest(params))
+        return self._frozen(folded(params), params_digest(params))
 
     def is_base(self, lm: FrozenLM) -> bool:
         """Tells whether a language model is the base one."""

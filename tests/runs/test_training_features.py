@@ -19,7 +19,7 @@ from ragjax.runs.indexes import build_bm25, build_retriever, build_towers, searc
 from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.train.language_model import train_lm
-from ragjax.runs.trainable import split_lm, split_towers
+from ragjax.runs.trainable import folded, split_lm, split_towers
 from ragjax.runs.workspace import open_workspace, tower_params
 from ragjax.training.loop import Interrupted, StopFlag
 from ragjax.training.lsr import towers
@@ -68,6 +68,8 @@ def test_the_parts_of_a_language_model_are_merged_to_the_whole(train_layers, lor
         expected = count(rows) + count(model.params["final_norm"])
         expected += 0 if train_layers else count(model.params["embed"])
     assert count(split.trainable) == expected
+    ready = folded(split.joined(split.trainable))
+    assert jax.tree.structure(ready) == jax.tree.structure(model.params)  # no stack of its own
     whole = model.family.save_params(model.config, lora.merge(split.merged(split.trainable)))
     for name, tensor in model.family.save_params(model.config, model.params).items():
         np.testing.assert_array_equal(whole[name], tensor)
