@@ -32,6 +32,20 @@ def visible_devices() -> list[jax.Device]:
     return jax.devices()
 
 
+def encode_tokens(config: RunConfig) -> int:
+    """Returns the tokens of a batch of the encoder on each device."""
+    return config.encode_tokens or (1024 if _on_cpu() else 65_536)
+
+
+def score_tokens(config: RunConfig) -> int:
+    """Returns the tokens of a batch of the language model on each device."""
+    return config.score_tokens or (4096 if _on_cpu() else 16_384)
+
+
+def _on_cpu() -> bool:
+    return visible_devices()[0].platform == "cpu"
+
+
 def layout_of(config: RunConfig) -> Layout:
     """Returns where the arrays of a run lie.
 

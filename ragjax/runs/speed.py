@@ -12,6 +12,7 @@ import numpy as np
 
 from ragjax.models.inputs import LMBatch, Tokens
 from ragjax.models.layers.linear import rounds_on_cpu
+from ragjax.runs.models import encode_tokens, score_tokens
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.options.shared import LearningConfig, RunConfig
 from ragjax.runs.teachers.batches import context_batches
@@ -81,7 +82,7 @@ class Texts:
         """Tokens encoded a second, from one batch in the length of most documents."""
         encoder = self.workspace.encoder
         length = bucket_of(encoder, int(np.median(self._lengths)))
-        rows = max(1, self.config.encode_tokens // length)
+        rows = max(1, encode_tokens(self.config) // length)
         tokens, encode = Tokens(*_filled(rows, length, encoder.pad_id)), jax.jit(encoder.encode)
         return rows * length / _mean_seconds(lambda: encode(encoder.params, tokens))
 
@@ -90,7 +91,8 @@ class Texts:
         """Tokens scored a second, from one batch of typical prompts."""
         workspace, lm, prompts = self.workspace, self.workspace.lm, self.workspace.prompts
         typical = min(self.config.prompt.document_tokens + 30, prompts.max_context_length)
-        batch = context_batches(prompts, [typical] * _CALIBRATION_ROWS, self.config.score_tokens)[0]
+        tokens = score_tokens(self.config)
+        batch = context_batches(prompts, [typical] * _CALIBRATION_ROWS, tokens)[0]
         rows, length, targets = batch.batch_size, batch.length, prompts.max_target_length
         filler = LMBatch(*_filled(rows, length, lm.pad_id), *_filled(rows, targets, lm.pad_id))
         score, params = jax.jit(lm.token_log_probs), workspace.in_compute_dtype(lm.params)

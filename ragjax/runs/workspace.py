@@ -42,6 +42,7 @@ from ragjax.runs.folder import add_seconds
 from ragjax.runs.models import (
     Encoders,
     base_towers,
+    encode_tokens,
     in_compute_dtype,
     layout_of,
     load_encoders,
@@ -188,15 +189,14 @@ class Workspace:
         """As `task`, with the encoder of queries: made for `of_token_ids`."""
         if self.query_encoder is self.encoder:
             return self.task
-        tokens = self.config.encode_tokens
+        tokens = encode_tokens(self.config)
         return corpus_task(self.query_encoder, self.dataset.corpus, encode_tokens=tokens)
 
     @functools.cached_property
     def task(self) -> EncodeTask:
         """The corpus as the encoder encodes it, whatever its parameters become."""
-        task = corpus_task(
-            self.encoder, self.dataset.corpus, encode_tokens=self.config.encode_tokens
-        )
+        tokens = encode_tokens(self.config)
+        task = corpus_task(self.encoder, self.dataset.corpus, encode_tokens=tokens)
         return dataclasses.replace(task, documents=self.doc_tokens, tokenize=list)
 
     def in_compute_dtype(self, params: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -193,3 +194,13 @@ def test_parameters_are_divided_as_far_as_memory_asks(tmp_path, monkeypatch):
     assert run_models._fewest_parts(config, devices) == 8
     monkeypatch.setattr(Device, "memory_stats", lambda self: None)
     assert run_models._fewest_parts(config, devices) == 1
+
+
+@pytest.mark.parametrize(("platform", "tokens"), [("cpu", (1024, 4096)), ("gpu", (65_536, 16_384))])
+def test_batches_suit_the_platform_unless_their_size_is_given(monkeypatch, platform, tokens):
+    devices = [SimpleNamespace(platform=platform)]
+    monkeypatch.setattr(run_models, "visible_devices", lambda: devices)
+    config = AdaptConfig()
+    assert (run_models.encode_tokens(config), run_models.score_tokens(config)) == tokens
+    config = AdaptConfig(encode_tokens=77, score_tokens=88)
+    assert (run_models.encode_tokens(config), run_models.score_tokens(config)) == (77, 88)

@@ -17,6 +17,7 @@ from ragjax.generation import Limits, Prompts, score_and_generate
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
 from ragjax.models.seq2seq.fusion import fusion_decoder
+from ragjax.runs.models import score_tokens
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.teachers.batches import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -159,7 +160,7 @@ def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Reque
         workspace.prompts.context(r.question.text, workspace.documents.get(r.docs))
         for r in requests
     ]
-    targets, tokens = _targets(workspace, requests), workspace.config.score_tokens
+    targets, tokens = _targets(workspace, requests), score_tokens(workspace.config)
     limits = answer_limits(workspace.lm, workspace.config.evaluation.max_new_tokens)
 
     def answer(batch: LengthBatch) -> tuple[Any, np.ndarray]:
@@ -249,7 +250,7 @@ def _question_batches(
     return [
         LengthBatch(batch.rows[start : start + size], batch.length, size)
         for batch in context_batches(
-            workspace.prompts, longest, workspace.config.score_tokens, devices
+            workspace.prompts, longest, score_tokens(workspace.config), devices
         )
         for size in [max(1, batch.batch_size // devices // count) * devices]
         for start in range(0, len(batch.rows), size)

@@ -76,9 +76,9 @@ class EvaluateConfig(Options):
         devices: Devices that compute, in every stage; 0: all of them.
         fsdp: Devices that have an equal part of each parameter; 0: as few as have room for both
             models, where that is known.
-        encode_tokens: Tokens in a batch of the encoder on each device; None: as the run, else 1024.
-        score_tokens: Tokens in a batch of the language model on each device; None: as the run, else
-            4096.
+        encode_tokens: Tokens in a batch of the encoder on each device; None: as the run, else as
+            suits the device.
+        score_tokens: Tokens in a batch of the language model on each device; None: likewise.
     """
 
     run: str = ""

@@ -258,8 +258,10 @@ class RunConfig(Options):
         parallel: How training steps use several devices: `mesh` divides arrays and lets XLA do the
             rest; `pmap` runs a step on each device with its part of the rows, and averages losses
             and gradients. The same losses up to rounding; `pmap` cannot divide parameters.
-        encode_tokens: Tokens in a batch of the encoder on each device, for indexes and queries.
-        score_tokens: Tokens in a batch of the language model on each device, scoring or answering.
+        encode_tokens: Tokens in a batch of the encoder on each device, for indexes and queries; 0:
+            1,024 on a CPU, whose caches they fit, and 65,536 on an accelerator.
+        score_tokens: Tokens in a batch of the language model on each device, scoring or answering;
+            0: 4,096 on a CPU and 16,384 on an accelerator.
         data_options: Corpus and questions.
         prompt: Lengths in the prompt of the language model.
         refresh: How the index is kept up to date while the encoders train.
@@ -285,8 +287,8 @@ class RunConfig(Options):
     devices: int = 0
     fsdp: int = 0
     parallel: Literal["mesh", "pmap"] = "mesh"
-    encode_tokens: int = 1024
-    score_tokens: int = 4096
+    encode_tokens: int = 0
+    score_tokens: int = 0
     data_options: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
@@ -350,8 +352,8 @@ class RunConfig(Options):
     def check(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().check()
-        at_least(self, 1, "encode_tokens", "score_tokens")
         at_least(self, 0, "checkpoint_minutes", "devices", "fsdp", "encoder_max_length")
+        at_least(self, 0, "encode_tokens", "score_tokens")
         if self.parallel == "pmap" and self.fsdp > 1:
             raise ValueError(
                 f"fsdp={self.fsdp} divides parameters, of which parallel=pmap needs a copy on each"

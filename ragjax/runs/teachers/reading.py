@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ragjax.data import PromptBuilder, Question, passage_text
 from ragjax.data.joining import DocumentIds
 from ragjax.index import SearchResult
+from ragjax.runs.models import score_tokens
 from ragjax.runs.teachers.batches import Part, Row, batch_scores, row_batches
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, Score, result_key
@@ -150,7 +151,7 @@ def _answer_row(prompts: PromptBuilder, pair: Pair, answers: Callable[[str], lis
 
 
 def _tokens(workspace: Workspace) -> int:
-    return workspace.config.score_tokens
+    return score_tokens(workspace.config)
 
 
 def _put(cache: ResultCache[Score], scores: dict[str, tuple[float, int]]) -> None:

@@ -18,6 +18,7 @@ from ragjax.data.joining import DocumentIds
 from ragjax.data.template import fill
 from ragjax.generation import Prompts, Sampling, generate_sampled
 from ragjax.runs.compare.answers import answer_limits
+from ragjax.runs.models import score_tokens
 from ragjax.runs.options.questions import QuestionsConfig
 from ragjax.runs.teachers.batches import context_batches
 from ragjax.runs.workspace import FrozenLM, Workspace
@@ -153,7 +154,7 @@ def write_drafts(
     ]
     cache = ResultCache(workspace.folder / "questions" / "drafts.jsonl", Draft)
     names = [[f"{key}-{sample}" for sample in range(config.per_passage)] for key in keys]
-    tokens, devices = workspace.config.score_tokens, rows_multiple(lm.params)
+    tokens, devices = score_tokens(workspace.config), rows_multiple(lm.params)
     batches = context_batches(workspace.prompts, list(map(len, contexts)), tokens, devices)
     with tqdm(total=len(rows), desc="questions", unit=" passages", file=sys.stderr) as progress:
         for batch in batches:
