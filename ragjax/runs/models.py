@@ -50,8 +50,14 @@ def layout_of(config: RunConfig) -> Layout:
     """Returns where the arrays of a run lie.
 
     Raises:
-        ValueError: There are fewer devices than asked for, or `fsdp` does not divide them.
+        ValueError: There are fewer devices than asked for, or `fsdp` does not divide them, or they
+            are those of several processes.
     """
+    if (processes := jax.process_count()) > 1:
+        raise ValueError(
+            f"JAX computes in {processes} processes, and a run is made by one: start it without"
+            " jax.distributed.initialize(), on the devices of one host"
+        )
     found = visible_devices()
     spare = found[: len(found) - config.refresh.devices]
     if not spare or config.devices > len(spare):

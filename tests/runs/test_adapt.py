@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from programs import load_script, send_at, start
+from programs import environment, load_script, send_at, start
 
 ADAPT = load_script("experiments/adapt.py")
 METRICS = {
@@ -106,3 +108,37 @@ def test_killed_and_stopped_the_run_ends_with_the_same_bytes(finished, tmp_path,
     assert ADAPT.main(flags) == 0
     for name in ("served.json", "metrics.json", "differences.json", "predictions.jsonl"):
         assert (output / name).read_bytes() == (whole / name).read_bytes()
+
+
+COUNTING = """
+import sys
+import jax
+from ragjax.runs import AdaptConfig, adapt
+from ragjax.runs.program import run_program
+
+missed = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: event == "/jax/compilation_cache/cache_misses" and missed.append(event)
+)
+code = run_program(adapt, AdaptConfig(), None, sys.argv[1:])
+print("\\ncompiled:", len(missed))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_run_elsewhere_compiles_nothing(finished, tmp_path):
+    flags, _, _ = finished
+    env = environment()
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        env.pop(name, None)
+    env["RAGJAX_CACHE"] = str(tmp_path / "cache")
+    compiled = []
+    for output in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTING, *flags, f"--output={tmp_path / output}"],
+            env=env, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert f"kept in {tmp_path / 'cache' / 'compiled'}" in done.stdout  # in the forecast
+        compiled.append(int(done.stdout.rpartition("compiled: ")[2]))
+    assert compiled[0] > 50 and compiled[1] == 0, compiled

@@ -176,6 +176,12 @@ def test_devices_that_are_not_there_are_refused(changes, match):
         layout_of(AdaptConfig(**changes))
 
 
+def test_several_processes_are_refused_before_they_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="JAX computes in 2 processes, and a run is made by one"):
+        layout_of(AdaptConfig())
+
+
 def test_parameters_are_divided_as_far_as_memory_asks(tmp_path, monkeypatch):
     class Device:
         def memory_stats(self):
