@@ -32,6 +32,7 @@ from ragjax.refresh import (
     tqdm_progress,
 )
 from ragjax.refresh.task import params_digest
+from ragjax.runs.compare.choice import FIGURE_DEPTH, judge_problem, ranking_figure
 from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.workspace import Workspace
 from ragjax.training.live import StepQueries, StepSearch, search_dense, search_reranked
@@ -101,24 +102,35 @@ def build_retriever(
     if version == 0:
         workspace.log(choice.reason)
     dense = choice.build(embeddings)
-    weight, truth = USUAL_WEIGHT, workspace.truth("dev")
-    known = [row for row, relevant in enumerate(workspace.relevant_rows("dev")) if relevant]
-    dev = [workspace.questions["dev"][row] for row in known]
-    chosen = "the usual one: no dev questions to choose it on"
-    if dev and truth == "written":
-        # They repeat words of their passage, or none of them, as no user does.
-        chosen = "the usual one: questions that a language model wrote do not choose it"
-    elif dev:
-        queries = _hybrid_queries(workspace, query_params, dev)
-        findable = findable_in(workspace, "dev").take(known)
-        relevant = [workspace.relevant_rows("dev")[row] for row in known]
-        weight = choose_dense_weight(
-            FindableIndex(dense, findable), FindableIndex(bm25, findable), queries, relevant
-        ).weight
-        chosen = f"chosen on {len(dev)} dev questions by {TRUTHS[truth]}"
+    weight, chosen = _dense_weight(workspace, bm25, dense, query_params)
     workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
     return Retriever(version, query_params, dense, hybrid, embeddings, store)
+
+
+def _dense_weight(
+    workspace: Workspace, bm25: Bm25Index, dense: Index, query_params: Any
+) -> tuple[float, str]:
+    """Returns the weight of the dense side in the hybrid, and how it was chosen."""
+    truth, relevant = workspace.truth("dev"), workspace.relevant_rows("dev")
+    known = [row for row, rows in enumerate(relevant) if rows]
+    if not known:
+        return USUAL_WEIGHT, "the usual one: no dev questions to choose it on"
+    if truth == "written":
+        # They repeat words of their passage, or none of them, as no user does.
+        why = "questions that a language model wrote do not choose it"
+        return USUAL_WEIGHT, f"the usual one: {why}"
+    dev = [workspace.questions["dev"][row] for row in known]
+    queries = _hybrid_queries(workspace, query_params, dev)
+    findable = findable_in(workspace, "dev").take(known)
+    sides = FindableIndex(dense, findable), FindableIndex(bm25, findable)
+    usual = HybridIndex(*sides, dense_weight=USUAL_WEIGHT).search(queries, FIGURE_DEPTH)
+    figure = np.full(len(relevant), np.nan)
+    figure[known] = ranking_figure(usual, [relevant[row] for row in known])
+    if why := judge_problem(figure, relevant, len(workspace.doc_tokens)):
+        return USUAL_WEIGHT, f"the usual one: {why}"
+    weight = choose_dense_weight(*sides, queries, [relevant[row] for row in known]).weight
+    return weight, f"chosen on {len(dev)} dev questions by {TRUTHS[truth]}"
 
 
 def search(workspace: Workspace, retriever: Retriever, split: str, k: int) -> Rankings:

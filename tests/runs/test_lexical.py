@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ragjax.data import Question
-from ragjax.index import ExactIndex, HybridIndex
+from ragjax.index import USUAL_WEIGHT, ExactIndex, HybridIndex
 from ragjax.runs.compare.lexical import LEXICAL, Lexical, adapt_bm25, adapted_bm25
-from ragjax.runs.indexes import Retriever, build_bm25
+from ragjax.runs.indexes import Retriever, build_bm25, build_retriever
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
@@ -73,3 +73,28 @@ def test_a_damaged_choice_is_named(tmp_path):
     (tmp_path / LEXICAL).write_text(json.dumps({"k1": 1.0}))
     with pytest.raises(ValueError, match=r"lexical\.json: not what a run writes there"):
         Lexical.read(tmp_path)
+
+
+def test_dev_questions_that_cannot_judge_leave_the_usual_weight(opened):
+    workspace, bm25, retriever, lines = opened
+
+    def weight(workspace):
+        lines.clear()
+        built = build_retriever(
+            workspace, bm25, version=0, query_params=workspace.query_encoder.params,
+            doc_params=workspace.encoder.params,
+        )  # fmt: skip
+        return built.hybrid.dense_weight, next(line for line in lines if "weight" in line)
+
+    chosen, said = weight(workspace)
+    assert 0 < chosen < 1 and "(chosen on 27 dev questions" in said
+    asked = workspace.questions["dev"]
+    few = dataclasses.replace(workspace, questions={**workspace.questions, "dev": asked[:6]})
+    assert weight(few)[0] == USUAL_WEIGHT and "known for 6 of 6 dev questions" in lines[-1]
+    # As where answers were shuffled: what counts as found has nothing to do with the question.
+    dealt = tuple(
+        dataclasses.replace(question, text=other.text)
+        for question, other in zip(asked, asked[1:] + asked[:1], strict=True)
+    )
+    shuffled = dataclasses.replace(workspace, questions={**workspace.questions, "dev": dealt})
+    assert weight(shuffled)[0] == USUAL_WEIGHT and "hardly better than chance" in lines[-1]
