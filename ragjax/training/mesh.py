@@ -107,7 +107,7 @@ def make_layout(devices: Sequence[jax.Device], *, fsdp: int = 1, mapped: bool = 
     """
     count = len(devices)
     if fsdp < 1 or count % fsdp:
-        raise ValueError(f"--fsdp {fsdp} does not divide the {count} devices (--devices)")
+        raise ValueError(f"fsdp={fsdp} does not divide the {count} devices")
     if count == 1:
         return Layout()
     # As `jax.pmap` makes it, so that what lies there is what its programs expect.

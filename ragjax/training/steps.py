@@ -178,9 +178,8 @@ def _for_each(batch: Any, devices: int) -> Any:
         rows = leaf.shape[0]
         if rows % devices:
             raise ValueError(
-                f"--parallel pmap: a batch of {rows} rows cannot be taken by {devices} devices in"
-                " equal parts; choose a batch size that is a multiple, other --devices, or"
-                " --parallel mesh"
+                f"a batch of {rows} rows cannot be taken by {devices} devices in equal parts, as"
+                " pmap takes it; choose a batch size that is a multiple, other devices, or the mesh"
             )
         return np.reshape(leaf, (devices, rows // devices, *leaf.shape[1:]))
 

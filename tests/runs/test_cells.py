@@ -64,13 +64,15 @@ def test_nothing_to_compare_is_no_table():
     assert tabulate(records(closed_book=0.1, bm25=None), **OPTIONS) == {}
 
 
-def test_answers_are_generated_in_two_shapes(rng):
+@pytest.mark.parametrize("devices", [1, 4])
+def test_answers_are_generated_in_two_shapes(rng, devices):
     lengths = np.concatenate([rng.integers(10, 60, 50), rng.integers(300, 480, 45)])
-    batches = _even_batches(lengths.tolist(), 2048)
+    batches = _even_batches(lengths.tolist(), 2048, devices)
     assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(95))
     assert all(lengths[batch.rows].max() <= batch.length for batch in batches)
     assert len({(batch.length, batch.batch_size) for batch in batches}) == 2
-    assert all(batch.length * batch.batch_size <= 2048 for batch in batches)
+    assert all(batch.batch_size % devices == 0 for batch in batches)
+    assert all(batch.length * batch.batch_size <= 2048 * devices for batch in batches)
     # Few rows of padding.
-    assert sum(batch.batch_size - len(batch.rows) for batch in batches) <= len(batches)
-    assert len(_even_batches([30], 8)) == 1
+    assert sum(batch.batch_size - len(batch.rows) for batch in batches) <= len(batches) * devices
+    assert len(_even_batches([30], 8, devices)) == 1

@@ -164,7 +164,7 @@ def test_an_answer_comes_from_a_model_in_parts(on_one_device, tmp_path):
     ("changes", "match"),
     [
         ({"devices": 9}, "--devices 9: there are 8 devices, and 0 of them encode"),
-        ({"devices": 6, "fsdp": 4}, "--fsdp 4 does not divide the 6 devices"),
+        ({"devices": 6, "fsdp": 4}, "fsdp=4 does not divide the 6 devices"),
         (
             {"devices": 7, "refresh": RefreshConfig(mode="async", devices=2)},
             "there are 8 devices, and 2 of them encode",

@@ -17,7 +17,7 @@ FLAGS = {name: program.flag_names(config) | COMMON for name, config in CONFIGS.i
     for name in ("ask", "export", "refresh_worker", "verify_index")
 }
 FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
-FLAGS["train_rag"] |= {"documents"}
+FLAGS["train_rag"] |= {"documents", "retrieval"}
 FLAGS["ask"] |= {"k"}
 TRAINING, RUNS = ("adapt", "train_rag"), ("adapt", "train_rag", "evaluate")
 
@@ -39,6 +39,7 @@ SHOWN_BY = {
     "ragjax/runs/options/evaluate": ("evaluate",),
     "ragjax/runs/options/refresh": TRAINING,
     "ragjax/runs/options/shared/RunConfig": TRAINING,
+    "ragjax/runs/models/layout_of": TRAINING,
     "ragjax/runs/models/scale_note": TRAINING,
     "ragjax/runs/saved": ("export",),
     "ragjax/runs/teachers/files": ("adapt",),

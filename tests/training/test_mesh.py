@@ -44,7 +44,7 @@ def test_one_device_leaves_everything_as_it_is():
 
 @pytest.mark.parametrize("fsdp", [0, 3])
 def test_parts_that_the_devices_do_not_make_are_refused(fsdp):
-    with pytest.raises(ValueError, match=f"--fsdp {fsdp} does not divide the 8 devices"):
+    with pytest.raises(ValueError, match=f"fsdp={fsdp} does not divide the 8 devices"):
         make_layout(jax.devices(), fsdp=fsdp)
 
 
