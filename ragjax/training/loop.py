@@ -250,8 +250,8 @@ def run_steps(
             prepared = _prepare(host, step, state, save)
             state, metrics = step_fn(state, batch_at(step), frozen)
             running.append(_Ran(step, metrics, prepared))
-            done, stopping = step + 1, stop.signum is not None
-            ending = stopping or done == config.num_steps
+            done, asked = step + 1, _asked_to_stop(stop)
+            ending = asked is not None or done == config.num_steps
             fetch(0 if ending else 1)
             if after_step is not None:
                 started = time.perf_counter()
@@ -259,10 +259,19 @@ def run_steps(
                 since += time.perf_counter() - started  # no part of a step
             if ending or due():
                 save(done, state, wait=ending)
-            if stopping:
-                stop.check()
+            if asked is not None:
+                raise asked
     _say_what_was_lost(config, log.rows(config.stage), state, frozen, describe_batch)
     return state
+
+
+def _asked_to_stop(stop: StopFlag) -> Interrupted | None:
+    """Returns what is to be raised once the step is saved; None: the stage goes on."""
+    try:
+        stop.check()
+    except Interrupted as asked:
+        return asked
+    return None
 
 
 class _Ran(NamedTuple):

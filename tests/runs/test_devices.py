@@ -112,7 +112,8 @@ def test_a_run_on_eight_devices_is_that_of_one(
     main = load_script(f"experiments/{program}.py").main
     assert main([*flags, f"--output={tmp_path / 'run'}", f"--fsdp={fsdp}", *more]) == 0
     said = capsys.readouterr().out
-    assert f"8 devices: data {8 // fsdp} x fsdp {fsdp}" in said
+    mesh_said = "data 8, of 8" if more else f"data {8 // fsdp} x fsdp {fsdp}"
+    assert f"8 devices: {mesh_said}" in said
     assert_same(tmp_path / "run", expected)
     assert len(by_stage) >= 4
     for stage, held in by_stage.items():
