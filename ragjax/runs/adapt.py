@@ -21,6 +21,7 @@ from ragjax.runs.forecast import describe_time, estimate_cost
 from ragjax.runs.found import Findable, FindableIndex, findable_in_training, first_copies
 from ragjax.runs.indexes import Retriever, build_bm25, build_towers, search
 from ragjax.runs.inputs import begin, run_inputs
+from ragjax.runs.models import rows_note
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
@@ -177,6 +178,12 @@ def _note_limits(workspace: Workspace, config: AdaptConfig) -> None:
         documents["retriever.candidates"] = retriever.candidates
         documents["retriever.keyword_queries"] = retriever.keyword_queries
         note_batch(workspace, "retriever.batch_size", retriever.batch_size)
+        for flag, rows in (
+            ("retriever.batch_size", retriever.batch_size),
+            ("retriever.keyword_queries", retriever.keywords),
+        ):
+            if note := rows_note(workspace.layout, flag, rows):
+                workspace.log(note)
         most = max(1, retriever.candidates - 1)
         cut = sum(len(relevant) > most for relevant in workspace.relevant_rows("train"))
         if cut and retriever.objective == "dpr":

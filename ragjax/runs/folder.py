@@ -170,7 +170,11 @@ def _check_free(
     path, kind = folder / CONFIG, config.kind
     if not path.is_file():
         ours = {"run.lock", "data", COST, CONFIG + ".tmp"}  # what is there before the config is
-        strangers = sorted(p.name for p in folder.glob("*") if p.name not in ours)
+        # So is an empty file of metrics, where a run was refused once its models were read.
+        there = [p for p in folder.glob("*") if p.name not in ours]
+        strangers = sorted(
+            p.name for p in there if p.name != "metrics.jsonl" or p.stat().st_size > 0
+        )
         if strangers:
             raise ValueError(
                 f"{folder} is not empty ({', '.join(strangers[:3])}) and holds no {kind};"

@@ -71,6 +71,28 @@ def layout_of(config: RunConfig) -> Layout:
     return make_layout(devices, fsdp=fsdp, mapped=pmap)
 
 
+def rows_note(layout: Layout, flag: str, rows: int) -> str | None:
+    """Says that the rows of a step do not go round the devices; None: they do.
+
+    Args:
+        layout: The devices.
+        flag: Option that the rows come from.
+        rows: Of a step, or of each part of an accumulated one.
+
+    Raises:
+        ValueError: They do not, and steps under pmap need it.
+    """
+    if rows % layout.num_devices == 0:
+        return None
+    odd = f"--{flag}: {rows:,} rows are no multiple of the {layout.num_devices} devices"
+    if layout.mapped:
+        raise ValueError(
+            f"{odd}, which --parallel pmap needs; change one of them (--devices), or take"
+            " --parallel mesh"
+        )
+    return f"note: {odd}, some of which compute what others do"
+
+
 def _fewest_parts(config: RunConfig, devices: Sequence[jax.Device]) -> int:
     """Returns over how many devices parameters must be divided to fit; 1 where nobody knows."""
     stats = devices[0].memory_stats() if len(devices) > 1 else None

@@ -13,6 +13,7 @@ from ragjax.runs.forecast import describe_time, estimate_rag_cost
 from ragjax.runs.found import source_rows
 from ragjax.runs.indexes import build_bm25, build_towers
 from ragjax.runs.inputs import begin, run_inputs
+from ragjax.runs.models import rows_note
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
@@ -95,6 +96,9 @@ def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = prin
     }
     note_limits(workspace, documents)
     note_batch(workspace, "training.batch_size", config.training.batch_size)
+    part = config.training.batch_size // config.training.accumulate
+    if note := rows_note(workspace.layout, "training.batch_size", part):
+        log(note)
     make_reader(workspace, config)
     if config.training.same_source == "drop":
         source_rows(workspace.dataset.corpus, workspace.questions["train"])

@@ -359,13 +359,7 @@ def note_limits(workspace: Workspace, documents: Mapping[str, int]) -> None:
 
 
 def note_batch(workspace: Workspace, name: str, batch_size: int) -> None:
-    """Tells where a batch repeats questions, or its rows do not go round the devices."""
-    devices = workspace.layout.num_devices
-    if batch_size % devices:
-        workspace.log(
-            f"note: --{name} {batch_size:,} is no multiple of the {devices} devices, some of which"
-            " compute what others do"
-        )
+    """Tells where a batch takes more questions than there are, so that it repeats some."""
     count = len(workspace.questions["train"])
     if batch_size > count > 0:
         workspace.log(

@@ -90,7 +90,8 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
     if weight is None and (accumulate > 1 or mapped is not None):
-        raise ValueError(f"accumulate={accumulate} needs weight=, what the loss is a mean over")
+        what = "mapped" if accumulate == 1 else f"accumulate={accumulate}"
+        raise ValueError(f"{what} needs weight=, what the loss is a mean over")
     differentiated = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate > 1 and weight is not None:
         differentiated = _accumulated(differentiated, accumulate, weight)

@@ -177,6 +177,22 @@ def test_devices_that_are_not_there_are_refused(changes, match):
         layout_of(AdaptConfig(**changes))
 
 
+def test_rows_that_do_not_go_round_are_said_and_refused_under_pmap(tiny_inputs, tmp_path, capsys):
+    main = load_script("experiments/adapt.py").main
+    given = [f"--{name}={value}" for name, value in tiny_inputs.items()]
+    run = [*given, *FLAGS, f"--output={tmp_path / 'run'}", "--devices=3"]
+    assert main([*run, "--dry_run"]) == 0
+    assert (
+        "note: --retriever.batch_size: 4 rows are no multiple of the 3" in capsys.readouterr().out
+    )
+    assert main([*run, "--parallel=pmap"]) == 2  # before anything is computed
+    assert "3 devices, which --parallel pmap needs" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "index").exists()
+    assert main([*run, "--retriever.batch_size=3", "--retriever.keyword_queries=2",
+                 "--parallel=pmap"]) == 2  # fmt: skip
+    assert "--retriever.keyword_queries: 2 rows" in capsys.readouterr().err
+
+
 def test_several_processes_are_refused_before_they_wait_for_each_other(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="JAX computes in 2 processes, and a run is made by one"):

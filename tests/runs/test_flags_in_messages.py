@@ -40,6 +40,7 @@ SHOWN_BY = {
     "ragjax/runs/options/refresh": TRAINING,
     "ragjax/runs/options/shared/RunConfig": TRAINING,
     "ragjax/runs/models/layout_of": TRAINING,
+    "ragjax/runs/models/rows_note": TRAINING,
     "ragjax/runs/models/scale_note": TRAINING,
     "ragjax/runs/saved": ("export",),
     "ragjax/runs/teachers/files": ("adapt",),
