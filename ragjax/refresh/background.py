@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ragjax.index import IndexSnapshot
 from ragjax.refresh.pipeline import Submission
 from ragjax.refresh.task import Cancelled
+from ragjax.storage.processes import Votes, several
 
 # Indexes that no longer serve are held a little longer, until the trainer has let them go too.
 _RETIRED_SECONDS = 1.0
@@ -48,10 +49,16 @@ class Background:
         self.failure: BaseException | None = None
         self.failures = 0
         self.last_error = ""
+        # Of the processes of a run, on the export that was handed over; None: there is none.
+        self._votes: Votes | None = None
 
     @property
     def busy(self) -> bool:
-        """True while an export is worked on or waits."""
+        """True while an export is worked on or waits; in a run of several processes, for one."""
+        return self._works or self._votes is not None
+
+    @property
+    def _works(self) -> bool:
         return self.active is not None or self.waiting is not None
 
     def hand_over(self, export: Submission) -> bool:
@@ -65,7 +72,8 @@ class Background:
                 raise RuntimeError(
                     "The refresher is closed, by close() or by another one opened on its folder"
                 )
-            idle = not self.busy
+            idle = not self._works
+            self._votes = Votes() if several() else None
             self.waiting = export
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="refresh", daemon=True)
@@ -74,7 +82,18 @@ class Background:
         return idle
 
     def fetch(self) -> tuple[IndexSnapshot | None, BaseException | None]:
-        """Returns the index that became ready and the failure since the last call; never waits."""
+        """Returns the index that became ready and the failure since the last call; never waits.
+
+        Where several processes make a run, all of them get theirs at the same call, or a failure.
+        """
+        if self._votes is not None:
+            seen = self._votes(2 if self.failure is not None else self.ready is not None)
+            if seen is None or not seen.all():
+                return None, None
+            self._votes = None
+            if seen.max() == 2 and self.failure is None:
+                self.ready = None
+                self.failure = RuntimeError("another process of the run failed, which says why")
         if self.ready is None and self.failure is None:  # nothing to take a lock for
             return None, None
         with self._condition:
@@ -117,7 +136,7 @@ class Background:
         deadline = None if timeout is None else time.monotonic() + timeout
         told = time.monotonic()
         with self._condition:
-            while self.busy:
+            while self._works:
                 left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
                 if left <= 0 or self._closed:
                     return False
@@ -126,6 +145,7 @@ class Background:
                 if time.monotonic() - told > _TELL_EVERY_SECONDS:
                     told = time.monotonic()
                     tell()
+        self._votes = None  # the other processes wait for theirs at this point, too
         return True
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ from ragjax.refresh.task import (
     Tokens,
     embedding_size,
 )
+from ragjax.storage.processes import host, put
 
 # Batches handed to the device before the oldest result is waited for.
 _IN_FLIGHT = 2
@@ -206,7 +207,7 @@ class _Placement(NamedTuple):
         if self.mesh is None:
             return batch
         axes = PartitionSpec(self.mesh.axis_names)
-        return jax.device_put(batch, NamedSharding(self.mesh, axes))
+        return jax.tree.map(lambda leaf: put(leaf, NamedSharding(self.mesh, axes)), batch)
 
 
 def _mesh_of(params: Any) -> Mesh | None:
@@ -294,9 +295,9 @@ class _Job:
             in_flight.append((batch, self._dispatch(window, batch)))
             if len(in_flight) == _IN_FLIGHT:
                 first, result = in_flight.popleft()
-                yield first, np.asarray(result, np.float32)
+                yield first, host(result).astype(np.float32, copy=False)
         for batch, result in in_flight:
-            yield batch, np.asarray(result, np.float32)
+            yield batch, host(result).astype(np.float32, copy=False)
 
     def _dispatch(self, window: PaddedWindow, batch: Batch) -> Array:
         """Starts one batch on the devices."""

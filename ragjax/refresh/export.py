@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ragjax import storage
 from ragjax.refresh.task import params_digest
+from ragjax.storage.processes import host
 from ragjax.storage.random_keys import key_data, with_keys
 
 _FORMAT = 1
@@ -119,7 +120,7 @@ def _named_leaves(params: Any) -> dict[str, NDArray[Any]]:
     """Returns the leaves as arrays that safetensors writes correctly."""
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(key_data(params)):
-        array = np.asarray(leaf)
+        array = host(leaf)
         # safetensors writes the memory as it lies, which is not the array where it is transposed.
         named[jax.tree_util.keystr(path)] = np.ascontiguousarray(array).reshape(array.shape)
     return named

@@ -43,6 +43,7 @@ from ragjax.refresh.task import EncodeTask, Executor
 from ragjax.refresh.threads import ThreadExecutor
 from ragjax.refresh.triggers import Never, Trigger, TriggerContext
 from ragjax.storage import RunLock, check_writable
+from ragjax.storage.processes import several
 
 _LOG = logging.getLogger(__name__)
 
@@ -204,7 +205,8 @@ class Refresher:
             self.poll()
         elif self._scheduled and step >= self._scheduled[1]:
             self._adopt_scheduled()
-        if self._scheduled is None:
+        # Several processes have one refresh under way at a time, so that all have the same.
+        if self._scheduled is None and not (several() and self.busy):
             busy = self._options.adopt_after < 0 and self.busy
             context = TriggerContext(step, self._last_export_step, busy, params, self.snapshot)
             if self._trigger(context):

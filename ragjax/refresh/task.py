@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ragjax.index import store
 from ragjax.refresh.batches import EncodeOptions
+from ragjax.storage.processes import host
 from ragjax.storage.random_keys import key_data
 
 
@@ -232,7 +233,7 @@ def content_bytes(value: Any) -> bytes:
     if isinstance(value, int | np.integer):
         return _framed("i", str(int(value)).encode())
     if isinstance(value, float) or hasattr(value, "__array__"):
-        return _array_bytes(np.asarray(value))
+        return _array_bytes(host(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
         return _framed("t", b"".join(map(content_bytes, fields)))

@@ -1,5 +1,6 @@
 """Encoding in a thread of the trainer's process, on its own devices or on spare ones."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from ragjax.index import EmbeddingStore, shards
 from ragjax.refresh.encode import encode_to_store
 from ragjax.refresh.task import EncodeRequest, EncodeTask
+from ragjax.storage.processes import host, several
 
 
 class ThreadExecutor:
@@ -37,8 +39,12 @@ class ThreadExecutor:
         self.devices = None if devices is None else tuple(devices)
 
     def copy_params(self, params: Any) -> Any:
-        """Copies the parameters on their device; the next step may then donate the originals."""
-        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+        """Copies the parameters on their device, or to the host where it has only a part of them.
+
+        The next step may then donate the originals.
+        """
+        copied = host if several() else functools.partial(jnp.array, copy=True)
+        return jax.tree.map(copied, params)
 
     def encode(self, task: EncodeTask, request: EncodeRequest) -> EmbeddingStore:
         """Encodes the documents of the request and publishes the store; see `Executor`."""

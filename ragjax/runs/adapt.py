@@ -70,9 +70,9 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
             before any expensive work.
         Interrupted: After saving, where the run was stopped.
     """
-    started, folder = time.perf_counter(), Path(config.output)
+    started = time.perf_counter()
     record = config_record(config, config.fingerprint(), mode=config.mode)
-    with claim(config, record, stop) as flag:
+    with claim(config, record, stop) as (flag, folder):
         workspace = open_adapt(config, folder, stop=flag, log=log)
         # After validation, so that a rejected run leaves no config.json behind.
         inputs = run_inputs(workspace) | file_inputs(config.questions.file)
@@ -112,7 +112,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
             title = f"Adaptation to {data_name(config.data)}"
             report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
         log(describe_time(workspace.seconds, started))
-    return open_run(folder)
+    return open_run(Path(config.output))
 
 
 def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:

@@ -197,7 +197,7 @@ def evaluate(
     run = open_run(config.run).config if config.run else None
     mode = run_options(config, run).mode
     record = config_record(config, config.fingerprint(run), mode=mode)
-    with claim(config, record, stop) as flag:
+    with claim(config, record, stop) as (flag, folder):
         opened = open_evaluation(config, folder, stop=flag, log=log)
         # After validation, so that a rejected evaluation leaves no config.json behind.
         begin(folder, record, _inputs(opened), kind=config.kind, log=log)
@@ -213,7 +213,7 @@ def evaluate(
             ),
         )
         log(f"report: {path}")
-    return Evaluation(folder=folder, metrics=metrics, config=config)
+    return Evaluation(folder=Path(config.output), metrics=metrics, config=config)
 
 
 def _inputs(opened: Opened) -> dict[str, Any]:

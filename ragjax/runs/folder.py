@@ -5,9 +5,9 @@ import json
 import resource
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,7 +15,7 @@ from ragjax.models.layers.linear import matmul_precision
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import OF_MACHINE, RunConfig
-from ragjax.storage import RunLock, keep_compiled, read_lines, write_json
+from ragjax.storage import RunLock, keep_compiled, processes, read_lines, write_json
 from ragjax.training.loop import StopFlag, graceful_stop
 
 
@@ -96,31 +96,43 @@ def _peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class Claimed(NamedTuple):
+    """An output folder that is held."""
+
+    stop: StopFlag  # stops the run
+    folder: Path  # where this process works; not that of the results in all processes but the first
+
+
 @contextmanager
 def claim(
     config: RunConfig | EvaluateConfig, record: Mapping[str, Any], stop: StopFlag | None
-) -> Iterator[StopFlag]:
+) -> Iterator[Claimed]:
     """Holds an output folder that is free, or that holds an earlier part of the same run.
+
+    Where several processes make the run (`distributed`), it joins them first.
 
     Args:
         config: Options; its folder is made where it is missing.
         record: What config.json will hold, as of `config_record`.
         stop: Set by the caller to stop the run; None: set by SIGTERM and SIGINT.
 
-    Yields:
-        The flag that stops the run.
-
     Raises:
         ValueError: Another process holds the folder, or it holds something else, or a run with
             other options (the first that differ are named).
     """
+    processes.start(config.distributed)
     folder = Path(config.output)
     lock = RunLock(folder, remedy="use another --output folder")
-    with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, lock:
-        _check_free(folder, record, config)
+    with nullcontext(stop) if stop else graceful_stop(kill=False) as flag, ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(lock)
+            _check_free(folder, record, config)
+
+        processes.first_alone(take)
         keep_compiled()
-        with fast_products():
-            yield flag
+        with processes.folder_of_run(folder) as own, fast_products():
+            yield Claimed(flag, own)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ragjax.runs.folder import CONFIG
 from ragjax.runs.models import Encoders
 from ragjax.runs.workspace import Workspace
 from ragjax.storage import sha256, write_json
+from ragjax.storage.processes import check_same
 
 _HOW_ENCODED = ("pooling", "steps", "max_length", "query_prefix", "doc_prefix")
 _HOW_READ = ("bos_id", "eos_ids", "text_format")
@@ -87,6 +88,7 @@ def begin(
     Raises:
         ValueError: An input differs; the message names each one and the parts of it.
     """
+    check_same(json.dumps([record["fingerprint"], inputs], sort_keys=True), "options or inputs")
     path = folder / CONFIG
     if path.is_file():
         earlier = json.loads(path.read_text("utf-8-sig")).get("inputs")

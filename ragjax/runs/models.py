@@ -53,22 +53,39 @@ def layout_of(config: RunConfig) -> Layout:
         ValueError: There are fewer devices than asked for, or `fsdp` does not divide them, or they
             are those of several processes.
     """
-    if (processes := jax.process_count()) > 1:
-        raise ValueError(
-            f"JAX computes in {processes} processes, and a run is made by one: start it without"
-            " jax.distributed.initialize(), on the devices of one host"
-        )
-    found = visible_devices()
-    spare = found[: len(found) - config.refresh.devices]
+    found, refreshing = visible_devices(), config.refresh.devices
+    of_process = {number: [] for number in sorted(device.process_index for device in found)}
+    for device in found:
+        of_process[device.process_index].append(device)
+    if len(of_process) > 1:
+        _check_processes(config, len(of_process))
+    spare = [each for of in of_process.values() for each in of[: len(of) - refreshing]]
     if not spare or config.devices > len(spare):
         raise ValueError(
             f"--devices {config.devices}: there are {len(found)} devices, and"
-            f" {config.refresh.devices} of them encode (--refresh.devices)"
+            f" {refreshing} of them encode (--refresh.devices)"
         )
     devices = spare[: config.devices or None]
     pmap = config.parallel == "pmap"
     fsdp = 1 if pmap else config.fsdp or _fewest_parts(config, devices)
     return make_layout(devices, fsdp=fsdp, mapped=pmap)
+
+
+def _check_processes(config: RunConfig, count: int) -> None:
+    """Raises ValueError for what a run of several processes cannot do."""
+    training = getattr(config, "training", None)
+    for given, flag, remedy in (
+        (config.devices, "devices", "all of them have devices of their own, and all take part"),
+        (config.parallel == "pmap", "parallel pmap", "take --parallel mesh"),
+        (config.refresh.workers, "refresh.workers", "each encodes on its own devices"),
+        (
+            getattr(training, "retrieval", "host") == "callback",
+            "training.retrieval callback",
+            "take --training.retrieval host",
+        ),
+    ):
+        if given:
+            raise ValueError(f"--{flag} is for one process, and {count} make this run: {remedy}")
 
 
 def rows_note(layout: Layout, flag: str, rows: int) -> str | None:
@@ -95,7 +112,8 @@ def rows_note(layout: Layout, flag: str, rows: int) -> str | None:
 
 def _fewest_parts(config: RunConfig, devices: Sequence[jax.Device]) -> int:
     """Returns over how many devices parameters must be divided to fit; 1 where nobody knows."""
-    stats = devices[0].memory_stats() if len(devices) > 1 else None
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    stats = here[0].memory_stats() if len(devices) > 1 else None
     if not stats or "bytes_limit" not in stats:
         return 1
     room = _PARAMETER_SHARE * stats["bytes_limit"]

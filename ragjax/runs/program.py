@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import jax
 import tyro
 
 from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
@@ -23,9 +25,10 @@ from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig, dry_run
 from ragjax.runs.options.checks import check_all, checked_later
 from ragjax.runs.options.files import load_config_file, to_dict
 from ragjax.runs.saved import Results
+from ragjax.storage import processes
 from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
 
-BAD_INPUT, DIVERGED, NO_FRESH_INDEX = 2, 3, 4
+BAD_INPUT, DIVERGED, NO_FRESH_INDEX, LOST = 2, 3, 4, 5
 Config = TypeVar("Config", AdaptConfig, RagConfig, EvaluateConfig)
 
 
@@ -62,7 +65,7 @@ def run_program(
 
     Returns:
         Exit code: 0; 2 for bad input; 3 where training diverged; 4 where the index could not be
-        kept fresh; 128 + signal if stopped.
+        kept fresh; 5 where another process of the run was lost; 128 + signal if stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     escape_what_is_no_utf8()
@@ -74,14 +77,15 @@ def run_program(
     again = f"the same command continues this {default.kind}"
     try:
         flags = parse_flags(default, description, arguments)
+        processes.start(flags.options.distributed)
         logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-        print("options:", json.dumps(to_dict(flags.options), indent=2), flush=True)
-        with graceful_stop() as stop:
+        with graceful_stop() as stop, _first_speaks():
+            print("options:", json.dumps(to_dict(flags.options), indent=2), flush=True)
             if flags.dry_run:
                 dry_run(flags.options, stop=stop, log=log)
                 return 0
             results = program(flags.options, stop=stop, log=log)
-        print(f"\nresults: {results.report}, {results.folder / 'metrics.json'}")
+            print(f"\nresults: {results.report}, {results.folder / 'metrics.json'}")
         return 0
     except Interrupted as stopped:
         print(f"{stopped}; {again}", file=sys.stderr)
@@ -94,6 +98,27 @@ def run_program(
     except (ValueError, OSError, MemoryError) as error:
         show_error(error, arguments, names)
         return DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.several():
+            raise
+        show_error(error, arguments, names)
+        print(
+            f"another process of this {default.kind} is lost; {again}, given to each process again",
+            file=sys.stderr,
+        )
+        return LOST
+    finally:
+        processes.leave()
+
+
+@contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Hushes each process of a run but the first, which has the same to say; errors are shown."""
+    if processes.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def parse_flags(

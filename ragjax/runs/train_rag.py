@@ -51,9 +51,9 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
             before any expensive work.
         Interrupted: After saving, where the run was stopped.
     """
-    started, folder = time.perf_counter(), Path(config.output)
+    started = time.perf_counter()
     record = config_record(config, config.fingerprint(), mode=config.mode)
-    with claim(config, record, stop) as flag:
+    with claim(config, record, stop) as (flag, folder):
         workspace = open_rag(config, folder, stop=flag, log=log)
         # After validation, so that a rejected run leaves no config.json behind.
         begin(folder, record, run_inputs(workspace), kind=config.kind, log=log)
@@ -81,7 +81,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
             title = f"End-to-end training on {data_name(config.data)}"
             report_run(workspace, before, after, lm, title=title, target=config.objective.target)
         log(describe_time(workspace.seconds, started))
-    return open_run(folder)
+    return open_run(Path(config.output))
 
 
 def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:

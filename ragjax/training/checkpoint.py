@@ -1,5 +1,6 @@
 """Checkpoints: orbax underneath, digests, a finite check and a way back to the last good one."""
 
+import functools
 import operator
 import os
 import shutil
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ragjax.storage import named_if_full, publish, read_sealed, sha256, walk_digests, write_sealed
+from ragjax.storage.processes import is_first, meet, several
 from ragjax.storage.random_keys import key_data, with_keys
 
 FORMAT = 1
@@ -78,9 +80,20 @@ class Checkpointer:
                 run cannot push out the last good checkpoint.
         """
         self.wait()
-        arrays = jax.tree.map(lambda leaf: np.array(leaf), key_data(state))
+        arrays = key_data(state)
         step, info = operator.index(step), dict(info or {})
-        self._writing = self._pool.submit(self._write, step, arrays, _array_table(state), info)
+        building = self._folder / f".{step}.saving"
+        if several():  # each writes what its devices have
+            _check_finite(step, arrays)
+            if is_first():
+                self._remove_unfinished()
+            write = _orbax().save_async(building, jax.tree.map(_of_all, arrays)).result
+        else:
+            arrays = jax.tree.map(lambda leaf: np.array(leaf), arrays)
+            write = functools.partial(_save, building, step, arrays)
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        about = {"format": FORMAT, "step": step, "info": info, "arrays": _array_table(state)}
+        self._writing = self._pool.submit(self._write, building, write, about, nbytes)
         if wait:
             self.wait()
 
@@ -95,29 +108,21 @@ class Checkpointer:
         if writing is not None:
             writing.result()
 
-    def _write(self, step: int, arrays: Any, table: dict[str, list], info: dict) -> None:
-        leaves = jax.tree_util.tree_leaves_with_path(arrays)
-        bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not _is_finite(leaf)]
-        if bad:
-            raise ValueError(
-                f"step {step} is not saved: NaN or infinity in {', '.join(bad[:5])}"
-                f" ({len(bad)} arrays); the last checkpoint stays"
-            )
+    def _write(
+        self, building: Path, write: Callable[[], object], about: dict[str, Any], nbytes: int
+    ) -> None:
         # Beside its name, so that a save that fails leaves an earlier one of the same step alone.
-        building = self._folder / f".{step}.saving"
-        target = self._folder / str(step)
-        self._remove_unfinished()
+        step, target = about["step"], self._folder / str(about["step"])
+        if not is_first():  # which says by digests that the step is whole
+            write()
+            return
+        if not several():
+            self._remove_unfinished()
         try:
-            with named_if_full(target, sum(leaf.nbytes for _, leaf in leaves)):
-                _orbax().save(building, arrays)
-            digests = {
-                "format": FORMAT,
-                "step": step,
-                "info": info,
-                "arrays": table,
-                "sha256": walk_digests(building, known={}),
-            }
-            write_sealed(building / _DIGESTS, digests)
+            with named_if_full(target, nbytes):
+                write()
+            digests = walk_digests(building, known={})
+            write_sealed(building / _DIGESTS, about | {"sha256": digests})
             shutil.rmtree(target, ignore_errors=True)  # a step that an earlier life left behind
             publish(building, target)
         finally:
@@ -155,6 +160,14 @@ class Checkpointer:
             ValueError: If a whole checkpoint has other arrays than `template`: the run's options
                 have changed since.
         """
+        self.wait()
+        meet()  # what process 0 has written is there for all, and stays until all have read it
+        try:
+            return self._latest_good(template, field)
+        finally:
+            meet()
+
+    def _latest_good(self, template: Any, field: str) -> Restored | None:
         for step in reversed(self.steps()):
             folder = self._folder / str(step)
             if problem := self._problem(step):
@@ -216,7 +229,7 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
                 f" {expected.get(name)} here (other model, trained towers or optimiser?); use"
                 " another output folder"
             )
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def described(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or first
@@ -230,9 +243,30 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
     return state[field] if field else state
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def _save(building: Path, step: int, arrays: Any) -> None:
+    _check_finite(step, arrays)
+    _orbax().save(building, arrays)
+
+
+def _check_finite(step: int, arrays: Any) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    if bad := [jax.tree_util.keystr(path) for path, leaf in leaves if not _is_finite(leaf)]:
+        raise ValueError(
+            f"step {step} is not saved: NaN or infinity in {', '.join(bad[:5])}"
+            f" ({len(bad)} arrays); the last checkpoint stays"
+        )
+
+
+def _is_finite(array: Any) -> bool:
     # jax's issubdtype: numpy counts bfloat16 and the 8-bit floats as no numbers at all.
-    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return True
+    return bool((jnp if isinstance(array, jax.Array) else np).isfinite(array).all())
+
+
+def _of_all(leaf: Any) -> Any:
+    """Returns an array as the processes of a run save it: over all their devices, or by one."""
+    return np.asarray(leaf) if leaf.is_fully_addressable else leaf
 
 
 def _array_table(tree: Any) -> dict[str, list]:

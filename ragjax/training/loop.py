@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ragjax.storage import JsonLog
 from ragjax.storage.log import read_lines
+from ragjax.storage.processes import Votes, largest, several
 from ragjax.training.checkpoint import Checkpointer
 from ragjax.training.steps import TrainState
 
@@ -41,9 +42,9 @@ class StopFlag:
         self.signum: int | None = None
 
     def check(self) -> None:
-        """Raises Interrupted if the run was asked to stop."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        """Raises Interrupted if the run was asked to stop, whichever of its processes was."""
+        if signum := largest(self.signum or 0):
+            raise Interrupted(signum)
 
 
 @contextmanager
@@ -245,19 +246,35 @@ def run_steps(
         passed = time.perf_counter() - last_save
         return passed >= config.checkpoint_seconds and not checkpointer.busy
 
+    votes, kept_at = Votes(), first
+
+    def agree(step: int) -> tuple[Interrupted | None, bool]:
+        """Says whether to stop, and whether to save, the same in each process of a run."""
+        nonlocal kept_at
+        if not several():
+            return _asked_to_stop(stop), due()
+        seen = votes(stop.signum or 0, due())
+        if seen is None:
+            return None, not config.checkpoint_seconds
+        signum, asked_to_save = seen[:, 0].max(), seen[0, 1]
+        # Process 0 knows of a save, and of its end, a step late.
+        saving = not config.checkpoint_seconds or (asked_to_save and step > kept_at + 1)
+        kept_at = step if saving else kept_at
+        return Interrupted(int(signum)) if signum else None, bool(saving)
+
     with progress, checkpointer:
         for step in range(first, config.num_steps):
             prepared = _prepare(host, step, state, save)
             state, metrics = step_fn(state, batch_at(step), frozen)
             running.append(_Ran(step, metrics, prepared))
-            done, asked = step + 1, _asked_to_stop(stop)
+            done, (asked, saving) = step + 1, agree(step)
             ending = asked is not None or done == config.num_steps
             fetch(0 if ending else 1)
             if after_step is not None:
                 started = time.perf_counter()
                 after_step(done, state)
                 since += time.perf_counter() - started  # no part of a step
-            if ending or due():
+            if ending or saving:
                 save(done, state, wait=ending)
             if asked is not None:
                 raise asked

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ragjax.storage.processes import put
+
 _AXES = _DATA, _FSDP = "data", "fsdp"
 ROWS = _DATA
 """Axis over which a step under `jax.pmap` has its rows."""
@@ -39,8 +41,11 @@ class Layout(NamedTuple):
 
     @property
     def devices(self) -> list[jax.Device] | None:
-        """The devices; None for a single one, the default device."""
-        return None if self.mesh is None else list(self.mesh.devices.flat)
+        """Those of this process; None for a single device, the default one."""
+        if self.mesh is None:
+            return None
+        here = jax.process_index()
+        return [device for device in self.mesh.devices.flat if device.process_index == here]
 
     @property
     def rows_axis(self) -> str | None:
@@ -89,7 +94,7 @@ class Layout(NamedTuple):
 
         def place(path: Any, leaf: Any) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return jax.device_put(leaf, self.sharding(name, leaf.shape))
+            return put(leaf, self.sharding(name, leaf.shape))
 
         return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -143,7 +148,7 @@ def spread_rows(batch: T, params: Any) -> T:
     mesh = mesh_of(params)
     if mesh is None:
         return batch
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, _of_rows(mesh, leaf)), batch)
+    return jax.tree.map(lambda leaf: put(leaf, _of_rows(mesh, leaf)), batch)
 
 
 def _of_rows(mesh: Mesh, leaf: Any) -> NamedSharding:

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from ragjax.storage.processes import host
+
 _MAX_JSON = 100_000_000  # bytes; the index of a model of a trillion parameters has 20 MB
 _MAX_LAYERS = 10_000
 _MAX_SIZE = 2**31  # beyond it, the product of two sizes does not fit 64 bits
@@ -221,7 +223,7 @@ def fingerprint(config: Any, params: Mapping[str, Any], tokenizer: Tokenizer) ->
         # A parameter on several devices is gathered one layer at a time.
         shared = leaf.ndim > 1 and len(getattr(leaf, "sharding", _Local).device_set) > 1
         for piece in leaf if shared else [leaf]:
-            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            digest.update(np.ascontiguousarray(host(piece)).reshape(-1).view(np.uint8).data)
     digest.update(tokenizer.to_str().encode())
     return digest.hexdigest()
 

@@ -21,6 +21,7 @@ from ragjax.runs.models import score_tokens
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.teachers.batches import context_batches, pack_batch
 from ragjax.runs.workspace import FrozenLM, Workspace
+from ragjax.storage.processes import host
 from ragjax.training.mesh import rows_multiple, spread_rows
 from ragjax.training.score_cache import ResultCache, result_key
 
@@ -167,7 +168,7 @@ def _plan_joined(workspace: Workspace, model: FrozenLM, requests: Sequence[Reque
         chosen = [targets[row] for row in batch.rows]
         packed = spread_rows(pack_batch(workspace.prompts, batch, contexts, chosen), model.params)
         result = score_and_generate(workspace.lm.decoder, model.params, packed, limits)
-        return result.generated, -np.asarray(result.token_log_probs).sum(axis=1)
+        return result.generated, -host(result.token_log_probs).sum(axis=1)
 
     batches = _even_batches(list(map(len, contexts)), tokens, rows_multiple(model.params))
     return _Plan(batches, " prompts", answer)
@@ -226,7 +227,7 @@ def _plan_apart(workspace: Workspace, model: FrozenLM, requests: Sequence[Reques
         log_probs = score(model.params, packed).reshape(shape)
         token_mask = packed.target_mask.reshape(shape)[:, 0]
         nlls = mode.loss(scores, log_probs, doc_mask=mask, token_mask=token_mask)
-        return generated, np.asarray(nlls)
+        return generated, host(nlls)
 
     longest = [max(map(len, group)) for group in contexts]
     batches = _question_batches(workspace, longest, count, rows_multiple(model.params))
@@ -241,7 +242,7 @@ def _answer_fused(
     targets = (array.reshape(shape)[:, 0] for array in packed[2:])
     decoder = fusion_decoder(lm.config)
     result = score_and_generate(decoder, model.params, LMBatch(*contexts, *targets), limits)
-    return result.generated, -np.asarray(result.token_log_probs).sum(axis=1)
+    return result.generated, -host(result.token_log_probs).sum(axis=1)
 
 
 def _question_batches(
@@ -289,8 +290,8 @@ def _store(
     nlls: np.ndarray,
     lengths: Sequence[int],
 ) -> None:
-    ids, ends = np.asarray(generated.ids), np.asarray(generated.lengths)
-    log_probs = np.asarray(generated.log_probs, np.float64)
+    ids, ends = host(generated.ids), host(generated.lengths)
+    log_probs = host(generated.log_probs).astype(np.float64)
     if ids.ndim == 3:  # several answers to each question, best first
         ids, ends, log_probs = ids[:, 0], ends[:, 0], log_probs[:, 0]
     texts = workspace.lm.tokenizer.decode_batch(

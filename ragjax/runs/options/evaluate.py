@@ -76,6 +76,7 @@ class EvaluateConfig(Options):
         devices: Devices that compute, in every stage; 0: all of them.
         fsdp: Devices that have an equal part of each parameter; 0: as few as have room for both
             models, where that is known.
+        distributed: `auto`: this process evaluates with others, as in a run.
         encode_tokens: Tokens in a batch of the encoder on each device; None: as the run, else as
             suits the device.
         score_tokens: Tokens in a batch of the language model on each device; None: likewise.
@@ -113,6 +114,7 @@ class EvaluateConfig(Options):
     distractors: int = 2
     devices: int = 0
     fsdp: int = 0
+    distributed: Literal["off", "auto"] = "off"
     encode_tokens: int | None = None
     score_tokens: int | None = None
 

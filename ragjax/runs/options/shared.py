@@ -16,7 +16,7 @@ from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
 # Of the machine: a run may be continued with other values, and its config.json has none of them.
-OF_MACHINE = ("checkpoint_minutes", "devices", "fsdp", "parallel")
+OF_MACHINE = ("checkpoint_minutes", "devices", "distributed", "fsdp", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +258,10 @@ class RunConfig(Options):
         parallel: How training steps use several devices: `mesh` divides arrays and lets XLA do the
             rest; `pmap` runs a step on each device with its part of the rows, and averages losses
             and gradients. The same losses up to rounding; `pmap` cannot divide parameters.
+        distributed: `auto`: this process makes the run with others, on the devices of all. How many
+            there are, the cluster says (SLURM, Kubernetes, Open MPI, Cloud TPU), or the variables
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. All are given the same
+            options, and see the same files in `output`; process 0 writes the results.
         encode_tokens: Tokens in a batch of the encoder on each device, for indexes and queries; 0:
             1,024 on a CPU, whose caches they fit, and 65,536 on an accelerator.
         score_tokens: Tokens in a batch of the language model on each device, scoring or answering;
@@ -287,6 +291,7 @@ class RunConfig(Options):
     devices: int = 0
     fsdp: int = 0
     parallel: Literal["mesh", "pmap"] = "mesh"
+    distributed: Literal["off", "auto"] = "off"
     encode_tokens: int = 0
     score_tokens: int = 0
     data_options: DataConfig = field(default_factory=DataConfig)

@@ -16,6 +16,7 @@ from ragjax.data import LengthBatch, PromptBuilder, buckets_up_to, fill_rows, le
 from ragjax.models.decoder.packing import PackedBatch, Suffix, pack_groups
 from ragjax.models.inputs import LMBatch
 from ragjax.models.language_model import LanguageModel
+from ragjax.storage.processes import host
 from ragjax.training.mesh import rows_multiple, spread_rows
 
 # Lengths in tokens that prompts are padded to: a document of the default 140 and a question fall
@@ -87,7 +88,7 @@ def batch_scores(lm: LanguageModel, params: Any, batch: RowBatch) -> dict[str, t
     function = lm.family.packed_token_log_probs or lm.family.token_log_probs
     scores = {}
     log_probs = _score(function, lm.config, params, spread_rows(batch.tokens, params))
-    for group, row in zip(batch.groups, np.asarray(log_probs), strict=False):
+    for group, row in zip(batch.groups, host(log_probs), strict=False):
         first = 0
         for target, parts in ((one.target, one.parts) for one in group):
             for key, start, end in parts:

@@ -26,6 +26,7 @@ from ragjax.index import SearchResult
 from ragjax.models.cross_encoder import CrossEncoder
 from ragjax.models.inputs import PairTokens
 from ragjax.runs.workspace import Workspace
+from ragjax.storage.processes import host
 from ragjax.training.mesh import rows_multiple, spread_rows
 from ragjax.training.score_cache import ResultCache, result_key
 
@@ -92,7 +93,7 @@ def cross_scores(
                     None if typed is None else jnp.asarray(typed),
                 )
                 found = logits(model.params, spread_rows(tokens, model.params))
-                found = np.asarray(found)[: len(chosen)]
+                found = host(found)[: len(chosen)]
                 cache.put(chosen, [PairScore(float(logit)) for logit in found])
             progress.update(len(chosen))
             workspace.stop.check()

@@ -20,6 +20,7 @@ from ragjax.runs.tokens import training_prompts
 from ragjax.runs.train.reading import Prompt, make_prompt, pack_prompts, unpacked, useless
 from ragjax.runs.trainable import SplitModel
 from ragjax.runs.workspace import Workspace
+from ragjax.storage.processes import host
 from ragjax.training.mesh import spread_rows
 
 DEV_QUESTIONS = 12
@@ -71,7 +72,7 @@ class DevNll:
         sums = [-np.inf] * len(self._prompts)
         for rows, (batch, below) in zip(self._places, self._batches, strict=True):
             log_probs = self._score(trainable, self._split.frozen, batch, below)
-            for values, prompts in zip(np.asarray(log_probs), rows, strict=False):
+            for values, prompts in zip(host(log_probs), rows, strict=False):
                 start = 0
                 for prompt in prompts:
                     count = len(self._prompts[prompt].target)

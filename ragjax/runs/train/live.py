@@ -20,6 +20,7 @@ from ragjax.runs.indexes import live_search
 from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.trainable import SplitTowers
 from ragjax.runs.workspace import Workspace
+from ragjax.storage.processes import several
 from ragjax.training.live import LiveRetrieval, refresh_trigger
 from ragjax.training.lsr import towers
 
@@ -96,12 +97,13 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> ref
     return refresh.Refresher(
         folder,
         workspace.task,
-        executor=_executor(config, folder),
+        executor=_executor(workspace, folder),
         trigger=refresh_trigger(config.mode, trigger),
         options=refresh_options(config, workspace.layout.devices),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
         report=workspace.log,
-        check=workspace.stop.check,
+        # Processes of a run look at the flag together, and do not wait for as long.
+        check=(lambda: None) if several() else workspace.stop.check,
     )
 
 
@@ -137,10 +139,12 @@ def check_machine(config: RefreshConfig) -> None:
         raise ValueError(f"--refresh.index scann: {problem}")
 
 
-def _executor(config: RefreshConfig, folder: Path) -> refresh.Executor:
+def _executor(workspace: Workspace, folder: Path) -> refresh.Executor:
+    config = workspace.config.refresh
     check_machine(config)
     if config.workers:
         return refresh.ProcessExecutor(folder)
     if not config.devices:
-        return refresh.ThreadExecutor()
+        # No program of the background may wait for another process.
+        return refresh.ThreadExecutor(workspace.layout.devices if several() else None)
     return refresh.ThreadExecutor(jax.local_devices()[-config.devices :])

@@ -22,6 +22,7 @@ from ragjax.runs.models import score_tokens
 from ragjax.runs.options.questions import QuestionsConfig
 from ragjax.runs.teachers.batches import context_batches
 from ragjax.runs.workspace import FrozenLM, Workspace
+from ragjax.storage.processes import host
 from ragjax.training.mesh import rows_multiple, spread_rows
 from ragjax.training.score_cache import ResultCache, result_key
 
@@ -224,10 +225,10 @@ def _sample(
         sampling=sampling,
         samples=samples,
     )
-    lengths = np.asarray(generated.lengths)[: len(contexts) * samples].tolist()
-    ids = [row[:end].tolist() for row, end in zip(np.asarray(generated.ids), lengths, strict=False)]
+    lengths = host(generated.lengths)[: len(contexts) * samples].tolist()
+    ids = [row[:end].tolist() for row, end in zip(host(generated.ids), lengths, strict=False)]
     texts = workspace.lm.tokenizer.decode_batch(ids)
-    log_probs = np.asarray(generated.log_probs, np.float64).tolist()
+    log_probs = host(generated.log_probs).astype(np.float64).tolist()
     return [
         Draft(" ".join(text.split()), log_prob, length)
         for text, log_prob, length in zip(texts, log_probs, lengths, strict=False)
