@@ -182,11 +182,8 @@ def _check_free(
     path, kind = folder / CONFIG, config.kind
     if not path.is_file():
         ours = {"run.lock", "data", COST, CONFIG + ".tmp"}  # what is there before the config is
-        # So is an empty file of metrics, where a run was refused once its models were read.
         there = [p for p in folder.glob("*") if p.name not in ours]
-        strangers = sorted(
-            p.name for p in there if p.name != "metrics.jsonl" or p.stat().st_size > 0
-        )
+        strangers = sorted(p.name for p in there if not _is_left(p))
         if strangers:
             raise ValueError(
                 f"{folder} is not empty ({', '.join(strangers[:3])}) and holds no {kind};"
@@ -210,6 +207,15 @@ def _check_free(
             f"{folder} holds another {kind} ({what}); choose another --output folder, or give the"
             " same options to continue it"
         )
+
+
+def _is_left(path: Path) -> bool:
+    """Says whether a run leaves this behind that was refused once its models were read."""
+    if path.name == "metrics.jsonl":
+        return path.stat().st_size == 0
+    if path.name == "checkpoints":
+        return not any(path.iterdir())
+    return path.name.startswith("process-")
 
 
 def _when_adopted_later(

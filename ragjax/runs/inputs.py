@@ -19,7 +19,7 @@ from ragjax.runs.folder import CONFIG
 from ragjax.runs.models import Encoders
 from ragjax.runs.workspace import Workspace
 from ragjax.storage import sha256, write_json
-from ragjax.storage.processes import check_same
+from ragjax.storage.processes import SameInAll
 
 _HOW_ENCODED = ("pooling", "steps", "max_length", "query_prefix", "doc_prefix")
 _HOW_READ = ("bos_id", "eos_ids", "text_format")
@@ -88,7 +88,8 @@ def begin(
     Raises:
         ValueError: An input differs; the message names each one and the parts of it.
     """
-    check_same(json.dumps([record["fingerprint"], inputs], sort_keys=True), "options or inputs")
+    read = json.dumps([record["fingerprint"], inputs], sort_keys=True)
+    SameInAll("options or inputs").check(read.encode(), wait=True)
     path = folder / CONFIG
     if path.is_file():
         earlier = json.loads(path.read_text("utf-8-sig")).get("inputs")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -75,11 +76,12 @@ def run_program(
         print(in_own_flags(line, names), flush=True)
 
     again = f"the same command continues this {default.kind}"
+    lost = f"a process of this {default.kind} is lost: {again}, given to each process again"
     try:
         flags = parse_flags(default, description, arguments)
         processes.start(flags.options.distributed)
         logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-        with graceful_stop() as stop, _first_speaks():
+        with _last_words(lost), graceful_stop() as stop, _first_speaks():
             print("options:", json.dumps(to_dict(flags.options), indent=2), flush=True)
             if flags.dry_run:
                 dry_run(flags.options, stop=stop, log=log)
@@ -102,13 +104,28 @@ def run_program(
         if not processes.several():
             raise
         show_error(error, arguments, names)
-        print(
-            f"another process of this {default.kind} is lost; {again}, given to each process again",
-            file=sys.stderr,
-        )
+        print(lost, file=sys.stderr)
         return LOST
     finally:
         processes.leave()
+
+
+@contextmanager
+def _last_words(text: str) -> Iterator[None]:
+    """Has a line printed where this process is one of several, and ends without leaving the block.
+
+    JAX itself ends a process that misses another one, without a word to Python.
+    """
+    if not processes.several():
+        yield
+        return
+    script = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
+    command = [sys.executable, "-c", script, f"{text}\n"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.communicate(b".")
 
 
 @contextmanager

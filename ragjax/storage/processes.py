@@ -23,7 +23,7 @@ from ragjax.storage.files import link_or_copy
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Seconds without a sign of life after which a process counts as lost.
-_SILENT = 60
+_SILENT = 30
 # Seconds for which a process that ends waits for the others to end, too.
 _ENDING = 20
 _MOST_BYTES = 4096  # of what one process tells the others
@@ -226,19 +226,29 @@ def first_alone(act: Callable[[], Any]) -> Any:
     return result
 
 
-def check_same(text: str, what: str) -> None:
-    """Raises ValueError in all processes where what one of them has differs.
+class SameInAll:
+    """Finds out, a call later, that processes of a run do not compute the same."""
 
-    Args:
-        text: What is to be the same everywhere.
-        what: What it is, for the message.
-    """
-    if not several():
-        return
-    seen = everyone(zlib.crc32(text.encode()) & 0x7FFFFFFF)[:, 0]
-    if len(set(seen.tolist())) > 1:
-        other = int(np.flatnonzero(seen != seen[0])[0])
-        raise ValueError(
-            f"{what} of process {other} differ from those of process 0; start all processes with"
-            " the same options, data, models and versions of the packages"
-        )
+    def __init__(self, what: str) -> None:
+        """Names what is to be the same in all of them, in the plural."""
+        self._what, self._votes = what, Votes()
+
+    def check(self, content: bytes, *, wait: bool = False) -> None:
+        """Compares what each process has.
+
+        Args:
+            content: Of this process.
+            wait: Compare it now, not at the next call.
+
+        Raises:
+            ValueError: In all processes, where one has another content than process 0.
+        """
+        if not several():
+            return
+        mine = zlib.crc32(content) & 0x7FFFFFFF
+        seen = everyone(mine) if wait else self._votes(mine)
+        if seen is not None and (others := np.flatnonzero(seen[:, 0] != seen[0, 0])).size:
+            raise ValueError(
+                f"{self._what} of process {others[0]} differ from those of process 0; start all"
+                " processes with the same options, data, models and versions of the packages"
+            )

@@ -26,6 +26,7 @@ from ragjax.index.base import empty_result
 from ragjax.refresh import Never, Refresher, Trigger, live_embeddings, rerank
 from ragjax.refresh.gauges import index_metrics
 from ragjax.refresh.task import EncodeTask
+from ragjax.storage.processes import SameInAll
 from ragjax.training.steps import TrainState
 
 Freshness = Literal["frozen", "query_only", "rerank", "sync", "async"]
@@ -117,6 +118,7 @@ class LiveRetrieval:
         self._params: tuple[Any, Any] = (None, None)
         self.refresher = open_refresher(lambda: self.query_params)
         self._retrieved: StepDocuments | None = None
+        self._same = SameInAll("documents retrieved")
 
     @property
     def doc_params(self) -> Any:
@@ -176,6 +178,7 @@ class LiveRetrieval:
     def note(self, retrieved: StepDocuments) -> dict[str, float]:
         """Counts what a step retrieved; returns its metrics and those of the index searched."""
         found, metrics = retrieved.found, self.refresher.metrics(retrieved.step)
+        self._same.check(retrieved.rows.tobytes() + found.doc_ids.tobytes())
         self.refresher.note_retrieved(found.doc_ids, found.mask)
         if retrieved.index:
             served = index_metrics(self.refresher.snapshot, retrieved.step)

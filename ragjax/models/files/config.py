@@ -222,7 +222,7 @@ def fingerprint(config: Any, params: Mapping[str, Any], tokenizer: Tokenizer) ->
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         # A parameter on several devices is gathered one layer at a time.
         shared = leaf.ndim > 1 and len(getattr(leaf, "sharding", _Local).device_set) > 1
-        for piece in leaf if shared else [leaf]:
+        for piece in (leaf[i] for i in range(len(leaf))) if shared else [leaf]:
             digest.update(np.ascontiguousarray(host(piece)).reshape(-1).view(np.uint8).data)
     digest.update(tokenizer.to_str().encode())
     return digest.hexdigest()

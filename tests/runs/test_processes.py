@@ -1,0 +1,232 @@
+"""Runs that several processes make together, two of four devices each."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import FLAGS, RAG_FLAGS
+from programs import environment
+
+from ragjax.runs import AdaptConfig, RagConfig
+from ragjax.runs import models as run_models
+from ragjax.storage import processes
+from ragjax.training import mesh
+from ragjax.training.checkpoint import Checkpointer
+
+START = """
+import sys
+from programs import load_script
+from ragjax.training import mesh
+mesh._SMALLEST = 256  # tiny models are divided, too
+sys.exit(load_script(sys.argv[1]).main(sys.argv[2:]))
+"""
+ADAPT = (*FLAGS, "--retriever.batch_size=8", "--language_model.accumulate=2")
+RAG = (
+    *RAG_FLAGS,
+    "--training.batch_size=8",
+    "--training.epochs=8",
+    "--refresh.mode=async",
+    "--refresh.every=1",
+)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a Python program in two processes of four devices, or in one of eight."""
+    running = []
+
+    def start(*command, count=2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        started = []
+        for number in range(count):
+            told = {processes.ADDRESS: address, processes.COUNT: str(count)}
+            world = environment(devices=8 // count) | told | {processes.NUMBER: str(number)}
+            log = tmp_path / f"{len(running)}.log"
+            with open(log, "w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", *command], env=world, stdout=file, stderr=file
+                )
+            process.log = log
+            started.append(process)
+            running.append(process)
+        return started
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def ended(started, seconds=400):
+    """Returns the exit codes and what was printed."""
+    codes = [process.wait(seconds) for process in started]
+    return codes, [process.log.read_text() for process in started]
+
+
+@pytest.fixture
+def flags(tiny_inputs):
+    return [f"--{name}={value}" for name, value in tiny_inputs.items()]
+
+
+def results(folder):
+    """Returns the losses, and the metrics, of a run."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    metrics = jax.tree_util.tree_leaves_with_path(json.loads((folder / "metrics.json").read_text()))
+    losses = {(row["stage"], row["step"]): row["loss"] for row in rows}
+    return losses, {jax.tree_util.keystr(path): value for path, value in metrics}
+
+
+def assert_same(folder, expected):
+    for found, given in zip(results(folder), results(expected), strict=True):
+        assert found == pytest.approx(given, rel=2e-5, abs=1e-4)
+
+
+MEETING = """
+import sys, jax, numpy as np
+from pathlib import Path
+from ragjax.storage import processes
+from ragjax.training.checkpoint import Checkpointer
+from ragjax.training import mesh
+processes.start("auto")
+mesh._SMALLEST = 8
+here, folder = jax.process_index(), Path(sys.argv[1])
+assert processes.several() and processes.is_first() == (here == 0)
+assert processes.everyone(here, 7).tolist() == [[0, 7], [1, 7]]
+assert processes.largest(3 * here) == 3
+votes = processes.Votes()
+assert votes(here) is None and votes(5).tolist() == [[0], [1]]
+same = processes.SameInAll("things")
+same.check(b"alike")
+same.check(b"other" if here else b"one")
+try:
+    same.check(b"")
+    raise SystemExit("nobody noticed")
+except ValueError as error:
+    assert "things of process 1 differ from those of process 0" in str(error)
+def refuse():
+    raise KeyError("no entry")
+try:
+    processes.first_alone(refuse)
+except (KeyError, ValueError) as error:
+    assert "no entry" in str(error) and isinstance(error, ValueError) == bool(here)
+layout = mesh.make_layout(jax.devices(), fsdp=4)
+assert len(layout.devices) == 4
+given = {"kernel": np.arange(64.0, dtype=np.float32).reshape(8, 8), "bias": np.ones(3, np.float32)}
+placed = layout.place(given)
+assert not placed["kernel"].is_fully_replicated
+np.testing.assert_array_equal(processes.host(placed["kernel"]), given["kernel"])
+rows = mesh.spread_rows(given["kernel"], placed)
+np.testing.assert_array_equal(processes.host(rows), given["kernel"])
+with processes.folder_of_run(folder) as own:
+    assert (own / "earlier.txt").read_text() == "text" and (own == folder) == (here == 0)
+    (own / "written.txt").write_text(str(here))
+    saver = Checkpointer(own / "checkpoints" / "stage")
+    saver.save(1, placed, wait=False)
+    saver.save(2, jax.tree.map(lambda leaf: leaf + 1, placed), {"seen": 2})
+    back = saver.latest_good(placed)
+    assert back.step == 2 and back.info == {"seen": 2}
+    assert back.state["kernel"].sharding == placed["kernel"].sharding
+    np.testing.assert_array_equal(processes.host(back.state["kernel"]), given["kernel"] + 1)
+processes.leave()
+"""
+
+
+def test_processes_agree_and_save_what_one_reads(start, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "earlier.txt").write_text("text")
+    codes, said = ended(start(MEETING, str(folder)))
+    assert codes == [0, 0], said
+    assert (folder / "written.txt").read_text() == "0"
+    assert not list(folder.glob("process-*"))
+    layout = mesh.make_layout(jax.devices()[:8], fsdp=2)
+    template = layout.place(
+        {"kernel": np.zeros((8, 8), np.float32), "bias": np.zeros(3, np.float32)}
+    )
+    back = Checkpointer(folder / "checkpoints" / "stage").latest_good(template)
+    assert back.step == 2
+    np.testing.assert_array_equal(back.state["kernel"], np.arange(64.0).reshape(8, 8) + 1)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(start, flags, tmp_path):
+    flags = [*flags, *ADAPT]
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    script = ("experiments/adapt.py", *flags)
+    codes, said = ended(start(START, *script, f"--output={together}", "--distributed=auto"))
+    assert codes == [0, 0], said
+    assert "8 devices: data 8 x fsdp 1" in said[0]
+    assert "== evaluation" in said[0] and "==" not in said[1]
+    codes, _ = ended(start(START, *script, f"--output={alone}", count=1))
+    assert codes == [0]
+    assert_same(together, alone)
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_stop_and_a_kill_reach_all_processes_and_the_run_goes_on(start, flags, tmp_path):
+    folder = tmp_path / "run"
+    script = (START, "experiments/train_rag.py", *flags, *RAG)
+    together = (*script, f"--output={folder}", "--distributed=auto")
+
+    def until(steps, started):
+        lines = folder / "metrics.jsonl"
+        while not lines.exists() or lines.read_text().count("\n") < steps:
+            assert all(process.poll() is None for process in started), ended(started)[1]
+            time.sleep(0.1)
+
+    started = start(*together, "--fsdp=4")
+    until(2, started)
+    started[1].terminate()
+    codes, said = ended(started)
+    assert codes == [143, 143], said
+    assert "stopped by SIGTERM; the same command continues this run" in said[0]
+    (step,) = [int(p.name) for p in (folder / "checkpoints/end_to_end").iterdir()][-1:]
+    started = start(*together, "--fsdp=4")
+    until(max(step, 2) + 2, started)
+    started[1].kill()
+    codes, said = ended(started)
+    assert codes[1] == -9 and codes[0] not in (0, 143)
+    assert "resuming after step" in said[0]
+    assert "a process of this run is lost: the same command continues this run" in said[0]
+    # On another mesh, by one process; what the lost one had written goes.
+    codes, said = ended(start(*script, f"--output={folder}", "--fsdp=2", count=1))
+    assert codes == [0], said
+    assert "data 4 x fsdp 2" in said[0] and "end_to_end: resuming after step" in said[0]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(8))
+    assert rows[-1]["index/version"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "config"),
+    [
+        ("--devices", AdaptConfig(devices=4)),
+        ("--parallel pmap", AdaptConfig(parallel="pmap")),
+        ("--training.retrieval callback", {"training": {"retrieval": "callback"}}),
+        ("--refresh.workers", {"refresh": {"workers": True}}),
+    ],
+)
+def test_what_one_process_does_alone_is_refused_of_several(monkeypatch, flag, config):
+    devices = [SimpleNamespace(process_index=number // 4) for number in range(8)]
+    monkeypatch.setattr(run_models, "visible_devices", lambda: devices)
+    config = RagConfig.from_dict(config) if isinstance(config, dict) else config
+    with pytest.raises(ValueError, match=f"^{flag} is for one process, and 2 make this run"):
+        run_models.layout_of(config)
+
+
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv(processes.COUNT, "two")
+    with pytest.raises(ValueError, match="^JAX_NUM_PROCESSES=two: expected a whole number"):
+        processes.start("auto")
+    monkeypatch.delenv(processes.COUNT)
+    with pytest.raises(ValueError, match="--distributed auto: .*; start every process"):
+        processes.start("auto")
