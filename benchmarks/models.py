@@ -30,6 +30,15 @@ import numpy as np
 import optax
 import tyro
 from _beside import in_turns, llama_settings
+from _work import (
+    BERT_BASE,
+    LLAMA_1B,
+    bert_sizes,
+    decoder_flops,
+    encoder_flops,
+    llama_sizes,
+    peak_tflops,
+)
 
 from ragjax.models import LMBatch, Tokens
 from ragjax.models.decoder import model as decoder
@@ -39,27 +48,6 @@ from ragjax.models.encoders import bert
 from ragjax.models.encoders.bert import BertConfig
 from ragjax.models.layers.pooling import mean_pool
 from ragjax.models.layers.stacks import cast_floats
-
-# Dense 16-bit multiplications of one device, 10^12 additions and multiplications a second, as its
-# vendor states them; the first name that the device's own contains counts.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "V100": 125.0,
-    "T4": 65.0,
-    "TPU v6": 918.0,
-    "TPU v5p": 459.0,
-    "TPU v5 lite": 197.0,
-    "TPU v4": 275.0,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,42 +83,17 @@ class Sizes(NamedTuple):
     target_length: int
 
 
-def _bert(vocab: int, hidden: int, layers: int, heads: int, positions: int) -> BertConfig:
-    return BertConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        intermediate_size=4 * hidden,
-        max_positions=positions,
-    )
-
-
-def _llama(
-    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int
-) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=hidden // heads,
-    )
-
-
-SMOLLM2 = _llama(49152, 576, 1536, 30, 9, 3)
+SMOLLM2 = llama_sizes(49152, 576, 1536, 30, 9, 3)
 SIZES = {
     "full": Sizes(
         "bfloat16",
-        _bert(30522, 768, 12, 12, 512), 256, 128,  # BERT-base
-        _llama(128256, 2048, 8192, 16, 32, 8), 8, 960, 64,  # as Llama 3.2 1B
+        BERT_BASE, 256, 128,
+        LLAMA_1B, 8, 960, 64,
     ),
     "tiny": Sizes(
         "float32",
-        _bert(1000, 128, 4, 4, 128), 32, 128,
-        _llama(2000, 128, 384, 4, 4, 2), 8, 112, 16,
+        bert_sizes(1000, 128, 4, 4, 128), 32, 128,
+        llama_sizes(2000, 128, 384, 4, 4, 2), 8, 112, 16,
     ),
 }  # fmt: skip
 
@@ -142,31 +105,6 @@ class Work(NamedTuple):
     tokens: int
     flops: float
     steps: dict[str, Callable[[], Callable[[], Any]]]  # makes the step; it waits for its result
-
-
-def encoder_flops(config: BertConfig, texts: int, length: int) -> float:
-    """Returns the multiplications and additions of a forward pass without padding."""
-    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
-    attention = 2 * length * config.hidden_size  # scores, and the average of the values
-    return 2.0 * texts * length * config.num_layers * (layer + attention)
-
-
-def decoder_flops(config: DecoderConfig, rows: int, length: int, targets: int) -> float:
-    """Returns the multiplications and additions of scoring `targets` tokens of `length` in all."""
-    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.hidden_size * (2 * heads + 2 * keys + 3 * config.intermediate_size)
-    attention = 2 * heads * (length + 1) / 2  # a token attends to half of the others on average
-    unembedding = targets * config.hidden_size * config.vocab_size
-    return 2.0 * rows * (length * config.num_layers * (layer + attention) + unembedding)
-
-
-def peak_tflops(kind: str) -> float | None:
-    """Returns the peak of a device of the table, or None.
-
-    Args:
-        kind: `device_kind` of a JAX device.
-    """
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
 
 
 def random_params(shapes: Any, seed: int = 0) -> Any:
