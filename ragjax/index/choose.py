@@ -15,7 +15,7 @@ from ragjax.index import base, exact, scann
 _LOG = logging.getLogger(__name__)
 _EXACT_AT_MOST = 1_000_000
 _MEMORY_SHARE = 0.25
-_FLOAT_BYTES = 4
+_BYTES: dict[exact.IndexDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 _UNKNOWN_MEMORY = 8 * 2**30
 
 
@@ -43,8 +43,9 @@ def choose_index(
 ) -> IndexChoice:
     """Chooses a dense index: exact while the embeddings fit the device, ScaNN beyond.
 
-    Exact search has recall 1 and nothing to rebuild, so it is taken up to a million documents if
-    the embeddings fill at most a quarter of the memory.
+    Exact search has recall 1 and nothing to rebuild, so it is taken if the embeddings fill at most
+    a quarter of the memory: on a CPU up to a million documents, in float32; on an accelerator any
+    number, in bfloat16 or int8 where float32 is too much.
 
     Args:
         size: Number of documents.
@@ -59,11 +60,13 @@ def choose_index(
     if size < 1 or dim < 1:
         raise ValueError(f"An index needs documents and dimensions, got {size} and {dim}")
     memory = _device_memory(devices) if memory_bytes is None else memory_bytes
-    build = functools.partial(exact.ExactIndex, devices=devices)
-    needed = size * dim * _FLOAT_BYTES
-    facts = f"{size:,} documents x {dim} dimensions = {needed / 2**20:,.0f} MiB"
+    dtype = exact_dtype(size, dim, memory_bytes=memory, devices=devices)
+    build = functools.partial(exact.ExactIndex, devices=devices, dtype=dtype)
+    needed = size * dim * _BYTES[dtype]
+    held = "" if dtype == "float32" else f" in {dtype}"
+    facts = f"{size:,} documents x {dim} dimensions{held} = {needed / 2**20:,.0f} MiB"
     fits = needed <= _MEMORY_SHARE * memory
-    if size <= _EXACT_AT_MOST and fits:
+    if fits and (size <= _EXACT_AT_MOST or not _on_cpu(devices)):
         return IndexChoice(
             name="exact",
             build=build,
@@ -87,9 +90,34 @@ def choose_index(
     )
 
 
+def exact_dtype(
+    size: int,
+    dim: int,
+    *,
+    memory_bytes: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> exact.IndexDtype:
+    """Returns how an exact index holds the documents; see `choose_index`.
+
+    On an accelerator it is the widest that fits a quarter of the memory, or the narrowest; a CPU
+    searches in float32.
+    """
+    if _on_cpu(devices):
+        return "float32"
+    memory = _device_memory(devices) if memory_bytes is None else memory_bytes
+    fitting = (
+        dtype for dtype, bytes in _BYTES.items() if size * dim * bytes <= _MEMORY_SHARE * memory
+    )
+    return next(fitting, "int8")
+
+
+def _on_cpu(devices: Sequence[jax.Device] | None) -> bool:
+    return (devices or jax.local_devices())[0].platform == "cpu"
+
+
 def _device_memory(devices: Sequence[jax.Device] | None) -> int:
     """Returns the bytes of the devices together, or of the machine where they are its CPU."""
-    devices = devices or jax.devices()[:1]
+    devices = devices or jax.local_devices()[:1]
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) * len(devices)

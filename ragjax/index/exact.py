@@ -9,10 +9,14 @@ compiles nothing:
     step(params, index.blocks)  # calls exact_search(query_embeddings, blocks, index.size, 20)
 
 B = queries, N = documents, D = embedding size, documents in C blocks of M rows.
+
+References:
+    Dettmers et al., "LLM.int8()", 2022, section 2.1 (absmax quantisation by rows).
 """
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +33,11 @@ _QUERY_ROWS = (8, 64, 256)
 _DOC_ROWS = 32_768
 _DOC_ROWS_MULTIPLE = 128
 _AXIS = "documents"
+# Documents of 16 or 8 bits that are scored again in float32, for each one returned.
+_AGAIN = 4
+
+IndexDtype = Literal["float32", "bfloat16", "int8"]
+"""How an exact index holds the documents on the devices."""
 
 _SearchBlock = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.integer]]]
 
@@ -37,7 +46,8 @@ class ExactIndex:
     """The K documents of largest inner product, exactly, ties broken by the lower document id.
 
     The embeddings stay on the devices as `[C, M, D]` blocks. Building a new index of the same size
-    compiles nothing, so a refresh costs one copy.
+    compiles nothing, so a refresh costs one copy. In bfloat16 or int8, a half or a quarter of the
+    memory, the best 4 K are found by rounded embeddings and scored again with those of float32.
     """
 
     def __init__(
@@ -47,16 +57,19 @@ class ExactIndex:
         doc_rows: int = _DOC_ROWS,
         device: jax.Device | None = None,
         devices: Sequence[jax.Device] | None = None,
+        dtype: IndexDtype = "float32",
     ) -> None:
         """Checks the embeddings and copies them to the device or devices.
 
         Args:
-            doc_embeddings: `[N, D]`; row i is document i.
+            doc_embeddings: `[N, D]`; row i is document i. In another `dtype` than float32 it is
+                kept, in the host's memory or on disk as it is, and read at each search.
             doc_rows: Documents scored at a time on a device; bounds the score matrix to
                 256 x `doc_rows` x 4 bytes.
             device: Where to search; default: the first device.
             devices: Devices of this process that hold and search an equal part of the documents
                 each, instead of `device`. The results are those of one device.
+            dtype: Of the documents on the devices; "int8" has a scale for each.
 
         Raises:
             ValueError: The embeddings are no finite matrix, there are none, `doc_rows` < 1, no
@@ -76,19 +89,22 @@ class ExactIndex:
         rounded = -(-shard_rows // _DOC_ROWS_MULTIPLE) * _DOC_ROWS_MULTIPLE
         rows = min(doc_rows, rounded)
         blocks = shards * -(-shard_rows // rows)
-        padded = np.zeros((blocks * rows, self._dim), np.float32)
-        padded[: self._size] = embeddings
         self._mesh = None
-        self._replicated = self._sharded = device or jax.devices()[0]
+        self._replicated = self._sharded = jax.sharding.SingleDeviceSharding(
+            device or jax.local_devices()[0]
+        )
         if devices:
             # Auto axes: the caller's own code need not name how anything is sharded.
             self._mesh = Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
             self._sharded = NamedSharding(self._mesh, PartitionSpec(_AXIS))
             self._replicated = NamedSharding(self._mesh, PartitionSpec())
-        self._blocks = jax.device_put(padded.reshape(blocks, rows, self._dim), self._sharded)
+        self._embeddings = None if dtype == "float32" else embeddings
+        scales = None if dtype != "int8" else _scales(embeddings)
+        self._blocks = self._put(embeddings, (blocks, rows, self._dim), jnp.dtype(dtype), scales)
+        self._scales = None if scales is None else self._put(scales, (blocks, rows), scales.dtype)
         self._norms = base.NormCheck(base.norm_range(embeddings))
         self._host_shards: list[NDArray[np.float32]] | None = None
-        if all(each.platform == "cpu" for each in self._blocks.devices()):
+        if dtype == "float32" and all(each.platform == "cpu" for each in self._blocks.devices()):
             # Views of the device's memory, taken here and not inside of a callback.
             self._host_shards = _to_host(self._blocks)
 
@@ -104,11 +120,17 @@ class ExactIndex:
 
     @property
     def blocks(self) -> Array:
-        """The documents `[C, M, D]` float32 for `exact_search`, rows from `size` on being zero.
+        """The documents `[C, M, D]` for `exact_search`, rows from `size` on being zero.
 
-        Never donate it to a jitted function: the index searches the same array.
+        Those of int8 are to be multiplied by `scales`. Never donate them to a jitted function: the
+        index searches the same array.
         """
         return self._blocks
+
+    @property
+    def scales(self) -> Array | None:
+        """Factor of each document `[C, M]` float32 in int8; None in other dtypes."""
+        return self._scales
 
     def search(self, queries: ArrayLike, k: int) -> base.SearchResult:
         """Returns the k documents of largest inner product for each query.
@@ -142,9 +164,13 @@ class ExactIndex:
         Raises:
             ValueError: As `search`.
         """
-        if self._host_shards is None:
-            self._host_shards = _to_host(self._blocks)
-        blocks = [block for shard in self._host_shards for block in shard]
+        if self._embeddings is not None:
+            starts = range(0, self._size, _DOC_ROWS)
+            blocks = [self._embeddings[start : start + _DOC_ROWS] for start in starts]
+        else:
+            if self._host_shards is None:
+                self._host_shards = _to_host(self._blocks)
+            blocks = [block for shard in self._host_shards for block in shard]
         return self._search(
             queries, k, lambda part, k: search_blocks_on_host(part, blocks, self._size, k)
         )
@@ -173,15 +199,45 @@ class ExactIndex:
         queries = jax.device_put(padded, self._replicated)
         size = np.int32(self._size)
         # k is static under jit: rounding it up keeps the number of compiled shapes small.
-        static_k = min(1 << (k - 1).bit_length(), self._size)
+        depth = k if self._embeddings is None else _AGAIN * k
+        static_k = min(1 << (depth - 1).bit_length(), self._size)
+        documents = self._blocks, size, static_k
         if self._mesh is None:
-            scores, ids = _top_k(queries, self._blocks, size, static_k)
+            scores, ids = _top_k(queries, *documents, self._scales)
         else:
-            scores, ids = _sharded_top_k(queries, self._blocks, size, static_k, self._mesh)
-        return np.asarray(scores)[: len(block), :k], np.asarray(ids)[: len(block), :k]
+            scores, ids = _sharded_top_k(queries, *documents, self._mesh, self._scales)
+        scores, ids = (np.asarray(array)[: len(block)] for array in (scores, ids))
+        if self._embeddings is not None:
+            scores, ids = _scored_again(block, self._embeddings, ids)
+        return scores[:, :k], ids[:, :k]
+
+    def _put(
+        self,
+        values: NDArray[Any],
+        shape: tuple[int, ...],
+        dtype: Any,
+        scales: NDArray[np.float32] | None = None,
+    ) -> Array:
+        """Fills an array of blocks of documents on the devices, one device after the other."""
+        rows = shape[1]
+
+        def part(index: Any) -> NDArray[Any]:
+            first, end, _ = index[0].indices(shape[0])
+            filled = np.zeros((end - first, *shape[1:]), dtype)
+            for number in range(first, end):
+                here = slice(number * rows, min((number + 1) * rows, self._size))
+                block = values[here]
+                if scales is not None:
+                    block = np.rint(block / scales[here, None])
+                filled[number - first, : len(block)] = block
+            return filled
+
+        return jax.make_array_from_callback(shape, self._sharded, part)
 
 
-def exact_search(queries: Array, blocks: Array, size: ArrayLike, k: int) -> tuple[Array, Array]:
+def exact_search(
+    queries: Array, blocks: Array, size: ArrayLike, k: int, scales: Array | None = None
+) -> tuple[Array, Array]:
     """Finds the k documents of largest inner product; a pure function for use inside `jit`.
 
     Scans the blocks of documents, keeping the best k so far, so the score matrix of all documents
@@ -189,10 +245,11 @@ def exact_search(queries: Array, blocks: Array, size: ArrayLike, k: int) -> tupl
 
     Args:
         queries: `[B, D]` float32.
-        blocks: `[C, M, D]` float32, such as `ExactIndex.blocks` of an index on one device; rows
-            from `size` on are padding.
+        blocks: `[C, M, D]`, such as `ExactIndex.blocks` of an index on one device; rows from
+            `size` on are padding. Float32 is multiplied as such, bfloat16 and int8 in bfloat16.
         size: Number of documents, scalar int32; may be traced.
         k: Results per query, static.
+        scales: `[C, M]` float32, factors of the documents; None: 1.
 
     Returns:
         Scores `[B, k]` float32 and document ids `[B, k]` int32, best first; -inf and -1 in the
@@ -200,9 +257,17 @@ def exact_search(queries: Array, blocks: Array, size: ArrayLike, k: int) -> tupl
     """
     num_blocks, rows, _ = blocks.shape
 
-    def best_of_block(number: Array, block: Array) -> tuple[Array, Array]:
+    exact = blocks.dtype == jnp.float32
+    factors = queries if exact else queries.astype(jnp.bfloat16)
+
+    def best_of_block(number: Array, block: Array, scale: Array | None) -> tuple[Array, Array]:
         # Highest precision: accelerators would otherwise round float32 factors to fewer bits.
-        scores = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)  # [B, M]
+        precision = jax.lax.Precision.HIGHEST if exact else None
+        scores = jnp.matmul(
+            factors, block.T.astype(factors.dtype), precision=precision,
+            preferred_element_type=jnp.float32,
+        )  # [B, M]  # fmt: skip
+        scores = scores if scale is None else scores * scale[None, :]
         ids = number * rows + jnp.arange(rows, dtype=jnp.int32)
         real = ids < size
         scores = jnp.where(real[None, :], scores, -jnp.inf)
@@ -210,9 +275,9 @@ def exact_search(queries: Array, blocks: Array, size: ArrayLike, k: int) -> tupl
         return best, jnp.where(real, ids, base.NO_DOC)[columns]
 
     if num_blocks == 1 and k <= rows:
-        return best_of_block(jnp.int32(0), blocks[0])
+        return best_of_block(jnp.int32(0), blocks[0], None if scales is None else scales[0])
 
-    def merge(carry: tuple[Array, Array], item: tuple[Array, Array]) -> tuple[tuple, None]:
+    def merge(carry: tuple[Array, Array], item: tuple[Array, ...]) -> tuple[tuple, None]:
         scores, ids = best_of_block(*item)
         # The carry comes first and holds lower ids, and top_k prefers the first of equals.
         scores = jnp.concatenate([carry[0], scores], axis=1)
@@ -224,7 +289,8 @@ def exact_search(queries: Array, blocks: Array, size: ArrayLike, k: int) -> tupl
         jnp.full((len(queries), k), base.NO_DOC, jnp.int32),
     )
     numbers = jnp.arange(num_blocks, dtype=jnp.int32)
-    return jax.lax.scan(merge, start, (numbers, blocks))[0]
+    parts: tuple[Any, ...] = (numbers, blocks, scales)
+    return jax.lax.scan(merge, start, parts)[0]
 
 
 _top_k = jax.jit(exact_search, static_argnums=3)
@@ -232,23 +298,25 @@ _top_k = jax.jit(exact_search, static_argnums=3)
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _sharded_top_k(
-    queries: Array, blocks: Array, size: Array, k: int, mesh: Mesh
+    queries: Array, blocks: Array, size: Array, k: int, mesh: Mesh, scales: Array | None = None
 ) -> tuple[Array, Array]:
     """Searches as `exact_search` does, every device its own blocks, and merges the S results."""
 
-    def best_of_shard(queries: Array, blocks: Array, size: Array) -> tuple[Array, Array]:
+    def best_of_shard(
+        queries: Array, blocks: Array, size: Array, scales: Array | None
+    ) -> tuple[Array, Array]:
         first = jax.lax.axis_index(_AXIS) * (blocks.shape[0] * blocks.shape[1])
-        scores, ids = exact_search(queries, blocks, size - first, k)
+        scores, ids = exact_search(queries, blocks, size - first, k, scales)
         return scores, jnp.where(ids < 0, base.NO_DOC, ids + first)
 
     scores, ids = jax.shard_map(
         best_of_shard,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec()),
+        in_specs=(PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec(), PartitionSpec(_AXIS)),
         out_specs=PartitionSpec(None, _AXIS),
         # The start of the scan is the same on every shard and its end is not.
         check_vma=False,
-    )(queries, blocks, size)  # [B, S * k], the shards in the order of their ids
+    )(queries, blocks, size, scales)  # [B, S * k], the shards in the order of their ids
     return _best_columns(scores, ids, k)
 
 
@@ -256,6 +324,25 @@ def _best_columns(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
     """Returns the k columns of largest score; of equal ones those that come first."""
     best, columns = jax.lax.top_k(scores, k)
     return best, jnp.take_along_axis(ids, columns, axis=1)
+
+
+def _scales(embeddings: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Returns what the rows of int8 are to be multiplied by, `[N]`; a block of rows at a time."""
+    starts = range(0, len(embeddings), _DOC_ROWS)
+    most = [np.abs(embeddings[start : start + _DOC_ROWS]).max(axis=1) for start in starts]
+    scales = np.concatenate(most).astype(np.float32) / 127
+    return np.where(scales > 0, scales, np.float32(1))
+
+
+def _scored_again(
+    queries: NDArray[np.float32], embeddings: NDArray[np.floating], ids: NDArray[np.int32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Returns the candidates `[B, K]` with their inner products in float32, best first."""
+    ids = np.sort(ids, axis=1)  # equal scores are ordered by the lower id
+    documents = embeddings[ids].astype(np.float32, copy=False)
+    scores = np.matmul(documents, queries[:, :, None])[:, :, 0]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def _to_host(blocks: Array) -> list[NDArray[np.float32]]:

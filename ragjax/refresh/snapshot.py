@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragjax.index import EmbeddingStore, ExactIndex, IndexSnapshot, ScannIndex
+from ragjax.index.choose import exact_dtype
 from ragjax.refresh.generations import EMBEDDINGS, INDEX, Generation
 
 
@@ -27,7 +28,8 @@ def load_snapshot(
     what = generation.description
     store = EmbeddingStore.open(generation.folder / EMBEDDINGS, verified=True)
     if what.kind == "exact":
-        index: ExactIndex | ScannIndex = ExactIndex(store.read(), devices=devices)
+        dtype = exact_dtype(store.spec.size, store.spec.dim, devices=devices)
+        index: ExactIndex | ScannIndex = ExactIndex(store.read(), devices=devices, dtype=dtype)
     elif what.kind == "scann":
         # The trainer waits for a search, so it may use every core; the build was capped.
         index = ScannIndex.load(generation.folder / INDEX, threads=0, verified=True)

@@ -37,6 +37,11 @@ def encode_tokens(config: RunConfig) -> int:
     return config.encode_tokens or (1024 if _on_cpu() else 65_536)
 
 
+def chunk_tokens(config: RunConfig) -> int:
+    """Returns the tokens of documents that a training step encodes at a time on a device."""
+    return 2 * encode_tokens(config)
+
+
 def score_tokens(config: RunConfig) -> int:
     """Returns the tokens of a batch of the language model on each device."""
     return config.score_tokens or (4096 if _on_cpu() else 16_384)

@@ -194,3 +194,41 @@ def test_bad_input_is_refused(rng):
     docs[4, 2] = np.inf
     with pytest.raises(ValueError, match="document embeddings hold NaN .*row 4"):
         ExactIndex(docs)
+
+
+@pytest.mark.parametrize("devices", [None, 4])
+@pytest.mark.parametrize(("dtype", "nbytes"), [("bfloat16", 2), ("int8", 1)])
+def test_rounded_documents_are_found_and_scored_in_float32(rng, dtype, nbytes, devices):
+    docs = rng.normal(size=(700, 24)).astype(np.float32)
+    docs[5] = docs[650] = docs[40]
+    docs[9] = 0
+    queries = np.concatenate([rng.normal(size=(20, 24)), docs[40:41]]).astype(np.float32)
+    placed = None if devices is None else jax.devices()[:devices]
+    index = ExactIndex(docs, doc_rows=128, devices=placed, dtype=dtype)
+    assert index.blocks.dtype == dtype and index.blocks.nbytes == index.blocks.size * nbytes
+    found, expected = index.search(queries, 10), ExactIndex(docs).search(queries, 10)
+    same = [
+        len(set(one) & set(two)) for one, two in zip(found.doc_ids, expected.doc_ids, strict=True)
+    ]
+    assert np.mean(same) >= 9.9
+    assert found.doc_ids[-1, :3].tolist() == [5, 40, 650]
+    np.testing.assert_allclose(
+        found.scores,
+        np.take_along_axis(queries @ docs.T, found.doc_ids, axis=1),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert (np.diff(found.scores) <= 0).all()
+    host = index.search_on_host(queries, 10)
+    np.testing.assert_array_equal(host.doc_ids, expected.doc_ids)
+    assert index.search(queries, 800).mask.sum(axis=1).tolist() == [700] * 21
+
+
+def test_documents_of_int8_are_read_from_where_they_lie(rng, tmp_path):
+    docs = rng.normal(size=(300, 8)).astype(np.float32)
+    np.save(tmp_path / "docs.npy", docs)
+    mapped = np.load(tmp_path / "docs.npy", mmap_mode="r")
+    index = ExactIndex(mapped, dtype="int8")
+    assert np.shares_memory(index._embeddings, mapped)
+    restored = np.asarray(index.blocks, np.float32) * np.asarray(index.scales)[..., None]
+    np.testing.assert_allclose(restored.reshape(-1, 8)[:300], docs, atol=np.abs(docs).max() / 250)

@@ -1,6 +1,7 @@
 """Recall against exact search, and which index is taken for a corpus."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,3 +83,23 @@ def test_no_documents_cannot_be_indexed():
 def test_the_memory_of_a_cpu_is_that_of_the_machine():
     kibibytes = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0])
     assert choose._device_memory(None) == pytest.approx(kibibytes * 1024, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "dtype"),
+    [
+        (2**20, "exact", "float32"),
+        (2**21, "exact", "bfloat16"),
+        (2**22, "exact", "int8"),
+        (2**23, "scann", "int8"),
+    ],
+)
+def test_an_accelerator_holds_documents_as_its_memory_allows(monkeypatch, size, name, dtype):
+    monkeypatch.setattr(choose.scann, "scann_problem", lambda: None)
+    devices = [SimpleNamespace(platform="tpu", memory_stats=lambda: {"bytes_limit": 2**33})] * 2
+    choice = choose_index(size, 1024, devices=devices)
+    assert choice.name == name and choose.exact_dtype(size, 1024, devices=devices) == dtype
+    assert (f"in {dtype}" in choice.reason) == (dtype != "float32")
+    if name == "exact":
+        assert choice.build.keywords["dtype"] == dtype
+    assert choose.exact_dtype(size, 1024) == "float32"

@@ -165,8 +165,8 @@ def test_two_processes_make_the_run_of_one(start, flags, tmp_path):
     assert codes == [0, 0], said
     assert "8 devices: data 8 x fsdp 1" in said[0]
     assert "== evaluation" in said[0] and "==" not in said[1]
-    codes, _ = ended(start(START, *script, f"--output={alone}", count=1))
-    assert codes == [0]
+    codes, said = ended(start(START, *script, f"--output={alone}", count=1))
+    assert codes == [0], said
     assert_same(together, alone)
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
 

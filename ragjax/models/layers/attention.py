@@ -55,30 +55,28 @@ def attend(
     if implementation is None:
         # When traced, not by jax.lax.platform_dependent: under differentiation its branches keep
         # the union of what each needs, and so the weights [B, H, T, S] that cuDNN never makes.
-        implementation = choose_implementation(
-            queries, keys, masked=mask is not None or bias is not None, platform=_platform()
-        )
+        implementation = choose_implementation(queries, keys, platform=_platform())
     if implementation == "matmul":
         return _attend_by_matmul(queries, keys, values, mask, bias, scale)
+    length = queries.shape[1]
     if implementation == "cudnn":
         mask, bias = (_with_slots(x, queries, keys) for x in (mask, bias))
         bias = None if bias is None else bias.astype(queries.dtype)
+        if mask is not None or bias is not None:
+            queries, keys, values, mask, bias = _even(queries, keys, values, mask, bias)
     # It mixes dtypes of its own in bfloat16, which a project may have forbidden.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
             queries, keys, values, bias, mask, scale=scale, implementation=implementation
-        )
+        )[:, :length]
 
 
-def choose_implementation(
-    queries: Array, keys: Array, *, masked: bool, platform: str
-) -> Implementation:
+def choose_implementation(queries: Array, keys: Array, *, platform: str) -> Implementation:
     """Returns the fastest implementation that a platform has for some arrays.
 
     Args:
         queries: `[B, T, H, D]`; shape and dtype are looked at.
         keys: `[B, S, G, D]`; likewise.
-        masked: Whether there is a mask or a bias.
         platform: Of the backend: "cpu", "tpu", "gpu" or "rocm" where CUDA is not what drives the
             GPU, or "cuda:" and the compute capability, such as "cuda:9.0".
 
@@ -92,10 +90,8 @@ def choose_implementation(
         return "xla"
     width = queries.shape[-1]
     widest = _WIDEST_HEAD[float(platform.removeprefix("cuda:")) >= _HOPPER]
-    # Its backward pass takes a mask of even sizes only.
-    fits = not masked or (queries.shape[1] % 2 == 0 and keys.shape[1] % 2 == 0)
-    same = queries.dtype == keys.dtype
-    return "cudnn" if fits and same and width % 8 == 0 and width <= widest else "xla"
+    fits = width % 8 == 0 and width <= widest
+    return "cudnn" if fits and queries.dtype == keys.dtype else "xla"
 
 
 def _platform() -> str:
@@ -118,6 +114,23 @@ def _with_slots(array: Array | None, queries: Array, keys: Array) -> Array | Non
         return None
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)
     return jnp.broadcast_to(array, (*array.shape[:2], queries.shape[1], keys.shape[1]))
+
+
+def _even(
+    queries: Array, keys: Array, values: Array, mask: Array | None, bias: Array | None
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """Adds a masked slot to odd lengths: cuDNN's backward pass takes a mask of even sizes only."""
+    lengths = queries.shape[1], keys.shape[1]
+    odd_queries, odd_keys = (length % 2 for length in lengths)
+    if mask is None:
+        mask = jnp.ones((1, 1, *lengths), bool)
+    if not odd_queries and not odd_keys:
+        return queries, keys, values, mask, bias
+    slots = ((0, 0), (0, 0), (0, odd_queries), (0, odd_keys))
+    queries = jnp.pad(queries, ((0, 0), (0, odd_queries), (0, 0), (0, 0)))
+    keys, values = (jnp.pad(x, ((0, 0), (0, odd_keys), (0, 0), (0, 0))) for x in (keys, values))
+    bias = None if bias is None else jnp.pad(bias, slots)
+    return queries, keys, values, jnp.pad(mask, slots), bias
 
 
 def _attend_by_matmul(

@@ -12,6 +12,7 @@ from ragjax.index import Bm25Index
 from ragjax.models.seq2seq.fusion import fusion_attention_mass, fusion_token_log_probs
 from ragjax.runs.found import findable_in_training, source_rows
 from ragjax.runs.indexes import Retriever
+from ragjax.runs.models import chunk_tokens
 from ragjax.runs.options.end_to_end import OF_ALL_DOCUMENTS, ObjectiveConfig, RagConfig
 from ragjax.runs.teachers.target import SCORES
 from ragjax.runs.train.batches import RagBatches
@@ -133,7 +134,7 @@ def make_loss(
         make_reader(workspace, config),
         make_terms(config.objective, fusion=config.language_model.reader == "fusion"),
         scale=workspace.scale,
-        chunk_tokens=None if sharded and not workspace.layout.rows_axis else 2048,
+        chunk_tokens=None if sharded and not workspace.layout.rows_axis else chunk_tokens(config),
         axis_name=workspace.layout.rows_axis,
         merge_tower=split.towers.merge,
         merge_lm=split.lm.merge,

@@ -17,6 +17,7 @@ from ragjax.index import Bm25Index, EmbeddingStore, SearchResult
 from ragjax.losses import lsr_loss, pdist_loss
 from ragjax.runs.found import findable_in_training, first_copies
 from ragjax.runs.indexes import Retriever
+from ragjax.runs.models import chunk_tokens
 from ragjax.runs.options.dual import RetrieverConfig
 from ragjax.runs.teachers.reading import score_step
 from ragjax.runs.tokens import bucket_of, pad_tokens, truncated
@@ -92,6 +93,7 @@ def train_retriever(
         OBJECTIVES[config.objective],
         scale=workspace.scale,
         in_batch=config.negatives == "batch",
+        chunk_tokens=chunk_tokens(workspace.config),
         merge=split.merge,
         encode_queries=encode_queries,
         axis_name=workspace.layout.rows_axis,

@@ -160,30 +160,61 @@ def shaped(slots, width, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize(
-    "platform,slots,width,dtype,masked,expected",
+    ("platform", "width", "dtype", "expected"),
     [
-        ("cpu", 8, 64, jnp.bfloat16, True, "matmul"),
-        ("tpu", 8, 64, jnp.bfloat16, True, "xla"),
-        ("gpu", 8, 64, jnp.bfloat16, True, "xla"),  # not driven by CUDA
-        ("cuda:8.0", 8, 64, jnp.bfloat16, True, "cudnn"),
-        ("cuda:8.0", 8, 64, jnp.float16, False, "cudnn"),
-        ("cuda:8.0", 8, 64, jnp.float32, True, "xla"),
-        ("cuda:8.0", 8, 256, jnp.bfloat16, True, "xla"),
-        ("cuda:9.0", 8, 256, jnp.bfloat16, True, "cudnn"),
-        ("cuda:10.0", 8, 256, jnp.bfloat16, True, "cudnn"),
-        ("cuda:9.0", 8, 264, jnp.bfloat16, True, "xla"),
-        ("cuda:9.0", 8, 60, jnp.bfloat16, True, "xla"),
-        ("cuda:9.0", 7, 64, jnp.bfloat16, True, "xla"),
-        ("cuda:9.0", 7, 64, jnp.bfloat16, False, "cudnn"),
+        ("cpu", 64, jnp.bfloat16, "matmul"),
+        ("tpu", 64, jnp.bfloat16, "xla"),
+        ("gpu", 64, jnp.bfloat16, "xla"),  # not driven by CUDA
+        ("cuda:8.0", 64, jnp.bfloat16, "cudnn"),
+        ("cuda:8.0", 64, jnp.float16, "cudnn"),
+        ("cuda:8.0", 64, jnp.float32, "xla"),
+        ("cuda:8.0", 256, jnp.bfloat16, "xla"),
+        ("cuda:9.0", 256, jnp.bfloat16, "cudnn"),
+        ("cuda:10.0", 256, jnp.bfloat16, "cudnn"),
+        ("cuda:9.0", 264, jnp.bfloat16, "xla"),
+        ("cuda:9.0", 60, jnp.bfloat16, "xla"),
     ],
 )
-def test_the_fastest_implementation_that_the_rules_allow(
-    platform, slots, width, dtype, masked, expected
-):
+@pytest.mark.parametrize("slots", [7, 8])
+def test_the_fastest_implementation_that_the_rules_allow(platform, slots, width, dtype, expected):
     arrays = shaped(slots, width, dtype), shaped(8, width, dtype)
-    assert choose_implementation(*arrays, masked=masked, platform=platform) == expected
-    odd_keys = shaped(8, width, dtype), shaped(slots, width, dtype)
-    assert choose_implementation(*odd_keys, masked=masked, platform=platform) == expected
+    assert choose_implementation(*arrays, platform=platform) == expected
+
+
+@pytest.mark.parametrize("lengths", [(7, 9), (6, 9), (7, 8), (6, 8)])
+@pytest.mark.parametrize("given", ["mask", "bias", "both"])
+def test_cudnn_gets_even_lengths_and_the_result_is_the_same(rng, monkeypatch, lengths, given):
+    t, s = lengths
+    queries = jnp.asarray(rng.normal(size=(2, t, 4, 8)), jnp.float32)
+    keys, values = (jnp.asarray(rng.normal(size=(2, s, 2, 8)), jnp.float32) for _ in range(2))
+    mask = jnp.asarray(rng.random((2, 1, t, s)) < 0.7).at[..., 0].set(True)
+    bias = jnp.asarray(rng.normal(size=(1, 4, t, s)), jnp.float32)
+    given = {"mask": {"mask": mask}, "bias": {"bias": bias}, "both": {"mask": mask, "bias": bias}}[
+        given
+    ]
+    shapes, real = [], jax.nn.dot_product_attention
+
+    def standing_in(queries, keys, values, bias, mask, *, implementation, **options):
+        assert implementation == "cudnn"
+        shapes.append((queries.shape[1], keys.shape[1], values.shape[1]))
+        return real(queries, keys, values, bias, mask, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", standing_in)
+
+    def total(queries, keys, values, implementation):
+        out = attend(queries, keys, values, **given, implementation=implementation)
+        return (out * jnp.arange(8.0).reshape(1, 1, 1, 8)).sum(), out
+
+    def results(implementation):
+        grads = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
+        return grads(queries, keys, values, implementation)
+
+    jax.tree.map(
+        lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5),
+        results("cudnn"),
+        results("matmul"),
+    )
+    assert set(shapes) == {(t + t % 2, s + s % 2, s + s % 2)}
 
 
 def fake_device(capability, others=()):
