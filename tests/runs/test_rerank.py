@@ -31,8 +31,8 @@ from ragjax.runs.inputs import run_inputs
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.options.evaluate import EvaluateConfig, system_names
 from ragjax.runs.system import by_hybrid, open_base_system, reranked_search, retrieve
+from ragjax.runs.teachers import batches as batches_module
 from ragjax.runs.teachers import cross_encoder as cross_module
-from ragjax.runs.teachers import reading as reading_module
 from ragjax.runs.workspace import open_workspace
 from ragjax.training.loop import StopFlag
 
@@ -169,7 +169,7 @@ def test_the_question_is_scored_per_token_and_once(here, monkeypatch):
     def forbidden(*_):
         raise AssertionError("a forward pass")
 
-    monkeypatch.setattr(reading_module, "batch_scores", forbidden)
+    monkeypatch.setattr(batches_module, "_score", forbidden)
     for folder, earlier in ((here.folder, ()), (here.folder / "other", (here.folder,))):
         again = make_scorer(here, QUESTION, here.base_lm(), folder=folder, earlier=earlier)
         np.testing.assert_array_equal(again.scores(questions, found), scores)
@@ -310,7 +310,7 @@ def test_a_run_its_evaluation_and_its_questions_are_re_ranked(
     )
     # A repeated run scores nothing again.
     (run / "metrics.json").unlink()
-    monkeypatch.setattr(reading_module, "batch_scores", None)
+    monkeypatch.setattr(batches_module, "_score", None)
     assert adapt([*flags, "--rerank", "question", "--rerank_depth=4"]) == 0
     assert json.loads((run / "metrics.json").read_text()) == metrics
     monkeypatch.undo()

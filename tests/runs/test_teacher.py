@@ -12,7 +12,6 @@ from ragjax.runs.options.dual import AdaptConfig, LMConfig, RetrieverConfig
 from ragjax.runs.options.shared import DataConfig, EvaluationConfig
 from ragjax.runs.options.teachers import LsrTarget, TeacherWeights
 from ragjax.runs.teachers import batches as batches_module
-from ragjax.runs.teachers import reading as reading_module
 from ragjax.runs.teachers.reading import TeacherScores, score_candidates
 from ragjax.runs.teachers.target import target_log_probs, teacher_parts
 from ragjax.runs.train import retriever as retriever_module
@@ -95,9 +94,11 @@ def test_one_reading_scores_question_and_answer(workspace, teacher, rng, tmp_pat
     questions[3] = dataclasses.replace(questions[3], answers=())
     found = some_candidates(rng, 4, documents=5)
     read = []
-    packed = batches_module.batch_scores
+    fetched = batches_module._fetched
     monkeypatch.setattr(
-        reading_module, "batch_scores", lambda *args: read.extend(args[2].rows) or packed(*args)
+        batches_module,
+        "_fetched",
+        lambda batch, found: read.extend(batch.rows) or fetched(batch, found),
     )
     cache = ResultCache(tmp_path / "s.jsonl", Score)
     scores = score_candidates(

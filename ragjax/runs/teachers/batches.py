@@ -6,7 +6,7 @@ family can do that (a causal decoder); elsewhere each row is read alone.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,18 +83,35 @@ def row_batches(
         yield RowBatch([[row] for row in chosen], packed)
 
 
-def batch_scores(lm: LanguageModel, params: Any, batch: RowBatch) -> dict[str, tuple[float, int]]:
-    """Returns of each part its log-probability in nats and its tokens."""
+def scored_batches(
+    lm: LanguageModel, params: Any, batches: Iterable[RowBatch]
+) -> Iterator[tuple[RowBatch, dict[str, tuple[float, int]]]]:
+    """Yields each batch with the log-probability in nats of each part, and its tokens.
+
+    The device computes a batch while the next one is packed.
+    """
     function = lm.family.packed_token_log_probs or lm.family.token_log_probs
+    computing: list[tuple[RowBatch, jax.Array]] = []
+    for batch in batches:
+        log_probs = _score(function, lm.config, params, spread_rows(batch.tokens, params))
+        computing.append((batch, log_probs))
+        if len(computing) > 1:
+            yield _fetched(*computing.pop(0))
+    for given in computing:
+        yield _fetched(*given)
+
+
+def _fetched(
+    batch: RowBatch, log_probs: jax.Array
+) -> tuple[RowBatch, dict[str, tuple[float, int]]]:
     scores = {}
-    log_probs = _score(function, lm.config, params, spread_rows(batch.tokens, params))
     for group, row in zip(batch.groups, host(log_probs), strict=False):
         first = 0
         for target, parts in ((one.target, one.parts) for one in group):
             for key, start, end in parts:
                 scores[key] = float(row[first + start : first + end].sum()), end - start
             first += len(target)
-    return scores
+    return batch, scores
 
 
 def context_batches(

@@ -22,7 +22,7 @@ from ragjax.data import PromptBuilder, PromptTemplate
 from ragjax.models.language_model import LanguageModel
 from ragjax.runs.options.shared import PromptConfig
 from ragjax.runs.options.teachers import TeacherWeights
-from ragjax.runs.teachers.batches import batch_scores, row_batches
+from ragjax.runs.teachers.batches import row_batches, scored_batches
 from ragjax.runs.teachers.reading import Pair, pair_rows
 from ragjax.runs.teachers.target import SCORES
 from ragjax.runs.tokens import make_prompts, prompts_of
@@ -108,8 +108,9 @@ class LMTeacher:
         ]
         found: dict[str, tuple[float, int]] = {}
         rows = pair_rows(self._prompts, pairs)
-        for batch in row_batches(self.lm, self._prompts, rows, self.batch_tokens):
-            found |= batch_scores(self.lm, self.lm.params, batch)
+        batches = row_batches(self.lm, self._prompts, rows, self.batch_tokens)
+        for _, scores in scored_batches(self.lm, self.lm.params, batches):
+            found |= scores
         total = np.zeros(len(pairs), np.float32)
         for name, weight in weights.named.items():
             of_name = [found[f"{name} {row}"] for row in range(len(pairs))]

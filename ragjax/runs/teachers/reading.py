@@ -8,7 +8,7 @@ once more, behind the document alone.
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from ragjax.data import PromptBuilder, Question, passage_text
 from ragjax.data.joining import DocumentIds
 from ragjax.index import SearchResult
 from ragjax.runs.models import score_tokens
-from ragjax.runs.teachers.batches import Part, Row, batch_scores, row_batches
+from ragjax.runs.teachers.batches import Part, Row, RowBatch, row_batches, scored_batches
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.training.score_cache import ResultCache, Score, result_key
 
@@ -76,9 +76,17 @@ def score_candidates(
     known = sum(_known(cache, _keys(pair)) for pair in pairs.values())
     workspace.log(f"teacher: {len(pairs):,} (question, document) pairs, {known:,} in the cache")
     with tqdm(total=len(new), desc="teacher", unit=" pairs", file=sys.stderr) as progress:
-        for batch in row_batches(workspace.lm, workspace.prompts, new, _tokens(workspace)):
-            if not all(_known(cache, row.keys) for row in batch.rows):
-                _put(cache, batch_scores(workspace.lm, lm.params, batch))
+        batches = row_batches(workspace.lm, workspace.prompts, new, _tokens(workspace))
+
+        def missing() -> Iterator[RowBatch]:
+            for batch in batches:
+                if all(_known(cache, row.keys) for row in batch.rows):
+                    progress.update(len(batch.rows))
+                else:
+                    yield batch
+
+        for batch, scores in scored_batches(workspace.lm, lm.params, missing()):
+            _put(cache, scores)
             progress.update(len(batch.rows))
             workspace.stop.check()
     return _collected(cache, pairs, candidates.mask.shape)
@@ -103,8 +111,9 @@ def score_step(
     rows = pair_rows(workspace.prompts, unknown)
     new = [row for row in rows if not _known(cache, row.keys)]
     scores: dict[str, tuple[float, int]] = {}
-    for batch in row_batches(workspace.lm, workspace.prompts, new, _tokens(workspace)):
-        scores |= batch_scores(workspace.lm, lm.params, batch)
+    batches = row_batches(workspace.lm, workspace.prompts, new, _tokens(workspace))
+    for _, found in scored_batches(workspace.lm, lm.params, batches):
+        scores |= found
     if scores:
         _put(cache, scores)
     return _collected(cache, pairs, candidates.mask.shape)
