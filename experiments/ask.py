@@ -99,7 +99,7 @@ class Flags:
         explain: Find the words that carry the answer.
         json: One JSON object per question on stdout, and nothing else there; without a question,
             questions are read from stdin, one a line.
-        warm_up: Compile before the first question.
+        warm_up: Compile before the first question of several.
         debug: Show tracebacks.
     """
 
@@ -208,7 +208,7 @@ def _run(flags: Flags) -> int:
         ),
         closed_book=flags.documents == 0,
     )
-    if flags.warm_up:
+    if flags.warm_up and flags.asked is None:
         for done in tqdm(asker.warm_up(), desc="compiling", unit=" shapes", file=sys.stderr):
             logging.info("compiled: %s", done)
     answer_one = _print_json if flags.json else _print_text

@@ -19,6 +19,7 @@ from ragjax.data import Dataset, Question
 from ragjax.data.matching import refuse_string
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
+from ragjax.models.encoder import TextEncoder
 from ragjax.refresh import encode_corpus
 from ragjax.runs.compare.lexical import adapted_bm25
 from ragjax.runs.compare.rerank import (
@@ -34,11 +35,15 @@ from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.saved import ModelChoice, Models, open_run
+from ragjax.runs.tokens import buckets, query_ids
 from ragjax.runs.trainable import folded
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace
 from ragjax.runs.written.file import with_written
 from ragjax.storage import keep_compiled
 from ragjax.training.loop import StopFlag
+
+# Lengths of questions that are compiled for, beside those from 256 tokens on.
+_QUERY_TOKENS = (32, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +205,7 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
     if k == 0:
         return Retrieved(empty_result(len(questions), 0), np.zeros((len(questions), 0), np.float32))
     asked = [Question(id=str(row), text=text) for row, text in enumerate(questions)]
-    embeddings = system.workspace.encode_queries(system.retriever.query_params, asked)
+    embeddings = _encode(system, query_ids(system.workspace.query_encoder, asked))
     count = min(k, system.size)
     found = by(system, Queries(questions, embeddings), count)
     scores = doc_logits(system.retriever, embeddings, found, scale=system.scale)
@@ -210,10 +215,21 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
 
 def encode_query_of(system: System, num_tokens: int) -> None:
     """Encodes a dummy query of this many tokens, which compiles that shape."""
-    workspace = system.workspace
-    ids = [[workspace.query_encoder.pad_id] * num_tokens]
-    task = workspace.query_task.of_token_ids(ids)
-    encode_corpus(task, system.retriever.query_params)
+    _encode(system, [[system.workspace.query_encoder.pad_id] * num_tokens])
+
+
+def query_lengths(encoder: TextEncoder) -> tuple[int, ...]:
+    """Returns the lengths, in tokens, that questions are padded to where few are asked."""
+    lengths = buckets(encoder)
+    return tuple(n for n in lengths if n in _QUERY_TOKENS or n >= min(lengths[-1], 256))
+
+
+def _encode(system: System, ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """Returns the embeddings `[B, D]` float32 of queries that are token ids already."""
+    task = system.workspace.query_task.of_token_ids(ids)
+    lengths = query_lengths(system.workspace.query_encoder)
+    options = dataclasses.replace(task.options, buckets=lengths)
+    return encode_corpus(dataclasses.replace(task, options=options), system.retriever.query_params)
 
 
 def by_dense(system: System, queries: Queries, k: int) -> SearchResult:

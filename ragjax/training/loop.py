@@ -356,12 +356,20 @@ def _advice(rows: Sequence[Mapping[str, Any]], params: Any, frozen: Any) -> str:
 
 def not_finite(params: Any) -> list[str]:
     """Returns the paths of the arrays that hold NaN or infinity."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in leaves
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all()
+        for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(params)))
+        if not finite
     ]
+
+
+@jax.jit
+def _finite(params: Any) -> Any:
+    """Returns for each array whether all of it is finite, in one program."""
+    return jax.tree.map(
+        lambda leaf: not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.isfinite(leaf).all(),
+        params,
+    )
 
 
 def _prepare(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ragjax.generation import compiled
-from ragjax.generation.compiled import jit_decoding
+from ragjax.generation.compiled import compiling_only, jit_decoding
 
 
 def double(x, *, times):
@@ -67,6 +67,39 @@ def test_a_function_is_lowered_ahead_of_time():
     function = jit_decoding(double, static_argnames="times")
     compiled_ahead = function.lower(jnp.ones(2), times=3).compile()
     np.testing.assert_array_equal(compiled_ahead(jnp.ones(2)), [3, 3])
+
+
+def test_what_was_only_compiled_has_not_run_and_needs_no_other_program(compilations):
+    ran = []
+
+    def double(x, cache, *, times):
+        jax.debug.callback(lambda: ran.append(times))
+        return {"doubled": times * x, "whole": (x > 0).all()}, cache + 1
+
+    function = jit_decoding(double, static_argnames="times", donate_argnames="cache")
+    x = jnp.ones((2, 3))
+    with compiling_only(), compilations() as first:
+        _, cache = function(x, np.zeros(4, np.float32), times=2)
+        result, _ = function(x, cache, times=2)
+    assert len(first) == 1 and not ran
+    np.testing.assert_array_equal(result["doubled"], np.zeros((2, 3)))
+    assert result["whole"].dtype == bool and result["whole"].shape == ()
+    with compilations() as second:
+        result, cache = function(x, np.zeros(4, np.float32), times=2)
+    jax.effects_barrier()
+    assert not second and ran == [2]
+    np.testing.assert_array_equal(result["doubled"], np.full((2, 3), 2))
+    np.testing.assert_array_equal(cache, np.ones(4))
+
+
+def test_what_was_only_compiled_lies_where_its_results_do():
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    given = jax.device_put(jnp.ones((4, 3)), rows)
+    function = jit_decoding(double, static_argnames="times")
+    with compiling_only():
+        zeros = function(given, times=2)
+    assert zeros.sharding.is_equivalent_to(function(given, times=2).sharding, 2)
 
 
 def test_constants_inside_a_compiled_function_are_traced():

@@ -8,18 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ragjax.data import passage_text
+from ragjax.data import Question, passage_text
 from ragjax.generation import Limits, Prompts, generate_ensemble, generate_greedy
 from ragjax.models.inputs import LMBatch
 from ragjax.models.testing import write_tiny_language_model
 from ragjax.runs.ask.asker import Asker
 from ragjax.runs.ask.attribution import attribute
 from ragjax.runs.ask.decoding import DECODES, decode_concat, decode_ensemble
-from ragjax.runs.ask.prompts import ReaderOptions, fitting
+from ragjax.runs.ask.prompts import ReaderOptions, ShapedPrompts, fitting
 from ragjax.runs.ask.spans import Span
 from ragjax.runs.ask.view import format_source, plain, reply_as_json
 from ragjax.runs.options.dual import AdaptConfig
-from ragjax.runs.system import SEARCHES, by_bm25, by_dense, by_hybrid, open_base_system
+from ragjax.runs.system import (
+    SEARCHES,
+    by_bm25,
+    by_dense,
+    by_hybrid,
+    open_base_system,
+    query_lengths,
+    retrieve,
+)
 
 QUESTION = "what does the red cat like?"
 OPTIONS = ReaderOptions(documents=3, document_tokens=40, max_new_tokens=4, windows=3)
@@ -233,13 +241,42 @@ def test_an_encoder_decoder_reads_the_prompt_again_without_the_part(tmp_path, ti
 
 
 @pytest.mark.slow
-def test_no_question_compiles_after_the_warm_up(system, compilations):
-    asker = Asker(system, OPTIONS, decode=decode_ensemble, by=by_hybrid)
+@pytest.mark.parametrize("decode", ["ensemble", "concat", "rag_sequence_thorough"])
+def test_no_question_compiles_after_the_warm_up(system, compilations, decode):
+    asker = Asker(system, OPTIONS, decode=DECODES[decode], by=by_hybrid)
     assert len(list(asker.warm_up())) > 3
     with compilations() as compiled:
         for question in ("cat", QUESTION, "what does the pink elk like? " * 9, "zz"):
             asker.ask(question)
     assert compiled == []
+
+
+def test_an_answer_takes_few_programs_and_so_does_the_warm_up(tmp_path, tiny_inputs, compilations):
+    asker = Asker(open_tiny(tiny_inputs, tmp_path), OPTIONS, by=by_hybrid)
+    jax.clear_caches()
+    with compilations() as first:
+        asker.ask(QUESTION)
+    # Encode, search, prefill, first and next token, posterior, closed book, attribution, windows;
+    # the rest are single operations.
+    assert len(first) <= 12
+    with compilations() as others:
+        list(asker.warm_up())
+    assert len(others) <= 8
+
+
+def test_questions_are_padded_to_few_lengths(system):
+    encoder = system.workspace.query_encoder
+    for longest, lengths in {24: [24], 100: [32, 100], 256: [32, 128, 256]}.items():
+        given = dataclasses.replace(encoder, max_length=longest)
+        assert list(query_lengths(given)) == lengths
+    prompts = ShapedPrompts(system.workspace.lm, system.workspace.dataset.corpus, OPTIONS)
+    ladders = (prompts.closed_lengths, prompts.concat_lengths, prompts.suffix_lengths)
+    assert [len(ladder) for ladder in ladders] == [2, 2, 2] and len(prompts.lengths) <= 3
+    alone = retrieve(system, [QUESTION], 2, by=by_dense)
+    asked = [Question(id="q", text=QUESTION)]
+    exact = system.workspace.encode_queries(system.retriever.query_params, asked)
+    docs = system.retriever.embeddings[alone.found.doc_ids[0]]
+    np.testing.assert_allclose(alone.doc_scores[0], system.scale * docs @ exact[0], rtol=1e-4)
 
 
 # The reply.

@@ -197,11 +197,14 @@ def test_embeddings_are_kept_in_the_cache(ask_json, tmp_path, monkeypatch):
     assert ask_json("a", f"--cache={tmp_path}")
 
 
-def test_warm_up_compiles_before_the_first_question(ask, flags, capsys):
-    assert ask([*flags, "--warm_up", "--json", QUESTION]) == 0
-    captured = capsys.readouterr()
-    assert "compiling" in captured.err
-    assert len(captured.out.splitlines()) == 1
+def test_warm_up_compiles_before_the_first_question_of_several(ask, flags, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
+    for asked, warm in (([], "--warm_up"), ([], "--no-warm_up"), ([QUESTION], "--warm_up")):
+        assert ask([*flags, warm, "--json", *asked]) == 0
+        captured = capsys.readouterr()
+        assert ("compiling" in captured.err) == (not asked and warm == "--warm_up")
+        assert len(captured.out.splitlines()) == 1
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
 
 
 class Terminal(io.StringIO):

@@ -17,6 +17,7 @@ from ragjax.training.loop import (
     NonFiniteError,
     StopFlag,
     graceful_stop,
+    not_finite,
     run_steps,
 )
 from ragjax.training.steps import init_state, make_train_step
@@ -152,6 +153,17 @@ def test_a_stage_of_which_nothing_was_applied_fails_by_its_cause(tmp_path, scale
         run()
     with pytest.raises(NonFiniteError, match="3 of 3"):  # nor is it a success the second time
         run()
+
+
+def test_arrays_that_are_not_finite_are_named_by_one_program(compilations):
+    params = {
+        "good": jnp.ones((2, 3)),
+        "bad": [jnp.ones(2).at[1].set(jnp.nan), jnp.full((3, 1), -jnp.inf, jnp.bfloat16)],
+        "counts": jnp.arange(4),
+    }
+    with compilations() as compiled:
+        assert not_finite(params) == ["bad/0", "bad/1"]
+    assert len(compiled) == 1
 
 
 def test_few_skipped_updates_and_impossible_answers_are_said(tmp_path, capsys):

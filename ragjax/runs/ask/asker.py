@@ -9,12 +9,15 @@ or, with the answer before its explanation, `asker.explain(asker.answer("what is
 K documents, T answer tokens.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from ragjax.generation.compiled import compiling_only
 from ragjax.losses import document_posterior
 from ragjax.runs.ask.attribution import Attribution, attribute, attribute_jointly
 from ragjax.runs.ask.decoding import (
@@ -28,8 +31,14 @@ from ragjax.runs.ask.prompts import Prompt, ReaderOptions
 from ragjax.runs.ask.reader import Joint, Reader
 from ragjax.runs.ask.spans import Span, SpanFinder
 from ragjax.runs.options.modes import MODES, check_mode
-from ragjax.runs.system import Search, System, encode_query_of, reranked_search, retrieve
-from ragjax.runs.tokens import buckets
+from ragjax.runs.system import (
+    Search,
+    System,
+    encode_query_of,
+    query_lengths,
+    reranked_search,
+    retrieve,
+)
 
 # Longer questions are compiled for when the first one comes.
 _WARM_QUERY_TOKENS = 256
@@ -38,6 +47,8 @@ _READ_AT_ONCE = (
     "the decoder attended to all passages at once (fusion): what counts is how much less likely the"
     " answer is without a passage; a posterior p(c|x,y) does not apply"
 )
+
+_posterior = jax.jit(document_posterior)
 
 # Part of an answer as it is written: (text so far).
 ShowText = Callable[[str], None]
@@ -140,19 +151,21 @@ class Asker:
     def warm_up(self) -> Iterator[str]:
         """Compiles every shape that a question can need; yields what was compiled, one at a time.
 
-        Without it, the first question of a new length takes seconds.
+        Without it, the first question of a new length takes seconds on a machine that has not
+        compiled it before.
         """
         if self.asked_documents:
-            for length in buckets(self.system.workspace.query_encoder):
+            for length in query_lengths(self.system.workspace.query_encoder):
                 if length <= _WARM_QUERY_TOKENS:
                     encode_query_of(self.system, length)
                     yield f"questions of {length} tokens"
             retrieve(self.system, ["warm up"], self.asked_documents, by=self._by)
         prompts = self.reader.prompts
-        for prompt in prompts.warm_up():
-            answer = self._answer(prompt, None)
-            self._attribution(answer)
-            if prompt.docs:
+        for number, prompt in enumerate(prompts.warm_up()):
+            # One answer is written; the other lengths need no more than their programs.
+            with compiling_only() if number else contextlib.nullcontext():
+                answer = self._answer(prompt, None)
+                self._attribution(answer)
                 reading, ids = answer.generated.reading, answer.generated.ids
                 self.reader.leave_out(prompt, reading, 0, [[0]] * prompts.options.windows, ids)
             yield f"prompts of {prompts.fitting_length(prompt.contexts)} tokens"
@@ -276,7 +289,7 @@ class Asker:
         else:
             if log_probs is None:
                 log_probs = self.reader.score(generated.reading, generated.ids)
-            posterior = document_posterior(_finite_scores(prompt), log_probs[None], **masks)
+            posterior = _posterior(_finite_scores(prompt), log_probs[None], **masks)
             needed = posterior = np.exp(np.asarray(posterior))[0, :count]
         return Answer(
             question=prompt.question,

@@ -3,9 +3,12 @@
 Shapes: B questions, K documents each, T answer tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
 
 from ragjax import losses
@@ -62,27 +65,39 @@ def attribute(
         Guu et al., REALM: Retrieval-Augmented Language Model Pre-Training, 2020, for the utility.
     """
     masks = {"doc_mask": doc_mask, "token_mask": token_mask}
-    posterior = np.asarray(losses.document_posterior(doc_scores, token_log_probs, **masks))
-    marginal = -np.asarray(losses.rag_sequence_loss(doc_scores, token_log_probs, **masks))
-    without = np.asarray(losses.leave_one_out_log_probs(doc_scores, token_log_probs, **masks))
-    closed = np.asarray(losses.sequence_log_probs(no_doc_token_log_probs, token_mask=token_mask))
-    utility = losses.retrieval_utility(doc_scores, token_log_probs, no_doc_token_log_probs, **masks)
-    # The posterior of an answer that every document explains equally well.
-    equal = np.zeros(posterior.shape, np.float32)
-    prior = losses.document_posterior(doc_scores, equal, doc_mask=doc_mask)
-    doc_log_probs = np.asarray(losses.sequence_log_probs(token_log_probs, token_mask=token_mask))
-    keep = np.ones(posterior.shape, bool) if doc_mask is None else np.asarray(doc_mask)
+    arrays = _measure(doc_scores, token_log_probs, no_doc_token_log_probs, **masks)
+    found = Attribution(**jax.device_get(arrays))
+    closed = found.no_doc_log_probs
+    keep = np.ones(found.prior.shape, bool) if doc_mask is None else np.asarray(doc_mask)
     count = keep.sum(axis=1)[:, None]
-    marginal = np.where(count[:, 0] > 0, marginal, closed)
-    left = np.where(count == 1, closed[:, None], without)
-    return Attribution(
-        prior=np.exp(np.asarray(prior)),
-        posterior=np.exp(posterior),
+    marginal = np.where(count[:, 0] > 0, found.log_probs, closed)
+    left = np.where(count == 1, closed[:, None], found.without)
+    return found._replace(
+        prior=np.exp(found.prior),
+        posterior=np.exp(found.posterior),
         log_probs=marginal,
-        doc_log_probs=np.where(keep, doc_log_probs, -np.inf),
-        no_doc_log_probs=closed,
+        doc_log_probs=np.where(keep, found.doc_log_probs, -np.inf),
         without=np.where(keep, marginal[:, None] - left, 0.0),
-        utility=np.asarray(utility),
+    )
+
+
+@jax.jit
+def _measure(
+    doc_scores: ArrayLike, token_log_probs: ArrayLike, closed: ArrayLike, **masks: Any
+) -> dict[str, Array]:
+    """Returns what `ragjax.losses` says of each field, probabilities as their logarithms."""
+    token_mask = masks["token_mask"]
+    posterior = losses.document_posterior(doc_scores, token_log_probs, **masks)
+    # The posterior of an answer that every document explains equally well.
+    equal = jnp.zeros(posterior.shape, jnp.float32)
+    return dict(
+        prior=losses.document_posterior(doc_scores, equal, doc_mask=masks["doc_mask"]),
+        posterior=posterior,
+        log_probs=-losses.rag_sequence_loss(doc_scores, token_log_probs, **masks),
+        doc_log_probs=losses.sequence_log_probs(token_log_probs, token_mask=token_mask),
+        no_doc_log_probs=losses.sequence_log_probs(closed, token_mask=token_mask),
+        without=losses.leave_one_out_log_probs(doc_scores, token_log_probs, **masks),
+        utility=losses.retrieval_utility(doc_scores, token_log_probs, closed, **masks),
     )
 
 
@@ -113,9 +128,9 @@ def attribute_jointly(
         doc_mask=doc_mask,
         token_mask=token_mask,
     )
+    counted = np.asarray(token_mask)
     whole, without = (
-        np.asarray(losses.sequence_log_probs(part[None], token_mask=token_mask))
-        for part in (joint.whole, joint.without)
+        np.where(counted, part[None], 0).sum(axis=-1) for part in (joint.whole, joint.without)
     )
     keep, closed = np.asarray(doc_mask), apart.no_doc_log_probs
     left = np.where(keep.sum(axis=1)[:, None] == 1, closed[:, None], without)

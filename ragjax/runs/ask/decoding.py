@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
@@ -94,7 +93,7 @@ def _searched(
     found = search(
         reader.lm.decoder,
         reader.params,
-        Prompts(*(jnp.asarray(array)[None] for array in arrays)),
+        Prompts(*(array[None] for array in arrays)),  # pyrefly: ignore[bad-argument-type]
         reader.limits,
         beams=_BEAMS,
     )
@@ -124,7 +123,7 @@ def _greedy(
         reader.lm.decoder,
         reader.params,
         reading.prefilled,
-        jnp.asarray(log_weights),
+        log_weights,  # pyrefly: ignore[bad-argument-type]  (jax takes numpy arrays)
         Partial(choose_best),
         reader.limits,
     )

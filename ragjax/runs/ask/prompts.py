@@ -18,10 +18,11 @@ from ragjax.runs.options.checks import at_least
 from ragjax.runs.options.shared import PromptConfig
 from ragjax.runs.tokens import make_prompts
 
-# Question lengths, in tokens, that have a shape of their own, beside `question_tokens`.
-_QUESTION_TOKENS = (24, 40)
+# A question of at most so many tokens, as nearly all are, has prompts of shapes of its own, beside
+# those for `question_tokens`.
+_QUESTION_TOKENS = 32
 # Prompts of short documents need not be padded to the longest one's length.
-_SHORT_PROMPTS = (64, 96, 128)
+_SHORT_PROMPT = 96
 # The longest document is looked for among at most so many.
 _MEASURED_DOCUMENTS = 20_000
 
@@ -102,13 +103,16 @@ class ShapedPrompts:
             self.builder.template, max_document_tokens=document
         )
         documents = self.rows * document + (self.rows - 1) * self.builder.separator_length
-        questions = [n for n in _QUESTION_TOKENS if n < self.question_limit]
-        questions.append(self.question_limit)
-        self.lengths = _ladder(
-            _SHORT_PROMPTS, [document + self._fixed + n for n in questions], limit
-        )
-        self.closed_lengths = _ladder((), [self._fixed_closed + n for n in questions], limit)
-        self.concat_lengths = _ladder((), [documents + self._fixed + n for n in questions], limit)
+        questions = sorted({min(_QUESTION_TOKENS, self.question_limit), self.question_limit})
+
+        def lengths(beside: int) -> tuple[int, ...]:
+            return tuple(sorted({min(beside + n, limit) for n in questions}))
+
+        self.lengths = lengths(document + self._fixed)
+        if _SHORT_PROMPT < self.lengths[0] - 8:
+            self.lengths = (_SHORT_PROMPT, *self.lengths)
+        self.closed_lengths = lengths(self._fixed_closed)
+        self.concat_lengths = lengths(documents + self._fixed)
         self.suffix_lengths = tuple(self._fixed + n + self.max_target for n in questions)
         self.cache_length = self.lengths[-1] + self.max_target
 
@@ -230,10 +234,3 @@ def _prompt_builder(lm: LanguageModel, options: ReaderOptions) -> PromptBuilder:
             f" document in the {lm.max_length} tokens that {lm.source} takes; give fewer"
         ) from error
     return builder
-
-
-def _ladder(short: Sequence[int], others: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Returns the lengths to pad to, rising, none above the limit."""
-    lengths = {min(length, limit) for length in others}
-    lowest = min(lengths)
-    return tuple(sorted(lengths | {length for length in short if length < lowest - 8}))

@@ -4,7 +4,7 @@ Shapes: K documents, L prompt slots, C cache slots, T answer tokens, W windows, 
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ragjax.data import pad_left, pad_right
+from ragjax.data import PaddedIds, pad_left, pad_right
 from ragjax.generation import Decoder
 from ragjax.generation.compiled import jit_decoding
 from ragjax.generation.decoder import Prefilled
@@ -103,7 +103,8 @@ class Reader:
         packed = self.prompts.builder.pack(
             [prompt.closed_book], [target_ids], context_length=length
         )
-        function, batch = self.lm.family.token_log_probs, LMBatch(*map(jnp.asarray, packed))
+        batch = LMBatch(*packed)  # pyrefly: ignore[bad-argument-type]  (jax takes numpy arrays)
+        function = self.lm.family.token_log_probs
         return np.asarray(_score_alone(function, self.lm.config, self.params, batch))
 
     def leave_out(
@@ -168,10 +169,10 @@ class Reader:
             self.lm.decoder,
             self.params,
             reading.prefilled,
-            jnp.asarray(row),
-            jnp.asarray(visible),
+            np.int32(row),
+            visible,
             # Positions stay, so that what is left stands where it stood.
-            jnp.asarray(keep[0, :end].sum(), jnp.int32),
+            np.int32(keep[0, :end].sum()),
             *self._pad_right([tokens], fitting(self.prompts.suffix_lengths, len(tokens))),
         )
         return np.asarray(scores)[:, len(suffix) : len(tokens)].sum(axis=1)
@@ -205,7 +206,7 @@ class Reader:
     ) -> Reading:
         """Reads contexts in rows of one length; `mask` in place of their own."""
         padded = pad_left(contexts, length=length, pad_id=self.lm.pad_id)
-        arrays = jnp.asarray(padded.ids), jnp.asarray(padded.mask if mask is None else mask)
+        arrays = padded.ids, padded.mask if mask is None else mask
         return Reading(prefill(self.lm.decoder, self.params, *arrays, cache_length=slots), length)
 
     def _fused_contexts(self, prompt: Prompt) -> list[Sequence[int]]:
@@ -219,7 +220,7 @@ class Reader:
         padded = pad_left(contexts, length=length, pad_id=self.lm.pad_id)
         if last is not None:
             padded.mask[-len(last) :] = last
-        arrays = jnp.asarray(padded.ids)[None], jnp.asarray(padded.mask)[None]
+        arrays = padded.ids[None], padded.mask[None]
         slots = len(contexts) + self.prompts.max_target
         state = prefill(self._fusion, self.params, *arrays, cache_length=slots)
         return Reading(state, length, fused=True)
@@ -229,15 +230,15 @@ class Reader:
     ) -> np.ndarray:
         """Scores an answer given subsets `[V, C]` of the contexts that were read: `[V, T]` nats."""
         ids, mask = self._pad_right([target_ids], self.prompts.max_target)
-        arrays = jnp.asarray(keep), ids[0], mask[0]
+        arrays = keep, ids[0], mask[0]
         return np.asarray(_score_subsets(self._fusion, self.params, reading.prefilled, *arrays))
 
     @functools.cached_property
     def _fusion(self) -> FusionDecoder:
         return fusion_decoder(self.lm.config)
 
-    def _pad_right(self, ids: Sequence[Sequence[int]], length: int) -> Iterator[Array]:
-        return map(jnp.asarray, pad_right(ids, length=length, pad_id=self.lm.pad_id))
+    def _pad_right(self, ids: Sequence[Sequence[int]], length: int) -> PaddedIds:
+        return pad_right(ids, length=length, pad_id=self.lm.pad_id)
 
 
 @functools.partial(jit_decoding, static_argnames="decoder")
@@ -254,7 +255,7 @@ def _score_subsets(
     return decoder.score_subsets(params, prefilled, keep, ids, mask)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit_decoding, static_argnames=("token_log_probs", "config"))
 def _score_alone(token_log_probs: Any, config: Any, params: Any, batch: LMBatch) -> Array:
     return token_log_probs(config, params, batch)
 
