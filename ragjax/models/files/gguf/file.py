@@ -28,7 +28,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 2**24  # of an array; the largest vocabularies have 2**18
 _MAX_ENTRIES = 2**20  # metadata fields, and tensors
 _MAX_DIMENSIONS = 4
-_CHUNK = 2**22  # bytes dequantised at once
+_CHUNK = 2**20  # bytes dequantised at once
 
 
 class GgufFile(NamedTuple):
@@ -77,9 +77,10 @@ class GgufTensor:
             if self.kind.name == "BF16":
                 return (values.astype(np.uint32) << 16).view(np.float32)
             return values.astype(np.float32)
-        blocks = np.frombuffer(data, np.uint8).reshape(-1, GGML_QUANT_SIZES[self.kind][1])
+        # As one row of blocks: of many, gguf takes 16 at a time in Python.
+        row = np.frombuffer(data, np.uint8)[None]
         with np.errstate(all="ignore"):  # a scale may be infinite in a file that nobody can use
-            return dequantize(blocks, self.kind).reshape(-1)
+            return dequantize(row, self.kind)[0]
 
 
 def read_gguf_file(path: Path) -> GgufFile:

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
+from ragjax.models.files.gguf import file as gguf_file
 from ragjax.models.files.gguf.file import FLOATS, QUANTIZED, read_gguf_file, split_names
 from ragjax.models.files.sources import resolve_source
 
@@ -83,6 +84,23 @@ def test_quantised_blocks_equal_another_implementation(tmp_path, rng, name):
     expected = expected.reshape(ROWS, COLUMNS)
     assert np.isfinite(found).all() and len(np.unique(found)) > 100
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_piece_is_dequantised_at_once_and_many_pieces_equal_one(tmp_path, rng, monkeypatch):
+    path = write_gguf(tmp_path / "a.gguf", {"w": (random_blocks(KINDS.Q4_1, rng), KINDS.Q4_1)})
+    tensor, calls = read_gguf_file(path).tensors["w"], []
+    whole = gguf.quants.Q4_1.dequantize_blocks
+
+    def counted(blocks):
+        calls.append(len(blocks))
+        return whole(blocks)
+
+    monkeypatch.setattr(gguf.quants.Q4_1, "dequantize_blocks", counted)
+    at_once = np.asarray(tensor)
+    assert calls == [ROWS * COLUMNS // 32]
+    monkeypatch.setattr(gguf_file, "_CHUNK", 1000)
+    np.testing.assert_array_equal(np.asarray(tensor), at_once)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("name", FLOATS)
