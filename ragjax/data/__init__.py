@@ -6,6 +6,7 @@ from ragjax.data.batching import buckets_up_to as buckets_up_to
 from ragjax.data.batching import fill_rows as fill_rows
 from ragjax.data.batching import length_buckets as length_buckets
 from ragjax.data.batching import num_steps as num_steps
+from ragjax.data.batching import two_lengths as two_lengths
 from ragjax.data.beir import read_beir as read_beir
 from ragjax.data.corpus import Corpus as Corpus
 from ragjax.data.corpus_cache import CorpusReport as CorpusReport

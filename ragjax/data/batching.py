@@ -9,6 +9,9 @@ import numpy as np
 
 from ragjax.data.tokenization import DEFAULT_BUCKETS
 
+# Of the lengths that `two_lengths` pads to.
+_LENGTH_MULTIPLE = 32
+
 
 class LengthBatch(NamedTuple):
     """Texts of similar length that are encoded together."""
@@ -104,6 +107,43 @@ def length_buckets(
     return batches
 
 
+def two_lengths(
+    order: Sequence[int], lengths: Sequence[int], *, batch_size: int, beside: int = 0
+) -> list[LengthBatch]:
+    """Puts texts into full batches that are padded to one of two lengths.
+
+    Short texts and long ones gather in their order, and are a batch when there are enough; so the
+    batches of either length come as randomly as the texts do, and no text comes much later than its
+    turn. What is left in the end shares one batch. There is one length where a second one saves
+    less than an eighth of the padded tokens.
+
+    Args:
+        order: Texts, a multiple of `batch_size`; one may come several times.
+        lengths: Tokens of each text.
+        batch_size: Texts of a batch.
+        beside: Tokens of a row beside its text.
+    """
+    taken = np.asarray(lengths, np.int64)[np.asarray(order, np.int64)]
+    longest = _padded(int(taken.max()))
+    whole = len(taken) * (longest + beside)
+    saved, short = max(
+        (int((taken <= length).sum()) * (longest - length), length)
+        for length in range(_LENGTH_MULTIPLE, longest + 1, _LENGTH_MULTIPLE)
+    )
+    short = short if 8 * saved >= whole else longest
+    waiting: dict[int, list[int]] = {short: [], longest: []}
+    batches = []
+    for text in order:
+        length = short if lengths[text] <= short else longest
+        waiting[length].append(text)
+        if len(waiting[length]) == batch_size:
+            batches.append(LengthBatch(np.asarray(waiting[length], np.int64), length, batch_size))
+            waiting[length] = []
+    if left := [text for texts in waiting.values() for text in texts]:
+        batches.append(LengthBatch(np.asarray(left, np.int64), longest, batch_size))
+    return batches
+
+
 def fill_rows(
     order: Sequence[int], sizes: Sequence[int], *, rows: int, length: int, window: int
 ) -> list[list[list[int]]]:
@@ -156,6 +196,10 @@ def buckets_up_to(longest: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> tup
     while lengths and lengths[-1] * 3 // 2 < longest:
         lengths.append(-(-lengths[-1] * 3 // 2 // 64) * 64)
     return tuple(length for length in lengths if length < longest) + (longest,)
+
+
+def _padded(length: int) -> int:
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
 @functools.lru_cache(maxsize=4)

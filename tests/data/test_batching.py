@@ -1,3 +1,4 @@
+import collections
 import math
 
 import numpy as np
@@ -5,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.data import batch_rows, buckets_up_to, fill_rows, length_buckets, num_steps
+from ragjax.data import (
+    batch_rows,
+    buckets_up_to,
+    fill_rows,
+    length_buckets,
+    num_steps,
+    two_lengths,
+)
 from ragjax.data.batching import _permutation
 
 SIZES = {"num_examples": st.integers(1, 60), "batch_size": st.integers(1, 40)}
@@ -118,6 +126,46 @@ def test_length_buckets_refusals():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         length_buckets([3], batch_tokens=0)
     assert length_buckets([], batch_tokens=10) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 9),
+    data=st.data(),
+    batch_size=st.integers(1, 12),
+    beside=st.integers(0, 64),
+)
+def test_batches_of_two_lengths_take_the_rows_of_the_stream(seed, data, batch_size, beside):
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+    order = stream(seed, 2, len(lengths), batch_size).ravel().tolist()
+    batches = two_lengths(order, lengths, batch_size=batch_size, beside=beside)
+    assert sorted(row for batch in batches for row in batch.rows) == sorted(order)
+    assert all(len(batch.rows) == batch.batch_size == batch_size for batch in batches)
+    assert all(lengths[row] <= batch.length for batch in batches for row in batch.rows)
+    used = {batch.length for batch in batches}
+    longest = -(-max(lengths) // 32) * 32
+    assert len(used) <= 2 and used <= set(range(32, longest + 1, 32))
+    # What is left shares one batch; every other one that could be short is.
+    short = min(used)
+    fits = [all(lengths[row] <= short for row in batch.rows) for batch in batches]
+    assert sum(fit != (batch.length == short) for fit, batch in zip(fits, batches, strict=True)) < 2
+
+
+def test_the_second_length_is_the_one_that_saves_most_or_there_is_none():
+    lengths = [60] * 40 + [190] * 20 + [300] * 20
+    order = stream(0, 1, 80, 8).ravel().tolist()
+    batches = two_lengths(order, lengths, batch_size=8, beside=32)
+    counts = collections.Counter(batch.length for batch in batches)
+    assert counts == {64: 5, 320: 5}
+    # Both kinds come in turn, as the order is random, and no text waits long.
+    assert len({batch.length for batch in batches[:5]}) == 2
+    place = {int(row): step for step, batch in enumerate(batches) for row in batch.rows}
+    assert max(place[row] - turn // 8 for turn, row in enumerate(order)) <= 4
+    # An eighth is what the second program must save.
+    for few, expected in ((6, {320}), (20, {64, 320})):
+        lengths = [60] * few + [300] * (80 - few)
+        batches = two_lengths(order, lengths, batch_size=4, beside=32)
+        assert {batch.length for batch in batches} == expected
 
 
 def test_rows_are_filled_with_every_text_as_often_as_it_is_named(rng):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from ragjax.models.testing import write_tiny_language_model
 from ragjax.runs.options.dual import AdaptConfig, LMConfig
 from ragjax.runs.options.shared import DataConfig
 from ragjax.runs.teachers.reading import score_candidates
-from ragjax.runs.tokens import answer_end_id
+from ragjax.runs.tokens import answer_end_id, training_prompts
+from ragjax.runs.train.reading import Reading, lm_steps, make_prompt
 from ragjax.runs.workspace import open_workspace
+from ragjax.training.lm import answer_tokens, make_lm_loss
 from ragjax.training.loop import StopFlag
 from ragjax.training.score_cache import ResultCache, Score
 
@@ -45,6 +48,39 @@ def test_unpacked_scores_are_those_of_each_pair_alone(t5_inputs, tmp_path, rng):
         expected = plain_score(workspace, questions[q], int(found.doc_ids[q, k]))
         assert scores.log_probs[q, k] == pytest.approx(expected, abs=1e-3)
     assert (scores.log_probs[~found.mask] == 0).all()
+
+
+@pytest.mark.slow
+def test_rows_of_two_lengths_give_the_loss_of_each_prompt_alone(t5_inputs, tmp_path):
+    config = AdaptConfig(
+        **t5_inputs,
+        data_options=DataConfig(train_questions=20),
+        language_model=LMConfig(train_layers=1, batch_size=4),
+    )
+    workspace = open_workspace(config, tmp_path, stop=StopFlag(), log=lambda _: None)
+    lm, questions = workspace.lm, workspace.questions["train"]
+    read = [Reading(row, tuple(range(5 * (row % 2)))) for row in range(len(questions))]
+    steps = lm_steps(workspace, config.language_model, read)
+    loss, traced = make_lm_loss(lm.token_log_probs), []
+
+    @jax.jit
+    def run(params, batch):
+        traced.append(batch.context_ids.shape)
+        return loss(params, None, batch, jax.random.key(0))[0], answer_tokens(batch)
+
+    found = [run(lm.params, steps.batch_at(step)) for step in range(steps.num_steps)]
+    assert steps.num_steps == 5 and len(traced) == 2 and {rows for rows, _ in traced} == {4}
+    builder = training_prompts(config.prompt, lm)
+    expected = tokens = 0.0
+    for one in read:
+        prompt = make_prompt(workspace, builder, questions[one.question], one.docs)
+        packed = builder.pack([prompt.context], [prompt.target], target_length=len(prompt.target))
+        expected -= float(lm.token_log_probs(lm.params, LMBatch(*map(jnp.asarray, packed))).sum())
+        tokens += len(prompt.target)
+    assert sum(int(count) for _, count in found) == tokens
+    assert sum(float(nll) * int(count) for nll, count in found) == pytest.approx(expected, rel=1e-4)
+    again = lm_steps(workspace, config.language_model, read)
+    jax.tree.map(np.testing.assert_array_equal, again.batch_at(3), steps.batch_at(3))
 
 
 @pytest.mark.slow

@@ -17,7 +17,14 @@ from ragjax.models.language_model import LanguageModel
 from ragjax.runs.options.dual import LMConfig
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.tokens import training_prompts
-from ragjax.runs.train.reading import Prompt, make_prompt, pack_prompts, unpacked, useless
+from ragjax.runs.train.reading import (
+    Prompt,
+    make_prompt,
+    pack_prompts,
+    scored_length,
+    unpacked,
+    useless,
+)
 from ragjax.runs.trainable import SplitModel
 from ragjax.runs.workspace import Workspace
 from ragjax.storage.processes import host
@@ -106,8 +113,9 @@ class DevNll:
         if lm.family.packed_token_log_probs is None:
             builder = training_prompts(self._workspace.config.prompt, lm)
             length = -(-max(len(prompt.context) for prompt in self._prompts) // 32) * 32
+            sizes = length, scored_length(builder, self._prompts)
             groups = [[self._prompts[row[0]] for row in rows] for rows in self._places]
-            return [(self._spread(unpacked(builder, _filled(one), length)), None) for one in groups]
+            return [(self._spread(unpacked(builder, _filled(one), *sizes)), None) for one in groups]
         rows = [
             self._spread(self._packing.batch(number, self._prompts, lm.pad_id).rows)
             for number in range(len(self._packing.batches))

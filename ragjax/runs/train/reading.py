@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ragjax.data import PromptBuilder, Question, batch_rows, fill_rows
+from ragjax.data import PromptBuilder, Question, batch_rows, fill_rows, two_lengths
 from ragjax.evaluation import answer_in_text
 from ragjax.index import SearchResult
 from ragjax.models.decoder.packing import Suffix, pack_row
@@ -122,10 +122,10 @@ def _together(
 
 
 def lm_steps(workspace: Workspace, config: LMConfig, read: Sequence[Reading]) -> Steps:
-    """Returns the batches of the stage, of one static shape.
+    """Returns the batches of the stage, of one static shape or two.
 
     A causal decoder reads several prompts in one row, as many as fit; `batch_size` of them a step
-    on average. Of another family each prompt is a row.
+    on average. Of another family each prompt is a row, and a step has short ones or long ones.
 
     Args:
         workspace: Data, models, seed.
@@ -153,24 +153,43 @@ def lm_steps(workspace: Workspace, config: LMConfig, read: Sequence[Reading]) ->
         )  # fmt: skip
         pad_id = workspace.lm.pad_id
         return Steps(len(packing.batches), lambda step: packing.batch(step, prompts, pad_id))
-    length = -(-max(len(prompt.context) for prompt in prompts) // 32) * 32
+    target_length = scored_length(builder, prompts)
+    batches = two_lengths(
+        [
+            int(row)
+            for step in range(stage_steps(config, len(prompts)))
+            for row in batch_rows(
+                seed, step, num_examples=len(prompts), batch_size=config.batch_size
+            )
+        ],
+        [len(prompt.context) for prompt in prompts],
+        batch_size=config.batch_size,
+        beside=target_length,
+    )
 
     def batch_at(step: int) -> LMBatch:
-        chosen = batch_rows(seed, step, num_examples=len(prompts), batch_size=config.batch_size)
-        return unpacked(builder, [prompts[row] for row in chosen], length)
+        chosen = [prompts[row] for row in batches[step].rows]
+        return unpacked(builder, chosen, batches[step].length, target_length)
 
-    return Steps(stage_steps(config, len(prompts)), batch_at)
+    return Steps(len(batches), batch_at)
 
 
-def unpacked(builder: PromptBuilder, prompts: Sequence[Prompt], length: int) -> LMBatch:
-    """Returns prompts as rows of their own, their contexts padded to a length."""
-    contexts, targets = [p.context for p in prompts], [p.target for p in prompts]
-    # A question may be longer than any answer.
-    longest = -(-max(map(len, targets)) // 16) * 16
+def scored_length(builder: PromptBuilder, prompts: Sequence[Prompt]) -> int:
+    """Returns what the targets of these prompts are padded to: a question may be the longest."""
+    longest = -(-max(len(prompt.target) for prompt in prompts) // 16) * 16
+    return max(builder.max_target_length, longest)
+
+
+def unpacked(
+    builder: PromptBuilder, prompts: Sequence[Prompt], length: int, target_length: int
+) -> LMBatch:
+    """Returns prompts as rows of their own, padded to these lengths."""
     packed = builder.pack(
-        contexts, targets, context_length=length,
-        target_length=max(builder.max_target_length, longest),
-    )  # fmt: skip
+        [prompt.context for prompt in prompts],
+        [prompt.target for prompt in prompts],
+        context_length=length,
+        target_length=target_length,
+    )
     return LMBatch(*map(jnp.asarray, packed))
 
 
