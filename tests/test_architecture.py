@@ -48,6 +48,7 @@ OWNERS = {
 OWNERSHIP_EXCEPTIONS = {
     # `pip:NAME==VERSION` sources are fetched by pip, which has no Python interface.
     ("models/files/pip_packages.py", "subprocess"),
+    ("storage/processes.py", "subprocess"),
     # The next step's documents are retrieved in one thread while the device computes this one.
     ("training/ahead.py", "concurrent"),
     # Checkpoints are written while training goes on.

@@ -242,9 +242,7 @@ class Refresher:
         return self._background.hand_over(export)
 
     def poll(self) -> IndexSnapshot | None:
-        """Adopts and returns the index that became ready since the last call, or returns None.
-
-        Never waits.
+        """Adopts and returns the index that became ready since the last call, or None; never waits.
 
         Raises:
             RefreshError: A refresh failed for good and `on_failure` is "stop".

@@ -81,12 +81,12 @@ def _check_processes(config: RunConfig, count: int) -> None:
     training = getattr(config, "training", None)
     for given, flag, remedy in (
         (config.devices, "devices", "all of them have devices of their own, and all take part"),
-        (config.parallel == "pmap", "parallel pmap", "take --parallel mesh"),
+        (config.parallel == "pmap", "parallel pmap", "take the mesh"),
         (config.refresh.workers, "refresh.workers", "each encodes on its own devices"),
         (
             getattr(training, "retrieval", "host") == "callback",
             "training.retrieval callback",
-            "take --training.retrieval host",
+            "retrieve on the host",
         ),
     ):
         if given:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -27,7 +26,8 @@ from ragjax.runs.options.checks import check_all, checked_later
 from ragjax.runs.options.files import load_config_file, to_dict
 from ragjax.runs.saved import Results
 from ragjax.storage import processes
-from ragjax.training.loop import Interrupted, NonFiniteError, graceful_stop
+from ragjax.training.finite import NonFiniteError
+from ragjax.training.loop import Interrupted, graceful_stop
 
 BAD_INPUT, DIVERGED, NO_FRESH_INDEX, LOST = 2, 3, 4, 5
 Config = TypeVar("Config", AdaptConfig, RagConfig, EvaluateConfig)
@@ -81,7 +81,7 @@ def run_program(
         flags = parse_flags(default, description, arguments)
         processes.start(flags.options.distributed)
         logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-        with _last_words(lost), graceful_stop() as stop, _first_speaks():
+        with processes.last_words(lost), graceful_stop() as stop, _first_speaks():
             print("options:", json.dumps(to_dict(flags.options), indent=2), flush=True)
             if flags.dry_run:
                 dry_run(flags.options, stop=stop, log=log)
@@ -111,31 +111,21 @@ def run_program(
 
 
 @contextmanager
-def _last_words(text: str) -> Iterator[None]:
-    """Has a line printed where this process is one of several, and ends without leaving the block.
-
-    JAX itself ends a process that misses another one, without a word to Python.
-    """
-    if not processes.several():
-        yield
-        return
-    script = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
-    command = [sys.executable, "-c", script, f"{text}\n"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
-        try:
-            yield
-        finally:
-            watcher.communicate(b".")
-
-
-@contextmanager
 def _first_speaks() -> Iterator[None]:
     """Hushes each process of a run but the first, which has the same to say; errors are shown."""
     if processes.is_first():
         yield
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with redirect_stdout(_Nowhere()) as nowhere, redirect_stderr(nowhere):
         yield
+
+
+class _Nowhere(io.TextIOBase):
+    """Takes text and keeps none."""
+
+    def write(self, text: str) -> int:
+        """Returns the length of the text."""
+        return len(text)
 
 
 def parse_flags(

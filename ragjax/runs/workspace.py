@@ -55,7 +55,8 @@ from ragjax.runs.options.modes import check_mode
 from ragjax.runs.options.shared import RunConfig, TowersConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
 from ragjax.runs.trainable import folded
-from ragjax.training.loop import MetricsLog, StopFlag, not_finite
+from ragjax.training.finite import not_finite
+from ragjax.training.loop import MetricsLog, StopFlag
 from ragjax.training.mesh import Layout
 
 _METRICS = "metrics.jsonl"

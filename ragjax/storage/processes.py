@@ -8,6 +8,8 @@ import contextlib
 import functools
 import os
 import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +58,7 @@ def start(distributed: str) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed {distributed}: {str(error).rstrip('.')}; start every process on a"
+            f"distributed={distributed}: {str(error).rstrip('.')}; start every process on a"
             f" cluster that JAX knows, or set {ADDRESS}, {COUNT} and {NUMBER} for each"
         ) from error
 
@@ -76,6 +78,27 @@ def leave() -> None:
     if jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def last_words(text: str) -> Iterator[None]:
+    """Has a line printed where this process is one of several, and ends without leaving the block.
+
+    JAX itself ends a process that misses another one, without a word to Python.
+
+    Args:
+        text: The line.
+    """
+    if not several():
+        yield
+        return
+    script = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
+    command = [sys.executable, "-c", script, f"{text}\n"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.communicate(b".")
 
 
 def host(array: Any) -> NDArray[Any]:
@@ -171,7 +194,7 @@ def folder_of_run(folder: Path) -> Iterator[Path]:
         if failed := largest(number if failure else 0):
             raise ValueError(
                 f"{folder}: process {failed} cannot work there on what process 0 has written"
-                f" ({failure or 'it says why'}); give an --output folder that all hosts share"
+                f" ({failure or 'it says why'}); give a folder that all hosts share"
             ) from failure
         yield own
         meet()

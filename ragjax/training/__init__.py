@@ -7,6 +7,7 @@ from ragjax.training.end_to_end import RagBatch as RagBatch
 from ragjax.training.end_to_end import fusion_reader as fusion_reader
 from ragjax.training.end_to_end import make_rag_loss as make_rag_loss
 from ragjax.training.end_to_end import separate_reader as separate_reader
+from ragjax.training.finite import NonFiniteError as NonFiniteError
 from ragjax.training.live import LiveRetrieval as LiveRetrieval
 from ragjax.training.live import refresh_trigger as refresh_trigger
 from ragjax.training.lm import answer_tokens as answer_tokens
@@ -15,7 +16,6 @@ from ragjax.training.loop import HostWork as HostWork
 from ragjax.training.loop import Interrupted as Interrupted
 from ragjax.training.loop import LoopConfig as LoopConfig
 from ragjax.training.loop import MetricsLog as MetricsLog
-from ragjax.training.loop import NonFiniteError as NonFiniteError
 from ragjax.training.loop import StopFlag as StopFlag
 from ragjax.training.loop import graceful_stop as graceful_stop
 from ragjax.training.loop import run_steps as run_steps

@@ -1,6 +1,5 @@
 """Checkpoints: orbax underneath, digests, a finite check and a way back to the last good one."""
 
-import functools
 import operator
 import os
 import shutil
@@ -83,17 +82,16 @@ class Checkpointer:
         arrays = key_data(state)
         step, info = operator.index(step), dict(info or {})
         building = self._folder / f".{step}.saving"
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         if several():  # each writes what its devices have
             _check_finite(step, arrays)
             if is_first():
                 self._remove_unfinished()
-            write = _orbax().save_async(building, jax.tree.map(_of_all, arrays)).result
+            arrays = _orbax().save_async(building, jax.tree.map(_of_all, arrays))
         else:
             arrays = jax.tree.map(lambda leaf: np.array(leaf), arrays)
-            write = functools.partial(_save, building, step, arrays)
-        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         about = {"format": FORMAT, "step": step, "info": info, "arrays": _array_table(state)}
-        self._writing = self._pool.submit(self._write, building, write, about, nbytes)
+        self._writing = self._pool.submit(self._write, building, arrays, about, nbytes)
         if wait:
             self.wait()
 
@@ -108,19 +106,19 @@ class Checkpointer:
         if writing is not None:
             writing.result()
 
-    def _write(
-        self, building: Path, write: Callable[[], object], about: dict[str, Any], nbytes: int
-    ) -> None:
+    def _write(self, building: Path, arrays: Any, about: dict[str, Any], nbytes: int) -> None:
+        """Writes arrays, or waits until all processes have theirs written; adds the digests."""
         # Beside its name, so that a save that fails leaves an earlier one of the same step alone.
         step, target = about["step"], self._folder / str(about["step"])
         if not is_first():  # which says by digests that the step is whole
-            write()
+            arrays.result()
             return
         if not several():
+            _check_finite(step, arrays)
             self._remove_unfinished()
         try:
             with named_if_full(target, nbytes):
-                write()
+                arrays.result() if several() else _orbax().save(building, arrays)
             digests = walk_digests(building, known={})
             write_sealed(building / _DIGESTS, about | {"sha256": digests})
             shutil.rmtree(target, ignore_errors=True)  # a step that an earlier life left behind
@@ -241,11 +239,6 @@ def _load(folder: Path, arrays: dict, template: Any, field: str) -> Any:
     with context:
         state = with_keys(_orbax().load(folder, abstract), template)
     return state[field] if field else state
-
-
-def _save(building: Path, step: int, arrays: Any) -> None:
-    _check_finite(step, arrays)
-    _orbax().save(building, arrays)
 
 
 def _check_finite(step: int, arrays: Any) -> None:

@@ -4,13 +4,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -18,6 +17,7 @@ from ragjax.storage import JsonLog
 from ragjax.storage.log import read_lines
 from ragjax.storage.processes import Votes, largest, several
 from ragjax.training.checkpoint import Checkpointer
+from ragjax.training.finite import NonFiniteError, advice, say_what_was_lost
 from ragjax.training.steps import TrainState
 
 
@@ -28,10 +28,6 @@ class Interrupted(Exception):
         """Keeps the signal's number."""
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
-
-
-class NonFiniteError(ValueError):
-    """Too many updates had a loss or gradient that is not finite."""
 
 
 class StopFlag:
@@ -231,7 +227,7 @@ def run_steps(
                     f"{config.stage}: {int(metrics['skipped'])} updates in a row had a loss or"
                     f" gradient that is not finite, the last at step {ran.step}{where}; parameters"
                     " are unchanged since the last good one."
-                    f" {_advice(log.rows(config.stage), state.params, frozen)}"
+                    f" {advice(log.rows(config.stage), state.params, frozen)}"
                 )
 
     def save(done: int, state: TrainState, *, wait: bool = True) -> None:
@@ -278,7 +274,7 @@ def run_steps(
                 save(done, state, wait=ending)
             if asked is not None:
                 raise asked
-    _say_what_was_lost(config, log.rows(config.stage), state, frozen, describe_batch)
+    say_what_was_lost(config.stage, log.rows(config.stage), state.params, frozen, describe_batch)
     return state
 
 
@@ -297,79 +293,6 @@ class _Ran(NamedTuple):
     step: int
     metrics: Mapping[str, jax.Array]
     prepared: Mapping[str, float]
-
-
-def _say_what_was_lost(
-    config: LoopConfig,
-    rows: Sequence[Mapping[str, Any]],
-    state: TrainState,
-    frozen: Any,
-    describe_batch: Callable[[int], str] | None,
-) -> None:
-    """Prints how many updates were skipped and answers left out; raises where few were applied."""
-
-    def where(row: Mapping[str, Any]) -> str:
-        batch = f" ({describe_batch(row['step'])})" if describe_batch else ""
-        return f"step {row['step']}{batch}"
-
-    if impossible := [row for row in rows if row.get("impossible_answers")]:
-        print(
-            f"note: {config.stage}: {sum(int(row['impossible_answers']) for row in impossible):,}"
-            " answers had probability 0 whatever was read, and taught nothing; the first at"
-            f" {where(impossible[0])}",
-            flush=True,
-        )
-    skipped = [row for row in rows if row.get("skipped")]
-    if not skipped:
-        return
-    said = (
-        f"{config.stage}: {len(skipped):,} of {len(rows):,} updates were skipped because their loss"
-        f" or gradient was not finite, the first at {where(skipped[0])}"
-    )
-    if 2 * len(skipped) > len(rows):
-        raise NonFiniteError(f"{said}. {_advice(rows, state.params, frozen)}")
-    print(f"note: {said}", flush=True)
-
-
-def _advice(rows: Sequence[Mapping[str, Any]], params: Any, frozen: Any) -> str:
-    """Returns what helps against updates that are not finite, by their cause."""
-    if bad := not_finite((params, frozen)):
-        return (
-            f"{len(bad)} arrays of the parameters hold NaN or infinity, the first {bad[0]}: no"
-            " learning rate mends that; load the model from a file that is whole"
-        )
-    skipped = [row for row in rows if row.get("skipped")]
-    if len(skipped) < len(rows):
-        return "Lower the learning rate or look at that batch"
-    # No update was ever applied: the learning rate has had no part in it.
-    if any(row.get("loss") is None for row in skipped):
-        return (
-            "The loss itself is not finite from the first step on, though all weights are: look at"
-            " what it is computed from (the scale of the scores, temperatures, targets), not at the"
-            " learning rate"
-        )
-    return (
-        "The gradient overflows from the first step on, and the learning rate has no part in that:"
-        " lower the scale of the scores, or compute in float32"
-    )
-
-
-def not_finite(params: Any) -> list[str]:
-    """Returns the paths of the arrays that hold NaN or infinity."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(params)))
-        if not finite
-    ]
-
-
-@jax.jit
-def _finite(params: Any) -> Any:
-    """Returns for each array whether all of it is finite, in one program."""
-    return jax.tree.map(
-        lambda leaf: not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.isfinite(leaf).all(),
-        params,
-    )
 
 
 def _prepare(

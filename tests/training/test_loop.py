@@ -10,14 +10,13 @@ import optax
 import pytest
 
 from ragjax.training.checkpoint import Checkpointer
+from ragjax.training.finite import NonFiniteError, not_finite
 from ragjax.training.loop import (
     Interrupted,
     LoopConfig,
     MetricsLog,
-    NonFiniteError,
     StopFlag,
     graceful_stop,
-    not_finite,
     run_steps,
 )
 from ragjax.training.steps import init_state, make_train_step
