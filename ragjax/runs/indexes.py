@@ -76,6 +76,7 @@ def build_retriever(
     query_params: Any,
     doc_params: Any,
     earlier: Sequence[Path] = (),
+    dense_weight: float | None = None,
 ) -> Retriever:
     """Encodes the corpus (or opens what an earlier life encoded, if undamaged) and indexes it.
 
@@ -90,6 +91,7 @@ def build_retriever(
         doc_params: Parameters of the document encoder.
         earlier: Folders of embeddings of other runs, which are read where this encoder made them
             of this corpus.
+        dense_weight: Weight of the hybrid where it is chosen by then.
 
     Returns:
         The retriever; its embeddings lie in `index/VERSION` of the output folder, or where they
@@ -102,7 +104,9 @@ def build_retriever(
     if version == 0:
         workspace.log(choice.reason)
     dense = choice.build(embeddings)
-    weight, chosen = _dense_weight(workspace, bm25, dense, query_params)
+    weight, chosen = dense_weight, "as the run chose it"
+    if weight is None:
+        weight, chosen = _dense_weight(workspace, bm25, dense, query_params)
     workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
     return Retriever(version, query_params, dense, hybrid, embeddings, store)

@@ -105,8 +105,8 @@ def open_system(
 ) -> System:
     """Opens what a run ships, as its dev questions chose.
 
-    Its stored embeddings are reused, so only the dev questions are encoded, which choose the weight
-    of the hybrid.
+    Its stored embeddings are reused, and the weight of the hybrid that it ships. For other models
+    the dev questions are encoded, which choose one.
 
     Args:
         folder: Output folder of a finished run.
@@ -136,11 +136,12 @@ def open_system(
         stop=stop or StopFlag(),
         log=log,
     )
-    version, search = _newest_index(folder) if opened.trained_retriever else 0, by_hybrid
+    version = _newest_index(folder) if opened.trained_retriever else 0
+    search, weight = by_hybrid, None
     if models == "shipped" and run.served is not None:
         log(run.served.reason)
-        search = SEARCHES[run.served.search]
-    return _assemble(workspace, opened, version, str(folder), search)
+        search, weight = SEARCHES[run.served.search], run.served.dense_weight
+    return _assemble(workspace, opened, version, str(folder), search, weight)
 
 
 def open_base_system(
@@ -310,7 +311,12 @@ def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:
 
 
 def _assemble(
-    workspace: Workspace, models: Models, version: int, name: str, search: Search = by_hybrid
+    workspace: Workspace,
+    models: Models,
+    version: int,
+    name: str,
+    search: Search = by_hybrid,
+    dense_weight: float | None = None,
 ) -> System:
     bm25 = build_bm25(workspace)
     if models.trained_retriever:
@@ -321,6 +327,7 @@ def _assemble(
         version=version,
         query_params=models.query_encoder.params,
         doc_params=models.doc_encoder.params,
+        dense_weight=dense_weight,
     )
     return System(
         workspace=workspace,
