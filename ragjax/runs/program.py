@@ -97,15 +97,14 @@ def run_program(
         if not isinstance(error, ResumeError):
             print(again, file=sys.stderr)
         return NO_FRESH_INDEX
-    except (ValueError, OSError, MemoryError) as error:
-        show_error(error, arguments, names)
-        return DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
-    except jax.errors.JaxRuntimeError as error:
-        if not processes.several():
+    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        is_lost = processes.several() and isinstance(error, processes.LOST)
+        if isinstance(error, jax.errors.JaxRuntimeError) and not is_lost:
             raise
         show_error(error, arguments, names)
-        print(lost, file=sys.stderr)
-        return LOST
+        if isinstance(error, NonFiniteError):
+            return DIVERGED
+        return LOST if is_lost else BAD_INPUT
     finally:
         processes.leave()
 

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from ragjax.storage.files import link_or_copy
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+LOST = (jax.errors.JaxRuntimeError, TimeoutError)
+"""Errors of a process that misses another one."""
 # Seconds without a sign of life after which a process counts as lost.
 _SILENT = 30
 # Seconds for which a process that ends waits for the others to end, too.
@@ -84,7 +86,8 @@ def leave() -> None:
 def last_words(text: str) -> Iterator[None]:
     """Has a line printed where this process is one of several, and ends without leaving the block.
 
-    JAX itself ends a process that misses another one, without a word to Python.
+    JAX itself ends a process that misses another one, without a word to Python, or soon after an
+    error of those named `LOST`.
 
     Args:
         text: The line.
@@ -97,8 +100,12 @@ def last_words(text: str) -> Iterator[None]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
         try:
             yield
-        finally:
+        except LOST:
+            raise
+        except BaseException:
             watcher.communicate(b".")
+            raise
+        watcher.communicate(b".")
 
 
 def host(array: Any) -> NDArray[Any]:
