@@ -88,7 +88,7 @@ def begin(
     Raises:
         ValueError: An input differs; the message names each one and the parts of it.
     """
-    read = json.dumps([record["fingerprint"], inputs], sort_keys=True)
+    read = json.dumps([dict(record), inputs], sort_keys=True)
     SameInAll("options or inputs").check(read.encode(), wait=True)
     path = folder / CONFIG
     if path.is_file():

@@ -184,6 +184,9 @@ def folder_of_run(folder: Path) -> Iterator[Path]:
     Args:
         folder: Of the run; all processes see the same files in it.
     """
+    if is_first():
+        for left in folder.glob("process-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     if not several():
         yield folder
         return
@@ -247,7 +250,7 @@ def first_alone(act: Callable[[], Any]) -> Any:
             result = act()
         except Exception as error:
             failure = error
-    message = str(failure or "").encode()[:_MOST_BYTES]
+    message = ("" if failure is None else str(failure) or repr(failure)).encode()[:_MOST_BYTES]
     said = everyone(*message.ljust(_MOST_BYTES, b"\0"))[0].astype(np.uint8).tobytes()
     if failure is not None:
         raise failure

@@ -392,6 +392,7 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
         "output",
         "devices",
         "fsdp",
+        "distributed",
     } == set(changed)
     plain = config.fingerprint(None)
     for name, value in changed.items():

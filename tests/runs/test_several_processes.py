@@ -200,10 +200,12 @@ def test_a_stop_and_a_kill_reach_all_processes_and_the_run_goes_on(start, flags,
     while "a process of this run is lost: the same command" not in started[0].log.read_text():
         assert time.monotonic() < deadline, started[0].log.read_text()
         time.sleep(0.1)
+    assert (folder / "process-1").exists()
     # On another mesh, by one process; what the lost one had written goes.
     codes, said = ended(start(*script, f"--output={folder}", "--fsdp=2", count=1))
     assert codes == [0], said
     assert "data 4 x fsdp 2" in said[0] and "end_to_end: resuming after step" in said[0]
+    assert not (folder / "process-1").exists()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(8))
     assert rows[-1]["index/version"] >= 3
