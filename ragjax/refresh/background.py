@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ragjax.index import IndexSnapshot
 from ragjax.refresh.pipeline import Submission
 from ragjax.refresh.task import Cancelled
-from ragjax.storage.processes import Votes, several
+from ragjax.storage.processes import Votes, largest, several
 
 # Indexes that no longer serve are held a little longer, until the trainer has let them go too.
 _RETIRED_SECONDS = 1.0
@@ -54,11 +54,15 @@ class Background:
 
     @property
     def busy(self) -> bool:
-        """True while an export is worked on or waits; in a run of several processes, for one."""
-        return self._works or self._votes is not None
+        """True while an export is worked on or waits; of several processes that make a run, in one.
+
+        There it is the same in all of them.
+        """
+        return self._votes is not None if several() else self.works
 
     @property
-    def _works(self) -> bool:
+    def works(self) -> bool:
+        """True while this process works on an export, or one waits."""
         return self.active is not None or self.waiting is not None
 
     def hand_over(self, export: Submission) -> bool:
@@ -72,7 +76,7 @@ class Background:
                 raise RuntimeError(
                     "The refresher is closed, by close() or by another one opened on its folder"
                 )
-            idle = not self._works
+            idle = not self.works
             self._votes = Votes() if several() else None
             self.waiting = export
             if self._thread is None:
@@ -91,15 +95,19 @@ class Background:
             if seen is None or not seen.all():
                 return None, None
             self._votes = None
-            if seen.max() == 2 and self.failure is None:
-                self.ready = None
-                self.failure = RuntimeError("another process of the run failed, which says why")
+            if seen.max() == 2:
+                self._fail_with_others()
         if self.ready is None and self.failure is None:  # nothing to take a lock for
             return None, None
         with self._condition:
             ready, self.ready = self.ready, None
             failure, self.failure = self.failure, None
         return ready, failure
+
+    def _fail_with_others(self) -> None:
+        """Gives up an index that another process of the run could not make."""
+        self.ready = None
+        self.failure = self.failure or RuntimeError("another process failed, which says why")
 
     def retire(self, snapshot: IndexSnapshot) -> None:
         """Takes an index that no longer serves, to be freed here."""
@@ -136,7 +144,7 @@ class Background:
         deadline = None if timeout is None else time.monotonic() + timeout
         told = time.monotonic()
         with self._condition:
-            while self._works:
+            while self.works:
                 left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
                 if left <= 0 or self._closed:
                     return False
@@ -146,6 +154,8 @@ class Background:
                     told = time.monotonic()
                     tell()
         self._votes = None  # the other processes wait for theirs at this point, too
+        if several() and largest(self.failure is not None):
+            self._fail_with_others()
         return True
 
     def close(self) -> None:

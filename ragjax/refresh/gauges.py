@@ -88,7 +88,7 @@ class Gauges:
     def state(self) -> RefreshState:
         """Where the refresh is."""
         work = self._background
-        if work.busy:
+        if work.works:
             building = self._pipeline.building
             return RefreshState.BUILDING if building else RefreshState.ENCODING
         if work.ready is not None:
@@ -125,7 +125,7 @@ class Gauges:
     def metrics(self, snapshot: IndexSnapshot, step: int) -> dict[str, float]:
         """Returns `Refresher.metrics` of the index that serves."""
         values = {
-            "refreshing": float(self._background.busy),
+            "refreshing": float(self._background.works),
             "failures": self._background.failures,
             "swap_seconds": self.swap_seconds,
             "step_seconds_inside": self.clock.median(inside=True),

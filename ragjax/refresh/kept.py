@@ -125,7 +125,7 @@ class KeptForCheckpoints:
     def _wait_for(self, step: int) -> str:
         """Waits until the parameters of a step are on disk and returns their digest."""
         while (digest := self._pipeline.exported.get(step)) is None:
-            if not self._background.busy and step not in self._pipeline.exported:
+            if not self._background.works and step not in self._pipeline.exported:
                 raise RefreshError(
                     f"The parameters of step {step} could not be exported: "
                     f"{self._background.last_error or 'the refresher is closed'}"

@@ -215,7 +215,7 @@ def _is_left(path: Path) -> bool:
         return path.stat().st_size == 0
     if path.name == "checkpoints":
         return not any(path.iterdir())
-    return path.name.startswith("process-")
+    return processes.is_left(path)
 
 
 def _when_adopted_later(

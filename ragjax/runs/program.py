@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -79,34 +80,37 @@ def run_program(
     lost = f"a process of this {default.kind} is lost: {again}, given to each process again"
     try:
         flags = parse_flags(default, description, arguments)
+        if flags.options.distributed != "off":
+            print("waiting for the other processes", flush=True)
         processes.start(flags.options.distributed)
         logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
         with processes.last_words(lost), graceful_stop() as stop, _first_speaks():
             print("options:", json.dumps(to_dict(flags.options), indent=2), flush=True)
             if flags.dry_run:
                 dry_run(flags.options, stop=stop, log=log)
-                return 0
-            results = program(flags.options, stop=stop, log=log)
-            print(f"\nresults: {results.report}, {results.folder / 'metrics.json'}")
-        return 0
+            else:
+                results = program(flags.options, stop=stop, log=log)
+                print(f"\nresults: {results.report}, {results.folder / 'metrics.json'}")
+        code = 0
     except Interrupted as stopped:
         print(f"{stopped}; {again}", file=sys.stderr)
-        return 128 + stopped.signum
+        code = 128 + stopped.signum
     except (RefreshError, IndexTooStaleError) as error:
         show_error(error, arguments, names)
         if not isinstance(error, ResumeError):
             print(again, file=sys.stderr)
-        return NO_FRESH_INDEX
-    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        is_lost = processes.several() and isinstance(error, processes.LOST)
-        if isinstance(error, jax.errors.JaxRuntimeError) and not is_lost:
+        code = NO_FRESH_INDEX
+    except (ValueError, OSError, MemoryError) as error:
+        show_error(error, arguments, names)
+        code = DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
+        code = LOST if processes.misses_another(error) else code
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.misses_another(error):
             raise
         show_error(error, arguments, names)
-        if isinstance(error, NonFiniteError):
-            return DIVERGED
-        return LOST if is_lost else BAD_INPUT
-    finally:
-        processes.leave()
+        code = LOST
+    processes.leave(code, together=code in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT))
+    return code
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ragjax.models.trainable import (
 )
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.shared import LearningConfig, TowersConfig
+from ragjax.training.mesh import copy_to_all
 
 END_TO_END = "end_to_end"
 """Stage that trains both models; its checkpoints hold `SplitModels.trainable`."""
@@ -203,7 +204,7 @@ def _split(
     adapters = lora.init_adapters(
         trainable, rank=config.lora_rank, alpha=config.lora_alpha, key=jax.random.key(seed)
     )
-    return SplitModel(adapters, (trainable, frozen), _merge_adapters)
+    return SplitModel(copy_to_all(adapters, params), (trainable, frozen), _merge_adapters)
 
 
 def _merge_adapters(adapters: Any, rest: Any) -> Any:

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,12 +25,14 @@ from numpy.typing import NDArray
 from ragjax.storage.files import link_or_copy
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-LOST = (jax.errors.JaxRuntimeError, TimeoutError)
-"""Errors of a process that misses another one."""
+# Beginnings of errors of JAX that are no sign of a lost process.
+_OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 # Seconds without a sign of life after which a process counts as lost.
 _SILENT = 30
 # Seconds for which a process that ends waits for the others to end, too.
 _ENDING = 20
+# Seconds for which process 0, whose end is that of all, lets the others end with the same error.
+_LAST = 2
 _MOST_BYTES = 4096  # of what one process tells the others
 # What each process has of its own, or all of them in common, in the folder of a run.
 _NOT_COPIED = ("run.lock", "refresh.lock", "checkpoints", "process-*")
@@ -75,11 +78,34 @@ def is_first() -> bool:
     return not several() or jax.process_index() == 0
 
 
-def leave() -> None:
-    """Parts from the other processes, of which one may be lost."""
-    if jax.distributed.is_initialized():
+def misses_another(error: BaseException) -> bool:
+    """Says whether an error comes of a process of the run that is lost."""
+    if not several():
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not str(error).startswith(_OWN_FAULT)
+    return isinstance(error, TimeoutError)
+
+
+def leave(code: int, *, together: bool) -> None:
+    """Parts from the other processes of a run; does nothing where there are none.
+
+    Args:
+        code: Exit code of the program.
+        together: All end at this point. Else this process ends here, at once: JAX would wait for
+            the others, and then end it by a signal.
+    """
+    if not several():
+        return
+    if together:
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(_LAST)  # the others, which may say the same, are ended with it
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -87,7 +113,7 @@ def last_words(text: str) -> Iterator[None]:
     """Has a line printed where this process is one of several, and ends without leaving the block.
 
     JAX itself ends a process that misses another one, without a word to Python, or soon after an
-    error of those named `LOST`.
+    error for which `misses_another` is true.
 
     Args:
         text: The line.
@@ -100,10 +126,9 @@ def last_words(text: str) -> Iterator[None]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
         try:
             yield
-        except LOST:
-            raise
-        except BaseException:
-            watcher.communicate(b".")
+        except BaseException as error:
+            if not misses_another(error):
+                watcher.communicate(b".")
             raise
         watcher.communicate(b".")
 
@@ -185,7 +210,7 @@ def folder_of_run(folder: Path) -> Iterator[Path]:
         folder: Of the run; all processes see the same files in it.
     """
     if is_first():
-        for left in folder.glob("process-*"):  # by a process that was killed
+        for left in filter(is_left, folder.glob("process-*")):
             shutil.rmtree(left, ignore_errors=True)
     if not several():
         yield folder
@@ -195,8 +220,11 @@ def folder_of_run(folder: Path) -> Iterator[Path]:
     try:
         if number == 0:
             (folder / "checkpoints").mkdir(exist_ok=True)
-        meet()
+        lock = folder / "run.lock"  # which names process 0
+        claimed = zlib.crc32(lock.read_bytes()) & 0x7FFFFFFF if lock.is_file() else 0
         try:
+            if everyone(claimed)[0, 0] != claimed:
+                raise OSError("it is another folder there")
             if number:
                 _copy(folder, own)
         except OSError as error:
@@ -213,13 +241,21 @@ def folder_of_run(folder: Path) -> Iterator[Path]:
             shutil.rmtree(own, ignore_errors=True)
 
 
+def is_left(path: Path) -> bool:
+    """Says whether a folder is what a process of a run had of its own, and left when killed."""
+    number = path.name.removeprefix("process-")
+    return path.name != number and number.isdigit() and (path / "checkpoints").is_symlink()
+
+
 def _copy(folder: Path, own: Path) -> None:
     """Gives a process what a run had before it started."""
-    shutil.rmtree(own, ignore_errors=True)
-    ignored = shutil.ignore_patterns(*_NOT_COPIED)
-    shutil.copytree(folder, own, ignore=ignored, copy_function=_link_arrays)
+    own.mkdir()
     (own / "checkpoints").symlink_to(Path("..") / "checkpoints", target_is_directory=True)
     next((own / "checkpoints").iterdir(), None)
+    shutil.copytree(
+        folder, own, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=_link_arrays,
+        dirs_exist_ok=True,
+    )  # fmt: skip
 
 
 def _link_arrays(source: str, target: str) -> None:
@@ -250,7 +286,9 @@ def first_alone(act: Callable[[], Any]) -> Any:
             result = act()
         except Exception as error:
             failure = error
-    message = ("" if failure is None else str(failure) or repr(failure)).encode()[:_MOST_BYTES]
+    message = ("" if failure is None else str(failure) or repr(failure)).encode(
+        "utf-8", "backslashreplace"
+    )[:_MOST_BYTES]
     said = everyone(*message.ljust(_MOST_BYTES, b"\0"))[0].astype(np.uint8).tobytes()
     if failure is not None:
         raise failure

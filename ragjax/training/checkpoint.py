@@ -3,6 +3,7 @@
 import operator
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ragjax.storage import named_if_full, publish, read_sealed, sha256, walk_digests, write_sealed
-from ragjax.storage.processes import is_first, meet, several
+from ragjax.storage.processes import everyone, is_first, meet, several
 from ragjax.storage.random_keys import key_data, with_keys
 
 FORMAT = 1
 _DIGESTS = "ragjax.json"
+# Seconds after which a host sees what another one has written, at the latest.
+_SEEN_AFTER = 90
 
 
 class Restored(NamedTuple):
@@ -166,15 +169,31 @@ class Checkpointer:
             meet()
 
     def _latest_good(self, template: Any, field: str) -> Restored | None:
+        step = self._newest_whole()
+        if several():
+            step = self._that_of_first(step)
+        if step is None:
+            return None
+        folder = self._folder / str(step)
+        manifest = read_sealed(folder / _DIGESTS, what="checkpoint")
+        return Restored(step, _load(folder, manifest["arrays"], template, field), manifest["info"])
+
+    def _newest_whole(self) -> int | None:
         for step in reversed(self.steps()):
-            folder = self._folder / str(step)
-            if problem := self._problem(step):
-                self._report(f"checkpoint {folder} is passed over: {problem}")
-                continue
-            manifest = read_sealed(folder / _DIGESTS, what="checkpoint")
-            state = _load(folder, manifest["arrays"], template, field)
-            return Restored(step, state, manifest["info"])
+            if (problem := self._problem(step)) is None:
+                return step
+            self._report(f"checkpoint {self._folder / str(step)} is passed over: {problem}")
         return None
+
+    def _that_of_first(self, mine: int | None) -> int | None:
+        """Returns the step that process 0 of a run reads; waits until this one sees it."""
+        chosen = int(everyone(-1 if mine is None else mine)[0, 0])
+        deadline = time.monotonic() + _SEEN_AFTER
+        while chosen >= 0 and chosen != mine and (problem := self._problem(chosen)) is not None:
+            if time.monotonic() > deadline:
+                raise ValueError(f"checkpoint {self._folder / str(chosen)}: {problem}")
+            time.sleep(1)
+        return None if chosen < 0 else chosen
 
     def _problem(self, step: int) -> str | None:
         """Says what is wrong with a step, None if its bytes match its digests."""

@@ -307,6 +307,8 @@ def _prepare(
     try:
         return dict(host.before_step(step, state))
     except Exception as error:
+        if several():  # the others may not have failed, and do not save
+            raise
         try:
             save(step, state)
         except Exception as second:  # the first error is the one to mend

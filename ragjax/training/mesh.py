@@ -136,6 +136,14 @@ def rows_multiple(params: Any) -> int:
     return 1 if mesh is None else mesh.size
 
 
+def copy_to_all(tree: T, params: Any) -> T:
+    """Copies small arrays to each of the devices that some parameters lie on."""
+    mesh = mesh_of(params)
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+
+
 def spread_rows(batch: T, params: Any) -> T:
     """Divides the rows of a batch over the devices that some parameters lie on.
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import FLAGS, RAG_FLAGS
+from conftest import FLAGS, LORA, RAG_FLAGS
 from programs import load_script
 
 from ragjax.runs import AdaptConfig, open_system
@@ -89,6 +89,19 @@ def on_one_device(shared, tiny_inputs):
         return shared(f"{program}-on-one", write), flags
 
     return run
+
+
+@pytest.mark.slow
+def test_adapters_are_kept_and_read_back_on_several_devices(tiny_inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    inputs = [f"--{name}={value}" for name, value in tiny_inputs.items()]
+    flags = [*inputs, *FLAGS, *LORA, "--retriever.batch_size=8", f"--output={run}", "--fsdp=2"]
+    assert load_script("experiments/adapt.py").main(flags) == 0
+    assert "dev questions by the share of the trained weights" in capsys.readouterr().out
+    small = ["--max_questions=4", "--answer_questions=2", "--resamples=20", "--no-robustness"]
+    out = f"--output={tmp_path / 'evaluation'}"
+    main = load_script("experiments/evaluate.py").main
+    assert main([f"--run={run}", out, "--fsdp=2", *small]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,19 @@ from ragjax.training import mesh
 mesh._SMALLEST = 256  # tiny models are divided, too
 sys.exit(load_script(sys.argv[1]).main(sys.argv[2:]))
 """
+FAILING = f"""
+from ragjax.storage import processes
+import sys
+import ragjax.runs
+program = sys.modules["ragjax.runs.adapt"]  # the package has a function of this name
+
+def fail(*_):
+    if not processes.is_first():
+        raise ValueError("of this one alone")
+
+build = program.build_bm25
+program.build_bm25 = lambda workspace: fail() or build(workspace)
+{START}"""
 ADAPT = (*FLAGS, "--retriever.batch_size=8", "--language_model.accumulate=2")
 RAG = (
     *RAG_FLAGS,
@@ -135,7 +148,7 @@ with processes.folder_of_run(folder) as own:
     assert back.step == 2 and back.info == {"seen": 2}
     assert back.state["kernel"].sharding == placed["kernel"].sharding
     np.testing.assert_array_equal(processes.host(back.state["kernel"]), given["kernel"] + 1)
-processes.leave()
+processes.leave(0, together=True)
 """
 
 
@@ -143,10 +156,11 @@ def test_processes_agree_and_save_what_one_reads(start, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "earlier.txt").write_text("text")
+    (folder / "process-mining").mkdir()
     codes, said = ended(start(MEETING, str(folder)))
     assert codes == [0, 0], said
     assert (folder / "written.txt").read_text() == "0"
-    assert not list(folder.glob("process-*"))
+    assert [path.name for path in folder.glob("process-*")] == ["process-mining"]
     layout = mesh.make_layout(jax.devices()[:8], fsdp=2)
     template = layout.place(
         {"kernel": np.zeros((8, 8), np.float32), "bias": np.zeros(3, np.float32)}
@@ -194,7 +208,7 @@ def test_a_stop_and_a_kill_reach_all_processes_and_the_run_goes_on(start, flags,
     until(max(step, 2) + 2, started)
     started[1].kill()
     codes, said = ended(started)
-    assert codes[1] == -9 and codes[0] not in (0, 143)
+    assert codes[1] == -9 and codes[0] in (5, -6)  # by its own error, or ended by JAX
     assert "resuming after step" in said[0]
     deadline = time.monotonic() + 30  # another process says so
     while "a process of this run is lost: the same command" not in started[0].log.read_text():
@@ -209,6 +223,22 @@ def test_a_stop_and_a_kill_reach_all_processes_and_the_run_goes_on(start, flags,
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(8))
     assert rows[-1]["index/version"] >= 3
+
+
+def test_an_error_of_one_process_ends_it_with_its_code_and_the_others_soon(start, flags, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "something.txt").write_text("of the user")
+    script = (START, "experiments/adapt.py", *flags, *ADAPT, "--distributed=auto")
+    codes, said = ended(start(*script, f"--output={folder}"))  # of process 0, and told to the other
+    assert codes == [2, 2], said
+    assert all("is not empty (something.txt)" in each for each in said)
+    script = (FAILING, *script[1:])
+    began = time.monotonic()
+    codes, said = ended(start(*script, f"--output={tmp_path / 'other'}"))
+    assert codes[1] == 2 and "error: of this one alone" in said[1], said
+    assert codes[0] in (5, -6) and "a process of this run is lost" in said[0]
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.parametrize(
