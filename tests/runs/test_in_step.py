@@ -39,9 +39,9 @@ def run(tiny_inputs, all_devices, tmp_path):
     return make
 
 
-def assert_same_losses(lines, expected):
+def assert_same_losses(lines, expected, also="contrastive"):
     assert len(lines) == len(expected) >= 6
-    for name in ("loss", "contrastive", "retrieval/recall", "grad_norm"):
+    for name in ("loss", also, "retrieval/recall", "grad_norm"):
         np.testing.assert_allclose(
             [line[name] for line in lines], [line[name] for line in expected], rtol=1e-4, atol=1e-5
         )
@@ -71,6 +71,16 @@ def test_every_way_to_retrieve_and_to_divide_has_the_same_losses(run, caplog):
         assert_same_losses(lines, expected)
         assert [line["index/searched"] for line in lines] == versions
         assert steps_compiled(caplog.records, program) == 1, name
+
+
+@pytest.mark.slow
+def test_a_step_that_retrieves_takes_its_rows_in_parts(run):
+    alone = ("--devices=1", "--objective.contrastive_weight=0", "--objective.negatives=none")
+    code, expected = run("host", *alone)
+    assert code == 0
+    code, lines = run("callback", *alone, "--retrieval=callback", "--training.accumulate=2")
+    assert code == 0
+    assert_same_losses(lines, expected, also="skipped")
 
 
 @pytest.mark.slow
