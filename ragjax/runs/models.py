@@ -55,8 +55,8 @@ def layout_of(config: RunConfig) -> Layout:
     """Returns where the arrays of a run lie.
 
     Raises:
-        ValueError: There are fewer devices than asked for, or `fsdp` does not divide them, or they
-            are those of several processes.
+        ValueError: There are fewer devices than asked for, or `fsdp` does not divide them; or the
+            options are for one process, and several make the run.
     """
     found, refreshing = visible_devices(), config.refresh.devices
     of_process = {number: [] for number in sorted(device.process_index for device in found)}

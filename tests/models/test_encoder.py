@@ -374,7 +374,7 @@ def test_minilm_gives_the_stored_embeddings(minilm):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peer
 def test_minilm_equals_sentence_transformers(minilm):
     peer = pytest.importorskip("sentence_transformers", reason="needs the [parity] extra")
     from ragjax.models import resolve_source

@@ -85,7 +85,7 @@ def test_a_step_that_retrieves_takes_its_rows_in_parts(run):
 
 @pytest.mark.slow
 def test_pmap_searches_a_scann_index_that_is_refreshed_meanwhile(run, caplog):
-    pytest.importorskip("scann")
+    pytest.importorskip("scann", reason="ScaNN has no package for this platform")
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         code, lines = run("run", "--retrieval=callback", "--parallel=pmap", "--refresh.index=scann")
     assert code == 0

@@ -156,6 +156,15 @@ with processes.folder_of_run(folder) as own:
     assert back.step == 2 and back.info == {"seen": 2}
     assert back.state["kernel"].sharding == placed["kernel"].sharding
     np.testing.assert_array_equal(processes.host(back.state["kernel"]), given["kernel"] + 1)
+apart = folder / f"apart-{here}"  # as on hosts that do not share a disk
+apart.mkdir()
+(apart / "run.lock").write_text(f"of process {here}")
+try:
+    with processes.folder_of_run(apart):
+        raise SystemExit("nobody noticed")
+except ValueError as error:
+    assert "process 1 cannot work there" in str(error)
+    assert "give a folder that all hosts share" in str(error)
 processes.leave(0, together=True)
 """
 

@@ -93,7 +93,7 @@ def _searched(
     found = search(
         reader.lm.decoder,
         reader.params,
-        Prompts(*(array[None] for array in arrays)),  # pyrefly: ignore[bad-argument-type]
+        Prompts(*(x[None] for x in arrays)),  # pyrefly: ignore[bad-argument-type]  (numpy's)
         reader.limits,
         beams=_BEAMS,
     )

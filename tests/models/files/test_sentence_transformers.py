@@ -52,7 +52,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peer
 @pytest.mark.parametrize("layout", ["new", "old"])
 def test_a_folder_with_every_kind_of_module_equals_sentence_transformers(folder, tmp_path, layout):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")

@@ -48,7 +48,7 @@ def test_pooling_equals_its_formula_on_the_real_tokens(hidden, pool, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peer
 @pytest.mark.parametrize("name", [*POOLINGS, "mean+cls", "cls+max+lasttoken"])
 def test_pooling_equals_sentence_transformers(hidden, name):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")

@@ -321,7 +321,7 @@ def test_smollm2_tokenizer_equals_the_plain_algorithm(smollm2):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peer
 def test_smollm2_equals_pytorch(smollm2):
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")

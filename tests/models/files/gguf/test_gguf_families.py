@@ -194,7 +194,7 @@ def read_with_transformers(path, model_class, config_class):
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
 @pytest.mark.parametrize("case", FAMILIES)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peer
 def test_log_probs_equal_what_pytorch_reads(case, quantization, tmp_path, rng):
     architecture, family, fields = FAMILIES[case]
     original = make_torch_model(family, fields)

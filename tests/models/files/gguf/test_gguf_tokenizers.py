@@ -151,7 +151,7 @@ def test_special_tokens_stay_whole_and_never_form(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peer
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_sentence_piece_equals_transformers(architecture, tmp_path):
     fields = sentence_piece_fields()
@@ -206,7 +206,7 @@ def byte_level_fields():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peer
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "tekken"])
 def test_byte_level_equals_transformers(pre, tmp_path):
     fields = byte_level_fields() | {"tokenizer.ggml.pre": pre}
