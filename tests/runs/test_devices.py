@@ -234,5 +234,6 @@ def test_batches_suit_the_platform_unless_their_size_is_given(monkeypatch, platf
     monkeypatch.setattr(run_models, "visible_devices", lambda: devices)
     config = AdaptConfig()
     assert (run_models.encode_tokens(config), run_models.score_tokens(config)) == tokens
+    assert run_models.chunk_tokens(config) == 2 * tokens[0]
     config = AdaptConfig(encode_tokens=77, score_tokens=88)
     assert (run_models.encode_tokens(config), run_models.score_tokens(config)) == (77, 88)

@@ -188,13 +188,16 @@ def test_what_is_shipped_is_opened_unless_the_adapted_or_base_models_are_asked_f
     shutil.copytree(whole, copy)
     served = json.loads((copy / "served.json").read_text())
     changes = {"retriever": "base", "search": "bm25", "language_model": "adapted"}
-    (copy / "served.json").write_text(json.dumps({**served, **changes, "reason": "as dev says"}))
+    changes |= {"dense_weight": 0.77, "reason": "as dev says"}
+    (copy / "served.json").write_text(json.dumps(served | changes))
     said = []
     system = open_system(copy, log=said.append)
     assert system.search is by_bm25 and system.retriever.version == 0 and "as dev says" in said
     jax.tree.map(np.testing.assert_array_equal, system.retriever.query_params, base.params)
+    assert system.retriever.hybrid.dense_weight == 0.77
     adapted = open_system(copy, models="adapted", log=silent)
     assert adapted.search is by_hybrid and adapted.retriever.version == 2
+    assert adapted.retriever.hybrid.dense_weight != 0.77
     jax.tree.map(np.testing.assert_array_equal, adapted.lm_params, system.lm_params)
     neither = open_system(copy, models="base", log=silent)
     lm = load_language_model(tiny_inputs["lm"])
