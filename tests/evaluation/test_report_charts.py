@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_report import read
+from report_parts import read
 
 from ragjax.evaluation.calibration import ReliabilityBin
 from ragjax.evaluation.report.charts import (
