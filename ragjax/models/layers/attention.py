@@ -3,6 +3,8 @@
 Shapes: B rows, T query slots, S key slots, H query heads, G key heads (G divides H), D head width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -19,6 +21,10 @@ _MASKED_SCORE = -1e9
 # Widest head of cuDNN's flash attention: from Hopper (9.0) on, and before.
 _HOPPER = 9.0
 _WIDEST_HEAD = {True: 256, False: 128}
+# Most scores of one row that are kept at a time, and of one block of queries where a row has more.
+# 512 MiB in float32: 2,048 slots of 32 heads are not divided, 4,096 are, into blocks of 256.
+_MOST_SCORES = 1 << 27
+_SCORES_OF_BLOCK = 1 << 25
 
 
 def attend(
@@ -56,6 +62,10 @@ def attend(
         # When traced, not by jax.lax.platform_dependent: under differentiation its branches keep
         # the union of what each needs, and so the weights [B, H, T, S] that cuDNN never makes.
         implementation = choose_implementation(queries, keys, platform=_platform())
+    size = queries_at_once(queries, keys)
+    if implementation != "cudnn" and size < queries.shape[1]:
+        part = functools.partial(attend, scale=scale, implementation=implementation)
+        return _attend_in_blocks(part, size, queries, keys, values, mask, bias)
     if implementation == "matmul":
         return _attend_by_matmul(queries, keys, values, mask, bias, scale)
     length = queries.shape[1]
@@ -92,6 +102,61 @@ def choose_implementation(queries: Array, keys: Array, *, platform: str) -> Impl
     widest = _WIDEST_HEAD[float(platform.removeprefix("cuda:")) >= _HOPPER]
     fits = width % 8 == 0 and width <= widest
     return "cudnn" if fits and queries.dtype == keys.dtype else "xla"
+
+
+def queries_at_once(queries: Array, keys: Array) -> int:
+    """Returns how many of the T queries attend at a time where scores `[B, H, T, S]` are kept.
+
+    All, unless a row has so many scores that they, not the weights or the other activations, are
+    what fills the memory: 4,096 slots of 32 heads have 2 GiB a row.
+    """
+    slots, heads = queries.shape[1:3]
+    of_query = heads * keys.shape[1]
+    if slots * of_query <= _MOST_SCORES:
+        return slots
+    return min(slots, 1 << max(3, (_SCORES_OF_BLOCK // of_query).bit_length() - 1))
+
+
+def _attend_in_blocks(
+    part: Callable[..., Array],
+    size: int,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array | None,
+    bias: Array | None,
+) -> Array:
+    """Returns `part` of all queries, which are given to it `size` at a time.
+
+    No more than one block's scores are in memory, in the backward pass, too: it computes them
+    again. XLA's own operations throughout, so any mesh divides rows and heads.
+    """
+    rows, slots, heads, _ = queries.shape
+    blocks = -(-slots // size)
+
+    def divided(array: Array | None, axis: int) -> Array | None:
+        """Returns the array with leading blocks, where it has an axis of all the queries."""
+        if array is None or array.ndim < 4 - axis or array.shape[axis - 4] == 1:
+            return None
+        axis += array.ndim - 4
+        rest = blocks * size - slots
+        array = jnp.pad(array, [(0, rest * (place == axis)) for place in range(array.ndim)])
+        shape = (*array.shape[:axis], blocks, size, *array.shape[axis + 1 :])
+        return jnp.moveaxis(array.reshape(shape), axis, 0)
+
+    @jax.checkpoint
+    def attend_block(block: tuple[Array | None, ...]) -> Array:
+        asking, own_mask, own_bias = block
+        return part(
+            asking,
+            keys,
+            values,
+            mask=mask if own_mask is None else own_mask,
+            bias=bias if own_bias is None else own_bias,
+        )
+
+    attended = jax.lax.map(attend_block, (divided(queries, 1), divided(mask, 2), divided(bias, 2)))
+    return jnp.moveaxis(attended, 0, 1).reshape(rows, blocks * size, heads, -1)[:, :slots]
 
 
 def _platform() -> str:

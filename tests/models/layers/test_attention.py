@@ -155,6 +155,61 @@ def test_a_mask_that_all_devices_share_may_meet_rows_that_they_do_not(rng):
     )
 
 
+@pytest.mark.parametrize("kind", ["plain", "scale", "padding", "causal", "bias", "both", "flat"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_blocks_of_queries_give_what_all_give_at_once(rng, monkeypatch, implementation, kind):
+    size = (3, 21, 7, 6, 2, 16)
+    arrays = tuple(map(jnp.float32, draw(rng, size)))
+    # "flat": an array without axes of rows and heads.
+    given = {"mask": rng.random((21, 7)) < 0.7} if kind == "flat" else options(rng, size, kind)
+    given = {name: jnp.asarray(v) if name != "scale" else v for name, v in given.items()}
+
+    def results(*arrays):
+        def total(bias, *arrays):
+            others = given if bias is None else given | {"bias": bias}
+            out = attend(*arrays, **others, implementation=implementation)
+            return (out * jnp.arange(16.0).reshape(1, 1, 1, 16)).sum(), out
+
+        bias = given.get("bias")
+        argnums = (1, 2, 3) if bias is None else (0, 1, 2, 3)
+        return jax.grad(total, argnums, has_aux=True)(bias, *arrays)
+
+    expected = results(*arrays)
+    monkeypatch.setattr(attention, "_MOST_SCORES", 21 * 6 * 7 - 1)
+    monkeypatch.setattr(attention, "_SCORES_OF_BLOCK", 8 * 6 * 7)
+    assert attention.queries_at_once(*arrays[:2]) == 8  # 21 queries: three blocks, the last padded
+    assert "scan" in str(jax.make_jaxpr(results)(*arrays))
+    jax.tree.map(
+        lambda found, right: np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5),
+        results(*arrays),
+        expected,
+    )
+
+
+@pytest.mark.parametrize(
+    ("slots", "heads", "expected"),
+    [(512, 12, 512), (2048, 32, 2048), (4096, 8, 4096), (4096, 32, 256), (8192, 12, 256)],
+)
+def test_rows_of_many_scores_are_divided(slots, heads, expected):
+    arrays = [jax.ShapeDtypeStruct((2, slots, n, 64), jnp.float32) for n in (heads, heads)]
+    assert attention.queries_at_once(*arrays) == expected
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_long_row_needs_no_memory_for_all_its_scores(implementation):
+    """Compiled, not run: 8 rows of 4,096 slots and 16 heads, 1 GiB of scores each, on 8 devices."""
+    rows = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = jax.sharding.NamedSharding(rows, jax.sharding.PartitionSpec("rows"))
+    arrays = [jax.ShapeDtypeStruct((8, 4096, 16, 64), jnp.float32, sharding=where)] * 3
+
+    def loss(*arrays):
+        mask = jnp.tril(jnp.ones((1, 1, 4096, 4096), bool))
+        return (attend(*arrays, mask=mask, implementation=implementation) ** 2).sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2**28
+
+
 def shaped(slots, width, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct((2, slots, 4, width), dtype)
 
