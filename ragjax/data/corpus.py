@@ -42,10 +42,12 @@ class Corpus:
         fingerprint: Sha256 (hex) over ids, titles and texts in order; the same for the plain and
             the compressed file, and whatever the field names.
         report: What became of the rows of the source file.
+        cache: Folder that holds what is made of passages once.
     """
 
     def __init__(self, folder: Path):
         """Maps a whole cache folder; use `Corpus.open`."""
+        self.cache = folder.parent
         manifest = read_sealed(folder / MANIFEST, what="prepared corpus")
         self.fingerprint: str = manifest["fingerprint"]
         report = manifest["report"]

@@ -4,14 +4,22 @@ import hashlib
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from ragjax.data.corpus import Corpus
 from ragjax.data.matching import fold
 from ragjax.data.prompts import passage_text
+from ragjax.storage import kept_folder, write_array
 
 NEAR = 0.8  # of the runs of characters of two texts that both have; 1: all
 _RUN = 12  # characters, white space aside
+# Files of the first 8 bytes of digests.
+_WHOLES, _TEXTS = "wholes.npy", "texts.npy"
 _SKETCH = 64  # runs compared of a text; exact for shorter texts
 
 
@@ -36,7 +44,7 @@ def find_twins(corpus: Corpus, questions: Iterable[tuple[str, str]]) -> Twins:
     it has its id. Case, Unicode form and white space do not matter.
 
     Args:
-        corpus: The passages, read once.
+        corpus: The passages, read once; later calls compare what is kept of them in its cache.
         questions: (id, text) of each.
     """
     asked: dict[bytes, list[str]] = defaultdict(list)
@@ -45,18 +53,42 @@ def find_twins(corpus: Corpus, questions: Iterable[tuple[str, str]]) -> Twins:
         asked[_digest(text)].append(id)
         if id in corpus:
             own[id].add(corpus.row_of(id))
-    first: dict[bytes, int] = {}
-    groups: dict[int, list[int]] = {}
-    for row, passage in enumerate(corpus):
-        whole = _digest(passage_text(passage))
-        leader = first.setdefault(whole, row)
-        if leader != row:
-            groups.setdefault(leader, [leader]).append(row)
-        for text in {whole, _digest(passage.text)} if asked else ():
-            for id in asked.get(text, ()):
+    name = f"digests-{corpus.fingerprint[:16]}"
+    kept = kept_folder(
+        corpus.cache / name, lambda folder: _write_heads(corpus, folder), what="digests", version=1
+    )
+    wholes, texts = (np.load(kept / name, mmap_mode="r") for name in (_WHOLES, _TEXTS))
+    sought = np.array([_head(digest) for digest in asked], np.uint64)
+    for row in np.flatnonzero(np.isin(wholes, sought) | np.isin(texts, sought)).tolist():
+        for digest in {_digest(passage_text(corpus[row])), _digest(corpus[row].text)}:
+            for id in asked.get(digest, ()):
                 own[id].add(row)
-    copies = {row: frozenset(group) for group in groups.values() for row in group}
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for row in _repeated(wholes):
+        groups[_digest(passage_text(corpus[row]))].append(row)
+    repeated = [frozenset(group) for group in groups.values() if len(group) > 1]
+    copies = {row: group for group in repeated for row in sorted(group)}
     return Twins(copies, {id: frozenset(rows) for id, rows in own.items()})
+
+
+def _write_heads(corpus: Corpus, folder: Path) -> None:
+    """Writes the heads of the digests of all passages, with their title and without, `[N]` each."""
+    heads = np.empty((2, len(corpus)), np.uint64)
+    for row, passage in enumerate(tqdm(corpus, desc="comparing passages", delay=5)):
+        heads[:, row] = _head(_digest(passage_text(passage))), _head(_digest(passage.text))
+    for name, array in zip((_WHOLES, _TEXTS), heads, strict=True):
+        write_array(folder / name, array)
+
+
+def _head(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")
+
+
+def _repeated(values: NDArray[np.uint64]) -> list[int]:
+    """Returns the places of values that stand more than once, ascending."""
+    order = np.argsort(values, kind="stable")
+    same = values[order[1:]] == values[order[:-1]]
+    return np.sort(order[np.append(same, False) | np.append(False, same)]).tolist()
 
 
 def near_copies(corpus: Corpus, rows: Iterable[int], others: Iterable[int]) -> list[NearCopy]:

@@ -4,18 +4,25 @@ B is the number of texts, L the padded length in tokens.
 """
 
 import functools
+import hashlib
+import io
 import itertools
-from array import array
+import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
+from tqdm import tqdm
 
+from ragjax import storage
 from ragjax.data.matching import refuse_string
 
 DEFAULT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 _TEXTS_PER_CALL = 1024
+# Files of `CorpusTokens`.
+_IDS, _OFFSETS, _CUT = "ids.bin", "offsets.npy", "num_truncated.npy"
 
 
 class EncodedTexts(NamedTuple):
@@ -98,7 +105,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Enco
 class CorpusTokens(Sequence[list[int]]):
     """Token ids of many texts: all tokenised at once, when one is first asked for.
 
-    Takes 4 bytes a token and 8 a text.
+    Takes 2 or 4 bytes a token and 8 a text, on disk where a folder is given.
     """
 
     def __init__(
@@ -109,6 +116,8 @@ class CorpusTokens(Sequence[list[int]]):
         *,
         max_length: int | None,
         report: Callable[[str], None] = lambda note: None,
+        folder: Path | None = None,
+        identity: str = "",
     ) -> None:
         """Names the texts; none is read yet.
 
@@ -118,9 +127,12 @@ class CorpusTokens(Sequence[list[int]]):
             tokenizer: As in `encode_texts`.
             max_length: As in `encode_texts`.
             report: Told when more than 5 % of the texts are cut.
+            folder: Keeps the ids for later calls, in a folder of their own; None: memory does.
+            identity: Of the texts, such as the digest of a corpus and what is put before each.
         """
         self._size, self._texts, self._tokenizer = size, texts, tokenizer
         self._max_length, self._report = max_length, report
+        self._folder, self._identity = folder, identity
 
     def __len__(self) -> int:
         """Returns the number of texts."""
@@ -141,22 +153,58 @@ class CorpusTokens(Sequence[list[int]]):
 
     @functools.cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, int32, and where each begins and the last ends, int64."""
-        ids, offsets = array("i"), np.zeros(self._size + 1, np.int64)
-        texts, num_truncated, done = iter(self._texts()), 0, 0
-        while batch := list(itertools.islice(texts, _TEXTS_PER_CALL)):
-            encoded = encode_texts(self._tokenizer, batch, max_length=self._max_length)
-            num_truncated += encoded.num_truncated
-            for tokens in encoded.ids:
-                ids.extend(tokens)
-            offsets[done + 1 : done + len(batch) + 1] = [len(tokens) for tokens in encoded.ids]
-            done += len(batch)
+        """The ids of all texts, and where each begins and the last ends, int64."""
+        if self._folder is None:
+            buffer = io.BytesIO()
+            offsets, cut = self._tokenise(buffer)
+            ids = np.frombuffer(buffer.getbuffer(), self._dtype)
+        else:
+            folder = storage.kept_folder(
+                self._folder / f"tokens-{self._digest()}", self._write, what="tokens", version=1
+            )
+            offsets, cut = np.load(folder / _OFFSETS, mmap_mode="r"), np.load(folder / _CUT)
+            # An empty file cannot be mapped.
+            ids = np.memmap(folder / _IDS, self._dtype, "r") if offsets[-1] else np.empty(0, int)
         note = truncation_note(
-            num_truncated, self._size, max_length=self._max_length or 0, what="documents"
+            int(cut), self._size, max_length=self._max_length or 0, what="documents"
         )
         if note:
             self._report(note)
-        return np.frombuffer(ids, np.int32), np.cumsum(offsets)
+        return ids, offsets
+
+    def _write(self, folder: Path) -> None:
+        with storage.whole_file(folder / _IDS) as file:
+            offsets, cut = self._tokenise(file)
+        storage.write_array(folder / _OFFSETS, offsets)
+        storage.write_array(folder / _CUT, np.array(cut))
+
+    @functools.cached_property
+    def _dtype(self) -> np.dtype:
+        """Of the ids, as narrow as the vocabulary allows."""
+        last = max(self._tokenizer.get_vocab().values(), default=0)
+        return np.dtype(np.int32 if last >= 1 << 16 else np.uint16)
+
+    def _tokenise(self, file: IO[bytes]) -> tuple[np.ndarray, int]:
+        """Writes the ids of all texts; returns where each begins, and how many were cut."""
+        offsets = np.zeros(self._size + 1, np.int64)
+        texts, num_truncated, done = iter(self._texts()), 0, 0
+        # Shown from the fifth second on.
+        with tqdm(total=self._size, desc="tokenising", unit=" texts", delay=5) as bar:
+            while batch := list(itertools.islice(texts, _TEXTS_PER_CALL)):
+                encoded = encode_texts(self._tokenizer, batch, max_length=self._max_length)
+                num_truncated += encoded.num_truncated
+                lengths = [len(tokens) for tokens in encoded.ids]
+                ids = itertools.chain.from_iterable(encoded.ids)
+                file.write(np.fromiter(ids, self._dtype, sum(lengths)).tobytes())
+                offsets[done + 1 : done + len(batch) + 1] = lengths
+                done += len(batch)
+                bar.update(len(batch))
+        return np.cumsum(offsets), num_truncated
+
+    def _digest(self) -> str:
+        """Names what the ids depend on."""
+        parts = [self._identity, self._size, self._max_length, self._tokenizer.to_str()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def pad_right(ids: Sequence[Sequence[int]], *, length: int, pad_id: int) -> PaddedIds:

@@ -9,6 +9,7 @@ from ragjax.index.callback import JitSearchResult as JitSearchResult
 from ragjax.index.callback import call_host as call_host
 from ragjax.index.callback import make_jit_search as make_jit_search
 from ragjax.index.choose import IndexChoice as IndexChoice
+from ragjax.index.choose import IndexKind as IndexKind
 from ragjax.index.choose import choose_index as choose_index
 from ragjax.index.exact import ExactIndex as ExactIndex
 from ragjax.index.exact import exact_search as exact_search
@@ -24,5 +25,6 @@ from ragjax.index.scann import scann_options as scann_options
 from ragjax.index.shards import EmbeddingWriter as EmbeddingWriter
 from ragjax.index.shards import ShardWriter as ShardWriter
 from ragjax.index.store import EmbeddingStore as EmbeddingStore
+from ragjax.index.store import StoredEmbeddings as StoredEmbeddings
 from ragjax.index.store import StoreSpec as StoreSpec
 from ragjax.storage import DiskFullError as DiskFullError

@@ -13,12 +13,17 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ragjax.index.store import StoredEmbeddings
+
 _LOG = logging.getLogger(__name__)
 _SHOWN_ROWS = 10
 _UNIT_NORM_TOLERANCE = 0.01
+_CHECKED_ROWS = 32_768
 
 NO_DOC = -1
 """The document id of a masked result slot."""
+
+Documents = NDArray[np.float32] | StoredEmbeddings
 
 Queries_contra = TypeVar("Queries_contra", contravariant=True)
 
@@ -138,12 +143,21 @@ def bad_rows(embeddings: NDArray[np.float32]) -> NDArray[np.intp]:
     return suspects[~np.isfinite(embeddings[suspects]).all(axis=1)]
 
 
-def check_documents(embeddings: ArrayLike) -> NDArray[np.float32]:
-    """Returns document embeddings as `check_embeddings` does, and refuses an empty matrix."""
-    array = check_embeddings(embeddings, name="document embeddings")
-    if not len(array):
+def check_documents(embeddings: ArrayLike | StoredEmbeddings) -> Documents:
+    """Returns document embeddings as `check_embeddings` does, and refuses an empty matrix.
+
+    Those of a store are read a block at a time, and returned as they are.
+    """
+    name = "document embeddings"
+    if not isinstance(embeddings, StoredEmbeddings):
+        embeddings = check_embeddings(embeddings, name=name)
+    else:
+        for start in range(0, len(embeddings), _CHECKED_ROWS):
+            rows = range(start, min(start + _CHECKED_ROWS, len(embeddings)))
+            check_embeddings(embeddings[start : rows.stop], name=name, rows=rows)
+    if not len(embeddings):
         raise ValueError("An index needs at least 1 document embedding, got 0")
-    return array
+    return embeddings
 
 
 def check_query_embeddings(embeddings: ArrayLike, *, dim: int) -> NDArray[np.float32]:
@@ -206,7 +220,7 @@ def empty_result(num_queries: int, k: int) -> SearchResult:
     )
 
 
-def norm_range(embeddings: NDArray[np.float32], *, sample: int = 1000) -> tuple[float, float]:
+def norm_range(embeddings: Documents, *, sample: int = 1000) -> tuple[float, float]:
     """Returns the smallest and largest norm of at most `sample` evenly spaced rows of `[N, D]`."""
     rows = np.unique(np.linspace(0, len(embeddings) - 1, min(sample, len(embeddings)), dtype=int))
     norms = np.linalg.norm(embeddings[rows], axis=1)

@@ -4,15 +4,23 @@ index = Bm25Index.build(texts, titles=titles)
 result = index.search(["what is a coronavirus?"], 20)
 """
 
+import hashlib
+import importlib.metadata
+import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ragjax import storage
 from ragjax.index import base
 from ragjax.index.words import Analyzer
+
+_WORDS = "words.json"
 
 
 class Bm25Index:
@@ -69,6 +77,47 @@ class Bm25Index:
         )
 
     @classmethod
+    def kept(
+        cls,
+        folder: str | os.PathLike[str],
+        texts: Callable[[], Iterable[str]],
+        *,
+        identity: str,
+        expansions: Mapping[int, Sequence[str]] | None = None,
+        language: str = "auto",
+        k1: float = 0.9,
+        b: float = 0.4,
+    ) -> "Bm25Index":
+        """Maps the index that an earlier call built of the same texts, or builds and saves it.
+
+        Args:
+            folder: That has one folder for each index.
+            texts: Returns the documents; called where there is no whole index of them.
+            identity: Of the documents, such as the digest of a corpus.
+            expansions: As in `build`, like the following.
+            language: As in `build`.
+            k1: As in `build`.
+            b: As in `build`.
+
+        Raises:
+            ValueError: As `build`.
+        """
+        options: Any = {"expansions": expansions, "language": language, "k1": k1, "b": b}
+        versions = [importlib.metadata.version(name) for name in ("bm25s", "PyStemmer", "regex")]
+        parts = json.dumps(
+            [identity, versions, sorted((expansions or {}).items()), language, k1, b]
+        )
+        name = f"bm25-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+        return cls.open(
+            storage.kept_folder(
+                Path(folder) / name,
+                lambda building: cls.build(texts(), **options).save(building),
+                what="BM25 index",
+                version=1,
+            )
+        )
+
+    @classmethod
     def variants(
         cls,
         texts: Iterable[str],
@@ -93,11 +142,7 @@ class Bm25Index:
         for k1, b in constants:
             if k1 < 0 or not 0 <= b <= 1:
                 raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1} and b={b}")
-        # Imported here: bm25s initialises a jax backend at import.
-        import bm25s
-
-        # At import it asks for the messages of its debugging.
-        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        bm25s = _import_bm25s()
         if isinstance(texts, str) or isinstance(titles, str):
             raise ValueError("texts and titles must be lists of strings, got one string")
         analyzer = Analyzer(language)
@@ -106,10 +151,23 @@ class Bm25Index:
             raise ValueError(f"BM25 found no words in {len(token_ids)} documents")
         for k1, b in constants:
             scorer = bm25s.BM25(k1=k1, b=b, method="lucene")
-            scorer.index(
-                (token_ids, analyzer.vocabulary), create_empty_token=False, show_progress=False
-            )
+            counted = bm25s.tokenization.Tokenized(token_ids, analyzer.vocabulary)
+            scorer.index(counted, create_empty_token=False, show_progress=False)
+            scorer.vocab_dict = {}  # the analyzer's, of which one copy is enough
             yield cls(scorer, analyzer, len(token_ids))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the index into a folder that is there; see `ragjax.storage.kept_folder`."""
+        with storage.named_if_full(Path(folder), 0):
+            self._scorer.save(folder, show_progress=False)
+        storage.write_json(Path(folder) / _WORDS, self._analyzer.as_json())
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Bm25Index":
+        """Maps what `save` wrote; scores stay on disk until a query needs them."""
+        scorer = _import_bm25s().BM25.load(folder, mmap=True, load_vocab=False)
+        learnt = json.loads((Path(folder) / _WORDS).read_text("utf-8"))
+        return cls(scorer, Analyzer.from_json(learnt), scorer.scores["num_docs"])
 
     @property
     def size(self) -> int:
@@ -155,6 +213,15 @@ class Bm25Index:
             result.scores[row, : len(doc_ids)] = scores
             result.mask[row, : len(doc_ids)] = True
         return result
+
+
+def _import_bm25s() -> Any:
+    # Imported late: bm25s initialises a jax backend at import.
+    import bm25s
+
+    # At import it asks for the messages of its debugging.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    return bm25s
 
 
 def _join(texts: Iterable[str], titles: Iterable[str] | None) -> Iterator[str]:

@@ -5,13 +5,13 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
 from ragjax.index import base, exact, scann
 
+IndexKind = Literal["auto", "exact", "scann"]
 _LOG = logging.getLogger(__name__)
 _EXACT_AT_MOST = 1_000_000
 _MEMORY_SHARE = 0.25
@@ -25,12 +25,12 @@ class IndexChoice:
 
     Attributes:
         name: "exact" or "scann".
-        build: Makes the index from `[N, D]` document embeddings.
+        build: Makes the index from `[N, D]` document embeddings, an array or those of a store.
         reason: One sentence to print.
     """
 
     name: str
-    build: Callable[[NDArray[np.float32]], base.Index]
+    build: Callable[[Any], base.Index]
     reason: str
 
 
@@ -38,6 +38,7 @@ def choose_index(
     size: int,
     dim: int,
     *,
+    kind: IndexKind = "auto",
     memory_bytes: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> IndexChoice:
@@ -50,12 +51,14 @@ def choose_index(
     Args:
         size: Number of documents.
         dim: Size of an embedding.
+        kind: "exact" or "scann" where it is chosen by then.
         memory_bytes: Memory of the device that searches; default: asked of the device, or for a
             CPU of the operating system.
         devices: Devices that would share an exact index; None: the first one has it.
 
     Raises:
         ValueError: `size` or `dim` is not positive.
+        ImportError: `kind` is "scann", which does not work here; the message says why.
     """
     if size < 1 or dim < 1:
         raise ValueError(f"An index needs documents and dimensions, got {size} and {dim}")
@@ -65,6 +68,14 @@ def choose_index(
     needed = size * dim * _BYTES[dtype]
     held = "" if dtype == "float32" else f" in {dtype}"
     facts = f"{size:,} documents x {dim} dimensions{held} = {needed / 2**20:,.0f} MiB"
+    if kind == "exact":
+        return IndexChoice(name="exact", build=build, reason=f"exact index, as asked: {facts}.")
+    problem = scann.scann_problem()
+    if kind == "scann":
+        if problem is not None:
+            raise ImportError(problem)
+        build = scann.ScannIndex.build
+        return IndexChoice(name="scann", build=build, reason=f"ScaNN index, as asked: {facts}.")
     fits = needed <= _MEMORY_SHARE * memory
     if fits and (size <= _EXACT_AT_MOST or not _on_cpu(devices)):
         return IndexChoice(
@@ -77,7 +88,6 @@ def choose_index(
         if fits
         else f"more than a quarter of {memory / 2**20:,.0f} MiB"
     )
-    problem = scann.scann_problem()
     if problem is None:
         return IndexChoice(
             name="scann", build=scann.ScannIndex.build, reason=f"ScaNN index: {facts}, {why}."

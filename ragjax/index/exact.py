@@ -27,6 +27,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from ragjax.index import base
+from ragjax.index.store import StoredEmbeddings
 
 # Query rows of one call are padded to one of these, so that few shapes are ever compiled.
 _QUERY_ROWS = (8, 64, 256)
@@ -52,7 +53,7 @@ class ExactIndex:
 
     def __init__(
         self,
-        doc_embeddings: ArrayLike,
+        doc_embeddings: ArrayLike | StoredEmbeddings,
         *,
         doc_rows: int = _DOC_ROWS,
         device: jax.Device | None = None,
@@ -62,7 +63,8 @@ class ExactIndex:
         """Checks the embeddings and copies them to the device or devices.
 
         Args:
-            doc_embeddings: `[N, D]`; row i is document i. In another `dtype` than float32 it is
+            doc_embeddings: `[N, D]`; row i is document i. Those of a store, `EmbeddingStore.rows`,
+                are read a block at a time. In another `dtype` than float32 it is
                 kept, in the host's memory or on disk as it is, and read at each search.
             doc_rows: Documents scored at a time on a device; bounds the score matrix to
                 256 x `doc_rows` x 4 bytes.
@@ -82,7 +84,7 @@ class ExactIndex:
                 f"Give one device, or at least one in devices, got device={device} and "
                 f"devices={devices}"
             )
-        embeddings = base.check_documents(np.asarray(doc_embeddings))
+        embeddings = base.check_documents(doc_embeddings)
         self._size, self._dim = embeddings.shape
         shards = len(devices) if devices else 1
         shard_rows = -(-self._size // shards)
@@ -213,7 +215,7 @@ class ExactIndex:
 
     def _put(
         self,
-        values: NDArray[Any],
+        values: NDArray[Any] | StoredEmbeddings,
         shape: tuple[int, ...],
         dtype: Any,
         scales: NDArray[np.float32] | None = None,
@@ -326,7 +328,7 @@ def _best_columns(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
     return best, jnp.take_along_axis(ids, columns, axis=1)
 
 
-def _scales(embeddings: NDArray[np.floating]) -> NDArray[np.float32]:
+def _scales(embeddings: base.Documents) -> NDArray[np.float32]:
     """Returns what the rows of int8 are to be multiplied by, `[N]`; a block of rows at a time."""
     starts = range(0, len(embeddings), _DOC_ROWS)
     most = [np.abs(embeddings[start : start + _DOC_ROWS]).max(axis=1) for start in starts]
@@ -335,7 +337,7 @@ def _scales(embeddings: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def _scored_again(
-    queries: NDArray[np.float32], embeddings: NDArray[np.floating], ids: NDArray[np.int32]
+    queries: NDArray[np.float32], embeddings: base.Documents, ids: NDArray[np.int32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Returns the candidates `[B, K]` with their inner products in float32, best first."""
     ids = np.sort(ids, axis=1)  # equal scores are ordered by the lower id

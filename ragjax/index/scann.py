@@ -133,7 +133,7 @@ class ScannIndex:
             ValueError: The embeddings are no finite matrix, or there are none.
             ImportError: ScaNN does not work here; the message says why.
         """
-        embeddings = base.check_documents(doc_embeddings)
+        embeddings = np.asarray(base.check_documents(doc_embeddings))
         size, dim = embeddings.shape
         chosen, notes = _fit_options(options or scann_options(size), size)
         for note in notes:
@@ -283,7 +283,7 @@ class ScannIndex:
                 index's size; or rows that are no document or listed twice.
             ImportError: ScaNN does not work here; the message says why.
         """
-        embeddings = base.check_documents(doc_embeddings)
+        embeddings = np.asarray(base.check_documents(doc_embeddings))
         index = cls.load(folder, threads=threads, verified=verified)
         if embeddings.shape != (index.size, index.dim):
             raise ValueError(

@@ -5,6 +5,7 @@ written by `ragjax.index.shards`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ MANIFEST = "manifest.json"
 _SPEC = "spec.json"
 WHAT = "embedding store"
 _DTYPES = ("float32", "float16")
-_ATTEMPTS = 5
+_OPEN_SHARDS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,10 @@ class EmbeddingStore:
             embeddings[rows.start : rows.stop] = self.read_shard(shard)
         return embeddings
 
+    def rows(self) -> "StoredEmbeddings":
+        """Returns all embeddings as a matrix whose rows are read when they are asked for."""
+        return StoredEmbeddings(self)
+
     def linked(self, folder: str | os.PathLike[str]) -> "EmbeddingStore":
         """Publishes the same files in a second folder, without room of their own if possible.
 
@@ -167,16 +172,47 @@ class EmbeddingStore:
 
     def read_rows(self, rows: ArrayLike) -> NDArray[np.float32]:
         """Returns the embeddings `[R, D]` of some documents, in the order asked for."""
-        shards, places = np.divmod(np.asarray(rows, np.int64), self.spec.rows_per_shard)
-        embeddings = np.empty((len(shards), self.spec.dim), np.float32)
-        for shard in np.unique(shards):
-            here = shards == shard
-            embeddings[here] = self.read_shard(int(shard))[places[here]]
-        return embeddings
+        return self.rows()[np.asarray(rows, np.int64)]
 
     def read_shard(self, shard: int) -> NDArray[np.floating]:
         """Returns the embeddings of one shard `[rows, D]`, memory-mapped, in the stored dtype."""
         return load_shard(self.folder / shard_name(shard), self.spec, shard)
+
+
+class StoredEmbeddings:
+    """The embeddings `[N, D]` of a store, float32, for whoever reads a part of them at a time."""
+
+    ndim = 2
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        """Names the store; nothing is read yet."""
+        self._store = store
+        # Each holds a file open.
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(store.read_shard)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and D."""
+        return self._store.spec.size, self._store.spec.dim
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return self._store.spec.size
+
+    def __getitem__(self, rows: slice | ArrayLike) -> NDArray[np.float32]:
+        """Returns some rows: `[R, D]` of a slice, `[..., D]` of an array of row numbers."""
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        shards, places = np.divmod(np.asarray(rows), self._store.spec.rows_per_shard)
+        found = np.empty((*shards.shape, self.shape[1]), np.float32)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self._shard(int(shard))[places[here]]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Returns all of them in memory."""
+        return np.asarray(self._store.read(), dtype)
 
 
 def shard_name(shard: int) -> str:

@@ -1,10 +1,14 @@
 """Words of a text as BM25 counts them: split by script, normalised, stemmed by language."""
 
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
+import numpy as np
 import regex
+from numpy.typing import NDArray
 
 from ragjax.storage import nearest_name
 
@@ -133,30 +137,57 @@ class Analyzer:
         self.language = language
         self.reason = "as given"
         self.vocabulary: dict[str, int] = {}  # stem to id
-        self._written: Counter[str] = Counter()
+        self._pairs = 0.0  # share of the words that are pairs of characters
         self._stem = list[str]
 
-    def learn(self, texts: Iterable[str]) -> list[list[int]]:
+    def learn(self, texts: Iterable[str]) -> "WordIds":
         """Returns the ids of the words of each text; afterwards the vocabulary is complete."""
-        places: dict[str, int] = {}  # word as it is written to its place in `words`
-        rows: list[list[int]] = []
+        places: dict[str, int] = {}  # word as it is written to its number
+        numbers, ends = array("i"), array("q", [0])
         for text in texts:
             words = split_words(text, singles=True)
-            self._written.update(words)
-            rows.append([places.setdefault(word, len(places)) for word in words])
+            numbers.extend(places.setdefault(word, len(places)) for word in words)
+            ends.append(len(numbers))
+        written, offsets = np.frombuffer(numbers, np.int32), np.frombuffer(ends, np.int64)
+        counts = np.bincount(written, minlength=len(places)).tolist()
         if self.language == "auto":
-            self.language, self.reason = _guess(self._written)
+            self.language, self.reason = _guess(dict(zip(places, counts, strict=True)))
+        paired = sum(n for word, n in zip(places, counts, strict=True) if _CHARACTERS.match(word))
+        self._pairs = paired / max(len(written), 1)
+        self._load_stems()
+        stop_words = _STOP_WORDS.get(self.language, _NONE)
+        folded = [_fold(word, self.language) for word in places]
+        ids = [
+            -1 if word in stop_words else self.vocabulary.setdefault(stem, len(self.vocabulary))
+            for word, stem in zip(folded, self._stem(folded), strict=True)
+        ]
+        found = np.array([*ids, -1], np.int32)[written]
+        kept = found >= 0
+        return WordIds(found[kept], np.concatenate([[0], np.cumsum(kept)])[offsets])
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what was learnt, for `from_json`."""
+        return {
+            "language": self.language,
+            "reason": self.reason,
+            "pairs": self._pairs,
+            "vocabulary": list(self.vocabulary),
+        }
+
+    @classmethod
+    def from_json(cls, learnt: Mapping[str, Any]) -> Self:
+        """Returns an analyzer that looks words up as the one whose `as_json` it was."""
+        analyzer = cls(learnt["language"])
+        analyzer.reason, analyzer._pairs = learnt["reason"], learnt["pairs"]
+        analyzer.vocabulary = {stem: id for id, stem in enumerate(learnt["vocabulary"])}
+        analyzer._load_stems()
+        return analyzer
+
+    def _load_stems(self) -> None:
         if self.language != "none":
             import Stemmer  # pyrefly: ignore[missing-import]  (as above)
 
             self._stem = Stemmer.Stemmer(self.language).stemWords
-        stop_words = _STOP_WORDS.get(self.language, _NONE)
-        folded = [_fold(word, self.language) for word in places]
-        ids = [
-            None if word in stop_words else self.vocabulary.setdefault(stem, len(self.vocabulary))
-            for word, stem in zip(folded, self._stem(folded), strict=True)
-        ]
-        return [[id for place in row if (id := ids[place]) is not None] for row in rows]
 
     def look_up(self, text: str) -> list[int]:
         """Returns the ids of the words of `text` that some document has."""
@@ -169,13 +200,32 @@ class Analyzer:
 
     def describe(self) -> str:
         """Returns how words are made, in one sentence."""
-        total = self._written.total()
-        pairs = sum(n for word, n in self._written.items() if _CHARACTERS.match(word)) / total
         stems = "words as written" if self.language == "none" else f"{self.language} stems"
         sentence = f"{stems} ({self.reason})"
-        if pairs < 0.01:
+        if self._pairs < 0.01:
             return sentence
-        return f"pairs of characters where a script has no spaces ({pairs:.0%}), else {sentence}"
+        return (
+            f"pairs of characters where a script has no spaces ({self._pairs:.0%}), else {sentence}"
+        )
+
+
+class WordIds(Sequence[list[int]]):
+    """The ids of the words of many texts, in 4 bytes a word and 8 a text."""
+
+    def __init__(self, ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
+        """Takes the ids of all texts, and where each begins and the last ends."""
+        self._ids, self._offsets = ids, offsets
+
+    def __len__(self) -> int:
+        """Returns the number of texts."""
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        """Returns the ids of one text, or of the texts of a slice."""
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return self._ids[self._offsets[row] : self._offsets[row + 1]].tolist()
 
 
 def split_words(text: str, *, singles: bool) -> list[str]:
@@ -205,7 +255,7 @@ def _fold(word: str, language: str) -> str:
     return unicodedata.normalize("NFC", word.casefold()).replace("i\u0307", "i")
 
 
-def _guess(written: Counter[str]) -> tuple[str, str]:
+def _guess(written: Mapping[str, int]) -> tuple[str, str]:
     """Returns the language of the documents and why it was chosen."""
     counts: Counter[str] = Counter()
     for word, count in written.items():

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,23 +125,26 @@ class ScannBuild:
             raise
         self.pid = self._process.pid
 
-    def wait(self, cancelled: threading.Event) -> None:
+    def wait(self, cancelled: Callable[[float], bool]) -> None:
         """Waits for the index.
+
+        Args:
+            cancelled: Waits at most so many seconds; True: the build is given up.
 
         Raises:
             BuildError: The process failed or ran out of time; the message has its exit code and
                 the last line it wrote.
-            Cancelled: `cancelled` was set; the process is gone.
+            Cancelled: It was given up; the process is gone.
         """
         try:
             self._wait(cancelled)
         finally:
             self._log.close()
 
-    def _wait(self, cancelled: threading.Event) -> None:
+    def _wait(self, cancelled: Callable[[float], bool]) -> None:
         started = time.monotonic()
         while self._process.poll() is None:
-            if cancelled.wait(_POLL_SECONDS):
+            if cancelled(_POLL_SECONDS):
                 self.stop()
                 raise Cancelled("the build was given up")
             if self._deadline and time.monotonic() - started > self._deadline:

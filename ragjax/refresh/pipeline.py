@@ -339,7 +339,7 @@ class Pipeline:
             base=base,
             rows=None if base is None else plan.rows,
         )
-        self._process.wait(self._cancelled)
+        self._process.wait(self._cancelled.wait)
         manifest = storage.read_sealed(folder / INDEX / "ragjax.json", what="ScaNN index")
         details = manifest["details"]
         return float(details["recall"])

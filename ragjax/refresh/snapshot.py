@@ -29,7 +29,7 @@ def load_snapshot(
     store = EmbeddingStore.open(generation.folder / EMBEDDINGS, verified=True)
     if what.kind == "exact":
         dtype = exact_dtype(store.spec.size, store.spec.dim, devices=devices)
-        index: ExactIndex | ScannIndex = ExactIndex(store.read(), devices=devices, dtype=dtype)
+        index: ExactIndex | ScannIndex = ExactIndex(store.rows(), devices=devices, dtype=dtype)
     elif what.kind == "scann":
         # The trainer waits for a search, so it may use every core; the build was capped.
         index = ScannIndex.load(generation.folder / INDEX, threads=0, verified=True)

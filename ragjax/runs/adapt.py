@@ -124,8 +124,7 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
             ResultCache(config.score_cache, Score)
         except ValueError as error:
             raise ValueError(f"--score_cache {error}") from error
-    if config.refresh.mode != "off":
-        check_machine(config.refresh)
+    check_machine(config)
     check_reranker(config.rerank, "--rerank")
     if config.retriever.reranker:
         check_reranker(config.retriever.reranker, "--retriever.reranker")

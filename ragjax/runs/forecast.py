@@ -339,7 +339,7 @@ def _refreshes(texts: Texts, steps: int, step_seconds: float, free_bytes: int) -
     """Returns what keeping the index fresh costs."""
     workspace, config, size = texts.workspace, texts.config.refresh, len(texts.workspace.doc_tokens)
     dim = workspace.encoder.embedding_size
-    kind = choose_index(size, dim).name if config.index == "auto" else config.index
+    kind = choose_index(size, dim, kind=workspace.config.index).name
     encoded = config.partial + (1 - config.partial) / config.full_every
     work = RefreshWork(
         documents=size,

@@ -3,7 +3,9 @@
 Q questions, N documents, D embedding size.
 """
 
+import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,21 +22,28 @@ from ragjax.index import (
     HybridIndex,
     HybridQueries,
     Index,
+    ScannIndex,
     SearchResult,
+    StoredEmbeddings,
     choose_dense_weight,
     choose_index,
 )
+from ragjax.index.store import MANIFEST
 from ragjax.refresh import (
+    BuildOptions,
     EncodeTask,
     encode_to_store,
+    estimate_build_seconds,
     live_embeddings,
     rerank,
     tqdm_progress,
 )
-from ragjax.refresh.task import params_digest
+from ragjax.refresh.build import ScannBuild
+from ragjax.refresh.task import Cancelled, params_digest
 from ragjax.runs.compare.choice import FIGURE_DEPTH, judge_problem, ranking_figure
 from ragjax.runs.found import FindableIndex, findable_in
 from ragjax.runs.workspace import Workspace
+from ragjax.storage import kept_folder, sha256
 from ragjax.training.live import StepQueries, StepSearch, search_dense, search_reranked
 from ragjax.training.lsr import towers
 
@@ -46,7 +55,7 @@ class Retriever(NamedTuple):
     query_params: Any
     dense: Index
     hybrid: HybridIndex
-    embeddings: np.ndarray  # [N, D] of the documents, float32
+    embeddings: StoredEmbeddings  # [N, D] of the documents, float32
     store: EmbeddingStore  # of the same, on disk
 
 
@@ -59,9 +68,12 @@ class Rankings(NamedTuple):
 
 
 def build_bm25(workspace: Workspace) -> Bm25Index:
-    """Indexes the words of titles and texts, and says how they are made."""
-    bm25 = Bm25Index.build(
-        (passage_text(passage) for passage in workspace.dataset.corpus),
+    """Indexes the words of titles and texts once, and says how they are made."""
+    corpus = workspace.dataset.corpus
+    bm25 = Bm25Index.kept(
+        corpus.cache,
+        lambda: map(passage_text, corpus),
+        identity=corpus.fingerprint,
         language=workspace.config.data_options.language,
     )
     workspace.log(f"BM25: {bm25.describe()}")
@@ -99,17 +111,46 @@ def build_retriever(
     """
     folder = workspace.folder / "index" / str(version)
     store = _encode_corpus(workspace, doc_params, folder, earlier)
-    embeddings = store.read()
-    choice = choose_index(*embeddings.shape, devices=workspace.layout.devices)
-    if version == 0:
-        workspace.log(choice.reason)
-    dense = choice.build(embeddings)
+    embeddings = store.rows()
+    dense = _index_dense(workspace, store, quiet=version > 0)
     weight, chosen = dense_weight, "as the run chose it"
     if weight is None:
         weight, chosen = _dense_weight(workspace, bm25, dense, query_params)
     workspace.log(f"index {version}: weight of the dense side in the hybrid {weight:g} ({chosen})")
     hybrid = HybridIndex(dense, bm25, dense_weight=weight)
     return Retriever(version, query_params, dense, hybrid, embeddings, store)
+
+
+def _index_dense(workspace: Workspace, store: EmbeddingStore, *, quiet: bool) -> Index:
+    """Indexes the embeddings of a store: in this process exactly, in one of its own with ScaNN."""
+    config, spec = workspace.config, store.spec
+    devices = workspace.layout.devices
+    choice = choose_index(spec.size, spec.dim, kind=config.index, devices=devices)
+    if not quiet:
+        workspace.log(choice.reason)
+    if choice.name == "exact":
+        return choice.build(store.rows())
+
+    def asked_to_stop(seconds: float) -> bool:
+        time.sleep(seconds)
+        return workspace.stop.signum is not None
+
+    def build(folder: Path) -> None:
+        seconds = estimate_build_seconds(spec.size, spec.dim, "scann")
+        workspace.log(f"building the ScaNN index: about {seconds:,.0f} s")
+        store.linked(folder / "embeddings")
+        try:
+            ScannBuild(folder, BuildOptions(threads=os.cpu_count() or 1)).wait(asked_to_stop)
+        except Cancelled:
+            workspace.stop.check()
+            raise
+        shutil.rmtree(folder / "embeddings")
+
+    # Named after the embeddings, which may be another run's.
+    digest = sha256(store.folder / MANIFEST)[:16]
+    folder = workspace.folder / "scann" / digest
+    kept = kept_folder(folder, build, what="ScaNN index", version=1)
+    return ScannIndex.load(kept / "index", threads=0, verified=True)
 
 
 def _dense_weight(

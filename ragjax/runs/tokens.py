@@ -28,6 +28,8 @@ from ragjax.refresh.batches import EncodeOptions
 from ragjax.runs.options.shared import PromptConfig
 
 logger = logging.getLogger(__name__)
+# From here on a file of embeddings for each 512 of them would be thousands of files.
+_MANY_DOCUMENTS = 100_000
 
 
 def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> EncodeTask:
@@ -54,6 +56,7 @@ def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> 
         options=EncodeOptions(batch_tokens=encode_tokens, buckets=buckets(encoder)),
         corpus_fingerprint=corpus.fingerprint,
         model_fingerprint=encoder.fingerprint,
+        rows_per_shard=8192 if len(corpus) > _MANY_DOCUMENTS else 512,
     )
 
 

@@ -86,7 +86,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
 
 def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
-    check_machine(config.refresh)
+    check_machine(config)
     workspace = open_workspace(config, folder, stop=stop, log=log)
     workspace = _with_answers(workspace, config)
     check_prompts(workspace, run_prompts(workspace, dev=True))

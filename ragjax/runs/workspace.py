@@ -317,6 +317,8 @@ def make_workspace(
         encoder.tokenizer,
         max_length=encoder.max_length,
         report=lambda note: log(f"note: {note} for the encoder"),
+        folder=dataset.corpus.cache,
+        identity=f"{dataset.corpus.fingerprint} {encoder.doc_prefix}",
     )
     try:
         prompts = make_prompts(config.prompt, lm, new_tokens=config.evaluation.max_new_tokens)

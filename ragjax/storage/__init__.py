@@ -25,6 +25,7 @@ from ragjax.storage.lock import check_writable as check_writable
 from ragjax.storage.log import JsonLog as JsonLog
 from ragjax.storage.log import read_lines as read_lines
 from ragjax.storage.manifests import check_listing as check_listing
+from ragjax.storage.manifests import kept_folder as kept_folder
 from ragjax.storage.manifests import new_folder as new_folder
 from ragjax.storage.manifests import publish as publish
 from ragjax.storage.manifests import read_sealed as read_sealed

@@ -7,14 +7,17 @@ manifest, and a manifest, like a line of a cache, has a checksum of itself.
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ragjax.storage.files import sha256, sync_file, sync_folder, unique_name, write_json
 
+_LOG = logging.getLogger(__name__)
 _CHECKSUM = "checksum"
+_MANIFEST = "manifest.json"
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,6 +180,32 @@ def new_folder(target: Path) -> Iterator[Path]:
         publish(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def kept_folder(target: Path, make: Callable[[Path], None], *, what: str, version: int) -> Path:
+    """Returns a folder that can be made again: as it is, if each file is whole, else made anew.
+
+    Processes that make it at the same time do not disturb each other; the first one's stays.
+
+    Args:
+        target: The folder, named after everything that its contents depend on.
+        make: Fills a new folder.
+        what: What it holds, for messages.
+        version: Of the format; another one is made again.
+    """
+    if target.exists():
+        try:
+            manifest = read_sealed(target / _MANIFEST, what=what, version=version)
+            verify_folder(target, manifest.get("sha256"), also=(_MANIFEST,))
+            return target
+        except (OSError, ValueError) as error:
+            _LOG.warning("The %s is made again: %s", what, error)
+            shutil.rmtree(target)
+    with contextlib.suppress(FileExistsError), new_folder(target) as building:
+        make(building)
+        digests = walk_digests(building, known={})
+        write_sealed(building / _MANIFEST, {"format": version, "sha256": digests})
+    return target
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

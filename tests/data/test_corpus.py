@@ -9,8 +9,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ragjax.data import Corpus, DataError, corpus_cache, passage_text
+from ragjax.data import Corpus, DataError, corpus_cache, overlap, passage_text
 from ragjax.data import corpus as corpus_module
+from ragjax.data.overlap import find_twins
 
 ROWS = [
     {"_id": "a", "title": "First", "text": "one two"},
@@ -341,3 +342,25 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         tracemalloc.stop()
     assert path.stat().st_size > 25e6
     assert peak < 8e6  # 24 bytes a passage and a few buffers
+
+
+def test_texts_that_stand_twice_are_found_without_reading_the_passages_again(tmp_path, monkeypatch):
+    passages = [
+        ("1", "Cat", "red  cats"), ("2", "", "owls"), ("3", "cat", "Red cats"), ("4", "", "Cat"),
+        ("5", "Elk", "what is an elk?"), ("6", "", "owls"), ("7", "", "OWLS"),
+    ]  # fmt: skip
+    rows = [{"_id": id, "title": title, "text": text} for id, title, text in passages]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = Corpus.open(tmp_path, cache=tmp_path / "cache")
+    questions = [("q1", "What is an elk?"), ("6", "owl"), ("q3", "owls"), ("q4", "none")]
+    copies = {0: {0, 2}, 2: {0, 2}, 1: {1, 5, 6}, 5: {1, 5, 6}, 6: {1, 5, 6}}
+    own = {"q1": {4}, "6": {5}, "q3": {1, 5, 6}}
+    assert find_twins(corpus, questions) == (copies, own)
+    # Passages whose digests begin alike are told apart by the rest of them.
+    with monkeypatch.context() as patch:
+        patch.setattr(overlap, "_head", lambda digest: 0)
+        other = Corpus.open(tmp_path, cache=tmp_path / "other")
+        assert find_twins(other, questions) == (copies, own)
+    monkeypatch.setattr(Corpus, "__iter__", lambda self: 1 / 0)
+    assert find_twins(corpus, questions) == (copies, own)
+    assert find_twins(corpus, []) == (copies, {})

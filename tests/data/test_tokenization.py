@@ -112,3 +112,59 @@ def test_corpus_tokens_tell_when_many_texts_are_cut(tokenizer):
     tokens = CorpusTokens(3, lambda: texts, tokenizer, max_length=4, report=told.append)
     assert tokens[0] == encode_texts(tokenizer, texts[:1], max_length=4).ids[0]
     assert told == ["3 of 3 documents (100%) are longer than 4 tokens and were cut"]
+
+
+def corpus_tokens(tokenizer, folder=None, texts=TEXTS, max_length=4, identity="", notes=None):
+    return CorpusTokens(
+        len(texts), lambda: iter(texts), tokenizer, max_length=max_length,
+        report=(notes if notes is not None else []).append, folder=folder, identity=identity,
+    )  # fmt: skip
+
+
+def unread():
+    raise AssertionError("the texts are read again")
+    yield
+
+
+def test_kept_ids_are_those_of_memory_and_no_text_is_read_again(tokenizer, tmp_path):
+    in_memory = corpus_tokens(tokenizer)
+    first, again = [], []
+    kept = corpus_tokens(tokenizer, tmp_path, notes=first)
+    assert kept[:] == in_memory[:] == encode_texts(tokenizer, TEXTS, max_length=4).ids
+    assert not list(tmp_path.glob("**/*.tmp")) and len(list(tmp_path.iterdir())) == 1
+    later = CorpusTokens(
+        len(TEXTS), unread, tokenizer, max_length=4, report=again.append, folder=tmp_path
+    )
+    assert later[:] == kept[:] and later.lengths.tolist() == kept.lengths.tolist()
+    assert again == first and "4 of 6 documents (67%) are longer than 4 tokens" in first[0]
+
+
+def test_other_texts_lengths_and_tokenizers_are_kept_apart(tokenizer, tmp_path):
+    lower = Tokenizer.from_str(tokenizer.to_str())
+    lower.add_tokens(["z"])
+    asked = [
+        corpus_tokens(tokenizer, tmp_path),
+        corpus_tokens(tokenizer, tmp_path, identity="other"),
+        corpus_tokens(tokenizer, tmp_path, max_length=3),
+        corpus_tokens(lower, tmp_path),
+    ]
+    assert [tokens[5] for tokens in asked] == [
+        encode_texts(each, TEXTS[5:], max_length=most).ids[0]
+        for each, most in ((tokenizer, 4), (tokenizer, 4), (tokenizer, 3), (lower, 4))
+    ]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("last", [65_535, 65_536])
+def test_ids_of_large_vocabularies_are_whole(tmp_path, last):
+    words = {"[UNK]": 0, "a": last}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokens = corpus_tokens(tokenizer, tmp_path, texts=["a", "b"])
+    assert tokens[:] == [[last], [0]]
+    assert (next(tmp_path.iterdir()) / "ids.bin").stat().st_size == (4 if last < 65_536 else 8)
+
+
+def test_texts_without_tokens_are_kept(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    for _ in range(2):
+        assert corpus_tokens(tokenizer, tmp_path, texts=["", ""])[:] == [[], []]

@@ -209,3 +209,37 @@ def test_building_says_nothing(caplog):
     with caplog.at_level("DEBUG"):
         Bm25Index.build(["one two", "two three"])
     assert not caplog.records
+
+
+def test_a_saved_index_is_the_one_that_was_built(rng, tmp_path):
+    texts = [f"{text} und der die das nicht" for text in random_texts(rng, 60)]
+    built = Bm25Index.build(texts, language="auto", k1=1.2, b=0.75)
+    built.save(tmp_path)
+    opened = Bm25Index.open(tmp_path)
+    assert opened.describe() == built.describe() and opened.language == built.language
+    assert opened.size == 60 and opened.content_words(texts[3]) == built.content_words(texts[3])
+    for one, other in zip(built.search(texts[:9], 20), opened.search(texts[:9], 20), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_index_is_built_once_for_the_same_documents_and_options(tmp_path):
+    read = []
+
+    def texts():
+        read.append(1)
+        return ["a red cat", "green owls", "a red owl"]
+
+    def kept(identity="one", **options):
+        return Bm25Index.kept(tmp_path, texts, identity=identity, **options)
+
+    found = [kept().search(["red owls"], 3) for _ in range(2)]
+    assert len(read) == 1 and found[0].doc_ids.tolist() == found[1].doc_ids.tolist() == [[2, 0, 1]]
+    for count, options in enumerate(
+        ({"identity": "two"}, {"k1": 2.0}, {"b": 0.1}, {"language": "none"},
+         {"expansions": {1: ["red"]}}, {"expansions": {0: ["red"]}}),
+        start=2,
+    ):  # fmt: skip
+        kept(**options)
+        assert len(read) == count
+    assert kept(language="none").search(["owls"], 3).doc_ids.tolist() == [[1, -1, -1]]
+    assert len(read) == 7

@@ -16,9 +16,12 @@ from ragjax.index import (
     DiskFullError,
     EmbeddingStore,
     EmbeddingWriter,
+    ExactIndex,
     ShardWriter,
     StoreSpec,
+    base,
 )
+from ragjax.index.shards import write_store
 from ragjax.storage import manifests
 
 SPEC = StoreSpec(
@@ -390,3 +393,39 @@ def test_other_settings_are_refused(folder):
     with pytest.raises(ValueError, match="settings must be values that JSON has"):
         dataclasses.replace(SPEC, settings={"step": np.int64(3)})
     assert dataclasses.replace(SPEC, settings={"a": (1, 2)}).settings == {"a": [1, 2]}
+
+
+def test_rows_are_read_when_they_are_asked_for(tmp_path, embeddings, monkeypatch):
+    store = write_store(tmp_path / "store", SPEC, embeddings)
+    rows = store.rows()
+    assert rows.shape == embeddings.shape and len(rows) == 23
+    for asked in (slice(3, 17), slice(None), slice(20, 99), [7], [[0, 22], [9, 0]], np.int64(4)):
+        np.testing.assert_array_equal(rows[asked], embeddings[asked])
+    np.testing.assert_array_equal(np.asarray(rows), embeddings)
+    with pytest.raises(FileNotFoundError):
+        (store.folder / "shard-000004.npy").unlink()
+        store.rows()[[22]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_an_exact_index_of_a_store_finds_what_that_of_the_array_does(
+    tmp_path, embeddings, rng, dtype, monkeypatch
+):
+    monkeypatch.setattr(base, "_CHECKED_ROWS", 10)
+    store = write_store(tmp_path / "store", SPEC, embeddings)
+    queries = rng.normal(size=(3, 4)).astype(np.float32)
+    found = ExactIndex(store.rows(), dtype=dtype).search(queries, 5)
+    for one, other in zip(
+        found, ExactIndex(embeddings, dtype=dtype).search(queries, 5), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_bad_row_of_a_store_is_named(tmp_path, embeddings, monkeypatch):
+    monkeypatch.setattr(base, "_CHECKED_ROWS", 10)
+    store = write_store(tmp_path / "store", SPEC, embeddings)
+    shard = np.load(store.folder / "shard-000004.npy")
+    shard[1, 2] = np.nan
+    np.save(store.folder / "shard-000004.npy", shard)
+    with pytest.raises(ValueError, match="in 1 of 3 rows .row 21"):
+        ExactIndex(store.rows())

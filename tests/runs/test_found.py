@@ -1,5 +1,6 @@
 """What a run says about the documents that are found, without any model."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -22,14 +23,27 @@ from ragjax.training.mesh import make_layout
 PASSAGES = ("the red cat", "der blaue Hund ist auf dem Dach und in der Sonne")
 
 
-def workspace(*texts, **options):
+class Passages(list):
+    """A corpus of two passages, its cache in a folder."""
+
+    fingerprint = "two"
+
+    def __init__(self, cache):
+        super().__init__(SimpleNamespace(title="", text=text, id=text) for text in PASSAGES)
+        self.cache = cache
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return functools.partial(make_workspace, tmp_path)
+
+
+def make_workspace(folder, *texts, **options):
     """A workspace of two passages and these test questions, and the lines that it logs."""
     lines = []
     return SimpleNamespace(
         config=RunConfig(data_options=DataConfig(**options)),
-        dataset=SimpleNamespace(
-            corpus=[SimpleNamespace(title="", text=text, id=text) for text in PASSAGES]
-        ),
+        dataset=SimpleNamespace(corpus=Passages(folder)),
         questions={"test": tuple(Question(id=text, text=text) for text in texts)},
         scale=20.0,
         log=lines.append,
@@ -37,7 +51,7 @@ def workspace(*texts, **options):
     ), lines
 
 
-def test_the_words_of_bm25_are_said_once():
+def test_the_words_of_bm25_are_said_once(workspace):
     opened, lines = workspace()
     assert build_bm25(opened).language == "german"
     assert lines == ["BM25: german stems (50% of the words are its commonest ones)"]
@@ -46,7 +60,7 @@ def test_the_words_of_bm25_are_said_once():
     assert lines == ["BM25: words as written (as given)"]
 
 
-def test_questions_for_which_bm25_finds_nothing_are_counted(monkeypatch):
+def test_questions_for_which_bm25_finds_nothing_are_counted(workspace, monkeypatch):
     opened, lines = workspace("red cat", "奥斯陆", "unicorn")
     bm25 = Bm25Index.build(PASSAGES)
     found = bm25.search(["cat"] * 3, 2)
@@ -64,7 +78,9 @@ def test_questions_for_which_bm25_finds_nothing_are_counted(monkeypatch):
     "documents,distractors,depth",
     [(1, 0, 20), (50, 0, 50), (4, 40, 42), (60, 2, 60), (10**9, 0, 60)],
 )
-def test_as_many_documents_are_searched_as_are_read(monkeypatch, documents, distractors, depth):
+def test_as_many_documents_are_searched_as_are_read(
+    workspace, monkeypatch, documents, distractors, depth
+):
     opened, _ = workspace("red cat")
     opened.config = RunConfig(evaluation=EvaluationConfig(documents=documents))
     opened.dataset.corpus = [SimpleNamespace(title="", text="", id="")] * 60
@@ -87,7 +103,7 @@ def test_as_many_documents_are_searched_as_are_read(monkeypatch, documents, dist
     assert {documents.found.doc_ids.shape for documents in found.values()} == {(1, depth)}
 
 
-def test_more_than_there_is_is_said():
+def test_more_than_there_is_is_said(workspace):
     opened, lines = workspace("red cat")
     opened.encoder = SimpleNamespace(max_length=64)
     opened.layout = make_layout(jax.devices())

@@ -87,7 +87,7 @@ def test_a_step_that_retrieves_takes_its_rows_in_parts(run):
 def test_pmap_searches_a_scann_index_that_is_refreshed_meanwhile(run, caplog):
     pytest.importorskip("scann", reason="ScaNN has no package for this platform")
     with caplog.at_level(logging.WARNING), jax.log_compiles():
-        code, lines = run("run", "--retrieval=callback", "--parallel=pmap", "--refresh.index=scann")
+        code, lines = run("run", "--retrieval=callback", "--parallel=pmap", "--index=scann")
     assert code == 0
     assert [line["index/searched"] for line in lines] == [0, 0, 1, 2, 3, 4]  # four refreshes
     assert all(np.isfinite(line["loss"]) for line in lines)

@@ -286,11 +286,11 @@ def test_the_options_reach_the_refresher():
             on_lag="warn",
             partial=0.25,
             full_every=7,
-            index="scann",
             deadline_seconds=3.0,
             on_failure="warn",
             keep=5,
-        )  # fmt: skip
+        ),
+        index="scann",
     )
     assert (options.adopt_after, options.max_index_lag_steps, options.on_lag) == (-1, 9, "warn")
     assert options.partial == PartialPolicy(0.25, 7)

@@ -188,3 +188,39 @@ def test_everything_is_on_disk_before_the_rename(folder, tmp_path, monkeypatch):
     )
     assert synced[-1] == (".", True)
     assert manifests.walk_digests(target, known={}).keys() == set(NAMES)
+
+
+def test_a_kept_folder_is_made_once_and_again_where_it_is_damaged(tmp_path, caplog):
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text(str(len(made)))
+
+    def kept(version=1):
+        folder = manifests.kept_folder(tmp_path / "kept", make, what="thing", version=version)
+        return (folder / "deep" / "file").read_text()
+
+    assert [kept(), kept()] == ["1", "1"] and not caplog.records
+    (tmp_path / "kept" / "deep" / "file").write_text("2")
+    assert kept() == "2" and "The thing is made again: " in caplog.text
+    assert [kept(version=2), kept(version=2)] == ["3", "3"]
+    (tmp_path / "kept" / "manifest.json").unlink()
+    assert kept(version=2) == "4"
+
+
+def test_what_cannot_be_made_leaves_nothing_and_the_first_of_two_stays(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        manifests.kept_folder(tmp_path / "kept", lambda _: 1 / 0, what="thing", version=1)
+    assert not list(tmp_path.iterdir())
+
+    def first(folder):
+        (folder / "file").write_text("first")
+
+    def second(folder):
+        manifests.kept_folder(tmp_path / "kept", first, what="thing", version=1)
+        (folder / "file").write_text("second")
+
+    folder = manifests.kept_folder(tmp_path / "kept", second, what="thing", version=1)
+    assert (folder / "file").read_text() == "first"

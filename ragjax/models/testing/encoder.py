@@ -98,7 +98,11 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
     Returns:
         `folder`.
     """
-    encoder = tiny_encoder(seed, family)
+    return write_encoder(folder, tiny_encoder(seed, family), dpr=family == "dpr")
+
+
+def write_encoder(folder: Path, encoder: TextEncoder, *, dpr: bool = False) -> Path:
+    """Writes any encoder that normalises its embeddings as a folder, or one of DPR's."""
     folder.mkdir(parents=True, exist_ok=True)
     table = encoder.family.key_table(encoder.config)
     write_bytes(folder / "model.safetensors", save(dict(named_tensors(encoder.params, table))))
@@ -107,7 +111,7 @@ def write_tiny_encoder(folder: Path, seed: int = 0, family: str = "bert") -> Pat
     write_json(folder / "config.json", settings)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": encoder.max_length}
     write_json(folder / "tokenizer_config.json", special)
-    if family == "dpr":
+    if dpr:
         return folder
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     modules = [

@@ -7,7 +7,7 @@ stemmer that dev liked best gained nothing on test questions.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,15 @@ def adapted_bm25(workspace: Workspace, bm25: Bm25Index, folder: Path) -> Bm25Ind
     if lexical is None or lexical == _default(workspace):
         return bm25
     workspace.log(f"BM25 beside the adapted encoder: {lexical.describe()}")
-    return next(_indexes(workspace, lexical, [(lexical.k1, lexical.b)]))
+    corpus = workspace.dataset.corpus
+    return Bm25Index.kept(
+        corpus.cache,
+        lambda: map(passage_text, corpus),
+        identity=corpus.fingerprint,
+        **_options(workspace, lexical),
+        k1=lexical.k1,
+        b=lexical.b,
+    )
 
 
 def adapt_bm25(workspace: Workspace, bm25: Bm25Index, retriever: Retriever) -> Bm25Index:
@@ -124,16 +132,15 @@ def _default(workspace: Workspace) -> Lexical:
 def _indexes(
     workspace: Workspace, lexical: Lexical, constants: Sequence[tuple[float, float]]
 ) -> Iterator[Bm25Index]:
-    corpus = workspace.dataset.corpus
-    return Bm25Index.variants(
-        (passage_text(passage) for passage in corpus),
-        constants,
-        language=lexical.language,
-        # Another corpus, which `evaluate` may be given, has none of these passages.
-        expansions={
-            corpus.row_of(id): texts for id, texts in lexical.expansions.items() if id in corpus
-        },
-    )
+    texts = map(passage_text, workspace.dataset.corpus)
+    return Bm25Index.variants(texts, constants, **_options(workspace, lexical))
+
+
+def _options(workspace: Workspace, lexical: Lexical) -> Any:
+    corpus, written = workspace.dataset.corpus, lexical.expansions.items()
+    # Another corpus, which `evaluate` may be given, has none of these passages.
+    known = {corpus.row_of(id): texts for id, texts in written if id in corpus}
+    return {"language": lexical.language, "expansions": known}
 
 
 def _figure(workspace: Workspace, bm25: Bm25Index, retriever: Retriever) -> NDArray[np.float64]:

@@ -30,7 +30,6 @@ class RefreshConfig(Options):
         partial: Share of the corpus re-encoded in a refresh, the most retrieved and most changed
             documents first; 1: all.
         full_every: With `partial` below 1, every n-th refresh re-encodes all documents.
-        index: Kind of index; `auto` goes by size and memory.
         devices: Encode on this many of the last local devices, train on the others; 0: share.
         workers: Encode in other processes, started by hand with `experiments/refresh_worker.py`.
         deadline_seconds: Longest build of an index; 0: no limit.
@@ -46,7 +45,6 @@ class RefreshConfig(Options):
     overfetch: int = 4
     partial: float = 1.0
     full_every: int = 4
-    index: Literal["auto", "exact", "scann"] = "auto"
     devices: int = 0
     workers: bool = False
     deadline_seconds: float = 0.0

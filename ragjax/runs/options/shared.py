@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import tyro
 
 from ragjax.data.fields import parse_fields, resolve_fields
+from ragjax.index import IndexKind
 from ragjax.index.words import check_language
 from ragjax.runs.options.checks import Options, at_least, fraction, positive
 from ragjax.runs.options.files import from_dict, to_dict
@@ -251,6 +252,8 @@ class RunConfig(Options):
         dev_fraction: Share of the training questions held out where the data has no dev split.
         checkpoint_minutes: Minutes between two checkpoints, which are written while training goes
             on; 0: each step is saved before the next. A stopped run saves its last step, too.
+        index: Kind of the dense index, refreshed or not: `exact`, `scann`, which is built in a
+            process of its own, or `auto`: exact while it fits, by size, memory and platform.
         devices: Devices that compute, in every stage; 0: all of them, less those of
             `refresh.devices`.
         fsdp: Devices that have an equal part of each parameter and of the optimizer's state (FSDP);
@@ -288,6 +291,7 @@ class RunConfig(Options):
     keep: Literal["best", "last"] = "best"
     dev_fraction: float = 0.2
     checkpoint_minutes: float = 2.0
+    index: IndexKind = "auto"
     devices: int = 0
     fsdp: int = 0
     parallel: Literal["mesh", "pmap"] = "mesh"

@@ -13,11 +13,12 @@ import jax
 
 from ragjax import refresh
 from ragjax.data import batch_rows
-from ragjax.index import Bm25Index, EmbeddingStore
+from ragjax.index import Bm25Index, EmbeddingStore, IndexKind
 from ragjax.index.scann import scann_problem
 from ragjax.runs.found import findable_in_training, search_in_training
 from ragjax.runs.indexes import live_search
 from ragjax.runs.options.refresh import RefreshConfig
+from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.trainable import SplitTowers
 from ragjax.runs.workspace import Workspace
 from ragjax.storage.processes import several
@@ -99,7 +100,7 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> ref
         workspace.task,
         executor=_executor(workspace, folder),
         trigger=refresh_trigger(config.mode, trigger),
-        options=refresh_options(config, workspace.layout.devices),
+        options=refresh_options(config, workspace.layout.devices, index=workspace.config.index),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
         report=workspace.log,
         # Processes of a run look at the flag together, and do not wait for as long.
@@ -108,14 +109,17 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> ref
 
 
 def refresh_options(
-    config: RefreshConfig, devices: Sequence[jax.Device] | None = None
+    config: RefreshConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    index: IndexKind = "auto",
 ) -> refresh.RefreshOptions:
     """Returns the refresher's options for those of a run, whose devices share an exact index."""
     partial = (
         refresh.PartialPolicy(config.partial, config.full_every) if config.partial < 1 else None
     )
     return refresh.RefreshOptions(
-        index=config.index,
+        index=index,
         build=refresh.BuildOptions(deadline_seconds=config.deadline_seconds),
         devices=devices,
         keep=config.keep,
@@ -127,21 +131,21 @@ def refresh_options(
     )
 
 
-def check_machine(config: RefreshConfig) -> None:
+def check_machine(config: RunConfig) -> None:
     """Raises ValueError for an index that this machine cannot build, or devices that it lacks."""
-    count = jax.local_device_count()
-    if config.devices and config.devices >= count:
+    count, kept = jax.local_device_count(), config.refresh.devices
+    if kept and kept >= count:
         raise ValueError(
-            f"--refresh.devices {config.devices}: there are {count} local devices and training"
+            f"--refresh.devices {kept}: there are {count} local devices and training"
             " needs one; use 0 to encode beside training"
         )
     if config.index == "scann" and (problem := scann_problem()):
-        raise ValueError(f"--refresh.index scann: {problem}")
+        raise ValueError(f"--index scann: {problem}")
 
 
 def _executor(workspace: Workspace, folder: Path) -> refresh.Executor:
     config = workspace.config.refresh
-    check_machine(config)
+    check_machine(workspace.config)
     if config.workers:
         return refresh.ProcessExecutor(folder)
     if not config.devices:

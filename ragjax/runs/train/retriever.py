@@ -313,7 +313,9 @@ def _batch_docs(
     Questions share candidates, so slots are left over; a random document there costs nothing and
     is one more negative.
     """
-    extra = np.random.default_rng(seed).permutation(corpus_size)[: 2 * num_docs]
+    extra = np.random.default_rng(seed).choice(
+        corpus_size, min(2 * num_docs, corpus_size), replace=False
+    )
     # Of copies the first, as in the candidates.
     others = dict.fromkeys(firsts.get(int(doc), int(doc)) for doc in extra)
     known = set(chosen)
