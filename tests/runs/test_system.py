@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from ragjax.runs.system import (
     retrieve,
 )
 from ragjax.runs.trainable import folded
+from ragjax.training.loop import Interrupted, StopFlag
 
 QUESTION = "what does the green owl like?"
 
@@ -228,3 +230,53 @@ def test_a_run_without_its_last_index_has_not_ended(whole, tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run there"):
         open_system(tmp_path, log=silent)
+
+
+def test_scann_is_built_once_in_a_process_of_its_own(base, tiny_inputs, tmp_path):
+    lines = []
+    for _ in range(2):
+        system = open_base_system(
+            AdaptConfig(**tiny_inputs, index="scann"), cache=tmp_path, log=lines.append
+        )
+    assert sum(line.startswith("building the ScaNN index: about") for line in lines) == 1
+    assert any(line.startswith("ScaNN index, as asked: 80 documents") for line in lines)
+    assert type(system.retriever.dense).__name__ == "ScannIndex"
+    asked = [QUESTION, "the red cat"]
+    found, scores = retrieve(system, asked, 80, by=by_dense)
+    expected = retrieve(base, asked, 80, by=by_dense)
+    # Few documents are searched exactly, as `scann_options` says.
+    assert found.mask.all() and np.array_equal(found.doc_ids, expected.found.doc_ids)
+    np.testing.assert_allclose(scores, expected.doc_scores, atol=1e-4)
+    # A damaged file is no reason to stop, nor to search it.
+    path = next(tmp_path.glob("*/scann/*/index/*.npy"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    open_base_system(AdaptConfig(**tiny_inputs, index="scann"), cache=tmp_path, log=lines.append)
+    assert sum(line.startswith("building the ScaNN index: about") for line in lines) == 2
+
+
+def test_a_stop_ends_the_build_and_leaves_no_index(tiny_inputs, tmp_path, monkeypatch):
+    stop = StopFlag()
+
+    def log(line):
+        if line.startswith("building"):
+            stop.signum = signal.SIGTERM
+
+    monkeypatch.setattr("ragjax.refresh.build._PROGRAM", "import time; time.sleep(600)")
+    with pytest.raises(Interrupted):
+        open_base_system(
+            AdaptConfig(**tiny_inputs, index="scann"), cache=tmp_path, stop=stop, log=log
+        )
+    assert not list(tmp_path.glob("*/scann/*"))
+
+
+def test_opening_again_tokenises_no_document_and_counts_no_word(tiny_inputs, tmp_path, monkeypatch):
+    config = AdaptConfig(**tiny_inputs)
+    first = open_base_system(config, cache=tmp_path, log=silent)
+    expected = retrieve(first, [QUESTION], 5, by=by_hybrid)
+    monkeypatch.setattr("ragjax.index.words.split_words", lambda text, singles: text.split())
+    monkeypatch.setattr("ragjax.data.corpus.Corpus.__iter__", lambda corpus: 1 / 0)
+    again = open_base_system(config, cache=tmp_path, log=silent)
+    assert again.workspace.doc_tokens[:] == first.workspace.doc_tokens[:]
+    found = retrieve(again, [QUESTION], 5, by=by_dense).found
+    np.testing.assert_array_equal(found.doc_ids, retrieve(first, [QUESTION], 5, by=by_dense)[0][0])
+    assert expected.found.mask.all()
