@@ -9,8 +9,9 @@ A store is written as `<folder>.building` and renamed when every shard is there.
 i; there are no ids, pickles or absolute paths inside.
 
 Other processes may help: the one that publishes has the `EmbeddingWriter`, the others a
-`ShardWriter` each. A shard gets its name by a hard link, which fails where the name is taken: the
-first one stays, and nothing that was counted as finished ever changes.
+`ShardWriter` each. Where no process is the first, each has a `ShardWriter` by `join`, and the one
+whose `claim` comes first publishes. A shard gets its name by a hard link, which fails where the
+name is taken: the first one stays, and nothing that was counted as finished ever changes.
 """
 
 import contextlib
@@ -71,14 +72,53 @@ class ShardWriter:
         _check_same(building, spec)
         return cls(target, building, spec)
 
+    @classmethod
+    def join(cls, folder: str | os.PathLike[str], spec: StoreSpec) -> "ShardWriter":
+        """Joins a store as `open` does, or starts it where no process has.
+
+        Raises:
+            FileNotFoundError: It is being published, or was removed.
+            ValueError: It was started with another spec; the message names what differs.
+        """
+        target = Path(folder)
+        building = _building_folder(target)
+        if not building.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = target.with_name(_discarded(target))
+            storage.write_sealed(fresh / _SPEC, {"format": FORMAT, "spec": spec_as_json(spec)})
+            cls(target, fresh, spec)._partials.mkdir()
+            try:
+                fresh.rename(building)
+            except OSError:  # another process was faster
+                shutil.rmtree(fresh)
+                if not building.exists():
+                    raise
+        return cls.open(folder, spec)
+
+    def claim(self, name: str) -> str:
+        """Returns the name of the process that publishes: of the first one that asked.
+
+        Args:
+            name: Of this process; the same after a restart, and of no other that runs.
+
+        Raises:
+            FileNotFoundError: It was published or removed meanwhile.
+        """
+        partial = self._partials / storage.unique_name("publisher")
+        try:
+            storage.write_bytes(partial, name.encode())
+            storage.link_first(partial, _claim_of(self._target))
+        finally:
+            partial.unlink(missing_ok=True)
+        return _claim_of(self._target).read_text()
+
     def missing(self) -> list[int]:
         """Returns the shards that nobody has finished, in order, from one listing."""
         names = {entry.name for entry in os.scandir(self._building)}
-        return [
-            shard
-            for shard in range(self.spec.num_shards)
-            if not {shard_name(shard), _note_name(shard)} <= names
-        ]
+        shards = range(self.spec.num_shards)
+        missing = [n for n in shards if not {shard_name(n), _note_name(n)} <= names]
+        # One that publishes removes the notes once the manifest is there.
+        return [] if (self._building / MANIFEST).exists() else missing
 
     def rows(self, shard: int) -> range:
         """Returns the documents of a shard."""
@@ -240,13 +280,13 @@ class EmbeddingWriter(ShardWriter):
         manifest = {"format": FORMAT, "spec": spec_as_json(self.spec), "sha256": digests}
         # Every file of another process enters through this folder: with its name gone, nothing
         # can appear between the last look and the rename.
-        discarded = self._target.with_name(storage.unique_name(f"{self._target.name}.discarded"))
-        self._partials.rename(discarded)
+        self._partials.rename(self._target.with_name(_discarded(self._target)))
         storage.write_sealed(self._building / MANIFEST, manifest)
         for path in self._building.iterdir():
             if path.name not in digests and path.name != MANIFEST:
                 path.unlink()
         storage.publish(self._building, self._target)
+        _claim_of(self._target).unlink(missing_ok=True)
         self._remove_discarded()
         return EmbeddingStore(self._target, self.spec)
 
@@ -279,6 +319,24 @@ def _building_folder(target: Path) -> Path:
     if building.is_symlink():
         raise ValueError(f"{building} is a symbolic link; remove it")
     return building
+
+
+def publisher_of(folder: str | os.PathLike[str]) -> str | None:
+    """Returns the name of the process that publishes a store; None: none has claimed it yet."""
+    try:
+        return _claim_of(Path(folder)).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _claim_of(target: Path) -> Path:
+    """Returns where it stands who publishes a store: beside it, as long as that takes."""
+    return target.with_name(f"{target.name}.publisher")
+
+
+def _discarded(target: Path) -> str:
+    """Returns a name beside a store for what is removed when a store is published there."""
+    return storage.unique_name(f"{target.name}.discarded")
 
 
 def _undo_publish(building: Path) -> None:

@@ -35,6 +35,10 @@ from ragjax.refresh.partial import PartialPolicy as PartialPolicy
 from ragjax.refresh.partial import RetrievalCounts as RetrievalCounts
 from ragjax.refresh.partial import select_rows as select_rows
 from ragjax.refresh.refresher import Refresher as Refresher
+from ragjax.refresh.shares import IncompleteError as IncompleteError
+from ragjax.refresh.shares import Share as Share
+from ragjax.refresh.shares import encode_share as encode_share
+from ragjax.refresh.shares import find_share as find_share
 from ragjax.refresh.snapshot import load_snapshot as load_snapshot
 from ragjax.refresh.task import EncodeProgress as EncodeProgress
 from ragjax.refresh.task import EncodeRequest as EncodeRequest

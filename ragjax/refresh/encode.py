@@ -135,14 +135,46 @@ def encode_to_store(
         Cancelled: `cancelled` was set.
         ValueError: As `encode_corpus`, or the numbers of documents differ.
     """
+    encode_shards(
+        task, params, writer, writer.missing(),
+        rows=rows, devices=devices, progress=progress, cancelled=cancelled,
+    )  # fmt: skip
+    return writer.publish()
+
+
+def encode_shards(
+    task: EncodeTask,
+    params: Any,
+    writer: shards.ShardWriter,
+    numbers: Sequence[int],
+    *,
+    rows: DocRows | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress: OnProgress | None = None,
+    cancelled: threading.Event | None = None,
+) -> None:
+    """Encodes some shards of a store and writes them, as `encode_to_store` does.
+
+    Args:
+        task: The documents and their encoder.
+        params: Its parameters.
+        writer: Of the store.
+        numbers: Of the shards.
+        rows: As in `encode_to_store`.
+        devices: As in `encode_corpus`.
+        progress: As in `encode_corpus`; documents of other shards count as done.
+        cancelled: As in `encode_corpus`.
+
+    Raises:
+        Cancelled, ValueError: As `encode_to_store`.
+        FileNotFoundError: The store was published or removed meanwhile.
+    """
     job = _Job(task, params, rows, devices, progress, cancelled)
     if job.total != writer.spec.size:
         raise ValueError(f"the store is for {writer.spec.size} documents, got {job.total}")
-    shards = writer.missing()
-    results = job.run([writer.rows(shard) for shard in shards])
-    for shard, embeddings in zip(shards, results, strict=True):
-        writer.write(shard, embeddings)
-    return writer.publish()
+    results = job.run([writer.rows(number) for number in numbers])
+    for number, embeddings in zip(numbers, results, strict=True):
+        writer.write(number, embeddings)
 
 
 def tqdm_progress(description: str) -> OnProgress:

@@ -190,7 +190,7 @@ class EncodeRequest(NamedTuple):
 
 
 class Executor(Protocol):
-    """Where documents are encoded: a thread on some devices, or other processes."""
+    """Where documents are encoded: which shards this process does, and how the rest get there."""
 
     def copy_params(self, params: Any) -> Any:
         """Copies live parameters; called in the trainer's thread, before its next step donates."""

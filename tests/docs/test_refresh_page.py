@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import ROOT, environment
+import tyro
+import yaml
+from programs import ROOT, environment, load_script
 
 from ragjax import refresh
 from ragjax.refresh.gauges import Gauges, index_metrics
@@ -21,6 +24,7 @@ from ragjax.training.live import Freshness
 
 EXAMPLE = ROOT / "docs" / "plain_jax_refresh.py"
 PAGE = (ROOT / "docs" / "refresh.rst").read_text("utf-8")
+MANIFEST = yaml.safe_load((ROOT / "docs" / "encode-job.yaml").read_text("utf-8"))
 INDEX_NAMES = {"IndexSnapshot", "SearchResult", "make_jit_search", "JitSearchResult"}
 # Runs the example and tells, step by step, whether the parameters of the step before are gone.
 WATCH = """
@@ -129,6 +133,33 @@ def test_the_commands_are_those_of_the_worker_script():
     said = re.search(r"    python experiments/adapt.py.*?(?=\n\n)", script, re.DOTALL)
     commands = [found[0].replace("$ ", "").split() for found in (block, said)]
     assert commands[0] == commands[1] and "--refresh.workers" in commands[0]
+
+
+def commands():
+    """The flags of each command for `experiments/encode.py`, on the page and in its manifest."""
+    found = re.findall(r"python experiments/encode\.py ([^\n\"]+)", PAGE)
+    (container,) = MANIFEST["spec"]["template"]["spec"]["containers"]
+    return [*map(shlex.split, found), container["command"][2:]]
+
+
+@pytest.mark.parametrize("flags", commands(), ids=" ".join)
+def test_each_command_has_flags_of_the_script(flags):
+    script = load_script("experiments/encode.py")
+    script._check(tyro.cli(script.Flags, args=flags))
+
+
+def test_the_manifest_is_a_job_whose_pods_know_their_share():
+    """As the API server checks it, where its schemas are installed; and as the script reads it."""
+    spec = MANIFEST["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    pod = {variable["name"]: variable["value"] for variable in container["env"]}
+    last = pod | {"JOB_COMPLETION_INDEX": str(spec["completions"] - 1)}
+    assert (
+        spec["completionMode"] == "Indexed" and spec["template"]["spec"]["restartPolicy"] == "Never"
+    )
+    assert refresh.find_share(environ=last) == (spec["completions"] - 1, spec["completions"])
+    validate = pytest.importorskip("kubernetes_validate")
+    validate.validate(MANIFEST, validate.latest_version(), strict=True)
 
 
 @pytest.fixture

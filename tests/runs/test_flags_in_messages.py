@@ -14,7 +14,7 @@ CONFIGS = {"adapt": AdaptConfig(), "train_rag": RagConfig(), "evaluate": Evaluat
 COMMON = {field for field in program.Flags.__dataclass_fields__ if field != "options"}
 FLAGS = {name: program.flag_names(config) | COMMON for name, config in CONFIGS.items()} | {
     name: program.flag_names(load_script(f"experiments/{name}.py").Flags)
-    for name in ("ask", "export", "refresh_worker", "verify_index")
+    for name in ("ask", "encode", "export", "refresh_worker", "verify_index")
 }
 FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
 FLAGS["train_rag"] |= {"documents", "retrieval"}
