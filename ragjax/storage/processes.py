@@ -35,7 +35,8 @@ _ENDING = 20
 _LAST = 2
 _MOST_BYTES = 4096  # of what one process tells the others
 # What each process has of its own, or all of them in common, in the folder of a run.
-_NOT_COPIED = ("run.lock", "refresh.lock", "checkpoints", "process-*")
+SHARES = "shares"
+_NOT_COPIED = ("run.lock", "refresh.lock", "checkpoints", "process-*", SHARES)
 
 
 def start(distributed: str) -> None:

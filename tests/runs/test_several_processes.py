@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from conftest import FLAGS, RAG_FLAGS
 from programs import environment
+from refresh_tasks import file_bytes, make_params, make_task
 
+from ragjax.index import EmbeddingStore
+from ragjax.refresh import encode_corpus
 from ragjax.runs import AdaptConfig, RagConfig
 from ragjax.runs import models as run_models
 from ragjax.storage import processes
@@ -185,6 +188,39 @@ def test_processes_agree_and_save_what_one_reads(start, tmp_path):
     back = Checkpointer(folder / "checkpoints" / "stage").latest_good(template)
     assert back.step == 2
     np.testing.assert_array_equal(back.state["kernel"], np.arange(64.0).reshape(8, 8) + 1)
+
+
+SHARING = """
+import sys, jax, numpy as np
+from pathlib import Path
+from refresh_tasks import DOCUMENTS, make_params, make_request, make_task
+from ragjax.refresh import ThreadExecutor
+from ragjax.storage import processes
+processes.start("auto")
+here, folder, read = jax.process_index(), Path(sys.argv[1]), []
+task = make_task(tokenize=lambda documents: read.extend(documents) or documents)
+executor = ThreadExecutor(jax.local_devices(), shared=folder / "shares")
+for step in range(2):
+    read.clear()
+    request = make_request(folder / f"store-{step}-{here}", task, make_params(step), step=step)
+    executor.encode(task, request)
+    assert read == [d for shard in range(here, 24, 2) for d in DOCUMENTS[5 * shard:][:5]], read
+    processes.meet()
+processes.leave(0, together=True)
+"""
+
+
+def test_processes_divide_a_corpus_and_have_the_same_store(start, tmp_path):
+    codes, said = ended(start(SHARING, str(tmp_path)))
+    assert codes == [0, 0], said
+    task = make_task()
+    for step in range(2):
+        first, second = (file_bytes(tmp_path / f"store-{step}-{here}") for here in range(2))
+        store = EmbeddingStore.open(tmp_path / f"store-{step}-0")
+        expected = encode_corpus(task, make_params(step))
+        np.testing.assert_allclose(store.read(), expected, atol=1e-6)
+        assert first == second
+    assert len(list((tmp_path / "shares").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from ragjax.runs.options.refresh import RefreshConfig
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.trainable import SplitTowers
 from ragjax.runs.workspace import Workspace
-from ragjax.storage.processes import several
+from ragjax.storage.processes import SHARES, several
 from ragjax.training.live import LiveRetrieval, refresh_trigger
 from ragjax.training.lsr import towers
 
@@ -150,5 +150,11 @@ def _executor(workspace: Workspace, folder: Path) -> refresh.Executor:
         return refresh.ProcessExecutor(folder)
     if not config.devices:
         # No program of the background may wait for another process.
-        return refresh.ThreadExecutor(workspace.layout.devices if several() else None)
-    return refresh.ThreadExecutor(jax.local_devices()[-config.devices :])
+        devices = workspace.layout.devices if several() else None
+        return refresh.ThreadExecutor(devices, shared=_shared(workspace))
+    return refresh.ThreadExecutor(jax.local_devices()[-config.devices :], shared=_shared(workspace))
+
+
+def _shared(workspace: Workspace) -> Path:
+    """Returns where the processes of a run encode together; each has a folder of its own beside."""
+    return Path(workspace.config.output) / "refresh" / SHARES
