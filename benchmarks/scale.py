@@ -103,15 +103,14 @@ def format_table(found: dict[str, Any], forecast: int) -> str:
     lines = []
     for call in ("first", "again"):
         lines.append(f"\n{'first time' if call == 'first' else 'again, in another process'}")
-        heads = [f"{size:>12,}" for size in sizes] + ["  exponent", f"{forecast:>14,}"]
+        heads = [f"{size:>15,}" for size in sizes] + ["  exponent", f"{forecast:>14,}"]
         lines.append(f"{'seconds (MiB)':<22}" + "".join(heads))
         for stage in found[str(sizes[0])][call]:
             cells = [found[str(size)][call][stage] for size in sizes]
             seconds = [cell["seconds"] for cell in cells]
             slope = exponent(sizes, seconds)
             row = [
-                f"{s:>6.1f} ({c['mib']:>4,.0f})"[:13].rjust(12)
-                for s, c in zip(seconds, cells, strict=True)
+                f"{s:.1f} ({c['mib']:,.0f})".rjust(15) for s, c in zip(seconds, cells, strict=True)
             ]
             future = seconds[-1] * (forecast / sizes[-1]) ** max(slope, 0)
             row += [f"{slope:>10.2f}", f"{future / 60:>10,.0f} min"]

@@ -5,7 +5,7 @@
 
 Rank and world come from SLURM arrays, `srun`, Kubernetes indexed jobs (with WORLD_SIZE), or RANK
 and WORLD_SIZE; with none of them one process encodes all. Nothing waits: the process that finishes
-last publishes STORE, which `ragjax.index.EmbeddingStore.open` reads. Start one that was killed
+last publishes STORE, which `adapt.py --embeddings STORE` and others read. Start one that was killed
 again with its number; finished shards are kept. One with another corpus or encoder is refused with
 code 2.
 """
@@ -22,12 +22,14 @@ import tyro
 
 from ragjax.data import Corpus
 from ragjax.data.fields import parse_fields
+from ragjax.index.objects import is_url
 from ragjax.models.encoder import TextEncoder
 from ragjax.refresh import (
     EncodeProgress,
     EncodeRequest,
     IncompleteError,
     encode_share,
+    encode_share_to_objects,
     find_share,
     tqdm_progress,
 )  # fmt: skip
@@ -49,7 +51,8 @@ class Flags:
     """Encode a corpus on many machines.
 
     Attributes:
-        output: Folder of the embeddings, which all processes see.
+        output: Folder of the embeddings, which all processes see, or a place in an object store:
+            `s3://bucket/path` (`AWS_ENDPOINT_URL` names another server) or `gs://bucket/path`.
         run: Folder of a run, whose trained encoder encodes its corpus.
         encoder: Encoder of documents, without a run: folder, hub id, or `pip:NAME==VERSION`.
         data: Folder with `corpus.jsonl`; empty: that of the run.
@@ -67,7 +70,7 @@ class Flags:
         debug: Show tracebacks.
     """
 
-    output: Path
+    output: str
     run: str = ""
     encoder: str = ""
     data: str = ""
@@ -133,14 +136,17 @@ def _run(flags: Flags) -> int:
             stop.check()
 
         request = EncodeRequest(
-            encoder.params, 0, flags.output, spec, None, progress, threading.Event()
+            encoder.params, 0, Path(flags.output), spec, None, progress, threading.Event()
         )
         try:
-            store = encode_share(task, request, share)
+            if is_url(flags.output):
+                encode_share_to_objects(task, request, share, flags.output)
+            else:
+                encode_share(task, request, share)
         except IncompleteError as others:
             print(f"{share} has done its part; {others}")
         else:
-            print(f"{store.folder}: {spec.size:,} embeddings of {spec.dim} dimensions")
+            print(f"{flags.output}: {spec.size:,} embeddings of {spec.dim} dimensions")
     return 0
 
 

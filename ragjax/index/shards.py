@@ -137,7 +137,7 @@ class ShardWriter:
             FileNotFoundError: The store was published or removed meanwhile.
             DiskFullError: There is no room; nothing of the shard is left.
         """
-        array = self._checked(shard, embeddings)
+        array = checked_shard(self.spec, shard, embeddings)
         path = self._building / shard_name(shard)
         partial = self._partials / storage.unique_name(path.name)
         try:
@@ -153,21 +153,6 @@ class ShardWriter:
                         return self._finished(shard, found)
         finally:
             partial.unlink(missing_ok=True)
-
-    def _checked(self, shard: int, embeddings: ArrayLike) -> NDArray[np.floating]:
-        """Returns the embeddings of a shard as they are stored."""
-        if not 0 <= shard < self.spec.num_shards:
-            raise ValueError(f"There is no shard {shard} of {self.spec.num_shards}")
-        rows = self.rows(shard)
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(embeddings, dtype=self.spec.dtype)
-        if array.shape != (len(rows), self.spec.dim):
-            raise ValueError(
-                f"Shard {shard} must be {(len(rows), self.spec.dim)} [rows, size], got "
-                f"{array.shape}"
-            )
-        base.check_embeddings(array, name=f"embeddings in shard {shard}", rows=rows)
-        return array
 
     def _adopt(self, shard: int, digest: str) -> str | None:
         """Returns the digest of the shard that is there already, with its note; None: damaged."""
@@ -311,6 +296,21 @@ class EmbeddingWriter(ShardWriter):
         for path in self._target.parent.iterdir():
             if path.name.startswith(f"{self._target.name}.discarded."):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def checked_shard(spec: StoreSpec, shard: int, embeddings: ArrayLike) -> NDArray[np.floating]:
+    """Returns the embeddings of a shard as they are stored; raises as `ShardWriter.write`."""
+    if not 0 <= shard < spec.num_shards:
+        raise ValueError(f"There is no shard {shard} of {spec.num_shards}")
+    rows = spec.rows(shard)
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(embeddings, dtype=spec.dtype)
+    if array.shape != (len(rows), spec.dim):
+        raise ValueError(
+            f"Shard {shard} must be {(len(rows), spec.dim)} [rows, size], got {array.shape}"
+        )
+    base.check_embeddings(array, name=f"embeddings in shard {shard}", rows=rows)
+    return array
 
 
 def _building_folder(target: Path) -> Path:

@@ -38,6 +38,7 @@ from ragjax.refresh.refresher import Refresher as Refresher
 from ragjax.refresh.shares import IncompleteError as IncompleteError
 from ragjax.refresh.shares import Share as Share
 from ragjax.refresh.shares import encode_share as encode_share
+from ragjax.refresh.shares import encode_share_to_objects as encode_share_to_objects
 from ragjax.refresh.shares import find_share as find_share
 from ragjax.refresh.snapshot import load_snapshot as load_snapshot
 from ragjax.refresh.task import EncodeProgress as EncodeProgress

@@ -23,7 +23,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from ragjax.index import base, shards, store
+from ragjax.index import base, objects, shards, store
 from ragjax.refresh.batches import Batch, EncodeOptions, PaddedWindow, prepare_window
 from ragjax.refresh.task import (
     Cancelled,
@@ -145,7 +145,7 @@ def encode_to_store(
 def encode_shards(
     task: EncodeTask,
     params: Any,
-    writer: shards.ShardWriter,
+    writer: shards.ShardWriter | objects.ObjectWriter,
     numbers: Sequence[int],
     *,
     rows: DocRows | None = None,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ragjax.index import EmbeddingStore, EmbeddingWriter, ShardWriter
+from ragjax.index.objects import ObjectWriter
 from ragjax.index.shards import publisher_of
 from ragjax.refresh.encode import encode_shards, encode_to_store
 from ragjax.refresh.task import EncodeProgress, EncodeRequest, EncodeTask, OnProgress
@@ -154,7 +155,42 @@ def encode_share(
     return encode_to_store(task, request.params, writer, progress=request.progress, **options)
 
 
-def _of_this_process(report: OnProgress, writer: ShardWriter, shards: Sequence[int]) -> OnProgress:
+def encode_share_to_objects(
+    task: EncodeTask,
+    request: EncodeRequest,
+    share: Share,
+    url: str,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> None:
+    """Does what `encode_share` does in an object store; `fetch_store` copies the result.
+
+    Args:
+        task: As in `encode_share`, like all but the following.
+        request: As in `encode_share`; its folder does not count.
+        share: As in `encode_share`.
+        url: Where the embeddings will lie, see `ragjax.index.objects`.
+        devices: As in `encode_corpus`.
+
+    Raises:
+        IncompleteError: Shards of others are missing.
+        Cancelled: `request.cancelled` was set.
+        ValueError: As `encode_share`, or the object store cannot be used.
+    """
+    writer = ObjectWriter.join(url, request.spec)
+    if mine := share.of(writer.missing()):
+        encode_shards(
+            task, request.params, writer, mine, rows=request.rows, devices=devices,
+            progress=_of_this_process(request.progress, writer, mine), cancelled=request.cancelled,
+        )  # fmt: skip
+    if left := writer.missing():
+        raise IncompleteError(_missing(left, request.spec.num_shards, share))
+    writer.publish()
+
+
+def _of_this_process(
+    report: OnProgress, writer: ShardWriter | ObjectWriter, shards: Sequence[int]
+) -> OnProgress:
     """Returns a callback that counts the documents of some shards only."""
     total = sum(len(writer.rows(shard)) for shard in shards)
     others = writer.spec.size - total

@@ -27,7 +27,9 @@ from ragjax.index import (
     StoredEmbeddings,
     choose_dense_weight,
     choose_index,
+    fetch_store,
 )
+from ragjax.index.objects import is_url, published
 from ragjax.index.store import MANIFEST
 from ragjax.refresh import (
     BuildOptions,
@@ -284,6 +286,8 @@ def _encode_corpus(
         if store is not None:
             return EmbeddingStore.open(folder, verified=True, **wanted, settings=spec.settings)
         shutil.rmtree(folder)
+    if workspace.config.embeddings and folder.name == "0":
+        return _given(workspace.config.embeddings, {**wanted, **spec.settings}, folder)
     for other in earlier:
         store = _open_whole(other, workspace)
         if store is None or store.spec.differences({**wanted, **spec.settings}):
@@ -304,6 +308,23 @@ def _encode_corpus(
         shutil.rmtree(folder.with_name(f"{folder.name}.building"))
         writer = EmbeddingWriter.open(folder, spec)
     return encode_to_store(workspace.task, params, writer, progress=progress)
+
+
+def _given(place: str, wanted: Mapping[str, Any], folder: Path) -> EmbeddingStore:
+    """Opens the embeddings that the user has made elsewhere, of an object store as a copy.
+
+    Raises:
+        ValueError: They are of another encoder or corpus.
+        FileNotFoundError: There are none.
+    """
+    store = None if is_url(place) else EmbeddingStore.open(place)
+    spec = published(place) if store is None else store.spec
+    if spec is not None and (problem := spec.differences(wanted)):
+        raise ValueError(
+            f"embeddings {place}: not those of this encoder and corpus ({problem}); make them"
+            " with the same options by experiments/encode.py, or leave the flag out"
+        )
+    return fetch_store(place, folder) if store is None else store
 
 
 def _open_whole(folder: Path, workspace: Workspace) -> EmbeddingStore | None:

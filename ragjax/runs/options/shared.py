@@ -17,7 +17,7 @@ from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 
 # Of the machine: a run may be continued with other values, and its config.json has none of them.
-OF_MACHINE = ("checkpoint_minutes", "devices", "distributed", "fsdp", "parallel")
+OF_MACHINE = ("checkpoint_minutes", "devices", "distributed", "embeddings", "fsdp", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +254,9 @@ class RunConfig(Options):
             on; 0: each step is saved before the next. A stopped run saves its last step, too.
         index: Kind of the dense index, refreshed or not: `exact`, `scann`, which is built in a
             process of its own, or `auto`: exact while it fits, by size, memory and platform.
+        embeddings: Embeddings of the documents by the encoder as it is, which
+            `experiments/encode.py` wrote: a folder, or a place in an object store; empty: they are
+            made here.
         devices: Devices that compute, in every stage; 0: all of them, less those of
             `refresh.devices`.
         fsdp: Devices that have an equal part of each parameter and of the optimizer's state (FSDP);
@@ -292,6 +295,7 @@ class RunConfig(Options):
     dev_fraction: float = 0.2
     checkpoint_minutes: float = 2.0
     index: IndexKind = "auto"
+    embeddings: str = ""
     devices: int = 0
     fsdp: int = 0
     parallel: Literal["mesh", "pmap"] = "mesh"
