@@ -35,7 +35,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -382,11 +382,13 @@ def write_other_answers(source: Path, donor: Path, folder: Path, seed: int) -> N
     dealt = {q.id: pool[i % len(pool)] for q, i in zip(
         own.questions["train"], rng.permutation(len(own.questions["train"])), strict=True
     )}  # fmt: skip
-    rows: Mapping[str, Any] = {q.id: q for split in own.questions.values() for q in split}
+    rows = {q.id: (q, split) for split, asked in own.questions.items() for q in asked}
     with open(folder / "queries.jsonl", "w", encoding="utf-8") as file:
-        for id, question in rows.items():
+        for id, (question, split) in rows.items():
             answers = dealt.get(id, list(question.answers))
-            row = {"_id": id, "text": question.text, "metadata": {"answers": answers}}
+            made_from = {} if question.source is None else {"doc": question.source}
+            metadata = {"answers": answers, "split": split, **made_from}
+            row = {"_id": id, "text": question.text, "metadata": metadata}
             file.write(json.dumps(row) + "\n")
 
 
