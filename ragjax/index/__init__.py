@@ -18,6 +18,7 @@ from ragjax.index.hybrid import DenseWeight as DenseWeight
 from ragjax.index.hybrid import HybridIndex as HybridIndex
 from ragjax.index.hybrid import HybridQueries as HybridQueries
 from ragjax.index.hybrid import choose_dense_weight as choose_dense_weight
+from ragjax.index.hybrid import choose_near_usual as choose_near_usual
 from ragjax.index.objects import ObjectWriter as ObjectWriter
 from ragjax.index.objects import fetch_store as fetch_store
 from ragjax.index.recall import recall_against_exact as recall_against_exact

@@ -167,12 +167,27 @@ def choose_dense_weight(
             best, _ = _fuse(doc_ids, dense_z, lexical_z, weight, 10)
             ranks = np.flatnonzero(np.isin(best, list(gold)))
             reciprocal_ranks[row, column] = 1 / (1 + ranks[0]) if ranks.size else 0.0
-    mrr = reciprocal_ranks.mean(axis=0)
-    missing = reciprocal_ranks[:, [mrr.argmax()]] - reciprocal_ranks
+    distances = [abs(weight - USUAL_WEIGHT) for weight in grid]
+    chosen, mrr = choose_near_usual(reciprocal_ranks, distances), reciprocal_ranks.mean(axis=0)
+    return DenseWeight(weight=grid[chosen], grid=tuple(grid), mrr=tuple(mrr.tolist()))
+
+
+def choose_near_usual(figures: NDArray[np.floating], distances: Sequence[float]) -> int:
+    """Chooses a setting where the best one on few questions is mostly luck.
+
+    Args:
+        figures: `[Q, C]` of each question with each of C settings, higher is better.
+        distances: Of the C settings from the usual one.
+
+    Returns:
+        Of the settings that are not worse than the best by more than half a standard error of the
+        paired difference, the number of the one nearest to the usual one.
+    """
+    means = figures.mean(axis=0)
+    missing = figures[:, [means.argmax()]] - figures
     noise = missing.std(axis=0, ddof=min(1, len(missing) - 1)) / np.sqrt(len(missing))
     good = np.flatnonzero(missing.mean(axis=0) <= _NOISE * noise).tolist()
-    chosen = min(good, key=lambda i: (abs(grid[i] - USUAL_WEIGHT), -mrr[i]))
-    return DenseWeight(weight=grid[chosen], grid=tuple(grid), mrr=tuple(mrr.tolist()))
+    return min(good, key=lambda i: (distances[i], -means[i]))
 
 
 def _check_weight(weight: float) -> None:

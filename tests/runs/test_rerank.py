@@ -139,6 +139,30 @@ def test_the_weight_stays_zero_where_it_does_not_help(here):
     assert fit_reranker(none, knows, found.take(np.zeros(0, int)), depth=3).weight == 0
 
 
+def test_where_it_was_asked_for_dev_must_speak_against_it(here):
+    """One question of many gains: noise, for which nobody is made to wait who did not ask."""
+    found = placed_second(here)
+    count = len(found.doc_ids)
+
+    def scorer(*, gains, loses):
+        def scores(questions, top):
+            first, last = np.float32([1, 0, 0]), np.float32([0, 1, 0])
+            rows = [last] * gains + [first] * (count - gains)
+            return np.stack(rows) if not loses else np.stack([np.float32([0, -1, 1])] * count)
+
+        return scorer_of(scores)
+
+    one = scorer(gains=1, loses=False)
+    assert fit_reranker(here, one, found, depth=3).weight == 0
+    assert fit_reranker(here, one, found, depth=3, asked=True).weight == 2.0
+    most = scorer(gains=count, loses=False)
+    assert fit_reranker(here, most, found, depth=3, asked=True).weight == 2.0
+    wrong = scorer(gains=0, loses=True)
+    assert fit_reranker(here, wrong, found, depth=3, asked=True).weight == 0
+    idle = scorer_of(lambda questions, top: np.zeros((len(questions), 3), np.float32))
+    assert fit_reranker(here, idle, found, depth=3, asked=True).weight == 0
+
+
 def test_questions_that_a_language_model_wrote_do_not_judge_it(here):
     corpus, found = here.dataset.corpus, placed_second(here)
     written = tuple(
@@ -244,7 +268,7 @@ def test_a_search_ranks_again_as_asked_or_as_the_run_chose(system, tmp_path):
         assert reranked_search(system, by_hybrid, name, log=lines.append) is by_hybrid
     assert not lines
     by_model = reranked_search(system, by_hybrid, model, depth=20, log=lines.append)
-    assert "the best 20 documents" in lines[0] and "weight 1 (not chosen on dev)" in lines[0]
+    assert "the best 20 documents" in lines[0] and "weight 0.5 (not chosen on dev)" in lines[0]
     again = retrieve(system, ["the red owl"], 3, by=by_model).found
     assert again.mask.shape == (1, 3) == found.mask.shape
     best = retrieve(system, ["the red owl"], 20, by=by_hybrid).found

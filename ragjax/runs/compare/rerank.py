@@ -7,6 +7,7 @@ cross-encoder its logit in place of that. α counts in units of the search's own
 a hybrid, scaled cosines of a dense one) and is chosen on dev. Q questions, K documents.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from ragjax.data import Question
-from ragjax.index import Bm25Index, SearchResult
+from ragjax.index import Bm25Index, SearchResult, choose_near_usual
 from ragjax.index.base import empty_result
 from ragjax.losses import log_prob_per_token, rerank_log_probs
 from ragjax.models.cross_encoder import load_cross_encoder
@@ -36,8 +37,9 @@ AUTO, NONE = "auto", "none"
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Values of α that are tried on dev; with 0 nothing is re-ranked."""
 DEFAULT_DEPTH = 10
-DEFAULT_WEIGHT = 1.0
+DEFAULT_WEIGHT = 0.5
 """α where there is no dev question to choose it on, and re-ranking was asked for."""
+_DISTANCES = tuple(abs(math.log2(w / DEFAULT_WEIGHT)) if w else math.inf for w in WEIGHTS)
 _TIMED = 2
 # Documents whose scores are cosines.
 _DENSE = ("before", "after")
@@ -158,9 +160,8 @@ def reranked(
 
 def chosen_name(asked: str) -> str:
     """Returns what re-ranks where `auto` was asked for: the question, but nothing on a CPU."""
-    if asked != AUTO:
-        return asked
-    return NONE if jax.default_backend() == "cpu" else QUESTION
+    of_auto = NONE if jax.default_backend() == "cpu" else QUESTION
+    return of_auto if asked == AUTO else asked
 
 
 def check_reranker(asked: str, flag: str) -> None:
@@ -263,6 +264,7 @@ def fit_to_run(
     Returns:
         None where nothing is ranked again, as asked or as dev says.
     """
+    asked = name != AUTO
     if (name := chosen_name(name)) == NONE:
         return None
     with workspace.timed("re-rank"):
@@ -273,7 +275,9 @@ def fit_to_run(
             found = documents[served].found
         scorer = make_scorer(workspace, name, lm, folder=workspace.folder, earlier=earlier)
         scale = workspace.scale if served in _DENSE else 1.0
-        reranker = fit_reranker(workspace, scorer, found, depth=depth, prior_scale=scale)
+        reranker = fit_reranker(
+            workspace, scorer, found, depth=depth, prior_scale=scale, asked=asked
+        )
     return reranker if reranker.weight else None
 
 
@@ -284,8 +288,12 @@ def fit_reranker(
     *,
     depth: int,
     prior_scale: float = 1.0,
+    asked: bool = False,
 ) -> Reranker:
     """Chooses α on the dev questions, writes `rerank.json` and says so.
+
+    Where it was asked for, it is done unless dev speaks against it; else only where it is better
+    on dev by more than noise, see `choose`.
 
     Args:
         workspace: Dev questions, their truth, and the folder.
@@ -293,6 +301,7 @@ def fit_reranker(
         found: `[Q, K]` what is served for the dev questions, K at least 10.
         depth: Documents of a question that are ranked again.
         prior_scale: Factor of the scores of `found`.
+        asked: Whether somebody asked for it.
     """
     rows = _judging(workspace, scorer)
     # Nothing is read that cannot choose.
@@ -308,12 +317,15 @@ def fit_reranker(
             ranking_figure(reranked(found, scores, weight, prior_scale=prior_scale), relevant)
             for weight in WEIGHTS
         ]
-    weight = WEIGHTS[choose(figures)] if figures else 0.0
-    before = Chosen.read(workspace.folder)
-    if before and (before.fingerprint, before.depth) == (scorer.fingerprint, depth):
-        milliseconds = before.milliseconds  # of an earlier life
-    else:
-        milliseconds = _timed(scorer, questions, found.top(depth))
+    weight = 0.0
+    if figures and asked:
+        near = choose_near_usual(np.stack(figures, axis=1), _DISTANCES)
+        weight = WEIGHTS[near] if figures[near].mean() > figures[0].mean() else 0.0
+    elif figures:
+        weight = WEIGHTS[choose(figures)]
+    before = Chosen.read(workspace.folder)  # of an earlier life
+    same = before and (before.fingerprint, before.depth) == (scorer.fingerprint, depth)
+    took = before.milliseconds if before and same else _timed(scorer, questions, found.top(depth))
     chosen = Chosen(
         name=scorer.name,
         fingerprint=scorer.fingerprint,
@@ -324,7 +336,7 @@ def fit_reranker(
             f"{tried:g}": round(float(figure.mean()), 6)
             for tried, figure in zip(WEIGHTS, figures, strict=False)
         },
-        milliseconds=milliseconds,
+        milliseconds=took,
     )
     write_json(workspace.folder / RERANK, chosen._asdict())
     workspace.note(describe(chosen))
