@@ -42,6 +42,7 @@ OWNERS = {
     "_thread": "refresh",
     "concurrent": "refresh",
     "multiprocessing": "refresh",
+    "ray": "refresh",
     "subprocess": "refresh",
     "threading": "refresh",
 }

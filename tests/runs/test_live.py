@@ -8,7 +8,7 @@ from contextlib import closing
 import jax
 import numpy as np
 import pytest
-from programs import load_script, send_at, start
+from programs import environment, load_script, send_at, start
 
 from ragjax.index import IndexSnapshot, SearchResult
 from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor, live_embeddings
@@ -74,6 +74,23 @@ def train(workspace, params=None):
         trained = train_retriever(workspace, config, 0, params, live.at, live.retrieval)
     lines = (workspace.folder / "metrics.jsonl").read_text().splitlines()
     return trained, [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_actors_of_ray_encode_and_the_run_is_the_same_to_the_bit(make, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in (environment() | {"RAY_worker_niceness": "0"}).items():
+        monkeypatch.setenv(name, value)
+    options = {"mode": "async", "every": "2", "adopt_after": 1}
+    results = [
+        train(make(dispatch, DPR, **options, dispatch=dispatch)[0])
+        for dispatch in ("static", "ray")
+    ]
+    assert equal(*(towers for towers, _ in results))
+    here, there = (steps_of_index(rows) for _, rows in results)
+    assert here == there == [0, 0, 0, 2, 2, 4, 4, 6, 6]
 
 
 def steps_of_index(rows):
@@ -339,7 +356,10 @@ def test_more_devices_than_there_are_is_refused(make):
         ({}, {"partial": 1.5}, "partial must be between 0 and 1"),
         ({}, {"partial": 0.5, "adopt_after": 3, "mode": "async"}, "leave one of them out"),
         ({}, {"keep": 2}, "keep must be at least 3"),
-        ({}, {"devices": 1, "workers": True}, "give devices or workers"),
+        ({}, {"devices": 1, "workers": True}, "devices are of this process, and others encode"),
+        ({}, {"devices": 1, "dispatch": "ray"}, "devices are of this process, and others encode"),
+        ({}, {"workers": True, "dispatch": "ray"}, "give dispatch or workers"),
+        ({}, {"mode": "frozen", "dispatch": "ray"}, "refresh.dispatch='ray' does nothing"),
         ({}, {"every": "often", "mode": "async"}, "often"),
     ],
 )

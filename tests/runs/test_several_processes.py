@@ -300,6 +300,7 @@ def test_an_error_of_one_process_ends_it_with_its_code_and_the_others_soon(start
         ("--parallel pmap", AdaptConfig(parallel="pmap")),
         ("--training.retrieval callback", {"training": {"retrieval": "callback"}}),
         ("--refresh.workers", {"refresh": {"workers": True}}),
+        ("--refresh.dispatch ray", {"refresh": {"dispatch": "ray"}}),
     ],
 )
 def test_what_one_process_does_alone_is_refused_of_several(monkeypatch, flag, config):

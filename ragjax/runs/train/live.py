@@ -5,6 +5,7 @@ Q questions, B of them a step, K candidates, N documents, D embedding size.
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ def check_machine(config: RunConfig) -> None:
             f"--refresh.devices {kept}: there are {count} local devices and training"
             " needs one; use 0 to encode beside training"
         )
+    if config.refresh.dispatch == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError("--refresh.dispatch ray: Ray is not installed: pip install 'ragjax[ray]'")
     if config.index == "scann" and (problem := scann_problem()):
         raise ValueError(f"--index scann: {problem}")
 
@@ -146,6 +149,8 @@ def check_machine(config: RunConfig) -> None:
 def _executor(workspace: Workspace, folder: Path) -> refresh.Executor:
     config = workspace.config.refresh
     check_machine(workspace.config)
+    if config.dispatch == "ray":
+        return refresh.RayExecutor(report=workspace.log)
     if config.workers:
         return refresh.ProcessExecutor(folder)
     if not config.devices:
