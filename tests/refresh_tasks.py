@@ -1,18 +1,14 @@
-"""A tiny corpus and encoder that trainer and worker processes of the tests share."""
+"""A tiny corpus and encoder that the processes of the tests share."""
 
-import contextlib
-import subprocess
-import sys
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from programs import environment
 
 from ragjax.index import EmbeddingWriter
-from ragjax.refresh import EncodeOptions, WorkerOptions, encode_to_store, run_worker
+from ragjax.refresh import EncodeOptions, encode_to_store
 from ragjax.refresh.task import EncodeRequest, EncodeTask, params_digest
 
 DOCUMENTS = [[1 + (7 * row + place) % 48 for place in range(1 + row % 9)] for row in range(120)]
@@ -81,73 +77,13 @@ def make_request(folder, task, params, *, rows=None, step=0, cancelled=None, pro
 
 
 def encode_here(folder, task, request):
-    """The same encoding in one process, without workers."""
+    """The same encoding in one process."""
     writer = EmbeddingWriter.open(folder, request.spec)
     return encode_to_store(task, request.params, writer, rows=request.rows)
 
 
 def file_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class WorkerThread:
-    """`run_worker` in a thread of the test; `error` is what it raised."""
-
-    def __init__(self, root, task, template=None, **options):
-        self.lines, self.error, self.num_shards = [], None, None
-        self._stop = threading.Event()
-        options = {"poll_seconds": 0.05, "heartbeat_seconds": 0.05} | options
-        self._arguments = (root, task, template if template is not None else make_params())
-        self._options = WorkerOptions(**options)
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self):
-        try:
-            self.num_shards = run_worker(
-                *self._arguments,
-                stop=self._stop.is_set,
-                options=self._options,
-                report=self.lines.append,
-            )
-        except Exception as error:
-            self.error = error
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
-
-
-_SCRIPT = """
-import sys
-from refresh_tasks import make_params, make_task
-from ragjax.refresh import WorkerOptions, run_worker
-from ragjax.training.loop import graceful_stop
-with graceful_stop() as stop:
-    run_worker(sys.argv[1], make_task(seconds_per_shard=float(sys.argv[2])), make_params(),
-               stop=lambda: stop.signum is not None,
-               options=WorkerOptions(poll_seconds=0.05, heartbeat_seconds=0.05))
-sys.exit(0 if stop.signum is None else 128 + stop.signum)
-"""
-
-
-@contextlib.contextmanager
-def worker_processes(root, count, *, seconds_per_shard):
-    """Starts workers, waits until each shows a sign of life, and ends those still there."""
-    command = [sys.executable, "-c", _SCRIPT, str(root), str(seconds_per_shard)]
-    child = environment()
-    running = [subprocess.Popen(command, env=child) for _ in range(count)]
-    try:
-        wait_for(lambda: len(list((root / "workers").glob("*.json"))) >= count, seconds=60)
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
 
 
 def wait_for(condition, *, seconds=60.0):

@@ -56,7 +56,4 @@ from ragjax.refresh.triggers import StepRanges as StepRanges
 from ragjax.refresh.triggers import Trigger as Trigger
 from ragjax.refresh.triggers import TriggerContext as TriggerContext
 from ragjax.refresh.triggers import parse_trigger as parse_trigger
-from ragjax.refresh.workers.processes import ProcessExecutor as ProcessExecutor
 from ragjax.refresh.workers.ray_executor import RayExecutor as RayExecutor
-from ragjax.refresh.workers.worker import WorkerOptions as WorkerOptions
-from ragjax.refresh.workers.worker import run_worker as run_worker

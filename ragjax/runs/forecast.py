@@ -351,7 +351,7 @@ def _refreshes(texts: Texts, steps: int, step_seconds: float, free_bytes: int) -
         kept_generations=config.keep,
         bytes_per_value=4.0 if kind == "exact" else 8.5,
         parameter_bytes=_tree_bytes(workspace.encoder.params),
-        shared_device=not (config.devices or config.workers or config.dispatch == "ray"),
+        shared_device=not (config.devices or config.dispatch == "ray"),
         free_bytes=free_bytes,
     )
     return forecast_refresh(work)

@@ -82,7 +82,6 @@ def _check_processes(config: RunConfig, count: int) -> None:
     for given, flag, remedy in (
         (config.devices, "devices", "all of them have devices of their own, and all take part"),
         (config.parallel == "pmap", "parallel pmap", "take the mesh"),
-        (config.refresh.workers, "refresh.workers", "each encodes on its own devices"),
         (config.refresh.dispatch == "ray", "refresh.dispatch ray", "each encodes its share"),
         (
             getattr(training, "retrieval", "host") == "callback",

@@ -35,7 +35,7 @@ _MANY_DOCUMENTS = 100_000
 def corpus_task(encoder: TextEncoder, corpus: Corpus, *, encode_tokens: int) -> EncodeTask:
     """Returns the task of encoding a corpus with an encoder, whatever its parameters become.
 
-    A trainer and its worker processes must agree on it.
+    Processes that encode the same corpus must agree on it.
 
     Args:
         encoder: The base encoder; its fingerprint identifies the initial parameters.

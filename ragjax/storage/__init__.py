@@ -4,8 +4,6 @@ from ragjax.storage.compiled import cache_folder as cache_folder
 from ragjax.storage.compiled import compiled_folder as compiled_folder
 from ragjax.storage.compiled import keep_compiled as keep_compiled
 from ragjax.storage.files import DiskFullError as DiskFullError
-from ragjax.storage.files import change_in_place as change_in_place
-from ragjax.storage.files import create_file as create_file
 from ragjax.storage.files import link_first as link_first
 from ragjax.storage.files import link_or_copy as link_or_copy
 from ragjax.storage.files import named_if_full as named_if_full

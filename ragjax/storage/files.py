@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,47 +137,6 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
         # Not np.save: a full disk reaches us as an error without a number from there.
         file.write(header.getbuffer())
         file.write(array.data)
-
-
-def create_file(path: Path, content: bytes) -> None:
-    """Writes a small file that is not there yet.
-
-    Raises:
-        FileExistsError: The name is taken.
-        DiskFullError: There is no room; nothing is left.
-    """
-    with named_if_full(path, len(content)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            os.write(descriptor, content)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
-
-
-def change_in_place(path: Path, change: Callable[[bytes], bytes | None]) -> bool:
-    """Writes over a small file that is not a link, keeping the file itself.
-
-    Args:
-        path: The file.
-        change: Returns the new content, of the old one's length; None: leave it.
-
-    Returns:
-        True = it was changed.
-
-    Raises:
-        FileNotFoundError: No such file.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        content = change(os.read(descriptor, os.fstat(descriptor).st_size))
-        if content is not None:
-            os.pwrite(descriptor, content, 0)
-    finally:
-        os.close(descriptor)
-    return content is not None
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

@@ -127,14 +127,6 @@ def test_every_test_that_the_page_names_exists():
     assert [name for name in sorted(named) if f"def {name}(" not in tests] == []
 
 
-def test_the_commands_are_those_of_the_worker_script():
-    block = re.search(r"\$ python experiments/adapt.py --data.*?(?=\n\n)", PAGE, re.DOTALL)
-    script = (ROOT / "experiments" / "refresh_worker.py").read_text("utf-8")
-    said = re.search(r"    python experiments/adapt.py.*?(?=\n\n)", script, re.DOTALL)
-    commands = [found[0].replace("$ ", "").split() for found in (block, said)]
-    assert commands[0] == commands[1] and "--refresh.workers" in commands[0]
-
-
 def commands():
     """The flags of each command for `experiments/encode.py`, on the page and in its manifest."""
     found = re.findall(r"python experiments/encode\.py ([^\n\"]+)", PAGE)
@@ -185,7 +177,7 @@ def test_the_examples_of_the_page_run_one_after_the_other(task, tmp_path, capsys
     }  # fmt: skip
     public = {name: value for name, value in vars(refresh).items() if not inspect.ismodule(value)}
     names = public | given
-    assert len(blocks) == 8
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(textwrap.dedent(block), "refresh.rst", "exec"), names)
     assert names["number"] == 0

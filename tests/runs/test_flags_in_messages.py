@@ -14,7 +14,7 @@ CONFIGS = {"adapt": AdaptConfig(), "train_rag": RagConfig(), "evaluate": Evaluat
 COMMON = {field for field in program.Flags.__dataclass_fields__ if field != "options"}
 FLAGS = {name: program.flag_names(config) | COMMON for name, config in CONFIGS.items()} | {
     name: program.flag_names(load_script(f"experiments/{name}.py").Flags)
-    for name in ("ask", "encode", "export", "refresh_worker", "verify_index")
+    for name in ("ask", "encode", "export", "verify_index")
 }
 FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
 FLAGS["train_rag"] |= {"documents", "retrieval"}
@@ -128,7 +128,7 @@ def test_messages_name_flags_of_the_script_that_shows_them_and_a_library_names_n
         ("--*.train_layers *: there are fewer", TRAINING, []),
         ("use --data_options.fields", ("evaluate",), []),
         ("give --data_options.train_questions", ("evaluate",), ["--data_options.train_questions"]),
-        ("run experiments/refresh_worker.py --root x", (), []),
+        ("run experiments/verify_index.py --root x", (), []),
         ("add --language_model.no-train", ("train_rag",), []),
     ],
 )
@@ -145,7 +145,7 @@ def test_the_check_finds_flags_that_a_script_does_not_have(text, shown_by, wrong
         ("adapt", "with fields='id=a,text=b'", "with --data_options.fields='id=a,text=b'"),
         ("ask", "with fields='text=b'", "with --fields='text=b'"),
         ("train_rag", "go on with adopt_after=-1", "go on with --refresh.adopt_after=-1"),
-        ("refresh_worker", "use --data_options.on_bad_row skip", "use --on_bad_row skip"),
+        ("encode", "use --data_options.on_bad_row skip", "use --on_bad_row skip"),
     ],
 )
 def test_a_message_is_shown_in_the_flags_of_the_script(script, message, shown):

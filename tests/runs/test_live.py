@@ -11,7 +11,7 @@ import pytest
 from programs import environment, load_script, send_at, start
 
 from ragjax.index import IndexSnapshot, SearchResult
-from ragjax.refresh import PartialPolicy, ProcessExecutor, ThreadExecutor, live_embeddings
+from ragjax.refresh import PartialPolicy, ThreadExecutor, live_embeddings
 from ragjax.runs import indexes
 from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.indexes import build_bm25, build_towers, live_search, search
@@ -323,7 +323,6 @@ def test_the_options_reach_the_refresher():
     [
         ({}, ThreadExecutor, None),
         ({"devices": 2}, ThreadExecutor, tuple(jax.devices()[-2:])),
-        ({"workers": True}, ProcessExecutor, None),
     ],
 )
 def test_the_executor_is_the_one_asked_for(make, all_devices, refresh, kind, devices):
@@ -350,15 +349,12 @@ def test_more_devices_than_there_are_is_refused(make):
         ({}, {"every": "5"}, "refresh.every='5' does nothing with refresh.mode off"),
         ({}, {"keep": 4}, "refresh.keep=4 does nothing with refresh.mode off"),
         ({}, {"mode": "frozen", "max_lag": 3}, "refresh.max_lag=3 does nothing"),
-        ({}, {"mode": "rerank", "workers": True}, "refresh.workers=True does nothing"),
         ({}, {"mode": "async", "overfetch": 9}, "overfetch=9 does .* --refresh.mode rerank"),
         ({}, {"partial": 0.0}, "partial must be greater than 0"),
         ({}, {"partial": 1.5}, "partial must be between 0 and 1"),
         ({}, {"partial": 0.5, "adopt_after": 3, "mode": "async"}, "leave one of them out"),
         ({}, {"keep": 2}, "keep must be at least 3"),
-        ({}, {"devices": 1, "workers": True}, "devices are of this process, and others encode"),
-        ({}, {"devices": 1, "dispatch": "ray"}, "devices are of this process, and others encode"),
-        ({}, {"workers": True, "dispatch": "ray"}, "give dispatch or workers"),
+        ({}, {"devices": 1, "dispatch": "ray"}, "devices=1 encode in this process, dispatch=ray"),
         ({}, {"mode": "frozen", "dispatch": "ray"}, "refresh.dispatch='ray' does nothing"),
         ({}, {"every": "often", "mode": "async"}, "often"),
     ],
@@ -375,7 +371,7 @@ def test_live_retrieval_without_training_the_retriever_is_refused():
 
 def test_where_and_how_an_index_is_built_may_change_when_a_run_is_continued():
     here = AdaptConfig(refresh=RefreshConfig(mode="async", every="5"))
-    there = RefreshConfig(mode="async", every="5", workers=True, deadline_seconds=9.0, keep=4)
+    there = RefreshConfig(mode="async", every="5", dispatch="ray", deadline_seconds=9.0, keep=4)
     assert here.fingerprint() == AdaptConfig(refresh=there).fingerprint()
     other = AdaptConfig(refresh=RefreshConfig(mode="async", every="6"))
     assert here.fingerprint() != other.fingerprint()

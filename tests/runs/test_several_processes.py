@@ -299,7 +299,6 @@ def test_an_error_of_one_process_ends_it_with_its_code_and_the_others_soon(start
         ("--devices", AdaptConfig(devices=4)),
         ("--parallel pmap", AdaptConfig(parallel="pmap")),
         ("--training.retrieval callback", {"training": {"retrieval": "callback"}}),
-        ("--refresh.workers", {"refresh": {"workers": True}}),
         ("--refresh.dispatch ray", {"refresh": {"dispatch": "ray"}}),
     ],
 )

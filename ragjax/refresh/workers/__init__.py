@@ -1,1 +1,1 @@
-"""Encoding shared among worker processes that see one folder."""
+"""Encoding in processes of a cluster."""

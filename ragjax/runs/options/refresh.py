@@ -33,7 +33,6 @@ class RefreshConfig(Options):
         devices: Encode on this many of the last local devices, train on the others; 0: share.
         dispatch: `static` encodes in this process, or a share in each process of the run; `ray` by
             actors of a Ray cluster, that of the variable RAY_ADDRESS or one started here.
-        workers: Encode in other processes, started by hand with `experiments/refresh_worker.py`.
         deadline_seconds: Longest build of an index; 0: no limit.
         on_failure: Stop the run after a refresh that failed for good, or warn.
         keep: Generations of the index kept on disk, at least 3.
@@ -49,7 +48,6 @@ class RefreshConfig(Options):
     full_every: int = 4
     devices: int = 0
     dispatch: Literal["static", "ray"] = "static"
-    workers: bool = False
     deadline_seconds: float = 0.0
     on_failure: Literal["stop", "warn"] = "stop"
     keep: int = 3
@@ -72,10 +70,11 @@ class RefreshConfig(Options):
                 f"partial={self.partial:g} depends on what was retrieved, so a resumed run is"
                 f" another, which adopt_after={self.adopt_after} rules out; leave one of them out"
             )
-        if (self.workers or self.dispatch == "ray") and self.devices:
-            raise ValueError("devices are of this process, and others encode; give none")
-        if self.workers and self.dispatch == "ray":
-            raise ValueError("dispatch=ray has workers of its own; give dispatch or workers")
+        if self.dispatch == "ray" and self.devices:
+            raise ValueError(
+                f"devices={self.devices} encode in this process, dispatch=ray in others; leave one"
+                " of them out"
+            )
 
     @functools.cached_property
     def trigger(self) -> Trigger:
@@ -92,12 +91,11 @@ _ACTS_IN = {
     "partial": ("sync", "async"),
     "devices": ("sync", "async"),
     "dispatch": ("sync", "async"),
-    "workers": ("sync", "async"),
 }
 _LIVE = ("frozen", "query_only", "rerank", "sync", "async")
 # How and where an index is built, or what happens when that fails, but not its content: a run may
 # be resumed with other values.
-NO_RESULT = ("devices", "dispatch", "workers", "keep", "deadline_seconds", "on_failure", "on_lag")
+NO_RESULT = ("devices", "dispatch", "keep", "deadline_seconds", "on_failure", "on_lag")
 
 
 def check_used(refresh: RefreshConfig) -> None:

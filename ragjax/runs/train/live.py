@@ -99,7 +99,7 @@ def open_refresher(workspace: Workspace, query_params: Callable[[], Any]) -> ref
     return refresh.Refresher(
         folder,
         workspace.task,
-        executor=_executor(workspace, folder),
+        executor=_executor(workspace),
         trigger=refresh_trigger(config.mode, trigger),
         options=refresh_options(config, workspace.layout.devices, index=workspace.config.index),
         probe_queries=lambda: workspace.encode_queries(query_params(), probes),
@@ -146,13 +146,11 @@ def check_machine(config: RunConfig) -> None:
         raise ValueError(f"--index scann: {problem}")
 
 
-def _executor(workspace: Workspace, folder: Path) -> refresh.Executor:
+def _executor(workspace: Workspace) -> refresh.Executor:
     config = workspace.config.refresh
     check_machine(workspace.config)
     if config.dispatch == "ray":
         return refresh.RayExecutor(report=workspace.log)
-    if config.workers:
-        return refresh.ProcessExecutor(folder)
     if not config.devices:
         # No program of the background may wait for another process.
         devices = workspace.layout.devices if several() else None
