@@ -36,6 +36,7 @@ MAY_IMPORT = {
 }
 # Top-level module -> the only subpackage that may import it.
 OWNERS = {
+    "pymilvus": "index",
     "scann": "index",
     "gguf": "models",
     "transformers": "models",

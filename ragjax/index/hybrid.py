@@ -94,6 +94,14 @@ class HybridIndex:
         """Weight of the dense side."""
         return self._weight
 
+    def with_dense(self, dense: base.Index[ArrayLike]) -> "HybridIndex":
+        """Returns the same with another dense side.
+
+        Raises:
+            ValueError: It differs in size from the lexical side.
+        """
+        return HybridIndex(dense, self._lexical, dense_weight=self._weight, depth=self._depth)
+
     def depth_of(self, k: int) -> int:
         """Returns how many candidates a search for k results takes from each index.
 

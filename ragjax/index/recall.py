@@ -1,5 +1,7 @@
 """How much of the exact result an approximate index returns."""
 
+from typing import Any, Protocol
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -8,9 +10,21 @@ from ragjax.index import base, exact
 _DOC_ROWS = 65_536
 
 
+class Rows(Protocol):
+    """A matrix `[N, D]` float32 that is read in parts, such as an array."""
+
+    def __len__(self) -> int:
+        """Returns N."""
+        ...
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]:
+        """Returns the rows of a slice, or of an array of positions."""
+        ...
+
+
 def recall_against_exact(
     index: base.Index[ArrayLike],
-    doc_embeddings: NDArray[np.float32],
+    doc_embeddings: Rows,
     queries: ArrayLike | None = None,
     *,
     k: int = 10,
@@ -40,7 +54,7 @@ def recall_against_exact(
         extra = 0
     wanted = min(k + extra, size)
     starts = range(0, size, _DOC_ROWS)
-    blocks = [doc_embeddings[start : start + _DOC_ROWS] for start in starts]
+    blocks = (doc_embeddings[start : start + _DOC_ROWS] for start in starts)
     _, truth = exact.search_blocks_on_host(embeddings, blocks, size, wanted)
     found = index.search(embeddings, wanted)
     fractions = []
