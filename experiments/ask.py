@@ -26,6 +26,8 @@ import tyro
 from tqdm import tqdm
 
 from ragjax.data.folders import holds_data_set, write_documents
+from ragjax.index import MilvusIndex
+from ragjax.index.milvus_client import Address
 from ragjax.runs import Asker, PromptConfig, ReaderOptions, RunConfig, open_base_system, open_system
 from ragjax.runs.ask.decoding import DECODES
 from ragjax.runs.ask.view import (
@@ -37,6 +39,7 @@ from ragjax.runs.ask.view import (
     safe_text,
 )
 from ragjax.runs.compare.rerank import NONE, check_reranker
+from ragjax.runs.indexes import in_milvus
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.modes import ModeName
 from ragjax.runs.options.shared import DataConfig
@@ -81,6 +84,8 @@ class Flags:
             not help; `adapted` or `base` models in its place.
         retriever: Index that is searched; p_R is the dense retriever's with each of them. None:
             the one that a run ships, else `hybrid`.
+        index: Where the dense index of a run was published, `milvus:URI/ALIAS`; empty: it is
+            searched in this process.
         rerank: What ranks the best documents again: `question`, the language model by the
             likelihood of the question after each (seconds a question on a CPU); a cross-encoder, by
             folder or hub id; or `none`. None: as a run ships, with the weight that its dev
@@ -119,6 +124,7 @@ class Flags:
     documents: Annotated[int, tyro.conf.arg(aliases=("--k",))] = 4
     models: ModelChoice = "shipped"
     retriever: Literal["hybrid", "dense", "bm25"] | None = None
+    index: str = ""
     rerank: str | None = None
     rerank_depth: int = 0
     decode: ModeName | None = None
@@ -155,6 +161,10 @@ class Flags:
         for name in ("encoder", "query_encoder", "doc_encoder", "lm", "fields"):
             if self.run and getattr(self, name) != getattr(Flags, name):
                 raise ValueError(f"--{name} goes with --data; a run has its own")
+        if self.index:
+            Address.parse(self.index)
+            if self.retriever == "bm25":
+                raise ValueError("--retriever bm25 searches words alone, and no --index")
         if self.asked is not None and not self.asked.strip():
             raise ValueError("the question is empty; write at least one word")
         if self.answer and self.asked is None:
@@ -182,14 +192,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; the interpreter must not flush it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         show_error(error, arguments, flag_names(Flags))
         return BAD_INPUT
 
 
 def _run(flags: Flags) -> int:
     check_reranker(flags.rerank or NONE, "--rerank")
+    if flags.index:
+        MilvusIndex.open(flags.index)  # before anything that takes time
     system = _open(flags)
+    if flags.index:
+        served = in_milvus(system.retriever, flags.index)
+        system = dataclasses.replace(system, retriever=served)
     options = ReaderOptions(
         documents=max(flags.documents, 1),
         max_new_tokens=flags.max_new_tokens,

@@ -3,10 +3,13 @@
     python experiments/export.py --run runs/adapt --what encoder --output export/encoder
     python experiments/export.py --run runs/adapt --what language_model --output export/lm
     python experiments/export.py --source model.gguf --what language_model --output export/lm
+    python experiments/export.py --run runs/adapt --index milvus:http://localhost:19530/manual
 
 An encoder becomes a sentence-transformers folder in the layout that its old versions read
 too, a language model a transformers folder. Nothing is overwritten; the folder
-appears when every tensor has been read back and found equal, bit for bit.
+appears when every tensor has been read back and found equal, bit for bit. With `--index` the
+embeddings of a run's documents are published in a Milvus server instead. Its alias names them once
+the server searches them all through an index; `--roll_back` lets it name those before again.
 """
 
 import logging
@@ -18,7 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from tqdm import tqdm
 
+from ragjax.index import MilvusOptions
+from ragjax.index.milvus import MilvusKind
+from ragjax.index.milvus_client import Address, check_server
+from ragjax.index.milvus_publish import publish as publish_index
+from ragjax.index.milvus_publish import roll_back
 from ragjax.models import load_encoder, load_language_model
 from ragjax.models.export import plan_encoder, plan_language_model
 from ragjax.models.export.card import Card
@@ -27,7 +36,13 @@ from ragjax.models.export.language_model import auto_class
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.program import BAD_INPUT, flag_names, show_error
 from ragjax.runs.report.card import run_card
-from ragjax.runs.saved import adapted_encoder, adapted_language_model, open_run
+from ragjax.runs.saved import (
+    FinishedRun,
+    adapted_encoder,
+    adapted_language_model,
+    doc_embeddings,
+    open_run,
+)
 
 What = Literal["encoder", "query_encoder", "doc_encoder", "language_model"]
 
@@ -40,6 +55,11 @@ class Flags:
         what: The encoder (of a run with one encoder for queries and documents, or of a source), one
             of the two encoders of a run that has two, or the language model.
         output: Folder to write; must not exist, or be empty.
+        index: Publish the embeddings of the run's documents there, `milvus:URI/ALIAS`, in place of
+            `what`. A token is read from the environment variable MILVUS_TOKEN.
+        index_kind: Index that Milvus builds.
+        keep: Generations before this one that stay on the server, to roll back to.
+        roll_back: Let the alias of `index` name the generation before the present one again.
         run: Folder of a run of `experiments/adapt.py` or `experiments/train_rag.py`, to export a
             trained model.
         models: Of a run: `shipped` is what its dev questions chose, un-adapted where adaptation did
@@ -53,8 +73,12 @@ class Flags:
         debug: Show tracebacks.
     """
 
-    what: What
-    output: str
+    what: What | None = None
+    output: str = ""
+    index: str = ""
+    index_kind: MilvusKind = "HNSW"
+    keep: int = 1
+    roll_back: bool = False
     run: str = ""
     models: Literal["shipped", "adapted"] = "shipped"
     source: str = ""
@@ -66,6 +90,14 @@ class Flags:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the flags that are at odds."""
+        if self.index or self.roll_back:
+            self._check_index()
+            return
+        if not (self.what and self.output):
+            raise ValueError(
+                "give --what with --output FOLDER (a model), or --index milvus:URI/ALIAS (the"
+                " embeddings of a run's documents)"
+            )
         if bool(self.run) == bool(self.source):
             raise ValueError("give one of --run FOLDER (an adapted model) and --source MODEL")
         if self.source and self.what in ("query_encoder", "doc_encoder"):
@@ -78,6 +110,20 @@ class Flags:
             raise ValueError(
                 f"--max_shard_gb must be at least a byte, 1e-9, got {self.max_shard_gb:g}"
             )
+
+    def _check_index(self) -> None:
+        if not self.index:
+            raise ValueError("--roll_back goes with --index milvus:URI/ALIAS")
+        if self.what or self.output or self.source:
+            raise ValueError(
+                "--index publishes the embeddings of a run: it goes with --run FOLDER, and without"
+                " --what, --output and --source"
+            )
+        if bool(self.run) == self.roll_back:
+            raise ValueError("--index goes with one of --run FOLDER and --roll_back")
+        if self.keep < 0:
+            raise ValueError(f"--keep must be at least 0, got {self.keep}")
+        Address.parse(self.index)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,12 +138,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         show_error(error, arguments, flag_names(Flags))
         return BAD_INPUT
 
 
 def _run(flags: Flags) -> None:
+    if flags.roll_back:
+        print(f"{flags.index} names {roll_back(flags.index)} again")
+        return
+    if flags.index:
+        _publish(flags)
+        return
     output = Path(flags.output)
     check_destination(output)  # before anything that takes time
     model, card = _from_run(flags) if flags.run else _from_source(flags)
@@ -128,17 +180,46 @@ def _run(flags: Flags) -> None:
         print(f"or with ragjax: load_encoder({folder})")
 
 
+def _publish(flags: Flags) -> None:
+    check_server(flags.index)  # before anything that takes time
+    run = open_run(flags.run)
+    _note_un_adapted(run, flags)
+    store = doc_embeddings(run, flags.models)
+    facts = f"{store.spec.size:,} documents x {store.spec.dim} dimensions"
+    if flags.dry_run:
+        print(f"{flags.index} would hold {facts}")
+        return
+    with tqdm(total=store.spec.size, desc="inserting", unit=" documents", file=sys.stderr) as bar:
+        done = publish_index(
+            flags.index,
+            store,
+            options=MilvusOptions(kind=flags.index_kind),
+            keep=flags.keep,
+            on_rows=lambda rows, _: bar.update(rows - bar.n),
+        )
+    print(f"{flags.index} names {done.name} now: {facts}, {done.inserted:,} of them inserted")
+    print(f"searched through the index, it finds {done.recall:.3f} of the exact best 10")
+    for name in done.dropped:
+        print(f"dropped: {name}")
+    print(f"search it: experiments/ask.py --run {flags.run} --index {flags.index}")
+
+
+def _note_un_adapted(run: FinishedRun, flags: Flags) -> None:
+    if flags.models == "shipped" and run.served and run.served.retriever == "base":
+        print(
+            f"note: {run.served.reason}; so this is the un-adapted encoder, --models adapted"
+            " exports the trained one"
+        )
+
+
 def _from_run(flags: Flags) -> tuple[Any, Card]:
+    assert flags.what, "checked with the other flags"
     run = open_run(flags.run)
     if flags.what == "language_model":
         model = adapted_language_model(run)
     else:
         model = adapted_encoder(run, flags.what.removesuffix("_encoder"), flags.models)
-        if flags.models == "shipped" and run.served and run.served.retriever == "base":
-            print(
-                f"note: {run.served.reason}; so this is the un-adapted encoder, --models adapted"
-                " exports the trained one"
-            )
+        _note_un_adapted(run, flags)
     if run.metrics is None:
         print(f"note: {run.folder} holds no metrics.json; the model card says so")
     license = flags.base_license or None

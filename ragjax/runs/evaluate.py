@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragjax.data import Dataset, Question
-from ragjax.index import Bm25Index
+from ragjax.index import Bm25Index, MilvusIndex
 from ragjax.refresh.task import params_digest
 from ragjax.runs.compare.lexical import adapted_bm25
 from ragjax.runs.compare.measures import corpus_evidence, measure_answer
@@ -30,7 +30,7 @@ from ragjax.runs.compare.systems import (
 from ragjax.runs.data import Log, note_shared_passages, read_data, shuffled, trained_on
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.forecast import describe_evaluation
-from ragjax.runs.indexes import Retriever, build_bm25, build_retriever
+from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, in_milvus
 from ragjax.runs.inputs import begin, run_inputs, split_identity
 from ragjax.runs.options.evaluate import (
     EvaluateConfig,
@@ -75,6 +75,8 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     placed = {"devices": config.devices, "fsdp": config.fsdp}
     models = run.open_models("adapted", **placed) if run else Models(options, None)
     rerank = _reranking(config, run)
+    if config.index:
+        MilvusIndex.open(config.index)  # before anything that takes time
     check_reranker(rerank, "--rerank")
     systems = system_names(config, adapts_lm=models.trains_lm, reranks=rerank != NONE)
     dataset = read_data(options, folder, log)
@@ -235,6 +237,8 @@ def _inputs(opened: Opened) -> dict[str, Any]:
 def _evaluate(opened: Opened, config: EvaluateConfig) -> dict[str, Any]:
     workspace, split = opened.workspace, config.split
     bm25, before, after = _indexes(opened)
+    if config.index:
+        before, after = _in_milvus(opened, config.index, before, after)
     base = workspace.base_lm()
     lm = (
         workspace.adapted_lm(opened.models.language_model.params)
@@ -325,6 +329,19 @@ def _indexes(opened: Opened) -> tuple[Bm25Index, Retriever, Retriever]:
             doc_params=opened.models.doc_encoder.params, earlier=earlier,
         )  # fmt: skip
     return bm25, before, after
+
+
+def _in_milvus(
+    opened: Opened, address: str, before: Retriever, after: Retriever
+) -> tuple[Retriever, Retriever]:
+    """Returns both retrievers, of which a server searches the one that the run ships."""
+    if before is after:
+        served = in_milvus(after, address)
+        return served, served
+    run = opened.run
+    if run and run.served and run.served.retriever == "base":
+        return in_milvus(before, address), after
+    return before, in_milvus(after, address)
 
 
 def _earlier_answers(run: FinishedRun | None) -> list[Path]:

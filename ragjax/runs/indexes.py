@@ -23,6 +23,7 @@ from ragjax.index import (
     HybridQueries,
     Index,
     ScannIndex,
+    MilvusIndex,
     SearchResult,
     StoredEmbeddings,
     choose_dense_weight,
@@ -178,6 +179,27 @@ def _dense_weight(
         return USUAL_WEIGHT, f"the usual one: {why}"
     weight = choose_dense_weight(*sides, queries, [relevant[row] for row in known]).weight
     return weight, f"chosen on {len(dev)} dev questions by {TRUTHS[truth]}"
+
+
+def in_milvus(retriever: Retriever, address: str) -> Retriever:
+    """Returns a retriever whose dense side is searched by a server.
+
+    Args:
+        retriever: A retriever; its embeddings stay, for p_R.
+        address: `milvus:URI/ALIAS`, where these embeddings were published.
+
+    Raises:
+        OSError: There is no such server or index.
+        ValueError: It holds embeddings of another encoder, corpus or settings.
+    """
+    spec = retriever.store.spec
+    dense = MilvusIndex.open(
+        address,
+        model_fingerprint=spec.model_fingerprint,
+        corpus_fingerprint=spec.corpus_fingerprint,
+        settings=spec.settings,
+    )
+    return retriever._replace(dense=dense, hybrid=retriever.hybrid.with_dense(dense))
 
 
 def search(workspace: Workspace, retriever: Retriever, split: str, k: int) -> Rankings:

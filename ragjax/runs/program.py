@@ -100,7 +100,7 @@ def run_program(
         if not isinstance(error, ResumeError):
             print(again, file=sys.stderr)
         code = NO_FRESH_INDEX
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         show_error(error, arguments, names)
         code = DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
         code = LOST if processes.misses_another(error) else code

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from ragjax.index import EmbeddingStore
 from ragjax.models.encoder import TextEncoder
 from ragjax.models.language_model import LanguageModel
+from ragjax.refresh.task import params_digest
 from ragjax.runs.compare.served import Served
 from ragjax.runs.folder import CONFIG, REPORT
 from ragjax.runs.inputs import check_model
@@ -295,6 +297,42 @@ def adapted_encoder(run: FinishedRun, tower: str, which: ModelChoice = "adapted"
         )
     models = run.models if which == "adapted" else run.open_models(which)
     return models.doc_encoder if tower == "doc" else models.query_encoder
+
+
+def doc_embeddings(run: FinishedRun, which: ModelChoice = "shipped") -> EmbeddingStore:
+    """Opens the embeddings of the documents that a run kept.
+
+    Args:
+        run: The run; the training of its retriever must have ended.
+        which: `shipped`, `adapted` or `base`: whose embeddings they are.
+
+    Raises:
+        FileNotFoundError: They are not there.
+        ValueError: They are damaged, the run has not ended, or another encoder made them.
+        OSError: The base encoder is not there any more.
+    """
+    models = run.open_models(which)
+    version = newest_index(run.folder) if models.trained_retriever else 0
+    return EmbeddingStore.open(
+        run.folder / "index" / str(version),
+        model_fingerprint=params_digest(models.doc_encoder.params),
+    )
+
+
+def newest_index(folder: Path) -> int:
+    """Returns the number of the newest index of a run's adapted encoder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    # One that is being encoded counts: damaged, it is made again.
+    names = [path.name.removesuffix(".building") for path in (folder / "index").glob("*")]
+    numbers = [int(name) for name in names if name.isdecimal()]
+    if not numbers or max(numbers) == 0:
+        raise ValueError(
+            f"{folder}: no index of the adapted encoder there; the same command finishes the run"
+        )
+    return max(numbers)
 
 
 def adapted_language_model(run: FinishedRun) -> LanguageModel:

@@ -34,7 +34,7 @@ from ragjax.runs.compare.rerank import (
 from ragjax.runs.data import Log, choose_questions, read_data
 from ragjax.runs.indexes import Retriever, build_bm25, build_retriever, doc_logits
 from ragjax.runs.options.shared import RunConfig
-from ragjax.runs.saved import ModelChoice, Models, open_run
+from ragjax.runs.saved import ModelChoice, Models, newest_index, open_run
 from ragjax.runs.tokens import buckets, query_ids
 from ragjax.runs.trainable import folded
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace
@@ -136,7 +136,7 @@ def open_system(
         stop=stop or StopFlag(),
         log=log,
     )
-    version = _newest_index(folder) if opened.trained_retriever else 0
+    version = newest_index(folder) if opened.trained_retriever else 0
     search, weight = by_hybrid, None
     if models == "shipped" and run.served is not None:
         log(run.served.reason)
@@ -290,17 +290,6 @@ def reranked_search(
 
 
 SEARCHES: dict[str, Search] = {"dense": by_dense, "bm25": by_bm25, "hybrid": by_hybrid}
-
-
-def _newest_index(folder: Path) -> int:
-    # One that is being encoded counts: damaged, it is made again.
-    names = [path.name.removesuffix(".building") for path in (folder / "index").glob("*")]
-    numbers = [int(name) for name in names if name.isdecimal()]
-    if not numbers or max(numbers) == 0:
-        raise ValueError(
-            f"{folder}: no index of the adapted encoder there; the same command finishes the run"
-        )
-    return max(numbers)
 
 
 def _documents(config: RunConfig, cache: Path, log: Log) -> Dataset:

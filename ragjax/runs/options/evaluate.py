@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
 from ragjax.evaluation.systems import SYSTEMS
+from ragjax.index.milvus_client import Address
 from ragjax.runs.options.checks import Options, at_least
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.modes import MODES, ModeName
@@ -58,6 +59,8 @@ class EvaluateConfig(Options):
         beams: Width of the beam, for the `rag_` modes; None: as the run, else 1.
         max_new_tokens: Tokens generated at most; None: as the run, else 24.
         document_tokens: Tokens kept of each document; None: as the run, else 140.
+        index: Where the dense index that the run ships was published, `milvus:URI/ALIAS`, or that
+            of base models; empty: it is searched in this process, as the others are.
         rerank: What ranks the best documents again, in a system of its own: `question`, the
             language model by the likelihood of the question after each; a cross-encoder, by folder
             or hub id; or `none`. None: as the run, else `none`.
@@ -102,6 +105,7 @@ class EvaluateConfig(Options):
     beams: int | None = None
     max_new_tokens: int | None = None
     document_tokens: int | None = None
+    index: str = ""
     rerank: str | None = None
     rerank_depth: int | None = None
     max_questions: int = 0
@@ -129,6 +133,8 @@ class EvaluateConfig(Options):
         at_least(self, 1, "documents", "beams", "max_new_tokens", "document_tokens")
         at_least(self, 1, "encode_tokens", "score_tokens", "rerank_depth")
         at_least(self, 0, "max_questions", "devices", "fsdp")
+        if self.index:
+            Address.parse(self.index)
         if not self.output:
             raise ValueError("output must name a folder")
         if not 0 < self.support_threshold <= 1:
