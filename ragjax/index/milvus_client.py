@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 TOKEN = "MILVUS_TOKEN"
 SECONDS = 30
 _ALIAS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-NO_COLLECTION = 100
-_NO_ALIAS, _NO_CONNECTION = 1600, 2
+NO_COLLECTION, NO_ALIAS = 100, 1600
+_NO_CONNECTION = 2
 
 
 class Address(NamedTuple):
@@ -74,7 +74,7 @@ def aliased(client: Any, alias: str) -> str | None:
     try:
         return client.describe_alias(alias, timeout=SECONDS)["collection_name"]
     except milvus_error() as error:
-        if error.code == _NO_ALIAS:
+        if error.code == NO_ALIAS:
             return None
         raise
 

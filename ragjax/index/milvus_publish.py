@@ -35,12 +35,11 @@ class Published(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A generation in a server, and until when to wait for it."""
+    """A generation in a server."""
 
     client: Any
     uri: str
     generation: milvus.Generation
-    deadline: float  # of the monotonic clock
 
 
 def publish(
@@ -68,7 +67,7 @@ def publish(
         keep: Generations before the new one that `roll_back` can return to; older ones are
             dropped.
         min_recall: Least fraction of the exact best 10 that the index must find.
-        deadline_seconds: How long to wait, in all, for the server to build and load the index.
+        deadline_seconds: How long to wait for the server to build and load the index.
         on_rows: Told the rows inserted so far and N after each chunk.
 
     Raises:
@@ -89,10 +88,10 @@ def publish(
         client = milvus_client.connect(where.uri)
         present = milvus_client.aliased(client, where.alias)
         generation = _name(client, where.alias, present, _describe(store, options))
-        deadline = time.monotonic() + deadline_seconds
-        place = _Place(client, where.uri, generation, deadline)
-        inserted = _insert(place, store, on_rows)
-        _wait_until_in_use(place)
+        place = _Place(client, where.uri, generation)
+        # What is searched already is never written to.
+        inserted = 0 if generation.name == present else _insert(place, store, on_rows)
+        _wait_until_in_use(place, deadline_seconds)
         index = milvus.MilvusIndex(client, where, generation, None)
         found = recall.recall_against_exact(index, _Rows(store), probe_queries)
         if found < min_recall:
@@ -137,8 +136,7 @@ def roll_back(address: str, *, deadline_seconds: float = 600.0) -> str:
                 f"{address}: there is no generation before {present or 'the first'} to return to"
             )
         generation = milvus.Generation.read(client, older[-1])
-        deadline = time.monotonic() + deadline_seconds
-        _wait_until_in_use(_Place(client, where.uri, generation, deadline))
+        _wait_until_in_use(_Place(client, where.uri, generation), deadline_seconds)
         _point(client, where.alias, generation.name)
     return generation.name
 
@@ -192,7 +190,9 @@ def _name(
     digest = generation.digest()
     # Of those that came after the present one, or the present one itself.
     same = [name for name in names if name.endswith(digest) and name >= (present or "")]
-    number = 1 + max((int(name.split("_")[-2]) for name in names), default=0)
+    # The collection that the alias names may have been dropped by others.
+    numbers = [int(name.split("_")[-2]) for name in (*names, *filter(None, [present]))]
+    number = 1 + max(numbers, default=0)
     return dataclasses.replace(
         generation, name=same[-1] if same else f"{alias}_{number:06d}_{digest}"
     )
@@ -200,7 +200,7 @@ def _name(
 
 def _insert(place: _Place, store: EmbeddingStore, on_rows: Callable[[int, int], Any] | None) -> int:
     """Makes the collection and inserts the rows that it lacks; returns how many."""
-    client, _, generation, _ = place
+    client, _, generation = place
     name, size, dim = generation.name, store.spec.size, store.spec.dim
     begun = client.has_collection(name)
     if not begun:
@@ -247,14 +247,15 @@ def _rows_of(client: Any, name: str) -> int:
     return int(client.get_collection_stats(name)["row_count"])
 
 
-def _wait_until_in_use(place: _Place) -> None:
+def _wait_until_in_use(place: _Place, seconds: float) -> None:
     """Builds and loads the index, and returns when every row is searched through it.
 
     The state of the index is no proof: Milvus 2.3.5 says Finished, with all rows indexed, up to 16
     seconds before its searches stop comparing every row. What its query nodes say they have loaded
     changes in the same moment as the results do.
     """
-    client, uri, generation, deadline = place
+    client, uri, generation = place
+    deadline = time.monotonic() + seconds
     name, size = generation.name, generation.spec.size
     if not client.list_indexes(name):
         options = generation.options
@@ -290,20 +291,25 @@ def _wait_until_in_use(place: _Place) -> None:
 
 def _rows_in_use(client: Any, name: str) -> int:
     """Returns the rows of the loaded segments that have an index, or never get one."""
+    from pymilvus import SegmentState
+
     return sum(
         segment.num_rows
         for segment in client.list_loaded_segments(name)
-        if segment.index_id or segment.num_rows < _NEVER_INDEXED
+        if segment.state == SegmentState.Sealed
+        and (segment.index_id or segment.num_rows < _NEVER_INDEXED)
     )
 
 
 def _point(client: Any, alias: str, name: str) -> None:
     """Lets an alias name a collection, in one step."""
-    present = milvus_client.aliased(client, alias)
-    if present is None:
-        client.create_alias(name, alias)
-    elif present != name:
+    try:
+        # Also where it names a collection that was dropped, of which a server may say nothing.
         client.alter_alias(name, alias)
+    except milvus_client.milvus_error() as error:
+        if error.code != milvus_client.NO_ALIAS:
+            raise
+        client.create_alias(name, alias)
 
 
 def _drop_others(

@@ -62,6 +62,17 @@ def test_what_a_full_list_left_out_gets_its_lowest_score():
     np.testing.assert_allclose(scores, expected[ids], rtol=1e-5)
 
 
+def test_another_dense_side_leaves_the_rest_as_it_was():
+    lexical, queries = Lexical([[1.0, 3.0, 0.5, 2.0]]), HybridQueries(np.ones((1, 1)), ["0"])
+    sides = [ExactIndex(np.array([scores]).T) for scores in ([0.9, 0.1, -0.4, 0.3], [1, 2, 4, 3])]
+    first, second = (HybridIndex(side, lexical, dense_weight=0.3, depth=2) for side in sides)
+    found, expected = first.with_dense(sides[1]).search(queries, 3), second.search(queries, 3)
+    assert found.doc_ids.tolist() == expected.doc_ids.tolist()
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    with pytest.raises(ValueError, match="holds 1 documents and the lexical one 4"):
+        first.with_dense(ExactIndex(np.ones((1, 1))))
+
+
 def test_what_shares_no_word_with_the_query_has_lexical_score_0():
     dense, lexical = [0.9, 0.1, -0.4, 0.3], [0.0, 3.0, 0.0, 0.0]
     expected = 0.5 * z(dense) + 0.5 * z(lexical)

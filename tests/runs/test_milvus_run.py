@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_what_a_run_ships_is_published_asked_evaluated_and_rolled_back(
     for flags in (["evaluate", f"--output={tmp_path / 'none'}"], ["ask", "why?"]):
         code, shown = program(*flags, f"--run={run}", f"--index=milvus:{uri}/none")
         assert code == 2 and "has no alias none; publish an index first" in shown.err
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none" / "config.json").exists()
 
     code, shown = program("export", f"--run={run}", index, "--models=adapted", "--index_kind=SCANN")
     assert code == 0 and "docs_000002_" in shown.out
@@ -149,3 +150,11 @@ def test_a_server_that_does_not_answer_is_named_before_anything_is_loaded(progra
     for name, flags in (("ask", ["--run=r", "why?"]), ("export", ["--run=r"])):
         code, shown = program(name, *flags, f"--index={NOWHERE}")
         assert code == 2 and "no Milvus server answers at http://127.0.0.1:9 (" in shown.err
+
+
+def test_without_the_client_each_script_says_how_to_install_it(program, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    evaluate = ["evaluate", f"--output={tmp_path / 'out'}"]
+    for flags in (["ask", "--run=r", "why?"], ["export", "--run=r"], evaluate):
+        code, shown = program(*flags, f"--index={NOWHERE}")
+        assert code == 2 and "pip install 'ragjax[milvus]'" in shown.err
