@@ -19,10 +19,10 @@ from ragjax.index.hybrid import HybridIndex as HybridIndex
 from ragjax.index.hybrid import HybridQueries as HybridQueries
 from ragjax.index.hybrid import choose_dense_weight as choose_dense_weight
 from ragjax.index.hybrid import choose_near_usual as choose_near_usual
-from ragjax.index.objects import ObjectWriter as ObjectWriter
-from ragjax.index.objects import fetch_store as fetch_store
 from ragjax.index.milvus import MilvusIndex as MilvusIndex
 from ragjax.index.milvus import MilvusOptions as MilvusOptions
+from ragjax.index.objects import ObjectWriter as ObjectWriter
+from ragjax.index.objects import fetch_store as fetch_store
 from ragjax.index.recall import recall_against_exact as recall_against_exact
 from ragjax.index.scann import ScannIndex as ScannIndex
 from ragjax.index.scann import ScannOptions as ScannOptions
