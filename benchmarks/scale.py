@@ -41,6 +41,7 @@ from ragjax.runs.data import read_data
 from ragjax.runs.indexes import build_bm25, build_retriever
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.saved import Models
+from ragjax.runs.speed import Texts
 from ragjax.runs.workspace import make_workspace
 from ragjax.storage import write_json
 from ragjax.training.loop import StopFlag
@@ -53,6 +54,7 @@ _WHOLE_WORDS = 8000
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _QUESTIONS = 100
 _DEPTH = 20
+_ENCODE = "encode and index"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,12 @@ def format_table(found: dict[str, Any], forecast: int) -> str:
             future = seconds[-1] * (forecast / sizes[-1]) ** max(slope, 0)
             row += [f"{slope:>10.2f}", f"{future / 60:>10,.0f} min"]
             lines.append(f"{stage:<22}" + "".join(row))
+    largest = found[str(sizes[-1])]["first"][_ENCODE]
+    own, took = largest["forecast"], largest["seconds"]
+    lines.append(
+        f"\nencoding as a run forecasts it: {own:,.0f} s of {sizes[-1]:,} ({took:,.0f} measured,"
+        f" with the index), {own * forecast / sizes[-1] / 60:,.0f} min of {forecast:,}"
+    )
     return "\n".join(lines)
 
 
@@ -162,10 +170,13 @@ def _measure(folder: Path, size: int) -> dict[str, Any]:
     with _stage("BM25", found):
         bm25 = build_bm25(workspace)
     params = workspace.encoder.params
-    with _stage("encode and index", found):
+    texts = Texts(workspace, config)
+    forecast = texts.corpus / texts.encoder_rate
+    with _stage(_ENCODE, found):
         retriever = build_retriever(
             workspace, bm25, version=0, query_params=params, doc_params=params
         )
+    found[_ENCODE]["forecast"] = forecast
     rng = np.random.default_rng(1)
     asked = [dataset.corpus[int(row)].text for row in rng.integers(0, size, _QUESTIONS)]
     texts = [" ".join(text.split()[:8]) for text in asked]

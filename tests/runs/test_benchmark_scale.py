@@ -30,9 +30,13 @@ def test_every_stage_is_measured_and_opening_again_makes_nothing(benchmark, tmp_
 
 def test_growth_is_the_slope_between_the_largest_sizes(benchmark):
     assert benchmark.exponent([10, 100, 1000], [5.0, 1.0, 10.0]) == pytest.approx(1)
-    cells = {str(n): {"read": {"seconds": n / 1e4, "mib": 7.0}} for n in (1000, 10_000)}
+    cells = {
+        str(n): {"encode and index": {"seconds": n / 1e4, "mib": 7.0, "forecast": n / 5e3}}
+        for n in (1000, 10_000)
+    }
     table = benchmark.format_table({n: {"first": c, "again": c} for n, c in cells.items()}, 10**6)
     assert table.count("1.00") == 2 and table.count("2 min") == 2
+    assert table.endswith("2 s of 10,000 (1 measured, with the index), 3 min of 1,000,000")
 
 
 @pytest.mark.parametrize("sizes", [["100"], ["2000", "1000"], ["1000", "1000"]])
