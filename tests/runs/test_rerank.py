@@ -1,6 +1,7 @@
 """The best of a search ranked again: by the question's likelihood, or by a cross-encoder."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -309,7 +310,13 @@ def test_a_run_its_evaluation_and_its_questions_are_re_ranked(
     adapt, evaluate, ask = (
         load_script(f"experiments/{name}.py").main for name in ("adapt", "evaluate", "ask")
     )
-    monkeypatch.setattr(rerank_module, "choose", lambda figures: 7)  # random models help nobody
+    # Random models help nobody: each weight that is tried counts as better than the one before.
+    better = itertools.count()
+
+    def figure(found, relevant):
+        return np.full(len(relevant), next(better))
+
+    monkeypatch.setattr(rerank_module, "ranking_figure", figure)
     run = tmp_path / "run"
     flags = [*tiny_flags, "--retriever.rounds=1", f"--output={run}"]
     assert adapt([*flags, "--rerank", "question", "--rerank_depth=4"]) == 0
@@ -338,7 +345,7 @@ def test_a_run_its_evaluation_and_its_questions_are_re_ranked(
     assert adapt([*flags, "--rerank", "question", "--rerank_depth=4"]) == 0
     assert json.loads((run / "metrics.json").read_text()) == metrics
     monkeypatch.undo()
-    monkeypatch.setattr(rerank_module, "choose", lambda figures: 7)
+    monkeypatch.setattr(rerank_module, "ranking_figure", figure)
     small = ["--max_questions=6", "--answer_questions=2", "--resamples=20", "--no-robustness"]
     for more, named in (([], True), (["--rerank", "none"], False)):
         output = tmp_path / f"evaluated-{named}"

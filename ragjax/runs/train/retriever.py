@@ -38,6 +38,10 @@ from ragjax.training.loop import HostWork
 from ragjax.training.lsr import LsrBatch, make_lsr_loss, real_questions
 from ragjax.training.score_cache import ResultCache, Score
 
+# Passages up to which all are permuted for a step, as for the results that were published; drawing
+# a few of many is as random, but differs.
+_PERMUTED = 100_000
+
 # With a target that is 1 on the relevant document, KL(target‖p_R) is DPR's loss.
 OBJECTIVES = {"pdist": pdist_loss, "lsr": lsr_loss, "dpr": pdist_loss}
 
@@ -313,9 +317,11 @@ def _batch_docs(
     Questions share candidates, so slots are left over; a random document there costs nothing and
     is one more negative.
     """
-    extra = np.random.default_rng(seed).choice(
-        corpus_size, min(2 * num_docs, corpus_size), replace=False
-    )
+    rng, count = np.random.default_rng(seed), min(2 * num_docs, corpus_size)
+    if corpus_size <= _PERMUTED:
+        extra = rng.permutation(corpus_size)[:count]
+    else:
+        extra = rng.choice(corpus_size, count, replace=False)
     # Of copies the first, as in the candidates.
     others = dict.fromkeys(firsts.get(int(doc), int(doc)) for doc in extra)
     known = set(chosen)
