@@ -124,7 +124,8 @@ def test_searches_during_two_hundred_swaps_see_one_index_each_and_nothing_piles_
         assert len(refresher.generations.numbers()) <= 4
         assert len(list((folder / "exports").iterdir())) <= 4
         gc.collect()
-        assert num_descriptors() <= descriptors
+        # One more snapshot than at the warm-up may live; of 200 that piled up there would be 200.
+        assert num_descriptors() <= descriptors + 2
         # An index that stayed would add its embeddings, 96 kB, for each swap: 19 MB.
         assert psutil.Process().memory_info().rss - memory < 10e6
 
@@ -155,7 +156,8 @@ def test_searches_during_swaps_of_scann_indexes_see_one_index_each(tmp_path):
                 seen = searchers.searches
                 wait_for(lambda seen=seen: searchers.errors or searchers.searches > seen)
         assert searchers.errors == [] and searchers.steps == {0, 1}
-        assert num_descriptors() <= descriptors
+        # One more snapshot than at the warm-up may live; of 200 that piled up there would be 200.
+        assert num_descriptors() <= descriptors + 2
 
 
 READER = """
