@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ragjax.index import base, milvus, milvus_client, recall
 from ragjax.index.store import EmbeddingStore
@@ -20,7 +19,6 @@ from ragjax.index.store import EmbeddingStore
 _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 2**23
 _POLL_SECONDS = 0.5
-_NORM_ROWS = 1000
 # Milvus builds no index for a segment of fewer rows, it compares them all.
 _NEVER_INDEXED = 1024
 
@@ -93,7 +91,7 @@ def publish(
         inserted = 0 if generation.name == present else _insert(place, store, on_rows)
         _wait_until_in_use(place, deadline_seconds)
         index = milvus.MilvusIndex(client, where, generation, None)
-        found = recall.recall_against_exact(index, _Rows(store), probe_queries)
+        found = recall.recall_against_exact(index, store.rows(), probe_queries)
         if found < min_recall:
             raise ValueError(
                 f"the index {generation.name} finds {found:.3f} of the exact neighbours, less than"
@@ -141,30 +139,14 @@ def roll_back(address: str, *, deadline_seconds: float = 600.0) -> str:
     return generation.name
 
 
-class _Rows:
-    """The embeddings of a store as `[N, D]` that is read in parts."""
-
-    def __init__(self, store: EmbeddingStore) -> None:
-        self._store = store
-
-    def __len__(self) -> int:
-        return self._store.spec.size
-
-    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)))
-        return self._store.read_rows(rows)
-
-
 def _describe(store: EmbeddingStore, options: milvus.MilvusOptions | None) -> milvus.Generation:
     """Returns what a collection of these embeddings will hold, without a name."""
     size, dim = store.spec.size, store.spec.dim
-    sample = np.unique(np.linspace(0, size - 1, min(_NORM_ROWS, size)).astype(np.int64))
     return milvus.Generation(
         name="",
         spec=store.spec,
         options=(options or milvus.MilvusOptions()).fitted(size, dim),
-        norms=base.norm_range(store.read_rows(sample)),
+        norms=base.norm_range(store.rows()),
     )
 
 

@@ -278,7 +278,8 @@ class _Objects:
     def _named(self, name: str, call: Callable[[], T]) -> T:
         try:
             return call()
-        except (ValueError, OSError, NotImplementedError) as error:
+        # The last one where an address can be read only, as those of http:// can.
+        except (ValueError, OSError, RuntimeError) as error:
             # What a server answers may hold the request, with whoever signed it.
             reason = str(error).split(" [")[0]
             raise ValueError(f"{self.shown(name)}: {reason[:300]}") from None

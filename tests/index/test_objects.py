@@ -141,6 +141,7 @@ def test_of_two_versions_of_a_shard_one_is_published(tmp_path, url, embeddings):
         ("s4://bucket/x", "unsupported URL scheme"),
         ("s3://user:geheim@bucket/x", "s3://bucket/x/"),
         ("file://relative", "file://relative/"),
+        ("http://127.0.0.1:9/x", "http://127.0.0.1:9/x/spec.json: KeyValueStore does not support"),
     ],
 )
 def test_places_that_cannot_be_used_are_named_without_secrets(url, said):

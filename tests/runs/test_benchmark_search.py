@@ -12,7 +12,7 @@ def benchmark():
 
 
 def test_three_indexes_are_compared_at_equal_recall(benchmark, tmp_path, capsys):
-    pytest.importorskip("faiss")
+    pytest.importorskip("faiss", reason="needs the [parity] extra")
     output = tmp_path / "rows.json"
     flags = ["--size=3000", "--dim=16", "--queries=40", "--rounds=2", f"--output={output}"]
     assert benchmark.main(flags) == 0

@@ -79,7 +79,7 @@ def train(workspace, params=None):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_actors_of_ray_encode_and_the_run_is_the_same_to_the_bit(make, monkeypatch):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="needs the [ray] extra")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name, value in (environment() | {"RAY_worker_niceness": "0"}).items():
         monkeypatch.setenv(name, value)

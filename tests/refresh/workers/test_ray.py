@@ -30,7 +30,7 @@ from refresh_tasks import (
 from ragjax.refresh import RayExecutor
 from ragjax.refresh.task import Cancelled
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="needs the [ray] extra")
 # A cluster on this machine is started by forks of this process.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:os.fork:RuntimeWarning")
 
