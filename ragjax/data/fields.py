@@ -1,6 +1,6 @@
 """Names of the fields in a user's files, and the error when a row lacks one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ragjax.data.jsonl import DataError
 from ragjax.storage import nearest_name
@@ -13,12 +13,50 @@ DEFAULT_FIELDS: Mapping[str, str] = {
     "query": "text",
     "answers": "answers",
 }
+# Taken where the default is missing and one of them is there; see `plain_name`.
 _COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
-    "id": ("_id", "id", "docid", "doc_id", "pid", "passage_id"),
-    "text": ("text", "contents", "content", "passage", "body", "document"),
+    "id": ("_id", "id", "docid", "doc_id", "document_id", "pid", "passage_id", "chunk_id"),
+    "title": ("title", "wikipedia_title", "page_title", "headline"),
+    "text": (
+        *("text", "contents", "content", "passage", "body", "document", "page_content"),
+        *("passage_text", "paragraph", "chunk", "context"),
+    ),
     "query_id": ("_id", "id", "qid", "query_id", "question_id"),
     "query": ("text", "question", "query"),
 }
+# Names by which the header of a table is recognised, beside those above.
+_OTHER_NAMES = ("answer", "answers", "source", "url", "split", "score", "corpus_id")
+
+
+def plain_name(name: str) -> str:
+    """Returns a name without case, and with "_" for what is neither letter nor digit."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name.strip().casefold())
+
+
+KNOWN_NAMES = frozenset(
+    {*_OTHER_NAMES, *(one for names in _COMMON_NAMES.values() for one in names)}
+)
+
+
+def found_field(name: str, record: Iterable[str], given: Mapping[str, str]) -> str | None:
+    """Returns the field of a file that has one of our names.
+
+    Args:
+        name: In `DEFAULT_FIELDS`.
+        record: The fields of the file, or a row of it.
+        given: The names that the user gave, which are never replaced.
+
+    Returns:
+        The name that was given, or the default if it is there, or else the only field of a usual
+        other name; None if there is none, or if there are several.
+    """
+    if name in given:
+        return given[name]
+    fields = list(record)
+    if DEFAULT_FIELDS[name] in fields:
+        return DEFAULT_FIELDS[name]
+    usual = [field for field in fields if plain_name(field) in _COMMON_NAMES.get(name, ())]
+    return usual[0] if len(usual) == 1 else None
 
 
 def parse_fields(text: str) -> dict[str, str]:

@@ -112,7 +112,7 @@ class SourceFile:
     ):
         """Keeps the options; the file is opened by `lines`."""
         self.path = path
-        self._max_line_bytes = max_line_bytes
+        self.max_line_bytes = max_line_bytes
         self._progress = progress
         self._digest = hashlib.sha256()
 
@@ -127,12 +127,41 @@ class SourceFile:
         Raises:
             DataError: UTF-16 text, or a damaged gzip file.
         """
+        for line in self.raw_lines():
+            if line.size > len(line.raw):
+                yield line
+            elif raw := line.raw.rstrip(b"\r\n"):
+                if not raw.isspace():
+                    yield Line(line.number, raw, len(raw))
+
+    def raw_lines(self) -> Iterator[Line]:
+        """Yields every line with its end; only a byte-order mark is taken off.
+
+        Raises:
+            DataError: UTF-16 text, or a damaged gzip file.
+        """
+        with self._opened() as stream:
+            yield from self._split(stream)
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """Yields the content in pieces of at most `size` bytes; a byte-order mark is taken off.
+
+        Raises:
+            DataError: UTF-16 text, or a damaged gzip file.
+        """
+        with self._opened() as stream:
+            chunk = self._without_bom(stream.read(size))
+            while chunk:
+                yield chunk
+                chunk = stream.read(size)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
         raw = _CountingReader(open(self.path, "rb", buffering=0), self._digest, self._progress)
         with contextlib.closing(raw), io.BufferedReader(raw, 1 << 18) as buffered:
             is_gzip = buffered.peek(2)[:2] == _GZIP_MAGIC
-            stream = GzipFile(fileobj=buffered) if is_gzip else buffered
             try:
-                yield from self._split(stream)
+                yield GzipFile(fileobj=buffered) if is_gzip else buffered
             except (EOFError, BadGzipFile, zlib.error) as error:
                 raise DataError(f"{self.path}: damaged gzip file ({error}); copy it again") from (
                     error
@@ -140,22 +169,19 @@ class SourceFile:
 
     def _split(self, stream: Any) -> Iterator[Line]:
         number = 0
-        while raw := stream.readline(self._max_line_bytes + 1):
+        while raw := stream.readline(self.max_line_bytes + 1):
             number += 1
             size = len(raw)
-            if size > self._max_line_bytes and not raw.endswith(b"\n"):
+            if size > self.max_line_bytes and not raw.endswith(b"\n"):
                 raw = raw[:_REJECTED_EXCERPT_BYTES]
                 while rest := stream.readline(1 << 16):
                     size += len(rest)
                     if rest.endswith(b"\n"):
                         break
-                yield Line(number, raw, size)
-                continue
-            if number == 1:
+            elif number == 1:
                 raw = self._without_bom(raw)
-            raw = raw.rstrip(b"\r\n")
-            if raw.strip():
-                yield Line(number, raw, len(raw))
+                size = len(raw)
+            yield Line(number, raw, size)
 
     def _without_bom(self, raw: bytes) -> bytes:
         if raw[:2] in _UTF16_BOMS or b"\x00" in raw[:64]:
@@ -195,12 +221,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         DataError: Not UTF-8, not JSON (NaN and Infinity are not), or not an object.
     """
     try:
-        value = _DECODER.decode(raw.decode("utf-8"))
+        value = DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte 0x{raw[error.start]:02x} at position {error.start} of the line is not UTF-8; "
-            "convert the file, for example with iconv -f latin1 -t utf-8"
-        ) from error
+        raise DataError(not_utf8(error)) from error
     except json.JSONDecodeError as error:
         hint = "; one object per line is expected, not one array" if raw[:1] == b"[" else ""
         raise DataError(f"broken JSON at column {error.colno}: {error.msg}{hint}") from error
@@ -314,12 +337,20 @@ class _CountingReader(io.RawIOBase):
         super().close()
 
 
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Returns what is wrong with a line that is no UTF-8, and what to do."""
+    return (
+        f"byte 0x{error.object[error.start]:02x} at position {error.start} of the line is not"
+        " UTF-8; convert the file, for example with iconv -f latin1 -t utf-8"
+    )
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; write null or leave the field out")
 
 
 def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {json.dumps(value, ensure_ascii=True)[:60]}"
+    return f"{type(value).__name__} {json.dumps(value, ensure_ascii=True, default=str)[:60]}"
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
