@@ -10,7 +10,6 @@ from ragjax.data.batching import two_lengths as two_lengths
 from ragjax.data.beir import read_beir as read_beir
 from ragjax.data.corpus import Corpus as Corpus
 from ragjax.data.corpus_cache import CorpusReport as CorpusReport
-from ragjax.data.corpus_cache import Passage as Passage
 from ragjax.data.examples import Dataset as Dataset
 from ragjax.data.examples import Question as Question
 from ragjax.data.examples import hold_out as hold_out
@@ -22,6 +21,7 @@ from ragjax.data.prompts import PromptBuilder as PromptBuilder
 from ragjax.data.prompts import PromptTemplate as PromptTemplate
 from ragjax.data.prompts import passage_text as passage_text
 from ragjax.data.python_docs import write_python_docs as write_python_docs
+from ragjax.data.tables import Passage as Passage
 from ragjax.data.tokenization import DEFAULT_BUCKETS as DEFAULT_BUCKETS
 from ragjax.data.tokenization import CorpusTokens as CorpusTokens
 from ragjax.data.tokenization import EncodedPairs as EncodedPairs

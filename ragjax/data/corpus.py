@@ -1,4 +1,4 @@
-"""A corpus of passages: read once from JSON lines, then memory-mapped from a cache.
+"""A corpus of passages: read once from a table, then memory-mapped from a cache.
 
     corpus = Corpus.open("data/", cache="runs/cache")
     corpus[3].text, corpus.row_of("doc-17"), len(corpus)
@@ -6,13 +6,13 @@
 N is the number of passages; a row is a position in [0, N), in file order.
 """
 
-import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from ragjax.data.corpus_cache import (
     HASH_ROWS,
@@ -23,13 +23,12 @@ from ragjax.data.corpus_cache import (
     ROWS,
     CorpusOptions,
     CorpusReport,
-    Passage,
     hash_id,
     prepared_folder,
-    source_file,
 )
-from ragjax.data.fields import resolve_fields
+from ragjax.data.fields import check_fields
 from ragjax.data.jsonl import BadRowPolicy, ReadProgress
+from ragjax.data.tables import Passage, corpus_source
 from ragjax.storage import read_sealed
 
 DEFAULT_MAX_CHARS = 1_000_000
@@ -50,7 +49,7 @@ class Corpus:
         self.cache = folder.parent
         manifest = read_sealed(folder / MANIFEST, what="prepared corpus")
         self.fingerprint: str = manifest["fingerprint"]
-        report = manifest["report"]
+        report = manifest["report"] | {"reading": tuple(manifest["report"]["reading"])}
         rejected_path = folder / REJECTED if report["rejected"] else None
         self.report = CorpusReport(**report, rejected_path=rejected_path)
         self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
@@ -70,17 +69,24 @@ class Corpus:
         max_chars: int = DEFAULT_MAX_CHARS,
         progress: ReadProgress | None = None,
     ) -> "Corpus":
-        """Opens a JSON-lines file of passages, plain or gzip.
+        """Opens a table of passages: JSON lines, a JSON array, CSV, TSV, Parquet or Arrow.
 
-        The first opening reads the file once, in bounded memory, into a folder below `cache`. A
+        The first opening reads the table once, in bounded memory, into a folder below `cache`. A
         later one maps that folder, whose files must have their checksums (else it is made again,
-        with a warning): at once while size and times of the source file are the same, else after
-        comparing its sha256. A changed file is read again.
+        with a warning): at once while size and times of the source files are the same, else after
+        comparing their sha256. A changed file is read again.
+
+        Fields are called as in BEIR, or as `fields` says, or else by the one usual other name that
+        is there. Where there are no ids, passages are called by their place. The source of a
+        passage is its `source`, `metadata.source` or `url`, if that is a text.
 
         Args:
-            path: The file, or a folder with `corpus.jsonl` or `corpus.jsonl.gz`.
-            cache: Folder for the prepared copy, about as large as the uncompressed file.
-            fields: Names in the file for "id", "title" and "text" (default "_id", "title", "text").
+            path: A file of any of these kinds, told by its content; text may be gzip. Or a folder
+                with one called `corpus`, with Parquet shards, or saved by `datasets`. Or the id of
+                a data set of the Hugging Face hub, `org/name[:subset[:split]]`, where no such file
+                is.
+            cache: Folder for the prepared copy, about as large as the uncompressed text.
+            fields: Names in the file for "id", "title", "text" and "source".
             on_bad_row: "stop" raises at the first bad row; "skip" counts bad rows and writes them
                 to `rejected.jsonl` in the cache. Duplicate ids always stop.
             max_chars: Longest text, in characters; a longer one is a bad row.
@@ -88,11 +94,11 @@ class Corpus:
 
         Raises:
             FileNotFoundError: The path does not exist; the message suggests the nearest name.
-            DataError: Bad rows, duplicate ids, or no passages.
+            DataError: Bad rows, duplicate ids, no passages, or a file that is no table.
+            ImportError: What a kind of file needs is missing; the message says how to install it.
         """
-        names = resolve_fields(fields)
-        options = CorpusOptions(names["id"], names["title"], names["text"], on_bad_row, max_chars)
-        source = source_file(Path(path))
+        options = CorpusOptions(dict(check_fields(fields)), on_bad_row, max_chars)
+        source = corpus_source(Path(path))
         return cls(prepared_folder(source, Path(cache), options, progress))
 
     def __len__(self) -> int:
@@ -108,7 +114,7 @@ class Corpus:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in [0, {len(self)})")
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
-        return Passage(**json.loads(str(self._bytes[start:end], "utf-8")))
+        return Passage(**orjson.loads(self._bytes[start:end]))
 
     def __iter__(self) -> Iterator[Passage]:
         """Yields the passages in order."""

@@ -9,12 +9,13 @@ DEFAULT_FIELDS: Mapping[str, str] = {
     "id": "_id",
     "title": "title",
     "text": "text",
+    "source": "source",
     "query_id": "_id",
     "query": "text",
     "answers": "answers",
 }
 # Taken where the default is missing and one of them is there; see `plain_name`.
-_COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
+COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "id": ("_id", "id", "docid", "doc_id", "document_id", "pid", "passage_id", "chunk_id"),
     "title": ("title", "wikipedia_title", "page_title", "headline"),
     "text": (
@@ -33,9 +34,13 @@ def plain_name(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name.strip().casefold())
 
 
-KNOWN_NAMES = frozenset(
-    {*_OTHER_NAMES, *(one for names in _COMMON_NAMES.values() for one in names)}
-)
+KNOWN_NAMES = frozenset({*_OTHER_NAMES, *(one for names in COMMON_NAMES.values() for one in names)})
+
+
+def usual_fields(name: str, record: Iterable[str]) -> list[str]:
+    """Returns the fields of a row that are usual names of one of `DEFAULT_FIELDS`."""
+    usual = COMMON_NAMES.get(name, ())
+    return [field for field in record if plain_name(field) in usual]
 
 
 def found_field(name: str, record: Iterable[str], given: Mapping[str, str]) -> str | None:
@@ -55,7 +60,7 @@ def found_field(name: str, record: Iterable[str], given: Mapping[str, str]) -> s
     fields = list(record)
     if DEFAULT_FIELDS[name] in fields:
         return DEFAULT_FIELDS[name]
-    usual = [field for field in fields if plain_name(field) in _COMMON_NAMES.get(name, ())]
+    usual = usual_fields(name, fields)
     return usual[0] if len(usual) == 1 else None
 
 
@@ -76,7 +81,12 @@ def parse_fields(text: str) -> dict[str, str]:
 
 
 def resolve_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
-    """Returns all field names: those given over the BEIR ones.
+    """Returns all field names: those given over the BEIR ones; see `check_fields`."""
+    return {**DEFAULT_FIELDS, **check_fields(fields)}
+
+
+def check_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
+    """Returns the field names that were given.
 
     Args:
         fields: From the names in `DEFAULT_FIELDS` to the names in the user's files.
@@ -91,7 +101,7 @@ def resolve_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
             raise DataError(
                 f"fields: unknown name {name!r}, expected some of {', '.join(DEFAULT_FIELDS)}{hint}"
             )
-    return {**DEFAULT_FIELDS, **(fields or {})}
+    return dict(fields or {})
 
 
 def missing_field(record: Mapping[str, object], expected: Mapping[str, str]) -> DataError:
@@ -114,5 +124,5 @@ def missing_field(record: Mapping[str, object], expected: Mapping[str, str]) -> 
 
 
 def _guess(name: str, record: Mapping[str, object]) -> str:
-    known = [key for key in _COMMON_NAMES[name] if key in record]
+    known = [key for key in COMMON_NAMES[name] if key in record]
     return known[0] if known else "NAME"

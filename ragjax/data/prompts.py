@@ -16,9 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ragjax.data.corpus import Corpus
-from ragjax.data.corpus_cache import Passage
 from ragjax.data.joining import DocumentIds, TextJoiner
 from ragjax.data.jsonl import DataError
+from ragjax.data.tables import Passage
 from ragjax.data.template import PromptTemplate as PromptTemplate
 from ragjax.data.template import TemplateTexts, fill
 from ragjax.data.template import passage_text as passage_text

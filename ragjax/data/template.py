@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ragjax.data.corpus_cache import Passage
 from ragjax.data.joining import TextJoiner
 from ragjax.data.jsonl import DataError
+from ragjax.data.tables import Passage
 
 _PLACES = ("{document}", "{question}")
 # Beginnings of answers, beside words of the vocabulary; the last is unknown to most of them.

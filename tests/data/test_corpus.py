@@ -12,6 +12,7 @@ import pytest
 from ragjax.data import Corpus, DataError, corpus_cache, overlap, passage_text
 from ragjax.data import corpus as corpus_module
 from ragjax.data.overlap import find_twins
+from ragjax.data.tables import sources
 
 ROWS = [
     {"_id": "a", "title": "First", "text": "one two"},
@@ -37,9 +38,9 @@ def opened(tmp_path):
 def test_rows_and_ids(opened):
     corpus = opened(ROWS)
     assert list(corpus) == [
-        ("a", "First", "one two"),
-        ("b", "", "three"),
-        ("7", "", "no title, a number as id"),
+        ("a", "First", "one two", ""),
+        ("b", "", "three", ""),
+        ("7", "", "no title, a number as id", ""),
     ]
     assert len(corpus) == 3
     assert [corpus.row_of(id) for id in ("7", "a", "b")] == [2, 0, 1]
@@ -93,7 +94,7 @@ TEXTS = [
 
 def test_text_is_kept_to_the_byte(opened):
     corpus = opened([{"_id": text, "title": text, "text": text} for text in TEXTS])
-    assert [tuple(passage) for passage in corpus] == [(text, text, text) for text in TEXTS]
+    assert [tuple(passage) for passage in corpus] == [(text, text, text, "") for text in TEXTS]
     assert [corpus.row_of(text) for text in TEXTS] == list(range(len(TEXTS)))
 
 
@@ -108,7 +109,7 @@ def test_blank_texts_are_skipped_and_counted(opened):
 
 def test_a_title_without_a_text_is_a_passage(opened):
     corpus = opened([{"_id": "x", "title": "Pump", "text": ""}, {"_id": "y", "text": "a"}])
-    assert corpus[0] == ("x", "Pump", "")
+    assert corpus[0] == ("x", "Pump", "", "")
     assert corpus.report.notes() == ()
     assert passage_text(corpus[0]) == "Pump"
 
@@ -146,15 +147,15 @@ def test_longest_allowed_text_of_escapes_passes(opened):
 
 
 def test_wrong_field_names(opened):
-    rows = [{"docid": "x", "contents": "t", "name": "n"}]
+    rows = [{"key": "x", "contents": "t", "body": "b", "name": "n"}]
     message = (
-        r"corpus\.jsonl:1: no field '_id' \(the id\) and 'text' \(the text\); fields found: "
-        r"'docid', 'contents', 'name'; name them with fields='id=docid,text=contents'$"
+        r"corpus\.jsonl:1: no field '_id' \(the id\) and 'text' \(the text\); fields found: 'key',"
+        r" 'contents', 'body', 'name'; name them with fields='id=NAME,text=contents'$"
     )
     with pytest.raises(DataError, match=message):
         opened(rows)
-    corpus = opened(rows, fields={"id": "docid", "text": "contents", "title": "name"})
-    assert corpus[0] == ("x", "n", "t")
+    corpus = opened(rows, fields={"id": "key", "text": "contents", "title": "name"})
+    assert corpus[0] == ("x", "n", "t", "") and corpus.report.notes() == ()
     with pytest.raises(DataError, match="unknown name 'txt'.*did you mean 'text'"):
         opened(rows, fields={"txt": "contents"})
 
@@ -168,7 +169,7 @@ def test_zero_passages(opened, rows, count):
 
 def test_zero_passages_after_skipping_names_the_first_reason(opened):
     with pytest.raises(DataError, match=r"0 passages \(2 bad corpus rows .*no field '_id'"):
-        opened([{"docid": "x", "text": "t"}] * 2, on_bad_row="skip")
+        opened([{"key": "x", "words": "t"}] * 2, on_bad_row="skip")
 
 
 def test_duplicate_ids_name_the_first_two_places(opened, tmp_path):
@@ -213,7 +214,7 @@ class TestCache:
 
     def test_second_opening_reads_nothing(self, source, builds, monkeypatch):
         first = self.open(source, on_bad_row="skip")
-        monkeypatch.setattr(corpus_cache, "sha256", None)
+        monkeypatch.setattr(sources, "sha256", None)
         second = self.open(source, on_bad_row="skip")
         assert len(builds) == 1
         assert list(second) == list(first)
@@ -223,7 +224,7 @@ class TestCache:
         self.open(source)
         os.utime(source, ns=(1, 1))
         self.open(source)
-        monkeypatch.setattr(corpus_cache, "sha256", None)
+        monkeypatch.setattr(sources, "sha256", None)
         self.open(source)
         assert len(builds) == 1
 
