@@ -65,9 +65,9 @@ class Flags:
         words: The question.
         question: The question, as a flag; without either: an interactive loop.
         run: Folder of a finished run.
-        data: Folder of documents (corpus.jsonl, or .md, .txt and .rst files), or one such file, for
-            base models.
-        fields: Names of the fields in corpus.jsonl where they differ from BEIR's, for example
+        data: Folder of documents (corpus.jsonl or another table, or .md, .txt and .rst files), one
+            such file, or a data set of the Hugging Face hub, for base models.
+        fields: Names of the fields of the corpus where they differ from BEIR's, for example
             `id=docid,text=contents`.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
         query_encoder: Encoder of questions for `data`, where it is another model; empty: `encoder`.

@@ -55,12 +55,12 @@ class Flags:
             `s3://bucket/path` (`AWS_ENDPOINT_URL` names another server) or `gs://bucket/path`.
         run: Folder of a run, whose trained encoder encodes its corpus.
         encoder: Encoder of documents, without a run: folder, hub id, or `pip:NAME==VERSION`.
-        data: Folder with `corpus.jsonl`; empty: that of the run.
+        data: Folder with a corpus, or its file, as runs take it; empty: that of the run.
         cache: Folder for the prepared corpus of this host; empty: `cache` beside the data.
         doc_prefix: Text that the encoder reads before each document; None: what its files say.
         encoder_max_length: Longest document in tokens; 0: as long as the encoder reads.
         compute_dtype: In which the encoder computes, without a run.
-        fields: Names of the fields in corpus.jsonl, as `id=docid,text=contents`.
+        fields: Names of the fields of the corpus, as `id=docid,text=contents`.
         on_bad_row: Stop at a row of the corpus that cannot be used, or skip it.
         dtype: Of the embeddings in the files.
         rows_per_shard: Documents in a shard; what a killed process repeats at most.
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on with the finished shards", file=sys.stderr)
         return 128 + stopped.signum
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         show_error(error, arguments, flag_names(Flags))
         return BAD_INPUT
 
@@ -171,9 +171,12 @@ def _encoder(flags: Flags) -> tuple[RunConfig, TextEncoder]:
 def _corpus(flags: Flags, config: RunConfig) -> Corpus:
     """Returns the documents, as a run reads them."""
     data, options = flags.data or config.data, config.data_options
+    beside = Path(data) if Path(data).is_dir() else Path(data).parent
+    if not flags.cache and not beside.is_dir():
+        raise ValueError(f"{data} is no folder or file here; --cache FOLDER says where to keep it")
     return Corpus.open(
         data,
-        cache=flags.cache or Path(data) / "cache",
+        cache=flags.cache or beside / "cache",
         fields=parse_fields(flags.fields or options.fields),
         on_bad_row="skip" if "skip" in (flags.on_bad_row, options.on_bad_row) else "stop",
     )

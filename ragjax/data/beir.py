@@ -1,4 +1,4 @@
-"""Reads a folder in the BEIR layout: corpus.jsonl, and queries.jsonl and qrels/*.tsv if there."""
+"""Reads a data set: a folder in the BEIR layout, with a corpus of any kind, or a corpus alone."""
 
 import dataclasses
 import hashlib
@@ -21,10 +21,10 @@ from ragjax.data.jsonl import (
     nearest_path,
     plain_or_gzipped,
     read_jsonl,
-    require_path,
     string_field,
 )
 from ragjax.data.qrels import SPLITS, Unknown, qrels_files, read_qrels, shown_names
+from ragjax.data.tables import find_tables
 
 _PARTS = ("corpus.jsonl", "queries.jsonl", "qrels")
 # What is trained on and chosen by; other splits are for measuring.
@@ -36,7 +36,7 @@ _NEEDED = {
     "answers": "answers to queries.jsonl",
     "judgements": "qrels/train.tsv",
 }
-_DATA_ENDINGS = (".jsonl", ".gz", ".csv", ".tsv", ".parquet")
+_DATA_ENDINGS = (".jsonl", ".json", ".gz", ".csv", ".tsv", ".parquet")
 
 
 def read_beir(
@@ -60,8 +60,10 @@ def read_beir(
     `answers` beside the text, or a usual other name of them.
 
     Args:
-        folder: Has `corpus.jsonl`, and it may have `queries.jsonl` and `qrels/SPLIT.tsv` with the
-            columns query-id, corpus-id, score, separated by tabs; each plain or `.gz`.
+        folder: Has `corpus.jsonl`, or a corpus of another kind, see `Corpus.open`, and it may have
+            `queries.jsonl` and `qrels/SPLIT.tsv` with the columns query-id, corpus-id, score,
+            separated by tabs; each plain or `.gz`. Or a file of passages, or a data set of the
+            Hugging Face hub, which have no questions.
         cache: Folder for the prepared corpus and for lists of rejected rows.
         fields: Names in the files for "id", "title", "text" (passages) and "query_id", "query",
             "answers" (questions), where they differ from BEIR's.
@@ -83,22 +85,22 @@ def read_beir(
         FileNotFoundError: A file is missing; the message suggests the nearest name.
         DataError: Bad rows, duplicate ids, an empty file, or more than 1 % of a qrels file
             naming unknown ids, as `on_bad_row` and `on_unknown` say.
+        ImportError: What a kind of file needs is missing; the message says how to install it.
     """
     folder, cache = Path(folder), Path(cache)
-    if not require_path(folder).is_dir():
-        raise DataError(
-            f"{folder} is a file; expected a folder with corpus.jsonl and queries.jsonl"
-        )
     if on_unknown not in ("stop", "skip"):
         raise DataError(f"on_unknown must be 'stop' or 'skip', got {on_unknown!r}")
     if supervision not in ("auto", *SUPERVISION):
         known = ", ".join(("auto", *SUPERVISION))
         raise DataError(f"supervision must be one of {known}, got {supervision!r}")
-    notes = _check_parts(folder)
-    judged = qrels_files(folder / "qrels", notes)
-    if supervision not in ("auto", "judgements"):
-        judged = _only_measured(judged, notes)
-    queries_file = _queries_file(folder, judged)
+    notes: list[str] = []
+    judged, queries_file = {}, None
+    if folder.is_dir():
+        notes += _check_parts(folder)
+        judged = qrels_files(folder / "qrels", notes)
+        if supervision not in ("auto", "judgements"):
+            judged = _only_measured(judged, notes)
+        queries_file = _queries_file(folder, judged)
     corpus = Corpus.open(
         folder,
         cache=cache,
@@ -125,7 +127,7 @@ def read_beir(
             f"the first: {rejected.first_reason}"
         )
     dataset = Dataset(
-        name=folder.resolve().name,
+        name=folder.resolve().name if folder.is_dir() else folder.name.partition(".")[0],
         corpus=corpus,
         questions=_by_split(asked, qrels, notes),
         qrels=qrels,
@@ -217,12 +219,15 @@ def _check_parts(folder: Path) -> list[str]:
         DataError: The folder has no part of a data set.
     """
     names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name.removesuffix(".gz") not in _PARTS]
+    corpus = find_tables(folder, "corpus", others=("queries", "questions", "qrels"))
+    read = {path.relative_to(folder).parts[0] for path in corpus}
+    others = [name for name in names if name.removesuffix(".gz") not in _PARTS and name not in read]
     if len(others) == len(names):
         raise DataError(
-            f"{folder} is no data set: expected corpus.jsonl, and queries.jsonl and qrels/test.tsv"
-            f" if you have them; found {shown_names(names) or 'nothing'} (ragjax.data.folders makes"
-            " a data set of text files)"
+            f"{folder} is no data set: expected corpus.jsonl (or .csv, .tsv, .parquet), and"
+            f" queries.jsonl and qrels/test.tsv if you have them; found"
+            f" {shown_names(names) or 'nothing'} (ragjax.data.folders makes a data set of text"
+            " files)"
         )
     others = [name for name in others if name.endswith(_DATA_ENDINGS)]
     return [f"{folder}: {len(others)} files are not read: {shown_names(others)}"] if others else []

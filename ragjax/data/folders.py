@@ -18,6 +18,7 @@ from ragjax.data.sections import sections
 from ragjax.storage import write_jsonl, write_text
 
 SUFFIXES = (".md", ".markdown", ".txt", ".rst")
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 _READ = (
     f"documents are read from {', '.join(SUFFIXES)} files (convert others, for example with pandoc"
     " or pdftotext), passages from corpus.jsonl"
@@ -111,16 +112,17 @@ def document_files(folder: Path) -> list[Path]:
 
 
 def holds_data_set(path: Path) -> bool:
-    """Tells whether a folder or file has passages as JSON lines, or parts of such a data set.
+    """Tells whether a folder or file has passages as a table, or parts of such a data set.
 
     A data set without its corpus is a mistake, whatever README stands beside it.
     """
     if not path.is_dir():
-        return ".json" in path.name or path.suffix in ("", ".gz")
+        return ".json" in path.name or path.suffix in ("", ".gz", *_TABLES)
     names = {file.name for file in path.iterdir() if file.is_file() and file.suffix not in SUFFIXES}
     parts = {name.partition(".")[0] for name in names}
     return (
-        any(".jsonl" in name for name in names)
+        any(".jsonl" in name or name.endswith(".parquet") for name in names)
+        or not names.isdisjoint({"state.json", "dataset_dict.json"})  # saved by `datasets`
         or not parts.isdisjoint({"corpus", "queries"})
         or (path / "qrels").is_dir()
     )

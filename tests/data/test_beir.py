@@ -212,8 +212,6 @@ def test_missing_parts_are_named(tmp_path):
     folder = write_folder(tmp_path / "set", QUERIES, SPLITS)
     with pytest.raises(FileNotFoundError, match="did you mean '.*set'"):
         read_beir(tmp_path / "sets", cache=tmp_path / "cache")
-    with pytest.raises(DataError, match="is a file; expected a folder"):
-        read_beir(folder / "queries.jsonl", cache=tmp_path / "cache")
     (folder / "queries.jsonl.gz").touch()
     with pytest.raises(DataError, match="holds queries.jsonl and queries.jsonl.gz"):
         read_beir(folder, cache=tmp_path / "cache")
@@ -257,7 +255,7 @@ def test_files_that_are_not_read_are_named(folder, tmp_path):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ((), "no data set: expected corpus.jsonl, .* found nothing"),
+        ((), r"no data set: expected corpus.jsonl \(or .csv, .tsv, .parquet\), .* found nothing"),
         (("a.md", "b.txt"), r"found a.md, b.txt \(ragjax.data.folders makes a data set"),
         (("queries.jsonl", "qrels.tsv"), "qrels does not exist; there is qrels.tsv"),
         (
@@ -265,10 +263,10 @@ def test_files_that_are_not_read_are_named(folder, tmp_path):
             "there is queries.csv, which is .*; write it as queries",
         ),
         (
-            ("qrels/test.tsv", "queries.jsonl", "corpus.csv", "corpora.jsonl"),
+            ("qrels/test.tsv", "queries.jsonl", "corpus.txt", "corpora.jsonl"),
             r"did you mean '.*corpora.jsonl'",
         ),
-        (("qrels/test.tsv", "queries.jsonl", "corpus.csv"), "one JSON object a line"),
+        (("qrels/test.tsv", "queries.jsonl", "corpus.txt"), "one JSON object a line"),
     ],
 )
 def test_no_other_format_is_what_was_meant(tmp_path, names, expected):
@@ -279,3 +277,17 @@ def test_no_other_format_is_what_was_meant(tmp_path, names, expected):
     with pytest.raises((DataError, FileNotFoundError), match=expected) as error:
         read_beir(tmp_path / "set", cache=tmp_path / "cache")
     assert "did you mean" not in str(error.value) or "corpora" in names[-1]
+
+
+def test_a_corpus_of_another_kind_stands_beside_questions_or_alone(folder, tmp_path):
+    expected = read_beir(folder, cache=tmp_path / "cache")
+    text = "".join(f"{id},text of {id}\n" for id in ("d1", "d2", "d3"))
+    (folder / "corpus.csv").write_text("docid,contents\n" + text)
+    (folder / "corpus.jsonl").unlink()
+    dataset = read_beir(folder, cache=tmp_path / "cache")
+    assert list(dataset.corpus) == list(expected.corpus) and dataset.qrels == expected.qrels
+    first, second = dataset.notes
+    assert "separated by commas" in first and "the text is read from 'contents'" in second
+    alone = read_beir(folder / "corpus.csv", cache=tmp_path / "cache")
+    assert list(alone.corpus) == list(expected.corpus) and alone.notes == dataset.notes
+    assert (alone.name, alone.supervision, dict(alone.questions)) == ("corpus", "documents", {})

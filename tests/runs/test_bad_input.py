@@ -65,8 +65,9 @@ def test_b1_a_missing_folder_gets_the_nearest_name(refuse, domain):
     assert "domain" in refuse(data=str(domain.with_name("domian")))
 
 
-def test_b1_a_file_where_a_folder_is_needed(refuse, domain):
-    assert "corpus.jsonl" in refuse(data=str(domain / "corpus.jsonl"))
+def test_b1_a_file_of_something_else(refuse, domain):
+    said = refuse(data=str(domain / "qrels" / "train.tsv"))
+    assert "train.tsv:2: no field '_id' (the id) and 'text'" in said and "'query-id'" in said
 
 
 def test_b2_an_empty_corpus(refuse, domain):
@@ -108,10 +109,10 @@ def test_b3_text_that_is_not_utf8(refuse, domain):
 
 
 def test_b4_wrong_field_names_are_shown_with_the_flag(refuse, domain):
-    text = (domain / "corpus.jsonl").read_text().replace('"text"', '"contents"')
+    text = (domain / "corpus.jsonl").read_text().replace('"text"', '"words"')
     (domain / "corpus.jsonl").write_text(text)
     message = refuse(data=str(domain))
-    assert "contents" in message and "fields" in message
+    assert "words" in message and "fields" in message
 
 
 def test_b4_the_flag_that_names_fields_is_read(refuse, domain):

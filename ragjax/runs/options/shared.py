@@ -225,8 +225,11 @@ class RunConfig(Options):
     """Options of every kind of run; these alone train nothing.
 
     Attributes:
-        data: BEIR folder (corpus.jsonl and, if there, queries.jsonl and qrels/); empty: the API
-            documentation of the installed Python packages, with questions that ship with ragjax.
+        data: BEIR folder (corpus.jsonl and, if there, queries.jsonl and qrels/), whose corpus may
+            also be CSV, TSV, Parquet or a folder saved by `datasets`; or a corpus alone: such a
+            file, or a data set of the Hugging Face hub (`org/name[:subset[:split]]`); empty: the
+            API documentation of the installed Python packages, with questions that ship with
+            ragjax.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
         query_encoder: Encoder of queries, where it is another model than that of documents (DPR);
             empty: `encoder`. The two have embeddings of the same size, and are trained apart.
