@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from gzip import BadGzipFile, GzipFile
@@ -224,15 +223,27 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         DataError: Not UTF-8, not JSON (NaN and Infinity are not), or not an object.
     """
     value = None
-    # It makes floats of longer integers, takes no half of a surrogate pair, and says less.
-    if not _LONG_NUMBER.search(raw):
-        with contextlib.suppress(orjson.JSONDecodeError):
-            value = orjson.loads(raw)
+    # It takes no half of a surrogate pair, says less, and makes floats of integers above 64 bits.
+    with contextlib.suppress(orjson.JSONDecodeError, RecursionError):
+        value = orjson.loads(raw)
+        if _holds_large(value):
+            value = None
     if value is None:
         value = _decode(raw)
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _holds_large(value: Any) -> bool:
+    """Tells whether a float may have been an integer that takes more than 64 bits."""
+    if isinstance(value, float):
+        return not -_LARGE < value < _LARGE
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and any(
+        _holds_large(one) for one in value if type(one) is not str
+    )
 
 
 def _decode(raw: bytes) -> Any:
@@ -366,7 +377,7 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {json.dumps(value, ensure_ascii=True, default=str)[:60]}"
 
 
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_LARGE = 2.0**63
 # By the begin of a broken line.
 _HINTS = {
     b"[": "; one object per line is expected, not one array",

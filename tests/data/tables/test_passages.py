@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import re
+import textwrap
+from pathlib import Path
 
 import orjson
 import pytest
@@ -261,3 +263,13 @@ class TestShards:
         write("a.parquet", [{"id": 1.5, "text": "t"}])
         with pytest.raises(DataError, match="a.parquet:1: id 'id' is float 1.5"):
             Corpus.open(folder, cache=tmp_path / "cache")
+
+    def test_the_example_of_the_page_runs(self, write, tmp_path, monkeypatch, capsys):
+        page = Path(__file__).parents[3] / "docs" / "runs.rst"
+        section = page.read_text("utf-8").partition("Documents in tables")[2]
+        block = section.partition(".. code-block:: python\n")[2].partition("\nIds, titles")[0]
+        write("a.parquet", ROWS).rename(tmp_path / "shards")
+        monkeypatch.chdir(tmp_path)
+        exec(textwrap.dedent(block), {})
+        assert "Parquet with the columns" in (shown := capsys.readouterr().out)
+        assert shown.endswith("2 a \n")
