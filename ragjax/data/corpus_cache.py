@@ -26,7 +26,6 @@ from ragjax.data.tables import (
     Source,
     UnreachableError,
     combined,
-    encoded,
     shown_columns,
 )
 from ragjax.storage import (
@@ -48,6 +47,7 @@ HASH_ROWS = "id_rows.npy"  # int64 [N], the row of each hash
 MANIFEST = "manifest.json"
 _WHAT = "prepared corpus"
 REJECTED = "rejected.jsonl"
+_ROWS_AT_ONCE = 512  # written
 # Whitespace and the characters that show nothing.
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*\Z")
 
@@ -149,11 +149,13 @@ def _build(
         table = _PassageTable(out)
         for part in parts:
             table.begin(part)
-            prefix = f"{part.path.name}:" if len(parts) > 1 else f"{part.unit}-"
+            # Bytes of a name that are no UTF-8 become escapes.
+            name = os.fsencode(part.path.name).decode("utf-8", "backslashreplace")
+            prefix = f"{name}:" if len(parts) > 1 else f"{part.unit}-"
             for row in part.rows(rejected):
                 try:
                     passage = reader.read(row, prefix)
-                    raw = encoded(passage)
+                    raw = reader.encoded(passage)
                 except DataError as error:
                     rejected.add(part.path, row.line, str(error), row.raw)
                     continue
@@ -161,6 +163,7 @@ def _build(
                     blank += 1
                 else:
                     table.append(passage.id, raw, row.line)
+        table.flush()
     report = CorpusReport(
         kept=len(table.lines),
         blank=blank,
@@ -203,20 +206,30 @@ class _PassageTable:
         self.lines = array("q")  # of its part, from 1
         self._parts: list[tuple[int, Part]] = []  # each with the row that it begins with
         self._offsets = array("q", [0])
-        self._hashes = array("Q")
+        self._size = 0
+        self._hashes = bytearray()
+        self._pending: list[bytes] = []
 
     def begin(self, part: Part) -> None:
         self._parts.append((len(self.lines), part))
 
     def append(self, id: str, raw: bytes, line: int) -> None:
+        self._size += len(raw)
+        self.lines.append(line)
+        self._offsets.append(self._size)
+        self._hashes += id_digest(id)
+        self._pending.append(raw)
+        if len(self._pending) == _ROWS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        raw = b"".join(self._pending)
         self._out.write(raw)
         self.fingerprint.update(raw)
-        self.lines.append(line)
-        self._offsets.append(self._offsets[-1] + len(raw))
-        self._hashes.append(int(hash_id(id)))
+        self._pending.clear()
 
     def save(self, source: Source, folder: Path) -> None:
-        hashes = np.asarray(self._hashes, np.uint64)
+        hashes = np.frombuffer(self._hashes, "<u8").astype(np.uint64)
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
         equal = np.flatnonzero(hashes[1:] == hashes[:-1])
@@ -295,5 +308,9 @@ def _digest(parts: list[Any]) -> str:
 
 def hash_id(doc_id: str) -> np.uint64:
     """Returns a 64-bit hash of an id, the same in every process."""
-    digest = hashlib.blake2b(doc_id.encode("utf-8"), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
+    return np.uint64(int.from_bytes(id_digest(doc_id), "little"))
+
+
+def id_digest(doc_id: str) -> bytes:
+    """Returns the eight bytes of `hash_id`, the lowest first."""
+    return hashlib.blake2b(doc_id.encode("utf-8"), digest_size=8).digest()

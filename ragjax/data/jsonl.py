@@ -129,12 +129,12 @@ class SourceFile:
         Raises:
             DataError: UTF-16 text, or a damaged gzip file.
         """
-        for line in self.raw_lines():
-            if line.size > len(line.raw):
-                yield line
-            elif raw := line.raw.rstrip(b"\r\n"):
-                if not raw.isspace():
-                    yield Line(line.number, raw, len(raw))
+        with self._opened() as stream:
+            for number, raw, size in self._split(stream):
+                if size > len(raw):
+                    yield Line(number, raw, size)
+                elif (raw := raw.rstrip(b"\r\n")) and not raw.isspace():
+                    yield Line(number, raw, len(raw))
 
     def raw_lines(self) -> Iterator[Line]:
         """Yields every line with its end; only a byte-order mark is taken off.
@@ -143,7 +143,8 @@ class SourceFile:
             DataError: UTF-16 text, or a damaged gzip file.
         """
         with self._opened() as stream:
-            yield from self._split(stream)
+            for line in self._split(stream):
+                yield Line(*line)
 
     def chunks(self, size: int) -> Iterator[bytes]:
         """Yields the content in pieces of at most `size` bytes; a byte-order mark is taken off.
@@ -169,7 +170,7 @@ class SourceFile:
                     error
                 )
 
-    def _split(self, stream: Any) -> Iterator[Line]:
+    def _split(self, stream: Any) -> Iterator[tuple[int, bytes, int]]:
         number = 0
         while raw := stream.readline(self.max_line_bytes + 1):
             number += 1
@@ -183,7 +184,7 @@ class SourceFile:
             elif number == 1:
                 raw = self._without_bom(raw)
                 size = len(raw)
-            yield Line(number, raw, size)
+            yield number, raw, size
 
     def _without_bom(self, raw: bytes) -> bytes:
         if raw[:2] in _UTF16_BOMS or b"\x00" in raw[:64]:
@@ -222,13 +223,14 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     Raises:
         DataError: Not UTF-8, not JSON (NaN and Infinity are not), or not an object.
     """
-    value = None
-    # It takes no half of a surrogate pair, says less, and makes floats of integers above 64 bits.
-    with contextlib.suppress(orjson.JSONDecodeError, RecursionError):
+    value: Any = None
+    try:
         value = orjson.loads(raw)
-        if _holds_large(value):
-            value = None
-    if value is None:
+        is_exact = not _holds_large(value)
+    except (orjson.JSONDecodeError, RecursionError):
+        is_exact = False
+    if not is_exact:
+        # Takes half of a surrogate pair, and says more.
         value = _decode(raw)
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, got {type(value).__name__}")
@@ -236,14 +238,17 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def _holds_large(value: Any) -> bool:
-    """Tells whether a float may have been an integer that takes more than 64 bits."""
-    if isinstance(value, float):
+    """Tells whether a float may be an integer of more than 64 bits, which orjson rounds."""
+    if type(value) is float:
         return not -_LARGE < value < _LARGE
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, list) and any(
-        _holds_large(one) for one in value if type(one) is not str
-    )
+    if type(value) is dict:
+        value = value.values()
+    elif type(value) is not list:
+        return False
+    for one in value:
+        if type(one) is not str and _holds_large(one):
+            return True
+    return False
 
 
 def _decode(raw: bytes) -> Any:

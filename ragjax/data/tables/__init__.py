@@ -7,7 +7,6 @@ saved by `datasets`, and data sets of the Hugging Face hub.
 from ragjax.data.tables.hub import UnreachableError as UnreachableError
 from ragjax.data.tables.passages import Passage as Passage
 from ragjax.data.tables.passages import PassageReader as PassageReader
-from ragjax.data.tables.passages import encoded as encoded
 from ragjax.data.tables.places import find_tables as find_tables
 from ragjax.data.tables.places import table_files as table_files
 from ragjax.data.tables.row import shown_columns as shown_columns

@@ -53,25 +53,36 @@ class PassageReader:
         record = row.record
         if self._names is None:
             self._names = self._find(record)
-        names = self._names
-        if names.text not in record or (names.id and names.id not in record):
-            wanted = {"id": names.id, "text": names.text}
-            raise missing_field(record, {name: key for name, key in wanted.items() if key})
-        text = string_field(record, names.text)
+        id_name, title_name, text_name, source_name = self._names
+        text, title, id = record.get(text_name), record.get(title_name), record.get(id_name)
+        # A string is what all rows have; the others go through checks that say what is wrong.
+        if type(text) is not str or type(id) is not str or not id:
+            id, text = self._checked(row, prefix)
         if len(text) > self._max_chars:
             raise DataError(
                 f"the text has {len(text)} characters, above max_chars = {self._max_chars}; cut it "
                 "into passages, or open the corpus with a larger max_chars"
             )
-        if not names.id and (there := usual_fields("id", record)):
-            raise DataError(f"an id in the field {there[0]!r}, which the first row does not have")
-        has_title = record.get(names.title) is not None
-        return Passage(
-            id_field(record, names.id) if names.id else f"{prefix}{row.line}",
-            string_field(record, names.title) if has_title else "",
-            text,
-            self._source(record, names.source),
-        )
+        if title is not None and type(title) is not str:
+            title = string_field(record, title_name)
+        return Passage(id, title or "", text, self._source(record, source_name))
+
+    def encoded(self, passage: Passage) -> bytes:
+        """Returns a passage as a line of JSON, in UTF-8; without the source where there is none.
+
+        Raises:
+            DataError: A lone surrogate, which is no UTF-8.
+        """
+        id, title, text, source = passage
+        record = {"id": id, "title": title, "text": text}
+        if source:
+            record["source"] = source
+        try:
+            return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError as error:
+            for name, value in zip(self._names or passage._fields, passage, strict=True):
+                check_encodable(value, name)
+            raise DataError(f"text that cannot be written: {error}") from error
 
     def notes(self, name: str) -> list[str]:
         """Returns a sentence on the fields taken, where they are neither BEIR's nor given."""
@@ -103,6 +114,19 @@ class PassageReader:
             raise missing_field(record, {name: names[name] for name in ("id", "text")})
         return _Names(**names | ({} if has_ids else {"id": ""}))
 
+    def _checked(self, row: Row, prefix: str) -> tuple[str, str]:
+        """Returns id and text of a row that has no id, or a number, or a fault."""
+        record, names = row.record, self._names or _Names("", "", "", "")
+        if names.text not in record or (names.id and names.id not in record):
+            wanted = {"id": names.id, "text": names.text}
+            raise missing_field(record, {name: key for name, key in wanted.items() if key})
+        text = string_field(record, names.text)
+        if names.id:
+            return id_field(record, names.id), text
+        if there := usual_fields("id", record):
+            raise DataError(f"an id in the field {there[0]!r}, which the first row does not have")
+        return f"{prefix}{row.line}", text
+
     def _source(self, record: Mapping[str, Any], name: str) -> str:
         value = record.get(name)
         if "source" in self._given and value is not None:
@@ -113,20 +137,3 @@ class PassageReader:
         if not isinstance(value, str):
             value = record.get("url")
         return value if isinstance(value, str) else ""
-
-
-def encoded(passage: Passage) -> bytes:
-    """Returns a passage as a line of JSON, in UTF-8; without the source where there is none.
-
-    Raises:
-        DataError: A lone surrogate, which is no UTF-8.
-    """
-    record = passage._asdict()
-    if not passage.source:
-        del record["source"]
-    try:
-        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError as error:
-        for key, value in record.items():
-            check_encodable(value, key)
-        raise DataError(f"text that cannot be written: {error}") from error

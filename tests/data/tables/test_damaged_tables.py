@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ragjax.data.jsonl import DataError, RejectedRows
-from ragjax.data.tables import PassageReader, TableFile, encoded
+from ragjax.data.tables import PassageReader, TableFile
 
 SEED, FEW, MANY = 7, 150, 10_000
 ROWS = [
@@ -95,7 +95,7 @@ def read(path):
     with RejectedRows(path.with_name("rejected.jsonl"), "skip") as rejected:
         for row in TableFile(path, max_row_bytes=20_000).rows(rejected):
             try:
-                passages.append(encoded(reader.read(row, "row-")))
+                passages.append(reader.encoded(reader.read(row, "row-")))
             except DataError as error:
                 rejected.add(path, row.line, str(error), row.raw)
     return passages

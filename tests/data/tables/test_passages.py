@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ragjax.data import Corpus, DataError, Passage
 from ragjax.data.jsonl import parse_object
-from ragjax.data.tables import encoded, find_tables, table_files
+from ragjax.data.tables import PassageReader, find_tables, table_files
 
 ROWS = [
     {"_id": "a", "title": "First", "text": "one, two"},
@@ -109,6 +109,8 @@ def test_the_source_of_a_passage_is_kept_where_there_is_one(opened):
         opened("c.jsonl", lines({"_id": "a", "text": "t", "page": 3}), fields={"source": "page"})
     with pytest.raises(DataError, match=r"field 'source' holds half of a surrogate pair"):
         opened("d.jsonl", lines({"_id": "a", "text": "t", "source": "\ud83d"}))
+    with pytest.raises(DataError, match=r"d.jsonl:1: field 'contents' holds half of a surrogate"):
+        opened("d.jsonl", lines({"_id": "a", "contents": "\ud83d"}))
 
 
 @settings(max_examples=100, deadline=None)
@@ -117,8 +119,9 @@ def test_passages_are_written_as_the_standard_library_writes_them(id, title, tex
     passage = Passage(id, title, text, source)
     record = {"id": id, "title": title, "text": text} | ({"source": source} if source else {})
     expected = json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
-    assert encoded(passage) == expected.encode()
-    assert Passage(**orjson.loads(encoded(passage))) == passage
+    raw = PassageReader({}, 1000).encoded(passage)
+    assert raw == expected.encode()
+    assert Passage(**orjson.loads(raw)) == passage
 
 
 JSON = st.recursive(
