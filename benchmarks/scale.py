@@ -7,9 +7,9 @@ for each size in a process of its own, does what `ask.py` does with a folder of 
 them, tokenises them, counts the words for BM25, encodes them with a small random encoder, indexes
 them and searches; then opens all of it again in another process. Memory is what a process holds of
 its own, in its peak (pages of files that are mapped are the system's to drop). The exponents of
-growth between sizes are those of time, n log n counts about 1.05; `--forecast` extrapolates the
-largest size. Two CPU cores: 10,000 passages take half a minute, a million half an hour and 4 GB
-of disk.
+growth between sizes are those of processor time, which other work on the machine changes least; n
+log n counts about 1.05. `--forecast` extrapolates the seconds of the largest size. Two CPU cores:
+10,000 passages take half a minute, a million half an hour and 4 GB of disk.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def format_table(found: dict[str, Any], forecast: int) -> str:
         for stage in found[str(sizes[0])][call]:
             cells = [found[str(size)][call][stage] for size in sizes]
             seconds = [cell["seconds"] for cell in cells]
-            slope = exponent(sizes, seconds)
+            slope = exponent(sizes, [cell["cpu"] for cell in cells])
             row = [
                 f"{s:.1f} ({c['mib']:,.0f})".rjust(15) for s, c in zip(seconds, cells, strict=True)
             ]
@@ -208,14 +208,20 @@ def _stage(name: str, found: dict[str, Any]) -> Iterator[None]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), _processor_time()
     try:
         yield
     finally:
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, _processor_time() - cpu
         ended.set()
         watcher.join()
-    found[name] = {"seconds": round(seconds, 3), "mib": max(most[0], _own_memory())}
+    mib = max(most[0], _own_memory())
+    found[name] = {"seconds": round(seconds, 3), "cpu": round(cpu, 3), "mib": mib}
+
+
+def _processor_time() -> float:
+    """Returns the seconds that this process and those that it waited for computed."""
+    return sum(os.times()[:4])
 
 
 def _own_memory() -> float:
