@@ -97,7 +97,9 @@ class Corpus:
             DataError: Bad rows, duplicate ids, no passages, or a file that is no table.
             ImportError: What a kind of file needs is missing; the message says how to install it.
         """
-        options = CorpusOptions(dict(check_fields(fields)), on_bad_row, max_chars)
+        given = check_fields(fields)
+        own = {name: given[name] for name in Passage._fields if name in given}
+        options = CorpusOptions(own, on_bad_row, max_chars)
         source = corpus_source(Path(path))
         return cls(prepared_folder(source, Path(cache), options, progress))
 

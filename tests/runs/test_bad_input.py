@@ -1,5 +1,6 @@
 """Each mistake ends with code 2 and one sentence, before anything expensive."""
 
+import csv
 import importlib
 import json
 import shutil
@@ -306,7 +307,7 @@ def test_a_run_whose_index_is_lost_goes_on_as_its_error_advises(tmp_path):
         taken(2)
 
 
-def test_b7_b14_b15_what_can_be_used_is_used_and_said(
+def test_b7_b9_b14_b15_what_can_be_used_is_used_and_said(
     script, tiny_inputs, tmp_path, capsys, write_domain
 ):
     domain = write_domain(tmp_path / "domain")
@@ -315,6 +316,11 @@ def test_b7_b14_b15_what_can_be_used_is_used_and_said(
         domain / "corpus.jsonl",
         *(json.dumps({"_id": f"long{i}", "text": "word " * 60}) for i in range(8)),
     )
+    rows = [json.loads(line) for line in (domain / "corpus.jsonl").read_text().splitlines()]
+    with open(domain / "corpus.csv", "w", newline="") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerows([["docid", "body"], *([row["_id"], row["text"]] for row in rows)])
+    (domain / "corpus.jsonl").unlink()
     folder = copy(tiny_inputs["lm"], tmp_path)
     settings = json.loads((folder / "config.json").read_text())
     settings.pop("pad_token_id", None)
@@ -331,6 +337,8 @@ def test_b7_b14_b15_what_can_be_used_is_used_and_said(
     out = capsys.readouterr().out
     assert code == 0
     assert "1 passages without text or title are skipped" in out
+    assert "corpus.csv: cells separated by semicolons" in out
+    assert "the id is read from 'docid'; the text is read from 'body'" in out
     assert "longer than 64 tokens and were cut" in out
     assert "documents to encode" in out
 

@@ -32,7 +32,7 @@ def parquet_rows(
         with parquet.ParquetFile(
             path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
         ) as file:
-            names = _kept(arrow, path, file.schema_arrow, notes, "Parquet")
+            names = kept_columns(arrow, path, file.schema_arrow, notes, "Parquet")
             total = path.stat().st_size
             batches = file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False)
             for batch, count in _counted(batches):
@@ -56,7 +56,7 @@ def arrow_rows(
         is_file = file.read(8) == ARROW_MAGICS[0]
         file.seek(0)
         reader = arrow.ipc.open_file(file) if is_file else arrow.ipc.open_stream(file)
-        names = _kept(arrow, path, reader.schema, notes, "Arrow")
+        names = kept_columns(arrow, path, reader.schema, notes, "Arrow")
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for number, (whole, start) in enumerate(_counted(batches), 1):
             # Offsets of a damaged file would read past the end of a buffer.
@@ -88,16 +88,19 @@ def batch_rows(batch: Any, start: int, path: Path, rejected: RejectedRows) -> It
         yield TableRow(line, dict(zip(names, values, strict=True)))
 
 
-def _counted(batches: Iterable[Any]) -> Iterator[tuple[Any, int]]:
-    """Yields each batch with the number of rows before it."""
-    count = 0
-    for batch in batches:
-        yield batch, count
-        count += len(batch)
+def kept_columns(arrow: Any, path: Path, schema: Any, notes: list[str], kind: str) -> list[str]:
+    """Returns the columns that are read: all but lists of floats, which are long and no text.
 
+    Args:
+        arrow: The package.
+        path: Of the table.
+        schema: Of the table.
+        notes: Told the names.
+        kind: Of the table, for the note.
 
-def _kept(arrow: Any, path: Path, schema: Any, notes: list[str], kind: str) -> list[str]:
-    """Returns the columns that are read: all but lists of floats, which are long and no text."""
+    Raises:
+        DataError: Two columns have the same name.
+    """
     names = schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -117,6 +120,14 @@ def _kept(arrow: Any, path: Path, schema: Any, notes: list[str], kind: str) -> l
     left_out = f"; left out, as embeddings: {shown_columns(numbers)}" if numbers else ""
     notes.append(f"{path}: {kind} with the columns {shown_columns(kept) or '(none)'}{left_out}")
     return kept
+
+
+def _counted(batches: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+    """Yields each batch with the number of rows before it."""
+    count = 0
+    for batch in batches:
+        yield batch, count
+        count += len(batch)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ragjax.data.jsonl import DEFAULT_MAX_LINE_BYTES, DataError, ReadProgress, RejectedRows
-from ragjax.data.tables.columns import batch_rows
+from ragjax.data.tables.columns import batch_rows, kept_columns
 from ragjax.data.tables.row import TableRow, shown_columns
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}", re.ASCII)
@@ -85,20 +85,19 @@ class HubSource:
                 several, none of which is called as the table.
             ImportError: `datasets` is missing.
         """
-        datasets = _datasets(self.name)
+        datasets, arrow = _packages(self.name)
         options = {"revision": str(self.stamp()[0])}
         try:
             subsets = datasets.get_dataset_config_names(self._id, **options)
             subset = self._chosen("subset", self._subset, subsets)
             splits = datasets.get_dataset_split_names(self._id, subset, **options)
             split = self._chosen("split", self._split, splits)
-            self.notes.append(
-                f"{self._id}: subset {subset}, split {split}, of {options['revision']}"
-            )
+            kind = f"subset {subset}, split {split}, revision {options['revision']},"
             table = datasets.load_dataset(self._id, subset, split=split, streaming=True, **options)
-            count = 0
+            count, names = 0, []
             for batch in table.with_format("arrow").iter(batch_size=_BATCH_ROWS):
-                for part in batch.to_batches():
+                names = names or kept_columns(arrow, self.path, batch.schema, self.notes, kind)
+                for part in batch.select(names).to_batches():
                     yield from batch_rows(part, count, self.path, rejected)
                     count += len(part)
         except DataError:
@@ -136,12 +135,14 @@ def _unreachable(name: str, error: Exception) -> UnreachableError:
     )
 
 
-def _datasets(name: str) -> Any:
+def _packages(name: str) -> tuple[Any, Any]:
+    """Returns `datasets` and `pyarrow`."""
     try:
         import datasets
+        import pyarrow
     except ImportError as error:
         raise ImportError(
             f"{name}: there is no such file or folder; data sets of the Hugging Face hub need"
             ' `datasets`: pip install "ragjax[datasets]"'
         ) from error
-    return datasets
+    return datasets, pyarrow

@@ -54,7 +54,8 @@ class PassageReader:
         if self._names is None:
             self._names = self._find(record)
         id_name, title_name, text_name, source_name = self._names
-        text, title, id = record.get(text_name), record.get(title_name), record.get(id_name)
+        text, title = record.get(text_name), record.get(title_name)
+        id = record.get(id_name) if id_name else None
         # A string is what all rows have; the others go through checks that say what is wrong.
         if type(text) is not str or type(id) is not str or not id:
             id, text = self._checked(row, prefix)

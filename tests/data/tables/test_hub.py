@@ -63,7 +63,9 @@ def test_the_subset_called_corpus_is_read_once_for_a_revision(
 ):
     corpus = Corpus.open("org/name", cache=tmp_path / "cache")
     assert [(p.id, p.text) for p in corpus] == [("a", "one"), ("b", "two")]
-    assert corpus.report.notes() == ("org/name: subset corpus, split train, of abc",)
+    assert corpus.report.notes() == (
+        "org/name: subset corpus, split train, revision abc, with the columns _id, text",
+    )
     named = Corpus.open("org/name:queries", cache=tmp_path / "cache")
     assert [passage.text for passage in named] == ["ask"]
     with pytest.raises(
