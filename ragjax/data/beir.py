@@ -1,32 +1,46 @@
-"""Reads a data set: a folder in the BEIR layout, with a corpus of any kind, or a corpus alone."""
+"""Reads documents, questions and judgements: a folder in the BEIR layout, or files of each."""
 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ragjax.data.answers import AnswerFields
 from ragjax.data.corpus import DEFAULT_MAX_CHARS, Corpus
 from ragjax.data.examples import SUPERVISION, Dataset, Question, hold_out
-from ragjax.data.fields import missing_field, resolve_fields
+from ragjax.data.fields import resolve_fields
 from ragjax.data.jsonl import (
     BadRowPolicy,
     DataError,
+    Flaw,
     ReadProgress,
     RejectedRows,
-    SourceFile,
-    id_field,
     nearest_path,
     plain_or_gzipped,
-    read_jsonl,
-    string_field,
 )
-from ragjax.data.qrels import SPLITS, Unknown, qrels_files, read_qrels, shown_names
+from ragjax.data.qrels import (
+    Judged,
+    Unknown,
+    given_qrels,
+    judged_beside,
+    qrels_files,
+    read_qrels,
+    shown_names,
+)
+from ragjax.data.questions import (
+    Asked,
+    files_named,
+    holds_contexts,
+    question_files,
+    read_questions,
+    written_contexts,
+)
 from ragjax.data.tables import find_tables
 
-_PARTS = ("corpus.jsonl", "queries.jsonl", "qrels")
+_CORPUS = "corpus.jsonl"
+_PARTS = (_CORPUS, "queries.jsonl", "qrels")
+_QUERIES = ("queries", "questions")
 # What is trained on and chosen by; other splits are for measuring.
 _TAUGHT = frozenset({"train", "dev"})
 # Of the train questions, where there is no test split.
@@ -40,9 +54,11 @@ _DATA_ENDINGS = (".jsonl", ".json", ".gz", ".csv", ".tsv", ".parquet")
 
 
 def read_beir(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None,
     *,
     cache: str | os.PathLike[str],
+    queries: str | os.PathLike[str] | None = None,
+    qrels: str | os.PathLike[str] | None = None,
     fields: Mapping[str, str] | None = None,
     on_bad_row: BadRowPolicy = "stop",
     on_unknown: BadRowPolicy = "stop",
@@ -54,17 +70,25 @@ def read_beir(
     """Reads passages, and what there is of questions, answers and relevance judgements.
 
     A question belongs to the splits whose qrels file names it. One that no file names belongs to
-    `metadata.split`, or else to train, unless there is a file of that split. Where there is no test
-    or no dev split (dev has other usual names, such as `validation`), a part of train is held out,
-    chosen by a hash of the question ids. The answers of a question are `metadata.answers`, or
-    `answers` beside the text, or a usual other name of them.
+    its `metadata.split` or `split`, or else to train, unless there is a file of that split. Where
+    there is no test or no dev split (dev has other usual names, such as `validation`), a part of
+    train is held out, chosen by a hash of the question ids. The answers of a question are
+    `metadata.answers`, or `answers` beside the text, or a usual other name of them.
+
+    Where there is no corpus, the passages beside the questions are it (SQuAD, DPR, a field
+    `context`), and those of a question are relevant to it.
 
     Args:
         folder: Has `corpus.jsonl`, or a corpus of another kind, see `Corpus.open`, and it may have
-            `queries.jsonl` and `qrels/SPLIT.tsv` with the columns query-id, corpus-id, score,
-            separated by tabs; each plain or `.gz`. Or a file of passages, or a data set of the
-            Hugging Face hub, which have no questions.
+            `queries.jsonl` (or `queries` or `questions` of another kind) and `qrels/SPLIT.tsv` with
+            the columns query-id, corpus-id, score, separated by tabs; each plain or `.gz`. Or a
+            file of passages, or of questions with their passages, or a data set of the Hugging
+            Face hub. None: the passages are those in `queries`.
         cache: Folder for the prepared corpus and for lists of rejected rows.
+        queries: File of questions of any kind, see `ragjax.data.questions`, or a folder with one
+            for each split; None: those in the folder.
+        qrels: File of judgements, as BEIR or as TREC has them, or a folder with one for each
+            split; None: those in the folder.
         fields: Names in the files for "id", "title", "text" (passages) and "query_id", "query",
             "answers" (questions), where they differ from BEIR's.
         on_bad_row: "stop" raises at the first bad row; "skip" counts bad rows and writes them to
@@ -87,54 +111,126 @@ def read_beir(
             naming unknown ids, as `on_bad_row` and `on_unknown` say.
         ImportError: What a kind of file needs is missing; the message says how to install it.
     """
-    folder, cache = Path(folder), Path(cache)
+    cache = Path(cache)
     if on_unknown not in ("stop", "skip"):
         raise DataError(f"on_unknown must be 'stop' or 'skip', got {on_unknown!r}")
     if supervision not in ("auto", *SUPERVISION):
         known = ", ".join(("auto", *SUPERVISION))
         raise DataError(f"supervision must be one of {known}, got {supervision!r}")
     notes: list[str] = []
-    judged, queries_file = {}, None
-    if folder.is_dir():
-        notes += _check_parts(folder)
-        judged = qrels_files(folder / "qrels", notes)
-        if supervision not in ("auto", "judgements"):
-            judged = _only_measured(judged, notes)
-        queries_file = _queries_file(folder, judged)
-    corpus = Corpus.open(
-        folder,
-        cache=cache,
-        fields=fields,
-        on_bad_row=on_bad_row,
-        max_chars=max_chars,
-        progress=progress,
-    )
-    path_key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    files = _find(folder, queries, qrels, notes)
+    if supervision not in ("auto", "judgements"):
+        files = files._replace(judged=_only_measured(files.judged, notes))
+    path_key = hashlib.sha256(os.fsencode(files.source.resolve())).hexdigest()[:16]
+
+    def open_corpus(path: Path, fields: Mapping[str, str] | None) -> Corpus:
+        return Corpus.open(
+            path,
+            cache=cache,
+            fields=fields,
+            on_bad_row=on_bad_row,
+            max_chars=max_chars,
+            progress=progress,
+        )
+
+    corpus = open_corpus(files.corpus, fields) if files.corpus else None
     with RejectedRows(cache / f"queries-{path_key}" / "rejected.jsonl", on_bad_row) as rejected:
-        asked: dict[str, _Asked] = {}
-        if queries_file is not None:
-            asked = _read_questions(queries_file, resolve_fields(fields), rejected, notes)
+        asked: dict[str, Asked] = {}
+        needs = {"fields": fields, "need_ids": bool(files.judged)}
+        resolve_fields(fields)
+        if corpus is None:
+            contexts = cache / f"contexts-{path_key}" / _CORPUS
+            with written_contexts(contexts, max_chars=max_chars) as keep:
+                asked = read_questions(files.queries, rejected, notes, keep=keep, **needs)
+            corpus = open_corpus(contexts, None)
+            notes.append(f"the corpus is the {len(corpus):,} passages that stand beside questions")
+        elif files.queries:
+            asked = read_questions(files.queries, rejected, notes, **needs)
         notes += corpus.report.notes()
         skipped = {"passage": corpus.report.rejected + corpus.report.blank}
         policy = Unknown(on_unknown, skipped | {"question": rejected.count})
-        qrels = {
+        judged: dict[str, Judged] = {
             split: read_qrels(file, corpus, asked, rejected, notes, policy)
-            for split, file in judged.items()
-        }
+            for split, file in files.judged.items()
+        } or _judged_beside(files, asked, corpus, notes, policy)
+        if supervision not in ("auto", "judgements"):
+            judged = {split: rows for split, rows in judged.items() if split not in _TAUGHT}
     if rejected.count:
         notes.append(
             f"{rejected.count} bad rows of questions and qrels are skipped, see {rejected.path}; "
             f"the first: {rejected.first_reason}"
         )
     dataset = Dataset(
-        name=folder.resolve().name if folder.is_dir() else folder.name.partition(".")[0],
+        name=files.name,
         corpus=corpus,
-        questions=_by_split(asked, qrels, notes),
-        qrels=qrels,
+        questions=_by_split(asked, judged, notes),
+        qrels=judged,
         notes=tuple(notes),
     )
     dataset = _hold_out(dataset, dev_fraction)
     return dataset if supervision == "auto" else _restricted(dataset, supervision)
+
+
+class _Files(NamedTuple):
+    """Where the parts of a data set are."""
+
+    source: Path  # what it is called after
+    corpus: Path | None  # None: the passages beside the questions
+    queries: Mapping[Path, str | None]  # with the split of each, where its name tells it
+    judged: Mapping[str, Path]
+
+    @property
+    def name(self) -> str:
+        """What the data set is called."""
+        name = self.source.resolve().name
+        return name if self.source.is_dir() else name.partition(".")[0]
+
+
+def _judged_beside(
+    files: _Files, asked: Mapping[str, Asked], corpus: Corpus, notes: list[str], policy: Unknown
+) -> dict[str, Judged]:
+    """Returns judgements by split of the passages that the questions bring or name themselves."""
+    beside = {id: (one.split, one.relevant) for id, one in asked.items() if one.relevant}
+    if not beside:
+        return {}
+    return judged_beside(next(iter(files.queries)), beside, corpus, notes, policy)
+
+
+def _find(
+    folder: str | os.PathLike[str] | None,
+    queries: str | os.PathLike[str] | None,
+    qrels: str | os.PathLike[str] | None,
+    notes: list[str],
+) -> _Files:
+    """Returns the files of a data set.
+
+    Raises:
+        FileNotFoundError: A part is missing.
+        DataError: There are no passages, or what there is is no data set.
+    """
+    source = None if folder is None else Path(folder)
+    if source is not None and source.is_file() and queries is None and holds_contexts([source]):
+        source, queries = None, source
+    if source is None and queries is None:
+        raise DataError("there is nothing to read: give a folder of documents, or queries")
+    is_folder = source is not None and source.is_dir()
+    judged = given_qrels(Path(qrels), notes) if qrels is not None else {}
+    if source is not None and is_folder and qrels is None:
+        judged = qrels_files(source / "qrels", notes)
+    asked = question_files(Path(queries)) if queries is not None else {}
+    if source is not None and is_folder and queries is None:
+        asked = _queries_in(source, judged)
+    if source is not None:
+        corpus = find_tables(source, "corpus", others=(*_QUERIES, "qrels")) if is_folder else ()
+        notes += _check_parts(source, [*corpus, *asked]) if is_folder else []
+        if corpus or not is_folder or not holds_contexts(asked):
+            return _Files(source, source, asked, judged)
+    elif not holds_contexts(asked):
+        raise DataError(
+            f"{queries} has questions and no passages (SQuAD's or DPR's JSON, or a field context,"
+            " has them); give a folder of documents, too"
+        )
+    return _Files(source or Path(queries or ""), None, asked, judged)
 
 
 def _only_measured(files: Mapping[str, Path], notes: list[str]) -> dict[str, Path]:
@@ -144,18 +240,27 @@ def _only_measured(files: Mapping[str, Path], notes: list[str]) -> dict[str, Pat
     return {split: path for split, path in files.items() if split not in _TAUGHT}
 
 
-def _queries_file(folder: Path, judged: Mapping[str, Path]) -> Path | None:
-    """Returns the file of questions; None where the folder has documents only."""
+def _queries_in(folder: Path, judged: Mapping[str, Path]) -> dict[Path, str | None]:
+    """Returns the files of questions in a folder; none where it has documents only."""
     name = "queries.jsonl"
-    there = any((folder / f"{name}{ending}").exists() for ending in ("", ".gz"))
+    there = [file for file in (folder / name, folder / f"{name}.gz") if file.exists()]
+    found = there or files_named(folder, _QUERIES)
+    if len(found) > 1 and not there:
+        names = " and ".join(path.name for path in found)
+        raise DataError(
+            f"{folder} holds {names}, and each could be its questions; name one with"
+            f" queries='{found[0]}'"
+        )
+    if found and not there:
+        return question_files(found[0])
     if not there and not judged and nearest_path(folder / name, having=".jsonl") is None:
-        return None
-    return plain_or_gzipped(folder, name)
+        return {}
+    return {plain_or_gzipped(folder, name): None}
 
 
 def _by_split(
-    asked: Mapping[str, "_Asked"],
-    qrels: Mapping[str, Mapping[str, Mapping[str, int]]],
+    asked: Mapping[str, Asked],
+    qrels: Mapping[str, Judged],
     notes: list[str],
 ) -> dict[str, tuple[Question, ...]]:
     """Returns the questions of each split, in the order of the file."""
@@ -173,10 +278,8 @@ def _by_split(
         else:
             splits.setdefault(one.split, []).append(one.question)
     if unused:
-        notes.append(
-            f"{unused} questions stand in no qrels file and are left out"
-            + ("; supervision=answers or questions trains on them" if "train" in qrels else "")
-        )
+        remedy = "; supervision=answers or questions trains on them" if "train" in qrels else ""
+        notes.append(Flaw(f"{unused} questions stand in no qrels file and are left out{remedy}"))
     return {split: tuple(questions) for split, questions in splits.items()}
 
 
@@ -212,76 +315,23 @@ def _restricted(dataset: Dataset, supervision: str) -> Dataset:
     return dataclasses.replace(dataset, questions=questions)
 
 
-def _check_parts(folder: Path) -> list[str]:
+def _check_parts(folder: Path, read: Collection[Path]) -> list[str]:
     """Returns a note on files that look like data and are not read.
 
     Raises:
         DataError: The folder has no part of a data set.
     """
+    parts = {path.relative_to(folder).parts[0] for path in read if path.is_relative_to(folder)}
     names = sorted(path.name for path in folder.iterdir())
-    corpus = find_tables(folder, "corpus", others=("queries", "questions", "qrels"))
-    read = {path.relative_to(folder).parts[0] for path in corpus}
-    others = [name for name in names if name.removesuffix(".gz") not in _PARTS and name not in read]
+    parts |= {name for name in names if name.removesuffix(".gz") in _PARTS}
+    others = [name for name in names if name not in parts]
     if len(others) == len(names):
         raise DataError(
             f"{folder} is no data set: expected corpus.jsonl (or .csv, .tsv, .parquet), and"
-            f" queries.jsonl and qrels/test.tsv if you have them; found"
+            " queries.jsonl and qrels/test.tsv if you have them; found"
             f" {shown_names(names) or 'nothing'} (ragjax.data.folders makes a data set of text"
             " files)"
         )
     others = [name for name in others if name.endswith(_DATA_ENDINGS)]
-    return [f"{folder}: {len(others)} files are not read: {shown_names(others)}"] if others else []
-
-
-def _read_questions(
-    path: Path, names: Mapping[str, str], rejected: RejectedRows, notes: list[str]
-) -> dict[str, "_Asked"]:
-    questions: dict[str, _Asked] = {}
-    lines: dict[str, int] = {}
-    answers = AnswerFields(names["answers"])
-    for row in read_jsonl(SourceFile(path), rejected):
-        try:
-            asked = _parse_question(row.record, names, answers)
-        except DataError as error:
-            rejected.add(path, row.line, str(error), row.raw)
-            continue
-        id = asked.question.id
-        if id in questions:
-            raise DataError(
-                f"{path}: the id {id!r} stands in line {lines[id]} and again in "
-                f'line {row.line}; ids are compared as text, so the number 1 equals "1"; make '
-                "them unique"
-            )
-        questions[id] = asked
-        lines[id] = row.line
-    if not questions:
-        raise DataError(f"{path}: 0 questions ({rejected.first_reason or 'the file is empty'})")
-    notes += answers.notes(path)
-    return questions
-
-
-class _Asked(NamedTuple):
-    question: Question
-    split: str  # that it belongs to where no qrels file names it
-
-
-def _parse_question(
-    record: dict[str, Any], names: Mapping[str, str], answers: AnswerFields
-) -> _Asked:
-    id_name, text_name = names["query_id"], names["query"]
-    if id_name not in record or text_name not in record:
-        raise missing_field(record, {"query_id": id_name, "query": text_name})
-    metadata = record.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise DataError(f"metadata is a {type(metadata).__name__}; expected an object")
-    text = string_field(record, text_name).strip()
-    if not text:
-        raise DataError(f"the question in field {text_name!r} is empty")
-    source, split = metadata.get("doc"), str(metadata.get("split") or "train")
-    question = Question(
-        id=id_field(record, id_name),
-        text=text,
-        answers=answers.read(record, metadata),
-        source=None if source is None else str(source),
-    )
-    return _Asked(question, SPLITS.get(split.lower(), split))
+    unread = f"{folder}: {len(others)} files are not read: {shown_names(others)}"
+    return [Flaw(unread)] if others else []

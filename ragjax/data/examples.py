@@ -53,16 +53,17 @@ class Dataset:
         name: The folder's name.
         corpus: The passages.
         questions: Split name ("train", "dev", "test", ...) to questions, in file order.
-        qrels: Relevance judgements: split name to question id to passage id to grade; above 0 is
-            relevant. Every id exists, every judged question has at least one relevant passage. What
-            counts as found is asked of `graded_rows`, which knows it without judgements too.
+        qrels: Relevance judgements: split name to question id to passage id to grade, a number;
+            above 0 is relevant. Every id exists, every judged question has at least one relevant
+            passage. What counts as found is asked of `graded_rows`, which knows it without
+            judgements too.
         notes: Sentences on what was skipped or dropped, to show to the user.
     """
 
     name: str
     corpus: Corpus
     questions: Mapping[str, tuple[Question, ...]]
-    qrels: Mapping[str, Mapping[str, Mapping[str, int]]]
+    qrels: Mapping[str, Mapping[str, Mapping[str, float]]]
     notes: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -83,7 +84,7 @@ class Dataset:
 
     def graded_rows(
         self, split: str, questions: Sequence[Question] | None = None
-    ) -> list[dict[int, int]]:
+    ) -> list[dict[int, float]]:
         """Returns corpus row to grade for each question of a split, in the same order.
 
         The passage that a question was written from; else those that are judged; else those that
@@ -103,7 +104,7 @@ class Dataset:
             questions = self.questions[split]
         judged, row_of = self.qrels.get(split, {}), self.corpus.row_of
         held = iter(self._answer_passages.rows(self._unjudged(split, questions)))
-        graded = []
+        graded: list[dict[int, float]] = []
         for question in questions:
             if question.passage is not None:
                 graded.append({row_of(question.passage): 1})

@@ -23,7 +23,14 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
         *("passage_text", "paragraph", "chunk", "context"),
     ),
     "query_id": ("_id", "id", "qid", "query_id", "question_id"),
-    "query": ("text", "question", "query"),
+    "query": ("text", "question", "query", "input"),
+}
+# Other names of a split -> ours.
+SPLITS = {
+    **{name: name for name in ("train", "dev", "test")},
+    **dict.fromkeys(("validation", "valid", "val", "development"), "dev"),
+    "training": "train",
+    "testing": "test",
 }
 # Names by which the header of a table is recognised, beside those above.
 _OTHER_NAMES = ("answer", "answers", "source", "url", "split", "score", "corpus_id")

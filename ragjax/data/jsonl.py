@@ -29,6 +29,10 @@ class DataError(ValueError):
     """Input data that cannot be used; the message names the place and the remedy."""
 
 
+class Flaw(str):
+    """A note on something that is wrong with the data, not only on how they are read."""
+
+
 class Line(NamedTuple):
     """One non-blank line of a file."""
 

@@ -1,14 +1,17 @@
-"""Relevance judgements of a folder in the BEIR layout: qrels/SPLIT.tsv."""
+"""Relevance judgements: qrels/SPLIT.tsv as BEIR has them, or files as TREC has them."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ragjax.data.corpus import Corpus
+from ragjax.data.fields import SPLITS
 from ragjax.data.jsonl import (
     BadRowPolicy,
     DataError,
+    Flaw,
     RejectedRows,
     SourceFile,
     nearest_path,
@@ -17,14 +20,11 @@ from ragjax.data.jsonl import (
 
 MAX_UNKNOWN_FRACTION = 0.01
 _SHOWN_IDS = 10
-# Other names of a split -> ours.
-SPLITS = {
-    **{name: name for name in ("train", "dev", "test")},
-    **dict.fromkeys(("validation", "valid", "val", "development"), "dev"),
-    "training": "train",
-    "testing": "test",
-}
-_INTEGER = re.compile(r"-?[0-9]+")
+# Question id to passage id to grade.
+Judged = Mapping[str, Mapping[str, float]]
+_BEIR = "3, with tabs: query-id, corpus-id, score"
+_TREC = "4, as in the first line: query-id, iteration, document-id, relevance"
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def qrels_files(folder: Path, notes: list[str]) -> dict[str, Path]:
@@ -53,7 +53,7 @@ def qrels_files(folder: Path, notes: list[str]) -> dict[str, Path]:
         detail = f" ({found})" if others else ""
         raise DataError(f"{folder} holds no .tsv file; expected for example test.tsv{detail}")
     if others:
-        notes.append(f"{found}; a split is a .tsv or .tsv.gz file")
+        notes.append(Flaw(f"{found}; a split is a .tsv or .tsv.gz file"))
     for split in [name for name in files if SPLITS.get(name.lower(), name) != name]:
         usual = SPLITS[split.lower()]
         if usual in files:
@@ -64,6 +64,20 @@ def qrels_files(folder: Path, notes: list[str]) -> dict[str, Path]:
     return files
 
 
+def given_qrels(path: Path, notes: list[str]) -> dict[str, Path]:
+    """Returns the files of a folder by split, or one file by the split that its name has.
+
+    A file whose name has none, such as `qrels.txt`, judges questions of train, of which a part is
+    held out as usual.
+    """
+    if require_path(path).is_dir():
+        return qrels_files(path, notes)
+    words = re.split(r"[^a-z]+", path.name.lower())
+    split = next((SPLITS[word] for word in words if word in SPLITS), "train")
+    notes.append(f"{path}: judgements of {split}")
+    return {split: path}
+
+
 def read_qrels(
     path: Path,
     corpus: Corpus,
@@ -71,9 +85,9 @@ def read_qrels(
     rejected: RejectedRows,
     notes: list[str],
     policy: "Unknown",
-) -> dict[str, dict[str, int]]:
-    """Returns question id to passage id to grade; what is dropped is noted."""
-    judged: dict[str, dict[str, int]] = {}
+) -> Judged:
+    """Returns the judgements of a file; what is dropped is noted."""
+    judged: dict[str, dict[str, float]] = {}
     known_docs: dict[str, bool] = {}
     unknown: list[tuple[str, str]] = []
     num_rows = 0
@@ -94,16 +108,48 @@ def read_qrels(
                 )
                 rejected.add(path, row.line, reason)
     if not num_rows:
-        raise DataError(f"{path}: 0 rows; expected query-id, corpus-id and score")
+        why = rejected.first_reason or "expected query-id, corpus-id and score"
+        raise DataError(f"{path}: 0 rows ({why})")
     if unknown:
-        notes.append(policy.note(path, unknown, num_rows))
+        notes.append(Flaw(policy.note(path, unknown, num_rows)))
     positive = {id: grades for id, grades in judged.items() if max(grades.values()) > 0}
     if not positive:
         raise DataError(f"{path}: no question has a relevant passage (a score above 0)")
     if len(positive) < len(judged):
         dropped = len(judged) - len(positive)
-        notes.append(f"{path}: {dropped} questions without a relevant passage are dropped")
+        notes.append(Flaw(f"{path}: {dropped} questions without a relevant passage are dropped"))
     return positive
+
+
+def judged_beside(
+    path: Path,
+    beside: Mapping[str, tuple[str, Sequence[str]]],
+    corpus: Corpus,
+    notes: list[str],
+    policy: "Unknown",
+) -> dict[str, Judged]:
+    """Returns judgements by split of passages that a file of questions names itself.
+
+    Args:
+        path: Of the questions, for messages.
+        beside: Question id to its split and the ids of its relevant passages.
+        corpus: The passages; where it has none of them, nothing is judged.
+        notes: Told what is dropped.
+        policy: For passages that the corpus does not have.
+    """
+    named = [(split, id, doc) for id, (split, docs) in beside.items() for doc in docs]
+    unknown = [("passage", doc) for _, _, doc in named if doc not in corpus]
+    if named and len(unknown) == len(named):
+        unused = f"{path}: the passages that it names are not in the corpus, and not used"
+        notes.append(Flaw(unused))
+        return {}
+    if unknown:
+        notes.append(Flaw(policy.note(path, unknown, len(named))))
+    judged: dict[str, dict[str, dict[str, float]]] = {}
+    for split, id, doc in named:
+        if doc in corpus:
+            judged.setdefault(split, {}).setdefault(id, {})[doc] = 1
+    return dict(judged)
 
 
 class Unknown(NamedTuple):
@@ -135,20 +181,31 @@ class _QrelsRow(NamedTuple):
     line: int
     question_id: str
     doc_id: str
-    grade: int
+    grade: float  # an int where it is whole
 
 
 def _qrels_rows(path: Path, rejected: RejectedRows) -> Iterator[_QrelsRow]:
+    is_trec: bool | None = None  # told by the first line
     for number, raw, _ in SourceFile(path).lines():
-        columns = raw.decode("utf-8", errors="replace").split("\t")
-        if len(columns) != 3:
-            reason = f"{len(columns)} columns; expected 3, with tabs: query-id, corpus-id, score"
-            rejected.add(path, number, reason, raw)
-        elif _INTEGER.fullmatch(columns[2]):
-            yield _QrelsRow(number, columns[0], columns[1], int(columns[2]))
-        elif number > 1:  # the first line may be the header
-            reason = f"the score is {columns[2]!r}; expected a whole number"
-            rejected.add(path, number, reason, raw)
+        text = raw.decode("utf-8", errors="replace")
+        if is_trec is None:
+            is_trec = text.count("\t") != 2 and len(text.split()) == 4
+        columns = text.split() if is_trec else text.split("\t")
+        if len(columns) != (4 if is_trec else 3):
+            expected = _TREC if is_trec else _BEIR
+            rejected.add(path, number, f"{len(columns)} columns; expected {expected}", raw)
+        elif (grade := _grade(columns[-1])) is not None:
+            yield _QrelsRow(number, columns[0], columns[-2], grade)
+        elif number > 1 or is_trec:  # the first line of BEIR's may be the header
+            rejected.add(path, number, f"the score is {columns[-1]!r}; expected a number", raw)
+
+
+def _grade(text: str) -> float | None:
+    """Returns a score; None if it is no finite number."""
+    if not _NUMBER.fullmatch(text := text.strip()):
+        return None
+    value = float(text)
+    return (int(value) if value.is_integer() else value) if math.isfinite(value) else None
 
 
 def shown_names(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 Every function takes, for each of Q queries, a ranking (best document first) and the grades of the
 judged documents, and returns one float64 per query. Rankings hold document ids (strings) or corpus
 rows (integers), in the same kind as the keys of the grades; the id -1 of a masked search slot is
-skipped and takes no rank. A document is relevant when its grade is 1 or more; documents without a
+skipped and takes no rank. A document is relevant when its grade is above 0; documents without a
 grade count as grade 0. A query without any relevant document has no defined value: it is NaN here
 (trec_eval writes 0, which would lower the mean by a property of the data), and `intervals` leaves
 it out.
@@ -21,7 +21,7 @@ from ragjax.data.matching import refuse_string
 
 DocId = str | int
 RankedDocs = Sequence[Sequence[DocId]] | np.ndarray
-Grades = Sequence[Mapping[str, int]] | Sequence[Mapping[int, int]]
+Grades = Sequence[Mapping[str, float]] | Sequence[Mapping[int, float]]
 
 MASKED_ID = -1
 
@@ -42,7 +42,7 @@ def recall_at_k(rankings: RankedDocs, grades: Grades, *, k: int) -> np.ndarray:
     """
     _check_cutoff(k)
 
-    def recall(ranked: list[DocId], relevant: dict[DocId, int]) -> float:
+    def recall(ranked: list[DocId], relevant: dict[DocId, float]) -> float:
         return sum(doc in relevant for doc in ranked[:k]) / len(relevant)
 
     return _per_query(rankings, grades, recall)
@@ -65,7 +65,7 @@ def reciprocal_rank(rankings: RankedDocs, grades: Grades, *, k: int = 10) -> np.
     """
     _check_cutoff(k)
 
-    def first(ranked: list[DocId], relevant: dict[DocId, int]) -> float:
+    def first(ranked: list[DocId], relevant: dict[DocId, float]) -> float:
         ranks = (rank for rank, doc in enumerate(ranked[:k], start=1) if doc in relevant)
         return 1.0 / next(ranks, np.inf)
 
@@ -95,7 +95,7 @@ def ndcg(rankings: RankedDocs, grades: Grades, *, k: int = 10) -> np.ndarray:
     _check_cutoff(k)
     discounts = 1.0 / np.log2(np.arange(2, k + 2))
 
-    def gain(ranked: list[DocId], relevant: dict[DocId, int]) -> float:
+    def gain(ranked: list[DocId], relevant: dict[DocId, float]) -> float:
         gains = np.array([relevant.get(doc, 0) for doc in ranked[:k]], dtype=np.float64)
         ideal = np.array(sorted(relevant.values(), reverse=True)[:k], dtype=np.float64)
         return float(gains @ discounts[: len(gains)] / (ideal @ discounts[: len(ideal)]))
@@ -131,7 +131,7 @@ def _check_cutoff(k: int) -> None:
 def _per_query(
     rankings: RankedDocs,
     grades: Grades,
-    metric: Callable[[list[DocId], dict[DocId, int]], float],
+    metric: Callable[[list[DocId], dict[DocId, float]], float],
 ) -> np.ndarray:
     if len(rankings) != len(grades):
         raise ValueError(f"got {len(rankings)} rankings and grades for {len(grades)} queries")
@@ -140,7 +140,7 @@ def _per_query(
         refuse_string(ranking, f"ranking {query}")
         ranked = _unmasked(query, ranking)
         _check_same_kind(query, ranked, graded)
-        relevant: dict[DocId, int] = {doc: grade for doc, grade in graded.items() if grade >= 1}
+        relevant: dict[DocId, float] = {doc: grade for doc, grade in graded.items() if grade > 0}
         if relevant:
             values[query] = metric(ranked, relevant)
     return values
@@ -156,7 +156,7 @@ def _unmasked(query: int, ranking: Sequence[DocId] | np.ndarray) -> list[DocId]:
 
 
 def _check_same_kind(
-    query: int, ranked: list[DocId], graded: Mapping[str, int] | Mapping[int, int]
+    query: int, ranked: list[DocId], graded: Mapping[str, float] | Mapping[int, float]
 ):
     """Rows never equal ids, so a mixture would read as recall 0."""
     if not ranked or not graded:

@@ -22,7 +22,13 @@ from ragjax.models.files.adapter import read_adapter
 from ragjax.models.files.config import fingerprint, parse_sizes, read_config
 from ragjax.models.files.key_table import apply_key_table, read_safetensors, renamed
 from ragjax.models.files.placement import loading_as
-from ragjax.models.files.sentence_transformers import Recipe, known_prompts, read_recipe
+from ragjax.models.files.sentence_transformers import (
+    Recipe,
+    chosen_length,
+    chosen_prefixes,
+    chosen_steps,
+    read_recipe,
+)
 from ragjax.models.files.sources import resolve_source
 from ragjax.models.files.tokenizers import (
     choose_pad_token,
@@ -34,7 +40,6 @@ from ragjax.models.inputs import Tokens
 from ragjax.models.layers.head import (
     Normalize,
     Step,
-    Truncate,
     apply_steps,
     is_normalized,
     output_size,
@@ -146,6 +151,58 @@ def load_encoder(
         ValueError: What is there is not a text encoder that ragjax supports; says which file and
             field.
     """
+    with loading_as(dtype=dtype, shardings=shardings):
+        return _load(
+            source,
+            fill_params,
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            prefixes=(query_prefix, doc_prefix),
+            truncate_dim=truncate_dim,
+        )
+
+
+def describe_encoder(
+    source: str,
+    *,
+    max_length: int | None = None,
+    query_prefix: str | None = None,
+    doc_prefix: str | None = None,
+) -> TextEncoder:
+    """Reads what `load_encoder` reads but the weights: tokenizer, limits, prefixes and sizes.
+
+    Args:
+        source: As for `load_encoder`, and so are the others.
+        max_length: Tokens per text.
+        query_prefix: Text put before each query.
+        doc_prefix: Text put before each document.
+
+    Returns:
+        An encoder whose `params` are empty, which cannot encode.
+
+    Raises:
+        OSError, ValueError: As `load_encoder`, for anything but the values of the weights.
+    """
+    return _load(
+        source,
+        lambda family, config, tensors, folder: {},
+        max_length=max_length,
+        prefixes=(query_prefix, doc_prefix),
+    )
+
+
+def _load(
+    source: str,
+    fill: Callable[[EncoderFamily, Any, Mapping[str, Any], Path], Params],
+    *,
+    prefixes: tuple[str | None, str | None],
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    max_length: int | None = None,
+    truncate_dim: int | None = None,
+) -> TextEncoder:
+    """Returns the encoder of a folder with the parameters that `fill` makes of its tensors."""
     folder = resolve_source(source)
     if folder.is_file():
         raise ValueError(f"{folder}: text encoders load from folders, not from GGUF files")
@@ -162,18 +219,19 @@ def load_encoder(
     tensors = read_safetensors(recipe.folder)
     if adapter is not None:
         tensors = adapter.merged(tensors)
-    with loading_as(dtype=dtype, shardings=shardings):
-        params = fill_params(family, config, tensors, recipe.folder)
+    params = fill(family, config, tensors, recipe.folder)
     if recipe.projection:
         params["projection"] = recipe.projection
-    prefixes = _prefixes(recipe, query_prefix, doc_prefix, [source, raw.get("_name_or_path")])
+    prefixes = chosen_prefixes(recipe, *prefixes, [source, raw.get("_name_or_path")])
     pooling = _pooling(pooling, recipe, family, source)
     try:
         options = EncoderOptions(
             pad_id=pad.id,
             pooling=pooling,
-            steps=_steps(recipe, truncate_dim, normalize, _pooled_size(config, pooling), source),
-            max_length=_max_length(max_length, recipe, config),
+            steps=chosen_steps(
+                recipe, truncate_dim, normalize, _pooled_size(config, pooling), source
+            ),
+            max_length=chosen_length(max_length, recipe, config.max_positions),
             query_prefix=prefixes[0],
             doc_prefix=prefixes[1],
             lowercase=recipe.lowercase,
@@ -340,61 +398,3 @@ def _pooling(asked: str | None, recipe: Recipe, family: EncoderFamily, source: s
         return pooling
     logger.info("%s: no pooling declared; %s is used", source, family.default_pooling)
     return family.default_pooling
-
-
-def _steps(
-    recipe: Recipe, asked: int | None, normalize: bool | None, pooled_size: int, source: str
-) -> tuple[Step, ...]:
-    """Returns what follows the pooling, with the truncation that was asked for or declared."""
-    size = recipe.truncate_dim if asked is None else asked
-    whole = output_size(recipe.steps, pooled_size)
-    if size is None or size == whole or (asked is None and size > whole):
-        return recipe.steps
-    if is_normalized(recipe.steps) and normalize is None:
-        logger.info(
-            "%s: embeddings are truncated to %d dimensions after their normalisation; their length "
-            "is then below 1, as in sentence-transformers; normalize=True scales them again",
-            source,
-            size,
-        )
-    return (*recipe.steps, Truncate(size=size))
-
-
-def _prefixes(
-    recipe: Recipe, query_prefix: str | None, doc_prefix: str | None, names: Sequence[Any]
-) -> tuple[str, str]:
-    """Returns the prefixes: as asked, else the folder's, else those of a well-known model."""
-    chosen = (
-        recipe.query_prefix if query_prefix is None else query_prefix,
-        recipe.doc_prefix if doc_prefix is None else doc_prefix,
-    )
-    for note, asked in zip(recipe.prompt_notes, (query_prefix, doc_prefix), strict=True):
-        if note and asked is None:
-            logger.warning("%s: %s (query_prefix and doc_prefix change that)", names[0], note)
-    known = None
-    if recipe.query_prefix is None and recipe.doc_prefix is None and None in chosen:
-        known = known_prompts([name for name in names if isinstance(name, str)])
-    if known is not None:
-        logger.warning(
-            "%s: the folder names no prompts; from the model card, queries start with %r and "
-            "documents with %r (query_prefix and doc_prefix change that)",
-            names[0],
-            *known,
-        )
-    query, doc = (
-        (part if part is not None else other)
-        for part, other in zip(chosen, known or ("", ""), strict=True)
-    )
-    return query, doc
-
-
-def _max_length(asked: int | None, recipe: Recipe, config: Any) -> int:
-    """Returns the tokens per text: as asked, else the folder's, at most the model's positions."""
-    if asked is None:
-        return int(min(recipe.max_length or config.max_positions, config.max_positions))
-    if not 3 <= asked <= config.max_positions:
-        raise ValueError(
-            f"max_length {asked} is not between 3 (a text of one token with its two special "
-            f"tokens) and {config.max_positions}, the positions of the model"
-        )
-    return asked

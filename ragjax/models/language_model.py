@@ -114,9 +114,23 @@ def load_language_model(
         ValueError: The architecture, quantisation or tokenizer is not supported, or a tensor is
             missing, left over or of another shape.
     """
-    path = resolve_source(source)
     with loading_as(dtype=dtype, shardings=shardings):
-        return _load_gguf(path, source) if path.is_file() else _load_folder(path, source)
+        return _load(source, lambda read: read())
+
+
+def describe_language_model(source: str) -> LanguageModel:
+    """Reads what `load_language_model` reads but the weights: tokenizer, limits and sizes.
+
+    Args:
+        source: As for `load_language_model`.
+
+    Returns:
+        A language model whose `params` are empty, which cannot score.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_language_model`, for anything but the weights.
+    """
+    return _load(source, lambda read: {})
 
 
 def build_language_model(
@@ -167,9 +181,16 @@ def added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
-def _load_gguf(path: Path, source: str) -> LanguageModel:
+_Params = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]  # of what reads them
+
+
+def _load(source: str, params: _Params) -> LanguageModel:
+    path = resolve_source(source)
+    return (_load_gguf if path.is_file() else _load_folder)(path, source, params)
+
+
+def _load_gguf(path: Path, source: str, params: _Params) -> LanguageModel:
     model = read_gguf(path)
-    params = params_from_gguf(model.config, model.tensors, permuted=model.permuted, source=path)
     pad_id = model.pad_id
     if pad_id is None:
         pad_id = model.eos_ids[0] if model.eos_ids else 0
@@ -177,7 +198,11 @@ def _load_gguf(path: Path, source: str) -> LanguageModel:
     return build_language_model(
         DECODER_FAMILY,
         model.config,
-        params,
+        params(
+            lambda: params_from_gguf(
+                model.config, model.tensors, permuted=model.permuted, source=path
+            )
+        ),
         model.tokenizer,
         bos_id=model.bos_id,
         eos_ids=model.eos_ids,
@@ -186,7 +211,7 @@ def _load_gguf(path: Path, source: str) -> LanguageModel:
     )
 
 
-def _load_folder(given: Path, source: str) -> LanguageModel:
+def _load_folder(given: Path, source: str, params: _Params) -> LanguageModel:
     adapter = read_adapter(given)
     folder = given if adapter is None else adapter.base
     settings = read_config(folder, [name for family in FAMILIES for name in family.model_types])
@@ -207,7 +232,7 @@ def _load_folder(given: Path, source: str) -> LanguageModel:
     return build_language_model(
         family,
         config,
-        family.load_params(config, tensors, source=folder),
+        params(lambda: family.load_params(config, tensors, source=folder)),
         tokenizer,
         bos_id=first[0] if first else None,
         eos_ids=_eos_ids(folder, settings),

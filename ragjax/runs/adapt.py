@@ -109,7 +109,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
                 workspace, bm25, before, after, lm, served=served.documents, reranker=reranker
             )
         with workspace.timed("report"):
-            title = f"Adaptation to {data_name(config.data)}"
+            title = f"Adaptation to {data_name(config.data or config.queries)}"
             report_run(workspace, before, after, lm, title=title, target=config.retriever.target)
         log(describe_time(workspace.seconds, started))
     return open_run(Path(config.output))

@@ -13,7 +13,9 @@ from ragjax.data import (
     write_python_docs,
 )
 from ragjax.data.fields import parse_fields
+from ragjax.data.jsonl import ReadProgress
 from ragjax.data.overlap import near_copies
+from ragjax.data.questions import holds_contexts, question_files
 from ragjax.data.truth import TRUTHS
 from ragjax.runs.options.shared import RunConfig
 
@@ -21,20 +23,28 @@ Log = Callable[[str], None]
 _SHOWN = 3  # ids in a note
 
 
-def read_data(config: RunConfig, folder: Path, log: Log) -> Dataset:
+def read_data(
+    config: RunConfig, folder: Path, log: Log, *, progress: ReadProgress | None = None
+) -> Dataset:
     """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
     options = config.data_options
-    source = Path(config.data) if config.data else folder / "data" / "python-docs"
-    if not config.data and not (source / "corpus.jsonl").is_file():
-        write_python_docs(source)
+    queries = Path(config.queries) if config.queries else None
+    source = Path(config.data) if config.data else None
+    if source is None and not (queries and holds_contexts(question_files(queries))):
+        source = folder / "data" / "python-docs"
+        if not (source / "corpus.jsonl").is_file():
+            write_python_docs(source)
     dataset = read_beir(
         source,
         cache=folder / "data" / "cache",
+        queries=queries,
+        qrels=config.qrels or None,
         fields=parse_fields(options.fields),
         on_bad_row=options.on_bad_row,
         on_unknown=options.on_unknown,
         dev_fraction=config.dev_fraction,
         supervision=options.supervision,
+        progress=progress,
     )
     notes = [*dataset.notes, *_leak_notes(dataset)]
     for note in notes:

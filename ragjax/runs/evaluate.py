@@ -80,7 +80,7 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     check_reranker(rerank, "--rerank")
     systems = system_names(config, adapts_lm=models.trains_lm, reranks=rerank != NONE)
     dataset = read_data(options, folder, log)
-    if run and run.config.data == options.data:
+    if run and (run.config.data, run.config.queries) == (options.data, options.queries):
         written = with_written(dict(dataset.questions), run.folder, dataset.corpus)
         dataset = dataclasses.replace(dataset, questions=written)
     questions = _choose_questions(config, options, dataset)

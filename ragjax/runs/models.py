@@ -11,12 +11,17 @@ from ragjax.models.encoder import (
     Encode,
     TextEncoder,
     build_encoder,
+    describe_encoder,
     load_encoder,
     with_options,
 )
 from ragjax.models.files.placement import loading_as
 from ragjax.models.files.sources import resolve_source
-from ragjax.models.language_model import LanguageModel, load_language_model
+from ragjax.models.language_model import (
+    LanguageModel,
+    describe_language_model,
+    load_language_model,
+)
 from ragjax.models.rag import is_rag, load_rag_language_model, load_rag_query_encoder
 from ragjax.runs.options.shared import LearningConfig, RunConfig
 from ragjax.training.mesh import Layout, make_layout
@@ -167,6 +172,15 @@ def load_encoders(config: RunConfig) -> Encoders:
         FileNotFoundError: One of them is missing.
         ValueError: One cannot be used, or the two do not embed into one space.
     """
+    return _encoders(config, _load)
+
+
+def describe_encoders(config: RunConfig) -> Encoders:
+    """Returns the encoders of a run without their weights; see `load_encoders`."""
+    return _encoders(config, lambda config, source, _: _load_as(config, source, describe_encoder))
+
+
+def _encoders(config: RunConfig, load: Callable[[RunConfig, str, Layout], TextEncoder]) -> Encoders:
     sources = config.encoder_sources
     if is_rag(sources[1]):
         raise ValueError(
@@ -174,7 +188,7 @@ def load_encoders(config: RunConfig) -> Encoders:
             " with the context encoder that it was trained with"
         )
     layout = layout_of(config)
-    loaded = {source: _load(config, source, layout) for source in dict.fromkeys(sources)}
+    loaded = {source: load(config, source, layout) for source in dict.fromkeys(sources)}
     query, doc = (loaded[source] for source in sources)
     for what, first, other in (
         ("dimensions", query.embedding_size, doc.embedding_size),
@@ -193,6 +207,11 @@ def load_lm(config: RunConfig) -> LanguageModel:
     load = load_rag_language_model if is_rag(config.lm) else load_language_model
     with loading_as(shardings=layout_of(config).sharding):
         return load(config.lm)
+
+
+def describe_lm(config: RunConfig) -> LanguageModel:
+    """Returns the language model of a run without its weights, but for a RAG checkpoint's."""
+    return load_lm(config) if is_rag(config.lm) else describe_language_model(config.lm)
 
 
 def base_towers(config: RunConfig, encoders: Encoders) -> dict[str, Any]:
@@ -248,14 +267,14 @@ def scale_note(encoder: TextEncoder, asked: float) -> str | None:
 
 def _load(config: RunConfig, source: str, layout: Layout) -> TextEncoder:
     with loading_as(shardings=layout.sharding):
-        encoder = _load_as(config, source)
+        encoder = _load_as(config, source, load_encoder)
     return dataclasses.replace(encoder, params=layout.place(encoder.params))
 
 
-def _load_as(config: RunConfig, source: str) -> TextEncoder:
+def _load_as(config: RunConfig, source: str, load: Callable[..., TextEncoder]) -> TextEncoder:
     length, query_prefix = config.encoder_max_length, config.query_prefix
     if not is_rag(source):
-        return load_encoder(
+        return load(
             source,
             max_length=length or None,
             query_prefix=query_prefix,

@@ -179,7 +179,7 @@ def open_base_system(
         stop=stop or StopFlag(),
         log=log,
     )
-    return _assemble(workspace, models, 0, config.data or "Python packages")
+    return _assemble(workspace, models, 0, config.data or config.queries or "Python packages")
 
 
 def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) -> Retrieved:

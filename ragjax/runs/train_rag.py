@@ -78,7 +78,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
         with workspace.timed("evaluation"):
             evaluate_run(workspace, bm25, before, after, lm, served=served.documents)
         with workspace.timed("report"):
-            title = f"End-to-end training on {data_name(config.data)}"
+            title = f"End-to-end training on {data_name(config.data or config.queries)}"
             report_run(workspace, before, after, lm, title=title, target=config.objective.target)
         log(describe_time(workspace.seconds, started))
     return open_run(Path(config.output))

@@ -136,7 +136,7 @@ class Workspace:
         """p_R = softmax(scale · q·d): the option, or what the encoder needs."""
         return self.config.retriever.scale or scale_of(self.encoder)
 
-    def gold_rows(self, split: str) -> list[dict[int, int]]:
+    def gold_rows(self, split: str) -> list[dict[int, float]]:
         """Returns corpus row to grade for the questions used of a split.
 
         By judgements, answers or the passage that a question was written from, see

@@ -94,8 +94,8 @@ def test_bad_question_stops_with_its_line_or_is_skipped(read, change, reason):
 
 def test_own_field_names(read):
     queries = [{"qid": id, "question": f"{id}?", "golds": [id]} for id in ("q1", "q2", "q3")]
-    with pytest.raises(DataError, match="fields='query_id=qid,query=question'"):
-        read(queries, SPLITS)
+    notes = " ".join(read(queries, SPLITS).notes)
+    assert "read from the field 'question'" in notes and "other fields there: golds;" in notes
     fields = {"query_id": "qid", "query": "question", "answers": "golds"}
     dataset = read(queries, SPLITS, fields=fields)
     assert dataset.questions["train"] == (Question(id="q1", text="q1?", answers=("q1",)),)
@@ -110,8 +110,8 @@ def test_duplicate_question_ids_name_both_lines(read, second):
 BAD_QRELS = {
     "trec columns": (("q1", 0, "d1", 1), r"4 columns; expected 3"),
     "spaces": (("q1 d1 1",), "1 columns"),
-    "score": (("q1", "d1", "high"), "the score is 'high'; expected a whole number"),
-    "fraction": (("q1", "d1", "0.5"), "the score is '0.5'"),
+    "score": (("q1", "d1", "high"), "the score is 'high'; expected a number"),
+    "infinite": (("q1", "d1", "inf"), "the score is 'inf'"),
     "conflict": (("q2", "d2", 1), "question 'q2' and passage 'd2' have the grades 2 and 1"),
 }
 
@@ -216,8 +216,8 @@ def test_missing_parts_are_named(tmp_path):
     with pytest.raises(DataError, match="holds queries.jsonl and queries.jsonl.gz"):
         read_beir(folder, cache=tmp_path / "cache")
     (folder / "queries.jsonl.gz").unlink()
-    (folder / "queries.jsonl").rename(folder / "questions.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"did you mean '.*questions\.jsonl'"):
+    (folder / "queries.jsonl").rename(folder / "query.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"did you mean '.*query\.jsonl'"):
         read_beir(folder, cache=tmp_path / "cache")
     (folder / "qrels").rename(folder / "qrel")
     with pytest.raises(FileNotFoundError, match=r"did you mean '.*qrel'"):
@@ -258,10 +258,7 @@ def test_files_that_are_not_read_are_named(folder, tmp_path):
         ((), r"no data set: expected corpus.jsonl \(or .csv, .tsv, .parquet\), .* found nothing"),
         (("a.md", "b.txt"), r"found a.md, b.txt \(ragjax.data.folders makes a data set"),
         (("queries.jsonl", "qrels.tsv"), "qrels does not exist; there is qrels.tsv"),
-        (
-            ("qrels/test.tsv", "queries.csv"),
-            "there is queries.csv, which is .*; write it as queries",
-        ),
+        (("qrels/test.tsv", "queries.xml"), "there is queries.xml, which is .*; write it as queri"),
         (
             ("qrels/test.tsv", "queries.jsonl", "corpus.txt", "corpora.jsonl"),
             r"did you mean '.*corpora.jsonl'",

@@ -15,7 +15,15 @@ import numpy as np
 
 from ragjax.models.files.config import read_json
 from ragjax.models.files.key_table import KeyRule, apply_key_table, read_safetensors, transpose
-from ragjax.models.layers.head import ACTIVATIONS, Dense, Normalize, Step
+from ragjax.models.layers.head import (
+    ACTIVATIONS,
+    Dense,
+    Normalize,
+    Step,
+    Truncate,
+    is_normalized,
+    output_size,
+)
 from ragjax.models.layers.pooling import POOLINGS
 from ragjax.models.layers.stacks import Params
 
@@ -129,6 +137,64 @@ def known_prompts(names: Sequence[str | None]) -> tuple[str, str] | None:
             if re.fullmatch(rf"(.*[/:])?{pattern}(@.*)?/?", place):
                 return query_prefix, doc_prefix
     return None
+
+
+def chosen_steps(
+    recipe: Recipe, asked: int | None, normalize: bool | None, pooled_size: int, source: str
+) -> tuple[Step, ...]:
+    """Returns what follows the pooling, with the truncation that was asked for or declared."""
+    size = recipe.truncate_dim if asked is None else asked
+    whole = output_size(recipe.steps, pooled_size)
+    if size is None or size == whole or (asked is None and size > whole):
+        return recipe.steps
+    if is_normalized(recipe.steps) and normalize is None:
+        logger.info(
+            "%s: embeddings are truncated to %d dimensions after their normalisation; their length "
+            "is then below 1, as in sentence-transformers; normalize=True scales them again",
+            source,
+            size,
+        )
+    return (*recipe.steps, Truncate(size=size))
+
+
+def chosen_prefixes(
+    recipe: Recipe, query_prefix: str | None, doc_prefix: str | None, names: Sequence[Any]
+) -> tuple[str, str]:
+    """Returns the prefixes: as asked, else the folder's, else those of a well-known model."""
+    chosen = (
+        recipe.query_prefix if query_prefix is None else query_prefix,
+        recipe.doc_prefix if doc_prefix is None else doc_prefix,
+    )
+    for note, asked in zip(recipe.prompt_notes, (query_prefix, doc_prefix), strict=True):
+        if note and asked is None:
+            logger.warning("%s: %s (query_prefix and doc_prefix change that)", names[0], note)
+    known = None
+    if recipe.query_prefix is None and recipe.doc_prefix is None and None in chosen:
+        known = known_prompts([name for name in names if isinstance(name, str)])
+    if known is not None:
+        logger.warning(
+            "%s: the folder names no prompts; from the model card, queries start with %r and "
+            "documents with %r (query_prefix and doc_prefix change that)",
+            names[0],
+            *known,
+        )
+    query, doc = (
+        (part if part is not None else other)
+        for part, other in zip(chosen, known or ("", ""), strict=True)
+    )
+    return query, doc
+
+
+def chosen_length(asked: int | None, recipe: Recipe, max_positions: int) -> int:
+    """Returns the tokens per text: as asked, else the folder's, at most the model's positions."""
+    if asked is None:
+        return int(min(recipe.max_length or max_positions, max_positions))
+    if not 3 <= asked <= max_positions:
+        raise ValueError(
+            f"max_length {asked} is not between 3 (a text of one token with its two special "
+            f"tokens) and {max_positions}, the positions of the model"
+        )
+    return asked
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,9 @@ class EvaluateConfig(Options):
             base models.
         data: BEIR folder; empty: that of the run, or the API documentation of the installed Python
             packages.
+        queries: Questions of another place or kind than `queries.jsonl` in `data`, as for a run;
+            empty: those in `data`, or as the run where `data` is empty, too.
+        qrels: Relevance judgements of another place than `qrels` in `data`; empty: likewise.
         fields: Names of the fields in the files where they differ from BEIR's, for example
             `id=docid,text=contents`; empty: as the run.
         on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it; None: as the
@@ -87,6 +90,8 @@ class EvaluateConfig(Options):
 
     run: str = ""
     data: str = ""
+    queries: str = ""
+    qrels: str = ""
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] | None = None
     on_unknown: Literal["stop", "skip"] | None = None
@@ -201,9 +206,14 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
         for name in ("query_prefix", "doc_prefix")
         if (prefix := getattr(config, name)) is not None  # "" is one: none at all
     }
+    # Other documents have other questions.
+    names = ("queries", "qrels")
+    changes |= {name: getattr(config, name) for name in names} if config.data else chosen(*names)
     if run is not None and not (base.data or config.data):
         # Written by the run: the packages may be others today.
-        changes["data"] = str(Path(config.run) / "data" / "python-docs")
+        written = Path(config.run) / "data" / "python-docs"
+        if written.is_dir() or not (base.queries or config.queries):
+            changes["data"] = str(written)
     evaluation = chosen("documents", "mode", "beams", "max_new_tokens", "resamples")
     if config.mode is not None and not MODES[config.mode].beams:
         evaluation.setdefault("beams", 1)  # of a run that kept more

