@@ -222,7 +222,7 @@ def _find(
         asked = _queries_in(source, judged)
     if source is not None:
         corpus = find_tables(source, "corpus", others=(*_QUERIES, "qrels")) if is_folder else ()
-        notes += _check_parts(source, [*corpus, *asked]) if is_folder else []
+        notes[:0] = _check_parts(source, [*corpus, *asked]) if is_folder else []
         if corpus or not is_folder or not holds_contexts(asked):
             return _Files(source, source, asked, judged)
     elif not holds_contexts(asked):
@@ -333,5 +333,4 @@ def _check_parts(folder: Path, read: Collection[Path]) -> list[str]:
             " files)"
         )
     others = [name for name in others if name.endswith(_DATA_ENDINGS)]
-    unread = f"{folder}: {len(others)} files are not read: {shown_names(others)}"
-    return [Flaw(unread)] if others else []
+    return [f"{folder}: {len(others)} files are not read: {shown_names(others)}"] if others else []

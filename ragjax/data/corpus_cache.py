@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import orjson
 
-from ragjax.data.jsonl import BadRowPolicy, DataError, ReadProgress, RejectedRows
+from ragjax.data.jsonl import BadRowPolicy, DataError, Flaw, ReadProgress, RejectedRows
 from ragjax.data.tables import (
     Part,
     PassageReader,
@@ -76,7 +76,7 @@ class CorpusReport:
         """Returns how the source was read, and a sentence for each kind of skipped row."""
         notes = [*self.reading]
         if self.blank:
-            notes.append(f"{self.blank} passages without text or title are skipped")
+            notes.append(Flaw(f"{self.blank} passages without text or title are skipped"))
         if self.rejected:
             where = f", see {self.rejected_path}" if self.rejected_path else ""
             notes.append(

@@ -3,9 +3,9 @@
 import hashlib
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from ragjax.data.matching import fold
 from ragjax.data.prompts import passage_text
 from ragjax.storage import kept_folder, write_array
 
+Key = TypeVar("Key", bound=Hashable)
 NEAR = 0.8  # of the runs of characters of two texts that both have; 1: all
 _RUN = 12  # characters, white space aside
 # Files of the first 8 bytes of digests.
@@ -108,23 +109,44 @@ def near_copies(corpus: Corpus, rows: Iterable[int], others: Iterable[int]) -> l
     References:
         Broder, "On the Resemblance and Containment of Documents", 1997.
     """
-    sketches = {row: _sketch(corpus, row) for row in sorted(set(others))}
-    holders: Mapping[int, list[int]] = defaultdict(list)
-    for row, sketch in sketches.items():
+
+    def texts(rows: Iterable[int]) -> Iterator[tuple[int, str]]:
+        return ((row, passage_text(corpus[row])) for row in sorted(set(rows)))
+
+    pairs = near_texts(texts(rows), texts(others))
+    return [NearCopy(row, other) for row, other in pairs]
+
+
+def near_texts(
+    texts: Iterable[tuple[Key, str]], others: Iterable[tuple[Key, str]]
+) -> list[tuple[Key, Key]]:
+    """Finds the texts that are almost the same as one of the others, as `near_copies` does.
+
+    Args:
+        texts: (key, text) of each.
+        others: Likewise; the same key is no copy.
+
+    Returns:
+        The key of each that is, with that of the most similar other.
+    """
+    sketches = {key: _sketch(text) for key, text in others}
+    places = {key: place for place, key in enumerate(sketches)}
+    holders: Mapping[int, list[Key]] = defaultdict(list)
+    for key, sketch in sketches.items():
         for run in sketch:
-            holders[run].append(row)
+            holders[run].append(key)
     found = []
-    for row in sorted(set(rows)):
-        sketch = _sketch(corpus, row)
+    for key, text in texts:
+        sketch = _sketch(text)
         shared = Counter(other for run in sketch if run in holders for other in holders[run])
         likeness = {
             other: _likeness(sketch, sketches[other])
             for other, count in shared.items()
-            if other != row and 2 * count >= len(sketch)
+            if other != key and 2 * count >= len(sketch)
         }
-        best = max(likeness, key=lambda other: (likeness[other], -other), default=None)
+        best = max(likeness, key=lambda other: (likeness[other], -places[other]), default=None)
         if best is not None and likeness[best] >= NEAR:
-            found.append(NearCopy(row, best))
+            found.append((key, best))
     return found
 
 
@@ -133,8 +155,8 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _sketch(corpus: Corpus, row: int) -> frozenset[int]:
-    text = "".join(fold(passage_text(corpus[row])).split())
+def _sketch(text: str) -> frozenset[int]:
+    text = "".join(fold(text).split())
     runs = {text[start : start + _RUN] for start in range(max(1, len(text) - _RUN + 1))}
     hashes = sorted({zlib.crc32(run.encode("utf-8", "surrogatepass")) for run in runs})
     return frozenset(hashes[:_SKETCH])

@@ -172,7 +172,7 @@ class Unknown(NamedTuple):
         if self.on_unknown == "stop" and left > MAX_UNKNOWN_FRACTION * num_rows:
             raise DataError(
                 f"{message}, more than {MAX_UNKNOWN_FRACTION:.0%}; do corpus, queries and qrels"
-                " belong together? If they do, on_unknown=skip drops these rows"
+                " belong together? If they do, drop these rows with on_unknown=skip"
             )
         return f"{message} and are dropped"
 

@@ -21,6 +21,13 @@ _CHARACTER = (
 _CHARACTERS = regex.compile(_CHARACTER)
 _RUN = regex.compile(rf"(?:{_CHARACTER})+|(?:(?!{_CHARACTER})\w)+")
 _ASCII_WORD = regex.compile(r"\w+", regex.ASCII)
+# In the order in which they tell a language.
+_SCRIPTS = {
+    "japanese": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
+    "korean": regex.compile(r"\p{Hangul}"),
+    "southeast asian": regex.compile(r"\p{Line_Break=Complex_Context}"),
+    "chinese": regex.compile(r"[\p{Han}\p{Bopomofo}]"),
+}
 # Soft hyphens, joiners and the like are invisible; the zero-width space is a space.
 _INVISIBLE = regex.compile(r"(?!\u200b)\p{Default_Ignorable_Code_Point}")
 # From this share of its function words on, a language is taken for that of the documents.
@@ -226,6 +233,25 @@ class WordIds(Sequence[list[int]]):
             return [self[each] for each in range(*row.indices(len(self)))]
         row = range(len(self))[row]
         return self._ids[self._offsets[row] : self._offsets[row + 1]].tolist()
+
+
+def language_of(text: str) -> str:
+    """Returns the language of a text by its commonest words, or its script if that has no spaces.
+
+    A few words tell nothing, and English is what only has its letters.
+
+    Returns:
+        A name of Snowball's, "chinese", "japanese", "korean" or "southeast asian"; "" where
+        nothing is clear.
+    """
+    words = split_words(text, singles=False)
+    letters = "".join(word for word in words if _CHARACTERS.match(word))
+    if 2 * sum(map(bool, map(_CHARACTERS.match, words))) > len(words):
+        counts = {name: len(script.findall(letters)) for name, script in _SCRIPTS.items()}
+        # Chinese characters stand between the Japanese ones.
+        return next((name for name, count in counts.items() if 8 * count > len(letters)), "")
+    name, _ = _guess(Counter(words))
+    return "" if name == "none" else name
 
 
 def split_words(text: str, *, singles: bool) -> list[str]:

@@ -13,7 +13,7 @@ from ragjax.data import (
     write_python_docs,
 )
 from ragjax.data.fields import parse_fields
-from ragjax.data.jsonl import ReadProgress
+from ragjax.data.jsonl import Flaw, ReadProgress
 from ragjax.data.overlap import near_copies
 from ragjax.data.questions import holds_contexts, question_files
 from ragjax.data.truth import TRUTHS
@@ -46,7 +46,7 @@ def read_data(
         supervision=options.supervision,
         progress=progress,
     )
-    notes = [*dataset.notes, *_leak_notes(dataset)]
+    notes = [*dataset.notes, *map(Flaw, _leak_notes(dataset))]
     for note in notes:
         log(f"note: {note}")
     return dataclasses.replace(dataset, notes=tuple(notes))

@@ -35,20 +35,29 @@ Config = TypeVar("Config", AdaptConfig, RagConfig, EvaluateConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(Generic[Config]):
+class CommonFlags(Generic[Config]):
     """Options of a program, and the flags that every program has.
 
     Attributes:
         options: Options of the program.
         config: TOML, YAML or JSON file of options; flags override it.
-        dry_run: Read the data, load the models, print the forecast and stop.
         debug: Show tracebacks.
     """
 
     options: Annotated[Config, tyro.conf.arg(name="")]
     config: str = ""
-    dry_run: bool = False
     debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(CommonFlags[Config], Generic[Config]):
+    """Flags of a program that makes something.
+
+    Attributes:
+        dry_run: Read the data, load the models, print the forecast and stop.
+    """
+
+    dry_run: bool = False
 
 
 def run_program(
@@ -79,7 +88,7 @@ def run_program(
     again = f"the same command continues this {default.kind}"
     lost = f"a process of this {default.kind} is lost: {again}, given to each process again"
     try:
-        flags = parse_flags(default, description, arguments)
+        flags: Flags[Config] = parse_flags(default, description, arguments)
         if flags.options.distributed != "off":
             print("waiting for the other processes", flush=True)
         processes.start(flags.options.distributed)
@@ -132,9 +141,15 @@ class _Nowhere(io.TextIOBase):
 
 
 def parse_flags(
-    default: Config, description: str | None, arguments: Sequence[str]
-) -> Flags[Config]:
+    default: Config, description: str | None, arguments: Sequence[str], kind: Any = Flags
+) -> Any:
     """Returns the flags over the values of the `--config` file over the defaults.
+
+    Args:
+        default: Options where neither a flag nor the config file says otherwise.
+        description: Help text of the script.
+        arguments: As they were given.
+        kind: `CommonFlags` that the program has.
 
     Raises:
         ValueError: For values out of range or at odds; the message names the flag. A misspelt flag
@@ -144,12 +159,12 @@ def parse_flags(
     early.add_argument("--config", default="")
     path = early.parse_known_args(arguments)[0].config
     options = load_config_file(path, default) if path else default
-    kind: Any = type(default)
+    options_kind: Any = type(default)
     with checked_later():
         flags = tyro.cli(
-            Flags[kind],
+            kind[options_kind],
             args=list(arguments),
-            default=Flags(options=options, config=path),
+            default=kind(options=options, config=path),
             description=description,
         )
     check_all(flags.options, mark="--")

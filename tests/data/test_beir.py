@@ -142,7 +142,7 @@ def test_unknown_ids_are_noted_up_to_one_percent(read, unknown, name):
 def test_unknown_ids_are_dropped_where_asked(read):
     docs, queries, rows = many(99)
     unknown = [("q0", "dX", 1), ("qX", "d0", 1)] * 5
-    with pytest.raises(DataError, match="on_unknown=skip drops these rows"):
+    with pytest.raises(DataError, match="drop these rows with on_unknown=skip"):
         read(queries, {"test": [*rows, *unknown]}, docs=docs)
     dataset = read(queries, {"test": [*rows, *unknown]}, docs=docs, on_unknown="skip")
     assert "10 of 109 rows name unknown ids (passage 'dX', question 'qX')" in dataset.notes[0]
