@@ -20,8 +20,9 @@ from typing import Literal
 
 import tyro
 
-from ragjax.data import Corpus
+from ragjax.data import Corpus, read_beir
 from ragjax.data.fields import parse_fields
+from ragjax.data.questions import holds_contexts, question_files
 from ragjax.index.objects import is_url
 from ragjax.models.encoder import TextEncoder
 from ragjax.refresh import (
@@ -171,15 +172,20 @@ def _encoder(flags: Flags) -> tuple[RunConfig, TextEncoder]:
 def _corpus(flags: Flags, config: RunConfig) -> Corpus:
     """Returns the documents, as a run reads them."""
     data, options = flags.data or config.data, config.data_options
-    beside = Path(data) if Path(data).is_dir() else Path(data).parent
+    queries = "" if flags.data else config.queries
+    place = Path(data or queries)
+    beside = place if place.is_dir() else place.parent
     if not flags.cache and not beside.is_dir():
         raise ValueError(f"{data} is no folder or file here; --cache FOLDER says where to keep it")
-    return Corpus.open(
-        data,
-        cache=flags.cache or beside / "cache",
-        fields=parse_fields(flags.fields or options.fields),
-        on_bad_row="skip" if "skip" in (flags.on_bad_row, options.on_bad_row) else "stop",
-    )
+    cache, fields = flags.cache or beside / "cache", parse_fields(flags.fields or options.fields)
+    on_bad_row = "skip" if "skip" in (flags.on_bad_row, options.on_bad_row) else "stop"
+    if Path(data).is_file() or (queries and not data):
+        if holds_contexts(question_files(place)):
+            # The documents are the passages beside questions.
+            return read_beir(
+                None, cache=cache, queries=place, fields=fields, on_bad_row=on_bad_row
+            ).corpus
+    return Corpus.open(data, cache=cache, fields=fields, on_bad_row=on_bad_row)
 
 
 if __name__ == "__main__":

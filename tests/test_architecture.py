@@ -187,7 +187,12 @@ READ_JUDGEMENTS = {"data/beir.py", "data/examples.py"}
 def reads_judgements(source: str) -> bool:
     """Whether a module reads the judgements of a data set, or their files."""
     tree = ast.parse(source)
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    attributes = {
+        node.attr
+        for node in ast.walk(tree)
+        # The option of that name is a path.
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "config"
+    }
     return "qrels" in attributes or any(
         module.startswith("ragjax.data.qrels") for module in imported_modules(tree)
     )

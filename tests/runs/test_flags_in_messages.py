@@ -19,6 +19,7 @@ FLAGS = {name: program.flag_names(config) | COMMON for name, config in CONFIGS.i
 FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
 FLAGS["train_rag"] |= {"documents", "retrieval"}
 FLAGS["ask"] |= {"k"}
+FLAGS["check"] = FLAGS["adapt"] - {"dry_run"} | {"json", "cost"}
 TRAINING, RUNS = ("adapt", "train_rag"), ("adapt", "train_rag", "evaluate")
 
 # Who shows the messages of a module, or of a function in it; the longest beginning counts. Nobody:
@@ -28,6 +29,7 @@ SHOWN_BY = {
     "ragjax/runs": RUNS,
     "ragjax/runs/adapt": ("adapt",),
     "ragjax/runs/ask": ("ask",),
+    "ragjax/runs/check": ("check",),
     "ragjax/runs/data/_without_leaks": TRAINING,
     "ragjax/runs/evaluate": ("evaluate",),
     "ragjax/runs/data": TRAINING,  # those that name a flag

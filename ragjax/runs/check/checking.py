@@ -188,13 +188,14 @@ def _compare(
             " finds itself; take them out of the corpus if they are no documents"
         )
     note_shared_passages(dataset, questions, problems.survive)
-    train = {question.id: question.text for question in dataset.questions.get("train", ())}
     for split in ("dev", "test"):
         # Those that are the same are named where they are read.
         same = set(leaked_questions(dataset, split=split))
         asked = [(q.id, q.text) for q in dataset.questions.get(split, ()) if q.id not in same]
-        if near := near_texts(asked, train.items()):
-            pairs = [f"{id} ~ {other}" for id, other in near]
+        # Those of train may be very many: they are looked at one by one.
+        train = ((q.id, q.text) for q in dataset.questions.get("train", ()))
+        if near := {id: other for other, id in near_texts(train, asked)}:
+            pairs = [f"{id} ~ {other}" for id, other in near.items()]
             problems.survive(
                 f"{len(near):,} of the {len(asked):,} {split} questions are almost the same as one"
                 f" of train ({_some(pairs)}); take one of each pair out if they ask the same"

@@ -147,8 +147,9 @@ def _facts(
     if options.get("run"):
         facts["run"] = data_name(options["run"])
     # An evaluation of a run without --data reads the data of the run.
-    if options.get("data") or ("data" in options and "run" not in facts):
-        facts["data"] = data_name(options["data"])
+    given = options.get("data") or options.get("queries")
+    if given or ("data" in options and "run" not in facts):
+        facts["data"] = data_name(given or "")
     for name, label in (("encoder", "encoder"), ("lm", "language model")):
         if options.get(name):
             facts[label] = _model_name(options[name])

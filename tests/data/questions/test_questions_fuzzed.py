@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from ragjax.data import DataError, read_beir
+from ragjax.data import DataError
 from ragjax.data.jsonl import RejectedRows, SourceFile
+from ragjax.data.qrels import Unknown, read_qrels
 from ragjax.data.questions import holds_contexts, read_questions
 from ragjax.data.questions.json_items import array_items
 
@@ -75,32 +76,25 @@ def test_any_bytes_are_questions_or_an_error_with_the_file(tmp_path, name):
 
 @pytest.mark.slow
 def test_any_judgements_are_read_or_an_error_with_the_file(tmp_path):
-    folder = tmp_path / "docs"
-    folder.mkdir()
-    for name, id in (("corpus", "d"), ("queries", "q")):
-        rows = [{"_id": f"{id}{n}", "text": f"text {n}"} for n in range(3)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rng, fine = random.Random(0), 0
+    rng, path, fine = random.Random(0), tmp_path / "judged", 0
     trec = "q0 0 d0 1\nq1 0 d1 0.5\nq2 0 d2 2\n"
-    for number in range(CASES // 5):
-        text = (
-            trec
-            if number % 2
-            else "query-id\tcorpus-id\tscore\n" + trec.replace(" 0 ", " ").replace(" ", "\t")
-        )
-        path = tmp_path / "judged"
-        path.write_bytes(damaged(text, rng))
+    beir = "query-id\tcorpus-id\tscore\n" + trec.replace(" 0 ", "\t").replace(" ", "\t")
+    docs, questions = ({f"{kind}{n}" for n in range(3)} for kind in "dq")
+    for _ in range(CASES):
+        path.write_bytes(damaged(rng.choice((trec, beir)), rng))
+        policies = [rng.choice(("stop", "skip")) for _ in range(2)]
         try:
-            dataset = read_beir(
-                folder, cache=tmp_path / "cache", qrels=path, on_bad_row="skip", dev_fraction=0
-            )
+            with RejectedRows(tmp_path / "rejected.jsonl", policies[0]) as rejected:
+                policy = Unknown(policies[1], {})
+                judged = read_qrels(path, docs, questions, rejected, [], policy)
         except DataError as error:
             assert str(path) in str(error)
         else:
             fine += 1
-            graded = [grade for rows in dataset.graded_rows("train") for grade in rows.values()]
-            assert graded and max(graded) > 0
-    assert fine > CASES / 50
+            assert judged and all(max(grades.values()) > 0 for grades in judged.values())
+            assert questions >= judged.keys()
+            assert docs >= {doc for grades in judged.values() for doc in grades}
+    assert fine > CASES / 20
 
 
 def _value(rng, depth):

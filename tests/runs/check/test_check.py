@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from programs import load_script
@@ -195,3 +197,11 @@ def test_flags_that_cannot_be_used_end_with_code_2(capsys):
     script = load_script("experiments/check.py")
     assert script.main(["--data_options.fields=text"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_block_of_the_documentation_runs(config, domain, capsys):
+    page = (Path(__file__).parents[3] / "docs" / "runs.rst").read_text("utf-8")
+    block = page.split("from ragjax.runs.check import check_run")[1].split("\n\n")[1]
+    given = {"AdaptConfig": lambda data: replace(config, data=str(domain)), "check_run": check_run}
+    exec(textwrap.dedent(block), given)
+    assert capsys.readouterr().out.startswith(("0 [", "1 ["))
