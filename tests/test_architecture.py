@@ -40,6 +40,9 @@ OWNERS = {
     "scann": "index",
     "gguf": "models",
     "transformers": "models",
+    "tensorboardX": "runs",
+    "trackio": "runs",
+    "wandb": "runs",
     "_thread": "refresh",
     "concurrent": "refresh",
     "multiprocessing": "refresh",
@@ -55,6 +58,8 @@ OWNERSHIP_EXCEPTIONS = {
     ("training/ahead.py", "concurrent"),
     # Checkpoints are written while training goes on.
     ("training/checkpoint.py", "concurrent"),
+    # A tracker that hangs must delay neither a step nor the end of the process.
+    ("runs/tracking/behind.py", "threading"),
 }
 # torch is a reference in tests; what runs the library is not part of it.
 FORBIDDEN = {"torch", "experiments", "notebooks", "tests"}

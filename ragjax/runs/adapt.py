@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lm
+from ragjax.runs.tracking.trackers import check_trackers, track
 from ragjax.runs.train.guard import Guard, Kept
 from ragjax.runs.train.language_model import train_lm
 from ragjax.runs.train.live import check_machine
@@ -72,11 +74,12 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
     """
     started = time.perf_counter()
     record = config_record(config, config.fingerprint(), mode=config.mode)
-    with claim(config, record, stop) as (flag, folder):
+    with claim(config, record, stop) as (flag, folder), ExitStack() as tracked:
         workspace = open_adapt(config, folder, stop=flag, log=log)
         # After validation, so that a rejected run leaves no config.json behind.
         inputs = run_inputs(workspace) | file_inputs(config.questions.file)
         begin(folder, record, inputs, kind=config.kind, log=log)
+        tracked.enter_context(track(config, record, workspace))
         log(estimate_cost(workspace, config).describe())
         with workspace.timed("index before"):
             bm25 = build_bm25(workspace)
@@ -125,6 +128,7 @@ def open_adapt(config: AdaptConfig, folder: Path, *, stop: StopFlag, log: Log = 
         except ValueError as error:
             raise ValueError(f"--score_cache {error}") from error
     check_machine(config)
+    check_trackers(config.log_to)
     check_reranker(config.rerank, "--rerank")
     if config.retriever.reranker:
         check_reranker(config.retriever.reranker, "--retriever.reranker")

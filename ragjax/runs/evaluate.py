@@ -1,6 +1,7 @@
 """Evaluates a finished run, or base models, on questions of any split."""
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.prompt_lengths import OF_EVALUATION, Asked, check_prompts
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_notes, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
+from ragjax.runs.tracking.trackers import check_trackers, track
 from ragjax.runs.workspace import FrozenLM, Workspace, make_workspace, note_limits
 from ragjax.runs.written.file import with_written
 from ragjax.training.loop import StopFlag
@@ -70,6 +72,7 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
     Raises:
         FileNotFoundError, ValueError: For a run, data or models that cannot be used.
     """
+    check_trackers(config.log_to)
     run = open_run(Path(config.run)) if config.run else None
     options = run_options(config, run.config if run else None)
     placed = {"devices": config.devices, "fsdp": config.fsdp}
@@ -199,10 +202,11 @@ def evaluate(
     run = open_run(config.run).config if config.run else None
     mode = run_options(config, run).mode
     record = config_record(config, config.fingerprint(run), mode=mode)
-    with claim(config, record, stop) as (flag, folder):
+    with claim(config, record, stop) as (flag, folder), ExitStack() as tracked:
         opened = open_evaluation(config, folder, stop=flag, log=log)
         # After validation, so that a rejected evaluation leaves no config.json behind.
         begin(folder, record, _inputs(opened), kind=config.kind, log=log)
+        tracked.enter_context(track(config, record, opened.workspace))
         log(describe_cost(opened, config))
         metrics = _evaluate(opened, config)
         write_notes(opened.workspace)

@@ -15,6 +15,7 @@ from ragjax.models.layers.linear import matmul_precision
 from ragjax.runs.options.evaluate import EvaluateConfig
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.shared import OF_MACHINE, RunConfig
+from ragjax.runs.options.tracking import masked
 from ragjax.storage import RunLock, keep_compiled, processes, read_lines, write_json
 from ragjax.training.loop import StopFlag, graceful_stop
 
@@ -164,7 +165,7 @@ def _multiplies_bfloat16() -> bool:
 def config_record(
     config: RunConfig | EvaluateConfig, fingerprint: str, *, mode: str
 ) -> dict[str, Any]:
-    """Returns what config.json holds.
+    """Returns what config.json holds, with secrets masked.
 
     Args:
         config: The options.
@@ -173,7 +174,7 @@ def config_record(
     """
     made_by = {"program": config.program} if config.program else {}
     values = {name: value for name, value in to_dict(config).items() if name not in OF_MACHINE}
-    return made_by | {"fingerprint": fingerprint, "mode": mode, "config": values}
+    return made_by | {"fingerprint": fingerprint, "mode": mode, "config": masked(values)}
 
 
 def _check_free(

@@ -25,6 +25,7 @@ from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
 from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig, dry_run
 from ragjax.runs.options.checks import check_all, checked_later
 from ragjax.runs.options.files import load_config_file, to_dict
+from ragjax.runs.options.tracking import masked
 from ragjax.runs.saved import Results
 from ragjax.storage import processes
 from ragjax.training.finite import NonFiniteError
@@ -94,7 +95,8 @@ def run_program(
         processes.start(flags.options.distributed)
         logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
         with processes.last_words(lost), graceful_stop() as stop, _first_speaks():
-            print("options:", json.dumps(to_dict(flags.options), indent=2), flush=True)
+            options = masked(to_dict(flags.options))
+            print("options:", json.dumps(options, indent=2), flush=True)
             if flags.dry_run:
                 dry_run(flags.options, stop=stop, log=log)
             else:

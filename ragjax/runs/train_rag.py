@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from ragjax.runs.compare.dev import Side, evaluate_dev
@@ -18,6 +19,7 @@ from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
+from ragjax.runs.tracking.trackers import check_trackers, track
 from ragjax.runs.train.end_to_end import make_reader, train_end_to_end
 from ragjax.runs.train.guard import Guard
 from ragjax.runs.train.live import check_machine
@@ -53,10 +55,11 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
     """
     started = time.perf_counter()
     record = config_record(config, config.fingerprint(), mode=config.mode)
-    with claim(config, record, stop) as (flag, folder):
+    with claim(config, record, stop) as (flag, folder), ExitStack() as tracked:
         workspace = open_rag(config, folder, stop=flag, log=log)
         # After validation, so that a rejected run leaves no config.json behind.
         begin(folder, record, run_inputs(workspace), kind=config.kind, log=log)
+        tracked.enter_context(track(config, record, workspace))
         log(estimate_rag_cost(workspace, config).describe())
         base = workspace.base_lm()
         with workspace.timed("index before"):
@@ -87,6 +90,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
 def open_rag(config: RagConfig, folder: Path, *, stop: StopFlag, log: Log = print) -> Workspace:
     """Reads data and models of a run and checks what only they can tell; see `open_workspace`."""
     check_machine(config)
+    check_trackers(config.log_to)
     workspace = open_workspace(config, folder, stop=stop, log=log)
     workspace = _with_answers(workspace, config)
     check_prompts(workspace, run_prompts(workspace, dev=True))

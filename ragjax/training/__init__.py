@@ -16,6 +16,7 @@ from ragjax.training.loop import HostWork as HostWork
 from ragjax.training.loop import Interrupted as Interrupted
 from ragjax.training.loop import LoopConfig as LoopConfig
 from ragjax.training.loop import MetricsLog as MetricsLog
+from ragjax.training.loop import MetricWriter as MetricWriter
 from ragjax.training.loop import StopFlag as StopFlag
 from ragjax.training.loop import graceful_stop as graceful_stop
 from ragjax.training.loop import run_steps as run_steps

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -84,20 +84,37 @@ def graceful_stop(
             signal.signal(signum, handler)
 
 
+class MetricWriter(Protocol):
+    """Takes metrics as they come, beside the file of a `MetricsLog`, whose step waits for it."""
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Takes the metrics of one step; None: not finite. A resumed stage repeats steps."""
+        ...
+
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """Takes what the run ended with, such as `after/recall@5`."""
+        ...
+
+    def close(self) -> None:
+        """Takes nothing any more."""
+        ...
+
+
 class MetricsLog:
     """Metrics as JSON lines, one per step, flushed; a resumed stage drops the lines it redoes."""
 
-    def __init__(self, path: str | os.PathLike):
-        """Names the file; it is created at the first line."""
-        self._log = JsonLog(path)
+    def __init__(self, path: str | os.PathLike, followers: Iterable[MetricWriter] = ()):
+        """Names the file, which is created at the first line, and who else gets the metrics."""
+        self._log, self.followers = JsonLog(path), list(followers)
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line; values that are not finite become null (JSON has no NaN)."""
-        row = {"stage": stage, "step": step}
-        row |= {
+        values = {
             k: (round(float(v), 6) if np.isfinite(float(v)) else None) for k, v in metrics.items()
         }
-        self._log.append([row])
+        self._log.append([{"stage": stage, "step": step} | values])
+        for follower in self.followers:
+            follower.write(stage, step, values)
 
     def rewind(self, stage: str, step: int) -> None:
         """Removes the lines of `stage` at or after `step`, and a torn last line."""

@@ -393,6 +393,7 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
         "devices",
         "fsdp",
         "distributed",
+        "log_to",
     } == set(changed)
     plain = config.fingerprint(None)
     for name, value in changed.items():

@@ -263,9 +263,21 @@ def write_results(
     write_json(folder / "metrics.json", metrics)
     return metrics
 
+    for follower in workspace.metrics.followers:
+        follower.summarize(_values(metrics))
 
 def _prediction_lines(records: Records, conditions: Mapping[int, Any]) -> str:
     """Returns one JSON line per question, with what each system did, and under each condition."""
+def _values(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the means of the systems, as `system/metric`."""
+    return {
+        f"{system}/{name}": cell["value"]
+        for system, summary in metrics.items()
+        for name, cell in summary.items()
+        if name not in ("n", "applicable")
+    }
+
+
     lines = []
     for row, rows in enumerate(zip(*records.values(), strict=True)):
         systems = {

@@ -14,6 +14,7 @@ from ragjax.runs.options.checks import Options, at_least
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.options.modes import MODES, ModeName
 from ragjax.runs.options.shared import OF_MACHINE, RunConfig
+from ragjax.runs.options.tracking import tracker_names
 
 # Systems of base models alone, then what a run adds, then what an adapted language model does
 # without the adapted retriever and the other way round.
@@ -86,6 +87,8 @@ class EvaluateConfig(Options):
         encode_tokens: Tokens in a batch of the encoder on each device; None: as the run, else as
             suits the device.
         score_tokens: Tokens in a batch of the language model on each device; None: likewise.
+        log_to: Where options and results go, too: some of `tensorboard`, `wandb` and `trackio`,
+            separated by commas.
     """
 
     run: str = ""
@@ -126,6 +129,7 @@ class EvaluateConfig(Options):
     distributed: Literal["off", "auto"] = "off"
     encode_tokens: int | None = None
     score_tokens: int | None = None
+    log_to: str = ""
 
     kind: ClassVar[str] = "evaluation"
     # In config.json, so that nobody takes an evaluation for a run.
@@ -138,6 +142,7 @@ class EvaluateConfig(Options):
         at_least(self, 1, "documents", "beams", "max_new_tokens", "document_tokens")
         at_least(self, 1, "encode_tokens", "score_tokens", "rerank_depth")
         at_least(self, 0, "max_questions", "devices", "fsdp")
+        tracker_names(self.log_to)
         if self.index:
             Address.parse(self.index)
         if not self.output:

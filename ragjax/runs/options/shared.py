@@ -15,9 +15,12 @@ from ragjax.runs.options.checks import Options, at_least, fraction, positive
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
+from ragjax.runs.options.tracking import tracker_names
 
 # Of the machine: a run may be continued with other values, and its config.json has none of them.
-OF_MACHINE = ("checkpoint_minutes", "devices", "distributed", "embeddings", "fsdp", "parallel")
+OF_MACHINE = (
+    "checkpoint_minutes", "devices", "distributed", "embeddings", "fsdp", "log_to", "parallel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +285,8 @@ class RunConfig(Options):
             1,024 on a CPU, whose caches they fit, and 65,536 on an accelerator.
         score_tokens: Tokens in a batch of the language model on each device, scoring or answering;
             0: 4,096 on a CPU and 16,384 on an accelerator.
+        log_to: Where the metrics go beside metrics.jsonl: some of `tensorboard`, `wandb` and
+            `trackio`, separated by commas.
         data_options: Corpus and questions.
         prompt: Lengths in the prompt of the language model.
         refresh: How the index is kept up to date while the encoders train.
@@ -314,6 +319,7 @@ class RunConfig(Options):
     distributed: Literal["off", "auto"] = "off"
     encode_tokens: int = 0
     score_tokens: int = 0
+    log_to: str = ""
     data_options: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
@@ -379,6 +385,7 @@ class RunConfig(Options):
         super().check()
         at_least(self, 0, "checkpoint_minutes", "devices", "fsdp", "encoder_max_length")
         at_least(self, 0, "encode_tokens", "score_tokens")
+        tracker_names(self.log_to)
         if self.parallel == "pmap" and self.fsdp > 1:
             raise ValueError(
                 f"fsdp={self.fsdp} divides parameters, of which parallel=pmap needs a copy on each"

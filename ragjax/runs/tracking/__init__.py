@@ -1,0 +1,1 @@
+"""Metrics of a run beside `metrics.jsonl`: TensorBoard, Weights & Biases, Trackio."""
