@@ -10,7 +10,9 @@ Asker(open_system(run.folder)).ask("how long is the warranty?")
 from ragjax.runs.adapt import adapt as adapt
 from ragjax.runs.ask.asker import Asker as Asker
 from ragjax.runs.ask.prompts import ReaderOptions as ReaderOptions
+from ragjax.runs.compare.two_runs import compare_runs as compare_runs
 from ragjax.runs.evaluate import evaluate as evaluate
+from ragjax.runs.options.compare import CompareConfig as CompareConfig
 from ragjax.runs.options.dual import AdaptConfig as AdaptConfig
 from ragjax.runs.options.dual import LMConfig as LMConfig
 from ragjax.runs.options.dual import RetrieverConfig as RetrieverConfig

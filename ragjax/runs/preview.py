@@ -5,9 +5,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ragjax.runs.adapt import open_adapt
+from ragjax.runs.compare.pair import open_pair
 from ragjax.runs.data import Log
 from ragjax.runs.evaluate import describe_cost, open_evaluation
 from ragjax.runs.forecast import estimate_cost, estimate_rag_cost
+from ragjax.runs.options.compare import CompareConfig
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.options.evaluate import EvaluateConfig
@@ -17,7 +19,7 @@ from ragjax.training.loop import StopFlag, graceful_stop
 
 
 def dry_run(
-    config: AdaptConfig | RagConfig | EvaluateConfig,
+    config: AdaptConfig | RagConfig | EvaluateConfig | CompareConfig,
     *,
     stop: StopFlag | None = None,
     log: Log = print,
@@ -27,13 +29,17 @@ def dry_run(
     Nothing is written to the output folder.
 
     Args:
-        config: Options of `adapt`, `train_rag` or `evaluate`.
+        config: Options of `adapt`, `train_rag` or `evaluate`; of `compare_runs`, both folders are
+            read and checked.
         stop: Set by the caller to stop between stages; None: set by SIGTERM and SIGINT.
         log: Shows one line to the user.
 
     Raises:
         FileNotFoundError, ValueError: For data or models that cannot be used.
     """
+    if isinstance(config, CompareConfig):
+        open_pair(config, log)
+        return
     keep_compiled()
     handled = nullcontext(stop) if stop else graceful_stop(kill=False)
     with handled as flag, tempfile.TemporaryDirectory() as name:

@@ -22,7 +22,7 @@ import jax
 import tyro
 
 from ragjax.refresh import IndexTooStaleError, RefreshError, ResumeError
-from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig, dry_run
+from ragjax.runs import AdaptConfig, CompareConfig, EvaluateConfig, RagConfig, dry_run
 from ragjax.runs.options.checks import check_all, checked_later
 from ragjax.runs.options.files import load_config_file, to_dict
 from ragjax.runs.options.tracking import masked
@@ -32,7 +32,7 @@ from ragjax.training.finite import NonFiniteError
 from ragjax.training.loop import Interrupted, graceful_stop
 
 BAD_INPUT, DIVERGED, NO_FRESH_INDEX, LOST = 2, 3, 4, 5
-Config = TypeVar("Config", AdaptConfig, RagConfig, EvaluateConfig)
+Config = TypeVar("Config", AdaptConfig, RagConfig, EvaluateConfig, CompareConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def run_program(
     description: str | None,
     arguments: Sequence[str] | None,
 ) -> int:
-    """Runs `adapt`, `train_rag` or `evaluate` with its flags.
+    """Runs `adapt`, `train_rag`, `evaluate` or `compare_runs` with its flags.
 
     Args:
         program: Takes a config and a stop flag.
@@ -76,8 +76,9 @@ def run_program(
         arguments: Flags; None: those of the command line.
 
     Returns:
-        Exit code: 0; 2 for bad input; 3 where training diverged; 4 where the index could not be
-        kept fresh; 5 where another process of the run was lost; 128 + signal if stopped.
+        Exit code: 0; 1 where a comparison found too great a loss; 2 for bad input; 3 where training
+        diverged; 4 where the index could not be kept fresh; 5 where another process of the run was
+        lost; 128 + signal if stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     escape_what_is_no_utf8()
@@ -86,6 +87,7 @@ def run_program(
     def log(line: str) -> None:
         print(in_own_flags(line, names), flush=True)
 
+    code = 0
     again = f"the same command continues this {default.kind}"
     lost = f"a process of this {default.kind} is lost: {again}, given to each process again"
     try:
@@ -101,8 +103,8 @@ def run_program(
                 dry_run(flags.options, stop=stop, log=log)
             else:
                 results = program(flags.options, stop=stop, log=log)
-                print(f"\nresults: {results.report}, {results.folder / 'metrics.json'}")
-        code = 0
+                print(f"\nresults: {results.report}, {results.folder / results.main_file}")
+                code = results.exit_code
     except Interrupted as stopped:
         print(f"{stopped}; {again}", file=sys.stderr)
         code = 128 + stopped.signum

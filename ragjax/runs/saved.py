@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from ragjax.index import EmbeddingStore
 from ragjax.models.encoder import TextEncoder
@@ -177,6 +177,13 @@ class Results:
 
     folder: Path
     metrics: Mapping[str, Any] | None
+
+    main_file: ClassVar[str] = "metrics.json"
+
+    @property
+    def exit_code(self) -> int:
+        """What the script ends with."""
+        return 0
 
     @property
     def report(self) -> Path:

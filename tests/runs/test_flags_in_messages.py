@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT, load_script
 
-from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig, program
+from ragjax.runs import AdaptConfig, CompareConfig, EvaluateConfig, RagConfig, program
 
 CONFIGS = {"adapt": AdaptConfig(), "train_rag": RagConfig(), "evaluate": EvaluateConfig()}
 COMMON = {field for field in program.Flags.__dataclass_fields__ if field != "options"}
@@ -20,6 +20,7 @@ FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
 FLAGS["train_rag"] |= {"documents", "retrieval"}
 FLAGS["ask"] |= {"k"}
 FLAGS["check"] = FLAGS["adapt"] - {"dry_run"} | {"json", "cost"}
+FLAGS["evaluate"] |= program.flag_names(CompareConfig(compare=("A", "B")))
 TRAINING, RUNS = ("adapt", "train_rag"), ("adapt", "train_rag", "evaluate")
 
 # Who shows the messages of a module, or of a function in it; the longest beginning counts. Nobody:
@@ -30,12 +31,15 @@ SHOWN_BY = {
     "ragjax/runs/adapt": ("adapt",),
     "ragjax/runs/ask": ("ask",),
     "ragjax/runs/check": ("check",),
+    "ragjax/runs/compare/pair": ("evaluate",),
+    "ragjax/runs/compare/two_runs": ("evaluate",),
     "ragjax/runs/data/_without_leaks": TRAINING,
     "ragjax/runs/evaluate": ("evaluate",),
     "ragjax/runs/data": TRAINING,  # those that name a flag
     "ragjax/runs/forecast/_describe_answers": TRAINING,
     "ragjax/runs/found": ("train_rag",),  # those that name a flag
     "ragjax/runs/program": RUNS,
+    "ragjax/runs/options/compare": ("evaluate",),
     "ragjax/runs/options/dual": ("adapt",),
     "ragjax/runs/options/end_to_end": ("train_rag",),
     "ragjax/runs/options/evaluate": ("evaluate",),

@@ -18,7 +18,12 @@ from ragjax.evaluation.report.checks import (
 from ragjax.evaluation.report.curves import curves
 from ragjax.evaluation.report.explained import explained_section
 from ragjax.evaluation.report.html import details, escape, isolated, page, table
-from ragjax.evaluation.report.questions import PassageText, questions_section
+from ragjax.evaluation.report.questions import (
+    Flips,
+    PassageText,
+    flips_section,
+    questions_section,
+)
 from ragjax.evaluation.report.results import (
     Finding,
     differences_tables,
@@ -42,6 +47,7 @@ class ReportData:
         differences: Paired differences, as in differences.json.
         steps: Lines of metrics.jsonl.
         questions: Lines of predictions.jsonl.
+        flips: Of two runs, the questions that only one got right, as in compare.json.
         gold: Question id to relevant document ids.
         passages: Document id to title and text, for the documents shown.
         explained: As in explained.json.
@@ -65,6 +71,7 @@ class ReportData:
     differences: Sequence[Mapping[str, Any]] = ()
     steps: Sequence[Mapping[str, Any]] = ()
     questions: Sequence[Mapping[str, Any]] = ()
+    flips: Flips = dataclasses.field(default_factory=dict)
     gold: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     passages: Mapping[str, PassageText] = dataclasses.field(default_factory=dict)
     explained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -144,6 +151,7 @@ def _sections(
             " shortened; answers in them are marked.",
             changed if data.questions else "",
         ),
+        "Questions that flipped": flips_section(data.flips),
         "Retriever and language model": (
             _explained_lead(explained) + explained_section(explained, lookup)
             if explained.get("questions")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ragjax.evaluation.report.html import details, excerpt, isolated, number, signed
+from ragjax.evaluation.report.html import details, excerpt, isolated, number, signed, table
 
 # Passages shown of each side; a relevant one further down is shown as well.
 _SHOWN_PASSAGES = 3
@@ -19,6 +19,8 @@ class PassageText(NamedTuple):
 
 
 Lookup = Callable[[str], PassageText | None]
+# By what flipped between two runs (`found`, `right`), then `lost` or `won`: the questions.
+Flips = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 
 
 class Change(NamedTuple):
@@ -132,6 +134,26 @@ def questions_section(
     return "".join(parts) or '<p class="soft">No question was given to both systems.</p>'
 
 
+def flips_section(flips: Flips) -> str:
+    """Returns the questions that one of two runs got right and the other did not.
+
+    Args:
+        flips: As in compare.json.
+    """
+    titles = {"found": "A relevant passage among the first 5", "right": "A right answer"}
+    parts = []
+    for kind, title in titles.items():
+        rows = [
+            [isolated(one["id"]), word, isolated(one["question"]), *(_shown(one[s]) for s in "AB")]
+            for word in ("lost", "won")
+            for one in flips.get(kind, {}).get(word, ())
+        ]
+        if rows:
+            caption = f"{title}: lost or won from A to B"
+            parts.append(table(["id", "", "question", "A", "B"], rows, caption=caption))
+    return "".join(parts)
+
+
 def shown_documents(
     lines: Sequence[Mapping[str, Any]],
     pair: tuple[str, str],
@@ -146,6 +168,12 @@ def shown_documents(
                 listed = one.line["systems"][name]["doc_ids"]
                 docs |= dict.fromkeys(listed[place] for place in _places(listed, relevant))
     return list(docs)
+
+
+def _shown(outcome: str | Sequence[str] | None) -> str:
+    """Returns an answer, or the ids of the passages found."""
+    text = outcome if isinstance(outcome, str) else " ".join(outcome or ())
+    return isolated(text)
 
 
 def _card(

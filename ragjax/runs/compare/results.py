@@ -52,14 +52,16 @@ from ragjax.storage import write_json, write_text
 _CONFIDENCES = ("confidence", "confidence_per_token")
 _RATES = ("supported", "supported_if_right", "supported_if_wrong", "hallucination")
 _SUPPORT = ("support", *_RATES, *(f"corpus_{name}" for name in _RATES), "empty_answer")
-_COMPARED = (
+COMPARED = (
     *METRICS,
     "supported",
     "hallucination",
     "corpus_supported",
     "corpus_hallucination",
 )
-_TABLE = (*_COMPARED, "empty_answer")
+_TABLE = (*COMPARED, "empty_answer")
+# Key of differences.json: the name of the system that metrics.json has as `served`, too.
+SHIPPED = "served"
 _FIRST_SYSTEMS, _FIRST_METRICS = ("bm25", "before", "hybrid_before"), ("recall@5", "mrr@10")
 _SERVED_SHOWN = ("recall@5", "mrr@10", "f1", "answer_nll")
 _CONDITIONS_SHOWN = ("f1", "answer_nll")
@@ -215,12 +217,12 @@ def write_results(
     note_cut_answers(workspace, records, None if checks is None else OF_EVALUATION)
     summaries = {name: summarize(rows, **options) for name, rows in records.items()}
     comparisons = compare(
-        records, pairs=RUN_PAIRS if checks is None else tuple(PAIRS), metrics=_COMPARED, **options
+        records, pairs=RUN_PAIRS if checks is None else tuple(PAIRS), metrics=COMPARED, **options
     )
     calibrations = {} if checks is None else _calibrations(records, checks.bins, options)
     kept = (*MAIN_SYSTEMS, "reranked") if checks is None else records
     names = [name for name in kept if name in records]
-    table = {name: _shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
+    table = {name: shown_summary(summaries[name], calibrations.get(name, {})) for name in names}
     shown = [c for c in comparisons if c.metric in PAIRS[c.system, c.baseline]]
     if table:
         legend = _legend(list(records), checks, workspace.config.mode)
@@ -250,24 +252,22 @@ def write_results(
     if checks is None:
         others = {name: value for name, value in summaries.items() if name not in names}
         differences["other_systems"] = others
-    write_json(folder / "differences.json", differences)
     metrics = {name: summaries[name] for name in names}
     if shipped in summaries:
-        metrics["served"] = summaries[shipped]
+        metrics["served"], differences[SHIPPED] = summaries[shipped], shipped
         cells = [
             f"{name} {format_cell(summaries[shipped][name])}"
             for name in _SERVED_SHOWN
             if name in summaries[shipped]
         ]
         workspace.log(f"\nserved ({shipped}): {', '.join(cells)}")
+    write_json(folder / "differences.json", differences)
     write_json(folder / "metrics.json", metrics)
-    return metrics
-
     for follower in workspace.metrics.followers:
         follower.summarize(_values(metrics))
+    return metrics
 
-def _prediction_lines(records: Records, conditions: Mapping[int, Any]) -> str:
-    """Returns one JSON line per question, with what each system did, and under each condition."""
+
 def _values(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Returns the means of the systems, as `system/metric`."""
     return {
@@ -278,6 +278,8 @@ def _values(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def _prediction_lines(records: Records, conditions: Mapping[int, Any]) -> str:
+    """Returns one JSON line per question, with what each system did, and under each condition."""
     lines = []
     for row, rows in enumerate(zip(*records.values(), strict=True)):
         systems = {
@@ -339,7 +341,7 @@ def _support(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _shown_summary(
+def shown_summary(
     summary: Mapping[str, Any], calibrations: Mapping[str, Calibration]
 ) -> dict[str, Any]:
     """Returns the printed rows of one system: its calibration is that per token."""
