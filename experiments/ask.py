@@ -77,6 +77,9 @@ class Flags:
         doc_prefix: Text that the encoder reads before each document of `data` ("" for none); None:
             what its files say.
         lm: Language model for `data`: folder, .gguf file, hub id, or `pip:NAME==VERSION`.
+        template: What it reads, as text or as the name of a file, as in `--prompt.template` of a
+            run, which has its own; empty: what it was trained with, or a usual one.
+        chat: Whether that is put into the chat template of `lm`. A run has chosen that.
         cache: Folder for the embeddings of `data`.
         answer: Explain this answer instead of generating one.
         documents: Documents read for an answer; 0: none.
@@ -119,6 +122,8 @@ class Flags:
     query_prefix: str | None = None
     doc_prefix: str | None = None
     lm: str = _DEFAULTS.lm
+    template: str = ""
+    chat: Literal["on", "off"] = "off"
     cache: str = "runs/ask"
     answer: str = ""
     documents: Annotated[int, tyro.conf.arg(aliases=("--k",))] = 4
@@ -158,7 +163,9 @@ class Flags:
         check_numbers(self, mark="--")
         if self.data and self.models == "adapted":
             raise ValueError("--models adapted goes with --run; the models of --data are base ones")
-        for name in ("encoder", "query_encoder", "doc_encoder", "lm", "fields"):
+        for name in (
+            "encoder", "query_encoder", "doc_encoder", "lm", "template", "chat", "fields",
+        ):  # fmt: skip
             if self.run and getattr(self, name) != getattr(Flags, name):
                 raise ValueError(f"--{name} goes with --data; a run has its own")
         if self.index:
@@ -257,7 +264,9 @@ def _open(flags: Flags) -> System:
         devices=flags.devices,
         fsdp=flags.devices,
         data_options=DataConfig(fields=flags.fields),
-        prompt=PromptConfig(answer_tokens=flags.max_new_tokens),
+        prompt=PromptConfig(
+            template=flags.template, chat=flags.chat, answer_tokens=flags.max_new_tokens
+        ),
     )
     return open_base_system(config, cache=Path(flags.cache), log=_note)
 

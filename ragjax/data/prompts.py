@@ -56,7 +56,7 @@ class PromptBuilder:
         template: Texts and budgets.
         max_length: Tokens of context and target together, at most the model's limit.
         pad_id: Fills masked positions.
-        bos_id: Put before each context, if given.
+        bos_id: Put before each context, if given, unless the template's are `whole`.
         end_id: Put after each target that was not cut, if given, so that a model trained on it
             learns to stop: an end-of-text token, or a newline.
         context_end_ids: Put after each context: what an encoder expects there (</s> of T5). The
@@ -88,7 +88,9 @@ class PromptBuilder:
         self._bos = [] if bos_id is None else [bos_id]
         self._end = [] if end_id is None else [end_id]
         self._context_end, self._target_start = list(context_end_ids), list(target_start_ids)
-        self.joiner = TextJoiner(tokenizer, [pad_id, *self._bos, *self._context_end])
+        self._first = [] if self.template.whole else self._bos
+        controls = [pad_id, *self._bos, *self._context_end]
+        self.joiner = TextJoiner(tokenizer, [*controls, *_written(tokenizer, self.template)])
         self._texts = TemplateTexts.of(self.template, self.joiner)
         self._questions: dict[tuple[str, int], _Around] = {}
         if self.max_context_length < 1:
@@ -163,7 +165,7 @@ class PromptBuilder:
         start, size = len(head), len(shown.text)
         inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < start + size]
         return DocumentPlace(
-            start=len(self._bos) + (inside[0] if inside else 0),
+            start=len(self._first) + (inside[0] if inside else 0),
             characters=[
                 (max(offsets[i][0] - start, 0), min(offsets[i][1] - start, size)) for i in inside
             ],
@@ -185,7 +187,8 @@ class PromptBuilder:
         (head, shown, tail), _ = self._fitted(question, [document])
         label = self._texts.context.partition("{document}")[2].partition("{question}")[0]
         before = head + shown.text + label
-        return self._place(before, question, tail[len(label) + len(question) :])
+        after = tail[len(label) + len(question) :]
+        return self._place(before, question, after, self._first)
 
     def question_reading(self, question: str, document: DocumentIds) -> tuple[list[int], list[int]]:
         """Returns context and target in which a question follows its document and nothing else.
@@ -197,7 +200,7 @@ class PromptBuilder:
             target = [*self._target_start, *self.joiner.encode(question), *self._end]
             return [*self._bos, *document, *self._context_end], target
         ids = [*self._bos, *self.joiner.join([document, f"{_ASKED} {question}"])]
-        start, end = self._place(f"{document.text}{_ASKED} ", question, "")
+        start, end = self._place(f"{document.text}{_ASKED} ", question, "", self._bos)
         return ids[:start], ids[start:end]
 
     def target(self, answer: str) -> list[int]:
@@ -251,12 +254,12 @@ class PromptBuilder:
         right = pad_right(targets, length=target_length, pad_id=self.pad_id)
         return PromptBatch(left.ids, left.mask, right.ids, right.mask)
 
-    def _place(self, before: str, text: str, after: str) -> tuple[int, int]:
-        """Returns the tokens of a part of a whole text, its first and that behind, after `bos`."""
+    def _place(self, before: str, text: str, after: str, first: Sequence[int]) -> tuple[int, int]:
+        """Returns the tokens of a part of a whole text, its first and that behind; `first` ones."""
         offsets = self.joiner.encoding(before + text + after).offsets
         start, end = len(before), len(before) + len(text)
         inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < end]
-        return len(self._bos) + inside[0], len(self._bos) + inside[-1] + 1
+        return len(first) + inside[0], len(first) + inside[-1] + 1
 
     def _fitted(
         self, question: str, documents: Sequence[Sequence[int] | np.ndarray]
@@ -280,7 +283,7 @@ class PromptBuilder:
                 parts += [self._texts.separator] if place else []
                 parts.append(self._cut(document, budget))
             parts.append(around.tail)
-            ids = [*self._bos, *self.joiner.join(parts), *self._context_end]
+            ids = [*self._first, *self.joiner.join(parts), *self._context_end]
             # At the borders, the whole may take more tokens than its parts.
             if (excess := len(ids) - limit) <= 0 or not budget:
                 return parts, ids
@@ -302,11 +305,18 @@ class PromptBuilder:
             head, tail = (fill(part, question=question) for part in (head, tail))
             lengths = [len(join([head])), len(join([[], tail] if count else [tail]))]
             lengths += [max(count - 1, 0) * self.separator_length]
-            fixed = len(self._bos) + sum(lengths) + len(self._context_end)
+            fixed = len(self._first) + sum(lengths) + len(self._context_end)
             self._questions[question, count] = _Around(
                 head, tail, fixed, self.max_context_length - fixed
             )
         return self._questions[question, count]
+
+
+def _written(tokenizer: Tokenizer, template: PromptTemplate) -> list[int]:
+    """Returns the added tokens that a template writes, special or not: no text may spell them."""
+    text = template.context + template.closed_book
+    added = tokenizer.get_added_tokens_decoder().items()
+    return [n for n, token in added if token.content.strip() and token.content in text]
 
 
 class _Around(NamedTuple):

@@ -27,6 +27,7 @@ class PromptTemplate:
         passage: What {document} shows of a passage, from {title} and {text}; a passage without
             a title shows its text only.
         separator: Between several documents.
+        whole: A context writes its first token itself, and none is put before it.
         max_document_tokens: Each document is cut to this many tokens.
         max_answer_tokens: The answer is cut to this many tokens.
     """
@@ -36,6 +37,7 @@ class PromptTemplate:
     answer: str = " {answer}"
     passage: str = "{title}\n{text}"
     separator: str = "\n\n"
+    whole: bool = False
     max_document_tokens: int = 140
     max_answer_tokens: int = 24
 

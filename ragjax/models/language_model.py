@@ -1,5 +1,6 @@
 """A language model with its tokenizer, loaded from a folder, a GGUF file, a hub or pip."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ragjax.models.decoder.checkpoint import params_from_gguf
 from ragjax.models.decoder.family import FAMILY as DECODER_FAMILY
 from ragjax.models.families import LMFamily
 from ragjax.models.files.adapter import read_adapter
+from ragjax.models.files.chat import ChatTemplate, read_chat_template
 from ragjax.models.files.config import fingerprint, parse_sizes, read_config, read_json
 from ragjax.models.files.gguf.model import read_gguf
 from ragjax.models.files.key_table import read_safetensors
@@ -52,6 +54,8 @@ class PromptText(NamedTuple):
     closed_book: str  # of {question}
     answer: str  # of {answer}
     passage: str  # of {title} and {text}
+    end: str = ""  # token that ends an answer; empty: that of the model's texts, or a line break
+    whole: bool = False  # a context writes its first token itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ class LanguageModel:
         text_format: Special tokens around contexts and targets; `token_log_probs` scores exactly
             the target ids it is given, so whoever tokenises puts them there.
         prompt: The text of contexts that the model was trained on; None: any may be taken.
+        chat: The chat template of its files, None where they have none.
     """
 
     params: dict[str, Any]
@@ -92,6 +97,7 @@ class LanguageModel:
     decoder: Any
     text_format: TextFormat = PLAIN_TEXT
     prompt: PromptText | None = None
+    chat: ChatTemplate | None = None
 
 
 def load_language_model(
@@ -195,7 +201,7 @@ def _load_gguf(path: Path, source: str, params: _Params) -> LanguageModel:
     if pad_id is None:
         pad_id = model.eos_ids[0] if model.eos_ids else 0
         _warn_of_chosen_pad(source, model.tokenizer.id_to_token(pad_id))
-    return build_language_model(
+    lm = build_language_model(
         DECODER_FAMILY,
         model.config,
         params(
@@ -209,6 +215,7 @@ def _load_gguf(path: Path, source: str, params: _Params) -> LanguageModel:
         pad_id=pad_id,
         source=source,
     )
+    return dataclasses.replace(lm, chat=model.chat)
 
 
 def _load_folder(given: Path, source: str, params: _Params) -> LanguageModel:
@@ -229,7 +236,7 @@ def _load_folder(given: Path, source: str, params: _Params) -> LanguageModel:
     if not pad.declared:
         _warn_of_chosen_pad(source, pad.token)
     first, _ = added_ids(tokenizer)
-    return build_language_model(
+    lm = build_language_model(
         family,
         config,
         params(lambda: family.load_params(config, tensors, source=folder)),
@@ -239,6 +246,7 @@ def _load_folder(given: Path, source: str, params: _Params) -> LanguageModel:
         pad_id=pad.id,
         source=source,
     )
+    return dataclasses.replace(lm, chat=read_chat_template(folder))
 
 
 def _warn_of_chosen_pad(source: str, token: str | None) -> None:

@@ -25,6 +25,7 @@ from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.models import rows_note
 from ragjax.runs.options.dual import AdaptConfig, RetrieverConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
+from ragjax.runs.prompts.choice import choose_prompt
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.teachers.choice import choose_teacher, open_scores, teaching_lm
@@ -81,6 +82,7 @@ def adapt(config: AdaptConfig, *, stop: StopFlag | None = None, log: Log = print
         begin(folder, record, inputs, kind=config.kind, log=log)
         tracked.enter_context(track(config, record, workspace))
         log(estimate_cost(workspace, config).describe())
+        workspace = choose_prompt(workspace, run_prompts(workspace, dev=True))
         with workspace.timed("index before"):
             bm25 = build_bm25(workspace)
             params = tower_params(workspace)

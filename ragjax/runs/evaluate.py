@@ -41,6 +41,7 @@ from ragjax.runs.options.evaluate import (
 from ragjax.runs.options.modes import MODES, check_mode
 from ragjax.runs.options.shared import RunConfig
 from ragjax.runs.prompt_lengths import OF_EVALUATION, Asked, check_prompts
+from ragjax.runs.prompts.choice import choose_prompt, measured_prompts
 from ragjax.runs.report.page import corpus_lookup, gold_ids, write_notes, write_report
 from ragjax.runs.saved import Evaluation, FinishedRun, Models, open_run
 from ragjax.runs.tracking.trackers import check_trackers, track
@@ -99,7 +100,8 @@ def open_evaluation(config: EvaluateConfig, folder: Path, *, stop: StopFlag, log
         stop=stop,
         log=log,
     )
-    _check_prompts(workspace, config)
+    # Before anything expensive.
+    check_prompts(workspace, _asked(workspace, config), OF_EVALUATION)
     _note_what_was_seen(workspace, config)
     distractors = {"distractors": config.distractors} if config.robustness else {}
     note_limits(workspace, {"evaluation.documents": options.evaluation.documents} | distractors)
@@ -134,15 +136,25 @@ def _choose_questions(
     return {config.split: shuffled(known, options.seed)[: config.max_questions or None]}
 
 
-def _check_prompts(workspace: Workspace, config: EvaluateConfig) -> None:
-    """Raises ValueError for documents that no prompt has room for, before anything expensive."""
+def _asked(workspace: Workspace, config: EvaluateConfig) -> list[Asked]:
+    """Returns what the language model reads."""
     count = workspace.config.evaluation.documents + config.robustness * config.distractors
     if MODES[workspace.config.mode].apart:
         count = 1
     asked = workspace.questions[config.split]
     answered = [asked[row] for row in answered_rows(workspace, config.split)]
     count = min(count, len(workspace.dataset.corpus))
-    check_prompts(workspace, [Asked(config.split, answered, count)], OF_EVALUATION)
+    return [Asked(config.split, answered, count)]
+
+
+def _choose_prompt(opened: Opened, config: EvaluateConfig) -> Opened:
+    """Lets dev questions choose what base models read; a run has chosen."""
+    if opened.run:
+        return opened
+    asked, questions = _asked(opened.workspace, config), opened.workspace.questions
+    weighing = choose_prompt(opened.weighing, asked)
+    workspace = dataclasses.replace(weighing, questions=questions)
+    return opened._replace(workspace=workspace, weighing=weighing)
 
 
 def _note_what_was_seen(workspace: Workspace, config: EvaluateConfig) -> None:
@@ -171,6 +183,7 @@ def describe_cost(opened: Opened, config: EvaluateConfig) -> str:
         opened.systems,
         encodings=1 + options.trains_retriever,
         distractors=config.distractors if config.robustness else 0,
+        chosen_by=0 if opened.run else measured_prompts(opened.weighing),
         reranked=(
             opened.rerank,
             _rerank_depth(opened, config),
@@ -208,6 +221,7 @@ def evaluate(
         begin(folder, record, _inputs(opened), kind=config.kind, log=log)
         tracked.enter_context(track(config, record, opened.workspace))
         log(describe_cost(opened, config))
+        opened = _choose_prompt(opened, config)
         metrics = _evaluate(opened, config)
         write_notes(opened.workspace)
         path = write_report(

@@ -20,6 +20,7 @@ from ragjax.refresh import (
 from ragjax.runs.compare.rerank import NONE, chosen_name
 from ragjax.runs.options.dual import AdaptConfig
 from ragjax.runs.options.end_to_end import RagConfig
+from ragjax.runs.prompts.choice import measured_prompts
 from ragjax.runs.speed import Texts
 from ragjax.runs.teachers.choice import count_pairs
 from ragjax.runs.teachers.reading import QUESTION
@@ -211,6 +212,7 @@ def describe_evaluation(
     *,
     encodings: int,
     distractors: int,
+    chosen_by: int = 0,
     reranked: tuple[str, int, Sequence[int]] = (NONE, 0, ()),
 ) -> str:
     """Measures both models and returns how long an evaluation will take at most.
@@ -221,6 +223,7 @@ def describe_evaluation(
         systems: Names of the systems that are compared.
         encodings: Times that the corpus is encoded.
         distractors: Of a prompt that measures robustness; 0: it is not measured.
+        chosen_by: Prompts that are read to choose what the language model reads.
         reranked: What ranks documents again, how many of a question, and the questions of each
             stage.
     """
@@ -234,6 +237,8 @@ def describe_evaluation(
         answers += [0, read, read + distractors, read + distractors, distractors]
     prompts = answered * sum(map(texts.prompts_of, answers))
     work = [Work("encoding", texts.corpus, texts.encoder_rate, encodings)]
+    if chosen_by:
+        work.append(Work("prompt", chosen_by * texts.prompt, texts.lm_rate))
     work += _reranked(texts, *reranked)
     if prompts:
         work.append(Work("answers", answered * sum(map(texts.answer, answers)), texts.lm_rate))
@@ -285,8 +290,10 @@ def _cost(
     answered = texts.answered("test") * (1 + config.trains_lm)
     distinct = _PROMPTS[config.evaluation.answers]
     answer = distinct * texts.answer(read) + texts.answer(0)
+    chosen_by = measured_prompts(workspace)
     work = [
         Work("encoding", texts.corpus, texts.encoder_rate, encodings),
+        Work("prompt", chosen_by * texts.prompt, texts.lm_rate),
         *training,
         Work("evaluation", answered * answer, texts.lm_rate),
     ]
@@ -312,7 +319,7 @@ def _cost(
     refreshes = refresh.bytes_on_disk if refresh else 0
     return Cost(
         documents=size * encodings,
-        lm_forwards=int(prompts + answered * distinct * texts.prompts_of(read)),
+        lm_forwards=int(chosen_by + prompts + answered * distinct * texts.prompts_of(read)),
         seconds=seconds,
         bytes_on_disk=index_bytes + trained * _CHECKPOINT_COPIES + kept + refreshes,
         free_bytes=free_bytes,

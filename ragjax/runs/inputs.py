@@ -34,6 +34,10 @@ def run_inputs(workspace: Workspace) -> dict[str, Any]:
     inputs: dict[str, Any] = {
         **{name: model_identity(encoder) for name, encoder in encoders.named.items()},
         "language model": model_identity(workspace.lm),
+        "prompt": {
+            "template": _digest(workspace.lm.prompt),
+            "chat template": _digest(workspace.lm.chat),
+        },
         "corpus": {"passages": workspace.dataset.corpus.fingerprint},
     }
     if path := getattr(workspace.config.retriever, "scores_file", ""):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,9 @@ from ragjax.models.language_model import (
     load_language_model,
 )
 from ragjax.models.rag import is_rag, load_rag_language_model, load_rag_query_encoder
+from ragjax.runs.options.prompt import read_template
 from ragjax.runs.options.shared import LearningConfig, RunConfig
+from ragjax.runs.prompts.text import read_kept, with_prompt
 from ragjax.training.mesh import Layout, make_layout
 
 # Of a device's memory, for parameters and the optimizer; activations take the rest.
@@ -202,11 +205,19 @@ def _encoders(config: RunConfig, load: Callable[[RunConfig, str, Layout], TextEn
     return Encoders(query, doc)
 
 
-def load_lm(config: RunConfig) -> LanguageModel:
-    """Loads the language model of a run, which may be the generator of a RAG checkpoint."""
+def load_lm(config: RunConfig, folder: Path | None = None) -> LanguageModel:
+    """Loads the language model of a run, which may be the generator of a RAG checkpoint.
+
+    Args:
+        config: Options of the run.
+        folder: Of a run that has chosen what the language model reads; None: the options say it.
+    """
     load = load_rag_language_model if is_rag(config.lm) else load_language_model
+    # A run that has chosen needs the file of its template no more.
+    chosen = folder is not None and read_kept(folder) is not None
+    template = None if chosen else read_template(config.prompt)
     with loading_as(shardings=layout_of(config).sharding):
-        return load(config.lm)
+        return with_prompt(load(config.lm), config.prompt, template, folder)
 
 
 def describe_lm(config: RunConfig) -> LanguageModel:

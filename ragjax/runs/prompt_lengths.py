@@ -77,7 +77,16 @@ def check_prompts(
         ValueError: A question leaves no room for its documents, or an answer is blank.
     """
     flags, asked = flags or PromptFlags(), list(asked)
+    check_room(workspace, asked, flags)
+    _note_cuts(workspace, asked, flags)
+
+
+def check_room(workspace: Workspace, asked: Iterable[Asked], flags: PromptFlags) -> None:
+    """Checks that every prompt fits; see `check_prompts`."""
     prompts, lm = workspace.prompts, workspace.lm
+    shorten = (
+        "--prompt.template or the question" if workspace.config.prompt.template else "the question"
+    )
     too_long: dict[tuple[str, str], str] = {}
     for split, questions, documents, flag in asked:
         for question in questions:
@@ -96,7 +105,7 @@ def check_prompts(
                     f"{place}, {question.text[:60]!r}, {what}: with the template it takes {fixed}"
                     f" tokens of the {prompts.max_context_length} that are left for a prompt"
                     f" ({lm.source} reads {lm.max_length}, the answer takes"
-                    f" {lm.max_length - prompts.max_context_length}); shorten the question or leave"
+                    f" {lm.max_length - prompts.max_context_length}); shorten {shorten} or leave"
                     f" it out, lower --{flag or flags.documents}, or give a model that reads more"
                     " with --lm",
                 )
@@ -105,7 +114,6 @@ def check_prompts(
         raise ValueError(
             next(iter(too_long.values())) + (f" ({others} more do not fit)" if others else "")
         )
-    _note_cuts(workspace, asked, flags)
 
 
 def note_cut_answers(

@@ -86,7 +86,7 @@ class Models:
         Raises:
             ValueError: Another one has its name today.
         """
-        lm = load_lm(self._config)
+        lm = load_lm(self._config, self._folder)
         check_model(lm, "language model", self._inputs, self._folder)
         return lm
 

@@ -96,6 +96,7 @@ def make_prompts(
     """
     # A model that was trained on prompts of its own reads those.
     texts = lm.prompt._asdict() if lm.prompt else {}
+    texts.pop("end", None)
     template = PromptTemplate(
         **texts,
         max_document_tokens=config.document_tokens,
@@ -126,13 +127,21 @@ def training_prompts(config: PromptConfig, lm: LanguageModel) -> PromptBuilder:
     return make_prompts(config, lm, end_id=answer_end_id(lm))
 
 
+def prompt_end_id(lm: LanguageModel) -> int | None:
+    """Returns the token that ends an answer in the language model's prompt, None: it has none."""
+    return lm.tokenizer.token_to_id(lm.prompt.end) if lm.prompt and lm.prompt.end else None
+
+
 def answer_end_id(lm: LanguageModel) -> int | None:
     """Returns the token that ends trained targets, at which generation also stops.
 
-    The one that the model's targets end with by its convention; else a line break behind an
-    answer, if that is one token; else the first of those that end a text. None: there is none of
-    these, which is logged.
+    The one that its prompt ends an answer with (the end of a turn in a chat template); else the one
+    that the model's targets end with by its convention; else a line break behind an answer, if that
+    is one token; else the first of those that end a text. None: there is none of these, which is
+    logged.
     """
+    if (end_id := prompt_end_id(lm)) is not None:
+        return end_id
     if (end_id := lm.text_format.target_end_id) is not None:
         return end_id
     answer, ended = (lm.tokenizer.encode(t, add_special_tokens=False).ids for t in ("a", "a\n"))

@@ -17,6 +17,7 @@ from ragjax.runs.inputs import begin, run_inputs
 from ragjax.runs.models import rows_note
 from ragjax.runs.options.end_to_end import RagConfig
 from ragjax.runs.prompt_lengths import check_prompts, run_prompts
+from ragjax.runs.prompts.choice import choose_prompt
 from ragjax.runs.report.page import data_name, report_run
 from ragjax.runs.saved import FinishedRun, open_run
 from ragjax.runs.tracking.trackers import check_trackers, track
@@ -61,6 +62,7 @@ def train_rag(config: RagConfig, *, stop: StopFlag | None = None, log: Log = pri
         begin(folder, record, run_inputs(workspace), kind=config.kind, log=log)
         tracked.enter_context(track(config, record, workspace))
         log(estimate_rag_cost(workspace, config).describe())
+        workspace = choose_prompt(workspace, run_prompts(workspace, dev=True))
         base = workspace.base_lm()
         with workspace.timed("index before"):
             bm25 = build_bm25(workspace)

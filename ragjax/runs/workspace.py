@@ -52,6 +52,7 @@ from ragjax.runs.models import (
     training_encode,
 )
 from ragjax.runs.options.modes import check_mode
+from ragjax.runs.options.prompt import read_template
 from ragjax.runs.options.shared import RunConfig, TowersConfig
 from ragjax.runs.tokens import corpus_task, make_prompts, query_ids
 from ragjax.runs.trainable import folded
@@ -251,6 +252,7 @@ def open_workspace(
         ValueError, FileNotFoundError: For data or models that cannot be used, before any
             expensive work.
     """
+    read_template(config.prompt)  # before anything that takes time
     dataset = read_data(config, folder, log)
     notes: list[str] = []
     questions = choose_questions(config, dataset, notes.append)

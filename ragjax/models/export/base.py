@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ragjax.models.files.adapter import read_adapter
+from ragjax.models.files.chat import declared_template
 from ragjax.models.files.config import read_json
 from ragjax.models.files.gguf.file import read_gguf_file
 from ragjax.models.files.sources import resolve_source
@@ -56,7 +57,7 @@ def read_base(source: str) -> BaseModel:
         tokenizer_config=tokenizer_config,
         special_tokens=read_json(folder / "special_tokens_map.json"),
         generation_config=read_json(folder / "generation_config.json"),
-        chat_template=_chat_template(folder, tokenizer_config),
+        chat_template=declared_template(folder, tokenizer_config),
         notices=_notices(path),
     )
 
@@ -88,13 +89,6 @@ def _card_license(card: Path) -> str | None:
         return None
     found = fields.get("license") if isinstance(fields, dict) else None
     return found if isinstance(found, str) and found else None
-
-
-def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> Any:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8-sig")
-    return tokenizer_config.get("chat_template")
 
 
 def _notices(folder: Path) -> dict[str, str]:

@@ -114,6 +114,7 @@ def _use(lm: LanguageModel, config: Mapping[str, Any]) -> Use:
         tags=("ragjax", "retrieval-augmented-generation"),
         summary=(
             f"A language model of type `{config['model_type']}` for up to {lm.max_length:,} tokens."
+            + _reads(lm)
         ),
         examples={
             "transformers": (
@@ -127,3 +128,11 @@ def _use(lm: LanguageModel, config: Mapping[str, Any]) -> Use:
             ),
         },
     )
+
+
+def _reads(lm: LanguageModel) -> str:
+    """Says which text a language model was trained to read, "" where it is the usual one."""
+    if lm.prompt is None:
+        return ""
+    text = f"{lm.prompt.context}{lm.prompt.answer}{lm.prompt.end}"
+    return f" It reads this text:\n\n```text\n{text}\n```"

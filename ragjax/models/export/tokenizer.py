@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from ragjax.models.export.base import BaseModel
+from ragjax.models.files.chat import default_template
 from ragjax.models.files.tokenizers import token_text
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -63,7 +64,7 @@ def tokenizer_files(
     if base.chat_template:
         # transformers 5 reads the file, earlier versions the field.
         config["chat_template"] = base.chat_template
-        if template := _default_template(base.chat_template):
+        if template := default_template(base.chat_template):
             files["chat_template.jinja"] = template
     return files | {
         "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
@@ -111,14 +112,3 @@ def with_first_token(tokenizer: Tokenizer, first_id: int | None) -> Tokenizer:
 def to_json(value: Any) -> str:
     """Formats a JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _default_template(template: Any) -> str | None:
-    if isinstance(template, str):
-        return template
-    named = {
-        entry["name"]: entry["template"]
-        for entry in template
-        if isinstance(entry, Mapping) and {"name", "template"} <= entry.keys()
-    }
-    return named.get("default")

@@ -20,6 +20,7 @@ from ragjax.models.seq2seq.fusion import fusion_decoder
 from ragjax.runs.models import score_tokens
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.teachers.batches import context_batches, pack_batch
+from ragjax.runs.tokens import prompt_end_id
 from ragjax.runs.workspace import FrozenLM, Workspace
 from ragjax.storage.processes import host
 from ragjax.training.mesh import rows_multiple, spread_rows
@@ -85,13 +86,15 @@ def answer_requests(
 
 
 def answer_limits(lm: LanguageModel, max_new_tokens: int) -> Limits:
-    """Returns limits that end answers at the end of text and at every token with a line break."""
+    """Returns limits that end answers at their end token and at every token with a line break."""
     vocabulary = lm.tokenizer.get_vocab(with_added_tokens=True).values()
     texts = lm.tokenizer.decode_batch([[index] for index in sorted(vocabulary)])
     breaks = [index for index, text in zip(sorted(vocabulary), texts, strict=True) if "\n" in text]
+    end_id = prompt_end_id(lm)
+    ends = lm.eos_ids if end_id is None else (*lm.eos_ids, end_id)
     return Limits(
         max_new_tokens=max_new_tokens,
-        stop_ids=tuple(sorted({*lm.eos_ids, *breaks})),
+        stop_ids=tuple(sorted({*ends, *breaks})),
         min_new_tokens=_MIN_NEW_TOKENS,
     )
 

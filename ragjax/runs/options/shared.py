@@ -14,6 +14,7 @@ from ragjax.index.words import check_language
 from ragjax.runs.options.checks import Options, at_least, fraction, positive
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.modes import AUTO, MODES, ModeOption
+from ragjax.runs.options.prompt import PromptConfig as PromptConfig
 from ragjax.runs.options.refresh import NO_RESULT, RefreshConfig
 from ragjax.runs.options.tracking import tracker_names
 
@@ -68,24 +69,6 @@ class DataConfig(Options):
         at_least(self, 0, "dev_questions", "test_questions")
         check_language(self.language)
         resolve_fields(parse_fields(self.fields))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptConfig(Options):
-    """Lengths in the prompt of the language model.
-
-    Attributes:
-        document_tokens: Tokens kept of each document.
-        answer_tokens: Tokens kept of the answer that is scored or trained on.
-    """
-
-    document_tokens: int = 140
-    answer_tokens: int = 24
-
-    def check(self) -> None:
-        """Raises ValueError naming the field that is out of range."""
-        super().check()
-        at_least(self, 1, "document_tokens", "answer_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +271,7 @@ class RunConfig(Options):
         log_to: Where the metrics go beside metrics.jsonl: some of `tensorboard`, `wandb` and
             `trackio`, separated by commas.
         data_options: Corpus and questions.
-        prompt: Lengths in the prompt of the language model.
+        prompt: The prompt of the language model.
         refresh: How the index is kept up to date while the encoders train.
         evaluation: How the systems are compared.
         language_model: Which parameters of the language model are trained.

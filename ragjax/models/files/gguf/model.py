@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from ragjax.models.decoder.config import DecoderConfig
+from ragjax.models.files.chat import ChatTemplate
 from ragjax.models.files.config import check_sizes
 from ragjax.models.files.gguf.config import parse_config
 from ragjax.models.files.gguf.file import read_gguf_file
-from ragjax.models.files.gguf.tokenizer import bos_id, build_tokenizer, eos_ids, token_id
+from ragjax.models.files.gguf.tokenizer import (
+    bos_id,
+    build_tokenizer,
+    chat_template,
+    eos_ids,
+    token_id,
+)
 
 # Architecture in the file: whether llama.cpp reordered the rows of q and k when it was written.
 _PERMUTED = {"llama": True, "qwen2": False, "qwen3": False, "gemma3": False}
@@ -26,6 +33,7 @@ class GgufModel(NamedTuple):
     bos_id: int | None  # None: texts start without one
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    chat: ChatTemplate | None
 
 
 def read_gguf(path: Path) -> GgufModel:
@@ -60,4 +68,5 @@ def read_gguf(path: Path) -> GgufModel:
         bos_id=bos_id(path, fields),
         eos_ids=eos_ids(path, fields),
         pad_id=token_id(path, fields, "padding_token_id"),
+        chat=chat_template(path, fields),
     )

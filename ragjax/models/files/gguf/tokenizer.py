@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from ragjax.models.files.chat import ROLES, ChatTemplate
+
 _CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4
 _MERGED_KINDS = (1, _USER_DEFINED_TOKEN)  # normal tokens; never a control, unknown or byte token
 # Control tokens that end an answer or a turn, by the names that checkpoints give them.
@@ -126,6 +128,17 @@ def token_id(
             f"{path}: tokenizer.ggml.{name} is {found!r:.100}, not an id of {count} tokens"
         )
     return found
+
+
+def chat_template(path: Path, fields: Mapping[str, Any]) -> ChatTemplate | None:
+    """Returns the chat template in the metadata, None where there is none."""
+    source, tokens = fields.get("tokenizer.chat_template"), fields["tokenizer.ggml.tokens"]
+    if not isinstance(source, str) or not source:
+        return None
+    names = ("bos", "eos", "unknown", "padding")
+    ids = [token_id(path, fields, f"{name}_token_id") for name in names]
+    known = [(role, n) for role, n in zip(ROLES, ids, strict=True) if n is not None]
+    return ChatTemplate(source, tuple((role, tokens[n]) for role, n in known))
 
 
 def _list(
