@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from programs import load_script
@@ -23,8 +24,8 @@ from ragjax.runs.saved import open_run
 from ragjax.training.loop import StopFlag
 
 CHAT = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
 )
 
 
@@ -44,7 +45,8 @@ def silent(line):
 
 
 def opened(inputs, folder, log=silent, **options):
-    config = AdaptConfig.from_dict(inputs | {"output": str(folder)} | options)
+    options |= {"output": str(folder), "language_model": {"train_layers": 1}}
+    config = AdaptConfig.from_dict(inputs | options)
     folder.mkdir(exist_ok=True)
     return open_adapt(config, folder, stop=StopFlag(), log=log)
 
@@ -70,7 +72,7 @@ def test_the_likelier_answers_choose(instruct, tmp_path, monkeypatch, cost, whic
     asked = workspace.prompts.context("what?")
     text = workspace.lm.tokenizer.decode(asked, skip_special_tokens=False)
     plain = "Question: what?\nAnswer:"
-    assert text == (f"user: {plain}<|end|>assistant: " if which else plain)
+    assert text == (f"user\n{plain}<|end|>\nassistant\n" if which else plain)
     # Once chosen, nothing is measured again.
     monkeypatch.setattr(choice, "_nll", None)
     again = opened(instruct, tmp_path / "run")
@@ -81,7 +83,7 @@ def test_the_likelier_answers_choose(instruct, tmp_path, monkeypatch, cost, whic
 def test_answers_cost_what_they_cost_one_by_one(instruct, tmp_path):
     workspace = opened(instruct, tmp_path / "run")
     lm = dataclasses.replace(workspace.lm, prompt=chat_text(workspace.lm))
-    found = choice._nll(workspace, [workspace.lm, lm])
+    found, score = choice._nll(workspace, [workspace.lm, lm]), jax.jit(lm.token_log_probs)
     for value, reading in zip(found, (workspace, choice._reading(workspace, lm)), strict=True):
         tokenizer, nats = workspace.lm.tokenizer, []
         for question in workspace.questions["dev"][:24]:
@@ -92,10 +94,10 @@ def test_answers_cost_what_they_cost_one_by_one(instruct, tmp_path):
             written = answer if reading.lm.prompt else f" {answer}"
             target = tokenizer.encode(written + end, add_special_tokens=False).ids
             batch = reading.prompts.pack([context], [target])
-            log_probs = workspace.lm.token_log_probs(workspace.lm.params, batch)
+            log_probs = score(lm.params, batch)
             plain = tokenizer.encode(f" {answer}\n", add_special_tokens=False).ids
             nats.append(-float(np.sum(log_probs)) / len(plain))
-        np.testing.assert_allclose(value, np.mean(nats), rtol=2e-2)
+        np.testing.assert_allclose(value, np.mean(nats), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_answers_cost_what_they_cost_one_by_one(instruct, tmp_path):
         ({"data_options": {"dev_questions": 0}}, "no dev question has an answer", False),
         ({"prompt": {"template": "<|end|>{document}\n{question}"}}, "writes '<|end|>' itself",
          False),
-        ({"evaluation": {"max_new_tokens": 395}, "prompt": {"document_tokens": 20}}, "no room for",
+        ({"evaluation": {"max_new_tokens": 448}, "prompt": {"document_tokens": 20}}, "no room for",
          False),
     ],
 )  # fmt: skip
@@ -163,12 +165,12 @@ def test_a_run_trains_answers_and_asks_with_its_template(instruct, tiny_flags, t
     assert "prompt.chat on" in (tmp_path / "run/report.html").read_text("utf-8")
     template.unlink()  # the run keeps what it needs
     system = open_system(tmp_path / "run", log=silent)
-    reply = "user: Background: the red cat likes 0\n\nQ: what does the red cat like?<|end|>"
+    said = "Background: the red cat likes 0\n\nQ: what does the red cat like?"
     prompts = Asker(system).reader.prompts
     prompt = prompts.make("what does the red cat like?", [0], [0.0])
     decode = system.workspace.lm.tokenizer.decode
     shown = decode(prompt.contexts[0], skip_special_tokens=False)
-    assert shown.replace("cat\nthe", "the") == reply + "assistant: "
+    assert shown.replace("cat\nthe", "the") == f"user\n{said}<|end|>\nassistant\n"
     assert 256 in Asker(system).reader.limits.stop_ids
     config = EvaluateConfig(run=str(tmp_path / "run"), output=str(tmp_path / "e"))
     evaluated = open_evaluation(config, tmp_path / "e", stop=StopFlag(), log=silent)
@@ -206,7 +208,7 @@ def test_ask_gives_base_models_a_prompt(instruct, tmp_path, capsys):
     flags += [f"--cache={tmp_path}", "--template=Text: {document}\\n\\n{question}", "--chat=on"]
     system = ask._open(ask.tyro.cli(ask.Flags, args=flags))
     assert system.workspace.lm.prompt.context == (
-        "user: Text: {document}\n\n{question}<|end|>assistant: "
+        "user\nText: {document}\n\n{question}<|end|>\nassistant\n"
     )
     assert ask.main(["--run=r", "--chat=on", "x"]) == 2
     assert "--chat goes with --data; a run has its own" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ragjax.data import PromptTemplate, passage_text
@@ -33,7 +33,13 @@ TEXT = "The café: in Paris.\nIt <|im_end|>has 5 rooms, a bar and a garden </s> 
 
 def byte_level():
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # As Llama 3 and Qwen cut: two line breaks are one token, whatever follows.
+    words = pre_tokenizers.Split(
+        Regex(r"[^\s\p{L}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*\n+|\s+(?!\S)|\s"), "isolated"
+    )
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     made.decoder = decoders.ByteLevel()
     return made, pre_tokenizers.ByteLevel.alphabet()
 
@@ -191,9 +197,11 @@ def test_places_in_a_chat_are_those_of_the_whole_text(tokenizer, chat):
     context = builder.context("Where is it?", [document])
     place = builder.document_place("Where is it?", document)
     read = context[place.start : place.start + len(place.characters)]
-    assert tokenizer.decode(read, skip_special_tokens=False).strip() == document.text.strip()
+    # Whose pieces go across words, shares a token with what stands beside it.
+    assert document.text in tokenizer.decode(read, skip_special_tokens=False)
     start, end = builder.question_place("Where is it?", document)
-    assert tokenizer.decode(context[start:end]).strip() == "Where is it?"
+    assert "Where is it?" in tokenizer.decode(context[start:end])
+    assert "Where" not in tokenizer.decode(context[start + 3 : end])
 
 
 def test_what_no_chat_can_be_made_of_says_why(tokenizer):
