@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import ROOT, load_script
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
-SELF_INSTALLING = ("quickstart", "tpu")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+BADGES = load_script("docs/badges.py")
 
 
 def cells_of(name, kind="code"):
@@ -46,20 +48,20 @@ def commands(monkeypatch, tmp_path):
     return ran
 
 
-@pytest.mark.parametrize("name", SELF_INSTALLING)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_install_cell_does_nothing_where_ragjax_is_there(monkeypatch, name):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something was run"))
     install(name)
 
 
-@pytest.mark.parametrize("name", SELF_INSTALLING)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_install_cell_asks_for_the_repository(commands, name):
     with pytest.raises(ValueError, match="put the repository's address into REPOSITORY"):
-        install(name)
+        install(name, REPOSITORY="")
     assert not commands
 
 
-@pytest.mark.parametrize("name", SELF_INSTALLING)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("hardware", ["", "cuda12", "tpu"])
 def test_the_install_cell_installs_jax_for_the_hardware(commands, monkeypatch, name, hardware):
     if hardware == "cuda12":
@@ -75,17 +77,42 @@ def test_the_install_cell_installs_jax_for_the_hardware(commands, monkeypatch, n
     assert pip[-1] == f"./{clone[-1]}[{extras}]"
 
 
-@pytest.mark.parametrize("name", SELF_INSTALLING)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_second_try_does_not_clone_again(commands, name):
     Path("ragjax-source").mkdir()
     install(name, REPOSITORY="https://host.test/ragjax.git")
     assert [command[1:4] for command in commands] == [["-m", "pip", "install"]]
 
 
-@pytest.mark.parametrize("name", SELF_INSTALLING)
-def test_the_first_cell_has_a_badge(name):
-    badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    assert f"{badge}(https://colab.research.google.com/" in cells_of(name, "markdown")[0]
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_cell_has_a_badge_that_opens_this_notebook(name):
+    (badge,) = BADGES.BADGE.finditer(cells_of(name, "markdown")[0])
+    assert badge[2] == f"{name}.ipynb"
+
+
+@pytest.mark.parametrize("page", BADGES.PAGES, ids=lambda page: page.name)
+def test_every_badge_and_address_is_the_one_of_setup_cfg(page):
+    text, address = page.read_text("utf-8"), "https://github.com/someone/ragjax"
+    assert BADGES.addressed(text, BADGES.public_address()) == text  # else: python docs/badges.py
+    public = BADGES.addressed(text, address)
+    links = re.findall(r"\]\((https://colab\.research\.google\.com/github/[^)]*)\)", public)
+    place = "https://colab.research.google.com/github/someone/ragjax/blob/main/"
+    assert all(link.startswith(place) for link in links)
+    assert all((ROOT / link.removeprefix(place)).exists() for link in links)
+    assert BADGES.addressed(public, BADGES.public_address()) == text
+    if page in NOTEBOOKS:
+        json.loads(public)
+        assert len(links) == public.count(f'REPOSITORY = \\"{address}\\"') == 1
+
+
+def test_an_address_that_colab_does_not_open_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(BADGES, "ROOT", tmp_path)
+    assert BADGES.public_address() == ""
+    (tmp_path / "setup.cfg").write_text("[metadata]\nurl = https://github.com/some.one/rag-jax/\n")
+    assert BADGES.public_address() == "https://github.com/some.one/rag-jax"
+    (tmp_path / "setup.cfg").write_text("[metadata]\nurl = https://host.test/ragjax\n")
+    with pytest.raises(ValueError, match="host.test.*OWNER/NAME"):
+        BADGES.public_address()
 
 
 def test_the_devices_are_split_before_jax_is_imported():
