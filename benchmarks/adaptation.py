@@ -1,6 +1,6 @@
 """Retrieval after adaptation beside its peers: same encoder, same texts, as many questions.
 
-    python benchmarks/adaptation.py --data FOLDER FOLDER --output runs/adaptation
+    python benchmarks/adaptation.py --data FOLDER OTHER --output runs/adaptation
     python benchmarks/adaptation.py --data FOLDER --output runs/adaptation --stress
 
 Compared on the test questions of every folder (BEIR layout), each dense alone and together with

@@ -76,9 +76,9 @@ def run_program(
         arguments: Flags; None: those of the command line.
 
     Returns:
-        Exit code: 0; 1 where a comparison found too great a loss; 2 for bad input; 3 where training
-        diverged; 4 where the index could not be kept fresh; 5 where another process of the run was
-        lost; 128 + signal if stopped.
+        Exit code: 0; 1 where a comparison found too great a loss; 2 for bad input or too little
+        memory; 3 where training diverged; 4 where the index could not be kept fresh; 5 where
+        another process of the run was lost; 128 + signal if stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     escape_what_is_no_utf8()
@@ -118,12 +118,22 @@ def run_program(
         code = DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT
         code = LOST if processes.misses_another(error) else code
     except jax.errors.JaxRuntimeError as error:
-        if not processes.misses_another(error):
+        full = str(error).startswith("RESOURCE_EXHAUSTED")
+        if not (full or processes.misses_another(error)):
             raise
-        show_error(error, arguments, names)
-        code = LOST
+        show_error(_no_room(error) if full else error, arguments, names)
+        code = BAD_INPUT if full else LOST
     processes.leave(code, together=code in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT))
     return code
+
+
+def _no_room(error: jax.errors.JaxRuntimeError) -> MemoryError:
+    """Returns what to say of a device whose memory does not hold what it computes."""
+    said = str(error).partition("\n")[0].rstrip(".")
+    return MemoryError(
+        f"a device has no room left ({said}); lower --encode_tokens or --score_tokens, divide the"
+        " models with --fsdp, or see docs/troubleshooting.rst"
+    )
 
 
 @contextmanager

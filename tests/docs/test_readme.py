@@ -13,7 +13,7 @@ from ragjax.runs.options.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.rst"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.rst"))]
 # Flags of the programs beside the options: of every script, and of ask.py.
 PROGRAM_FLAGS = {"config", "dry_run", "documents", "help", "retrieval"}
 
@@ -42,6 +42,14 @@ def test_files_that_a_page_names_exist(page):
     named = re.findall(r"\]\(([\w/.-]+)\)", text)
     named += re.findall(r"\b(?:experiments|benchmarks|notebooks|docs|tests)/[\w/]+\.\w+", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_links_within_a_page_lead_to_a_heading():
+    for page in PAGES[:2]:  # of the others, Sphinx finds them
+        text = page.read_text("utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
+        assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
 
 
 def test_flags_that_the_readme_names_exist():

@@ -3,18 +3,20 @@
 import csv
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import load_script
 from safetensors.numpy import load_file, save_file
 
-from ragjax.runs import AdaptConfig, RagConfig
+from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig
 from ragjax.runs.folder import claim, config_record
 from ragjax.runs.options.refresh import RefreshConfig
-from ragjax.runs.program import parse_flags
+from ragjax.runs.program import flag_names, parse_flags, run_program
 
 
 @pytest.fixture(scope="module")
@@ -357,3 +359,20 @@ def test_b21_embeddings_of_another_size_show_the_numbers():
 
     with pytest.raises(ValueError, match="size 5 but the index was built with size 4"):
         ExactIndex(np.ones((3, 4), np.float32)).search(np.ones((1, 5), np.float32), 2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [AdaptConfig(), RagConfig(), EvaluateConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_device_without_room_is_named_with_flags_that_need_less(config, capsys):
+    def fill(options, *, stop, log):
+        return jnp.zeros(2**50, jnp.uint8).block_until_ready()
+
+    assert run_program(fill, config, None, []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a device has no room left (RESOURCE_EXHAUSTED: Out of memory")
+    assert said.count("\n") == 1
+    named = set(re.findall(r"--(\w+)", said))
+    assert len(named) == 3 and named <= flag_names(config)
