@@ -1,4 +1,4 @@
-"""The commands and examples of the pages on comparing runs and on tracking."""
+"""The examples of the pages on comparing runs, in CI, and on tracking."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from ragjax.runs import CompareConfig, EvaluateConfig
-from ragjax.runs.compare.two_runs import Compared
 from ragjax.runs.program import parse_flags
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -35,26 +34,6 @@ def test_the_example_for_ci_evaluates_and_compares_what_it_evaluated():
     assert comparison.metric == ("recall@5", "f1") and comparison.max_loss == 0.02
     uploads = [step["with"] for step in yaml.safe_load(block)["steps"] if "with" in step]
     assert uploads[0]["path"] == comparison.output
-
-
-def test_each_command_of_the_page_has_flags_that_there_are():
-    lines = "".join(blocks("evaluate.rst", "console")).splitlines()
-    commands = [line for line in lines if "experiments/evaluate.py" in line]
-    assert len([parsed(command) for command in commands]) >= 3
-
-
-def test_the_example_from_python_has_the_options_of_the_first_command(monkeypatch):
-    (block,) = (text for text in blocks("evaluate.rst", "python") if "compare_runs" in text)
-    given = []
-
-    def compare_runs(config):
-        given.append(config)
-        return Compared(Path(config.output), {}, flips={"found": {"lost": []}})
-
-    monkeypatch.setattr("ragjax.runs.compare_runs", compare_runs)
-    exec(block, {})
-    command = parsed(blocks("evaluate.rst", "console")[1])
-    assert given[0].compare == command.compare and given[0].max_loss == command.max_loss
 
 
 def test_a_tracker_of_ones_own_gets_what_is_logged(tmp_path, monkeypatch, capsys):

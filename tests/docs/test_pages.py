@@ -13,12 +13,13 @@ import pytest
 import tyro
 from programs import ROOT, load_script
 
-from ragjax.runs import AdaptConfig, EvaluateConfig, RagConfig
+from ragjax.runs import AdaptConfig, CompareConfig, EvaluateConfig, RagConfig
 from ragjax.runs.program import Flags, flag_names, parse_flags
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted(DOCS.glob("*.rst"))]
 CONFIGS = {"adapt": AdaptConfig(), "train_rag": RagConfig(), "evaluate": EvaluateConfig()}
+COMPARISON = CompareConfig(compare=("RUN_A", "RUN_B"))  # evaluate.py --compare
 SCRIPTS = ("ask", "encode", "export", "verify_index")
 # In messages, `…` stands for what is put in.
 HOLE = "…"
@@ -57,7 +58,7 @@ def test_every_command_has_flags_of_the_script_with_values_that_fit(
     if path.startswith("docs/"):
         assert (ROOT / path).exists() and not flags
     elif default := CONFIGS.get(Path(path).stem):
-        parse_flags(default, None, flags)
+        parse_flags(COMPARISON if "--compare" in flags else default, None, flags)
     else:
         tyro.cli(load_script(path).Flags, args=flags)
 
@@ -75,7 +76,9 @@ def test_each_page_with_commands_is_looked_at():
 def known_flags():
     """Names of the flags of all scripts of experiments/."""
     scripts = [load_script(f"experiments/{name}.py").Flags for name in SCRIPTS]
-    names = {name for flags in (*CONFIGS.values(), *scripts) for name in flag_names(flags)}
+    names = {
+        name for flags in (*CONFIGS.values(), COMPARISON, *scripts) for name in flag_names(flags)
+    }
     common = {name for name in Flags.__dataclass_fields__ if name != "options"}
     return names | common | {"documents", "retrieval", "k"}  # aliases
 

@@ -42,7 +42,8 @@ def here(tmp_path, monkeypatch, tiny_inputs, tiny_flags, tiny_run):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").symlink_to(tiny_inputs["data"])
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "rag").symlink_to(tiny_run("train_rag").folder)
+    for name in ("rag", "yesterday", "today"):
+        (tmp_path / "runs" / name).symlink_to(tiny_run("train_rag").folder)
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / "garden.md").write_text(
         "# Garden\n\nIt is for herbs. The lamp needs 14 watts.\n\n"
@@ -155,6 +156,7 @@ CHECKS = {
     "runs.rst": lambda given: trains(given) and given["scores"].shape == (2,),
     "guides.rst": lambda given: trains(given) and taught(given),
     "ask.rst": lambda given: len(given["reply"].sources) > 0,
+    "evaluate.rst": lambda given: given["found"].exit_code == 0,
     "end_to_end.rst": lambda given: np.isfinite(given["value"]),
     "generation.rst": lambda given: np.allclose(given["posterior"].sum(-1), 1, atol=1e-4),
     "models.rst": lambda given: given["embeddings"].shape == (2, 16),
