@@ -202,7 +202,8 @@ def test_folder_has_the_beir_layout(tmp_path, corpus, questions, monkeypatch):
     python_docs.write_python_docs(folder)
     with open(folder / "corpus.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    assert [(row["_id"], row["title"], row["text"]) for row in rows] == list(map(tuple, corpus))
+    written = [(row["_id"], row["title"], row["text"]) for row in rows]
+    assert written == [(passage.id, passage.title, passage.text) for passage in corpus]
     with open(folder / "queries.jsonl", encoding="utf-8") as file:
         queries = {row["_id"]: row for row in map(json.loads, file)}
     by_id = {question["id"]: question for question in questions}
