@@ -7,8 +7,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ragjax.data import PromptTemplate, passage_text
-from ragjax.data.corpus_cache import Passage
+from ragjax.data import Passage, PromptTemplate, passage_text
 from ragjax.models.files.chat import ChatTemplate
 from ragjax.models.language_model import PromptText
 from ragjax.models.testing import tiny_language_model
