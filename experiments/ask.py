@@ -6,13 +6,12 @@
     python experiments/ask.py --run runs/adapt --json < questions.txt > answers.jsonl
 
 Loading takes half a minute, then a short answer with its passage less than two seconds on two
-cores, and its explanation another one. FOLDER has a `corpus.jsonl`, or text and Markdown files at
-any depth; its embeddings are kept in `--cache`, so only the first start encodes. An empty line or
-Ctrl-D ends the loop.
+cores, and its explanation another one. FOLDER has a `corpus.jsonl`, or Markdown, text, HTML and PDF
+files at any depth; its embeddings are kept in `--cache`, so only the first start encodes. An empty
+line or Ctrl-D ends the loop.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,6 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from ragjax.data.folders import holds_data_set, write_documents
 from ragjax.index import MilvusIndex
 from ragjax.index.milvus_client import Address
 from ragjax.runs import Asker, PromptConfig, ReaderOptions, RunConfig, open_base_system, open_system
@@ -65,8 +63,8 @@ class Flags:
         words: The question.
         question: The question, as a flag; without either: an interactive loop.
         run: Folder of a finished run.
-        data: Folder of documents (corpus.jsonl or another table, or .md, .txt and .rst files), one
-            such file, or a data set of the Hugging Face hub, for base models.
+        data: Folder of documents (corpus.jsonl or another table, or .md, .txt, .rst, .html and .pdf
+            files), one such file, or a data set of the Hugging Face hub, for base models.
         fields: Names of the fields of the corpus where they differ from BEIR's, for example
             `id=docid,text=contents`.
         encoder: Text encoder for `data`: folder, hub id, or `pip:NAME==VERSION`.
@@ -254,7 +252,7 @@ def _open(flags: Flags) -> System:
         return open_system(flags.run, models=flags.models, devices=flags.devices, log=_note)
     config = dataclasses.replace(
         _DEFAULTS,
-        data=_corpus_folder(flags),
+        data=flags.data,
         encoder=flags.encoder,
         query_encoder=flags.query_encoder,
         doc_encoder=flags.doc_encoder,
@@ -269,20 +267,6 @@ def _open(flags: Flags) -> System:
         ),
     )
     return open_base_system(config, cache=Path(flags.cache), log=_note)
-
-
-def _corpus_folder(flags: Flags) -> str:
-    """Returns the folder with `corpus.jsonl`, made of the text files of `--data` if need be."""
-    source = Path(flags.data)
-    if not source.exists() or holds_data_set(source):
-        return flags.data
-    place = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:16]
-    made = Path(flags.cache) / "documents" / place / source.resolve().name
-    written = write_documents(source, made)
-    _note(f"{source}: {written.passages:,} passages of {written.files:,} files, in {made}")
-    for note in written.notes():
-        _note(f"note: {note}")
-    return str(made)
 
 
 def _lines(flags: Flags, system: System) -> Iterator[str]:

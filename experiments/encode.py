@@ -21,6 +21,7 @@ from typing import Literal
 import tyro
 
 from ragjax.data import Corpus, read_beir
+from ragjax.data.documents.found import holds_documents
 from ragjax.data.fields import parse_fields
 from ragjax.data.questions import holds_contexts, question_files
 from ragjax.index.objects import is_url
@@ -35,6 +36,7 @@ from ragjax.refresh import (
     tqdm_progress,
 )  # fmt: skip
 from ragjax.refresh.task import params_digest
+from ragjax.runs.data import data_set
 from ragjax.runs.models import encode_tokens, in_compute_dtype, load_encoders
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.options.dual import AdaptConfig
@@ -56,8 +58,9 @@ class Flags:
             `s3://bucket/path` (`AWS_ENDPOINT_URL` names another server) or `gs://bucket/path`.
         run: Folder of a run, whose trained encoder encodes its corpus.
         encoder: Encoder of documents, without a run: folder, hub id, or `pip:NAME==VERSION`.
-        data: Folder with a corpus, or its file, as runs take it; empty: that of the run.
+        data: Folder with a corpus or documents, or a file, as runs take it; empty: that of the run.
         cache: Folder for the prepared corpus of this host; empty: `cache` beside the data.
+            Documents need one.
         doc_prefix: Text that the encoder reads before each document; None: what its files say.
         encoder_max_length: Longest document in tokens; 0: as long as the encoder reads.
         compute_dtype: In which the encoder computes, without a run.
@@ -107,7 +110,7 @@ def _check(flags: Flags) -> None:
     if bool(flags.run) == bool(flags.encoder):
         raise ValueError("give one of --run FOLDER and --encoder MODEL")
     if flags.encoder and not flags.data:
-        raise ValueError("--encoder needs --data FOLDER, with a corpus.jsonl")
+        raise ValueError("--encoder needs --data FOLDER, with a corpus.jsonl or documents")
     for field in dataclasses.fields(flags):
         if flags.run and field.name in _OF_ENCODER and getattr(flags, field.name) != field.default:
             raise ValueError(f"--{field.name} is as the run has it; leave it out, or --run")
@@ -171,21 +174,31 @@ def _encoder(flags: Flags) -> tuple[RunConfig, TextEncoder]:
 
 def _corpus(flags: Flags, config: RunConfig) -> Corpus:
     """Returns the documents, as a run reads them."""
-    data, options = flags.data or config.data, config.data_options
     queries = "" if flags.data else config.queries
-    place = Path(data or queries)
+    config = dataclasses.replace(config, data=flags.data or config.data, queries=queries)
+    place, options = Path(config.data or queries), config.data_options
     beside = place if place.is_dir() else place.parent
     if not flags.cache and not beside.is_dir():
-        raise ValueError(f"{data} is no folder or file here; --cache FOLDER says where to keep it")
-    cache, fields = flags.cache or beside / "cache", parse_fields(flags.fields or options.fields)
+        raise ValueError(f"{place} is no folder or file here; --cache FOLDER says where to keep it")
+    is_documents = bool(config.data) and holds_documents(place)
+    if is_documents and not flags.cache:
+        raise ValueError(
+            f"{place} holds documents: --cache FOLDER says where to keep their passages"
+        )
+    cache = Path(flags.cache or beside / "cache")
+    fields = parse_fields(flags.fields or options.fields)
     on_bad_row = "skip" if "skip" in (flags.on_bad_row, options.on_bad_row) else "stop"
-    if Path(data).is_file() or (queries and not data):
+    if not is_documents and (place.is_file() or (queries and not config.data)):
         if holds_contexts(question_files(place)):
             # The documents are the passages beside questions.
             return read_beir(
                 None, cache=cache, queries=place, fields=fields, on_bad_row=on_bad_row
             ).corpus
-    return Corpus.open(data, cache=cache, fields=fields, on_bad_row=on_bad_row)
+    folder, notes = data_set(config, cache, print)
+    for note in notes:
+        print(f"note: {note}")
+    assert folder is not None, "the passages beside questions are read above"
+    return Corpus.open(folder, cache=cache, fields=fields, on_bad_row=on_bad_row)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ OWNERSHIP_EXCEPTIONS = {
     # `pip:NAME==VERSION` sources are fetched by pip, which has no Python interface.
     ("models/files/pip_packages.py", "subprocess"),
     ("storage/processes.py", "subprocess"),
+    # A hostile document must not take the run with it.
+    ("data/documents/worker.py", "subprocess"),
     # The next step's documents are retrieved in one thread while the device computes this one.
     ("training/ahead.py", "concurrent"),
     # Checkpoints are written while training goes on.

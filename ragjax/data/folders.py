@@ -1,33 +1,35 @@
-"""A folder of text and Markdown files, and questions about it, as a data set in the BEIR layout.
+"""A folder of documents, and questions about it, as a data set in the BEIR layout.
 
 write_documents("manual/", "data/manual")
 write_questions("data/manual", [Asked("How long is the warranty?", ("two years",))])
 dataset = read_beir("data/manual", cache="runs/cache")
 """
 
+import contextlib
+import hashlib
+import importlib.util
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
+
+from ragjax.data.documents.found import READ, Found, find_files, listed, name_below, some
+from ragjax.data.documents.passages import make_cut
+from ragjax.data.documents.sections import FileText, UnreadableError, sections
+from ragjax.data.documents.worker import PACKAGES, READERS, FileReader
 from ragjax.data.jsonl import DataError
 from ragjax.data.matching import holds_answer, refuse_string
-from ragjax.data.sections import sections
-from ragjax.storage import write_jsonl, write_text
+from ragjax.storage import read_sealed, write_jsonl, write_sealed, write_text
 
-SUFFIXES = (".md", ".markdown", ".txt", ".rst")
-_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
-_READ = (
-    f"documents are read from {', '.join(SUFFIXES)} files (convert others, for example with pandoc"
-    " or pdftotext), passages from corpus.jsonl"
-)
-_SHOWN = 3  # names in a note
-# Letters of a word above those that most words have.
-_LONG = re.compile(r"[^\s\u0e00-\u0eff\u2e80-\U0010ffff]{20}")
-# Ends of sentences, also of scripts that put no space after them.
-_SENTENCE_END = re.compile(r"(?<=[.!?\u061f\u06d4])\s+|(?<=[\u3002\uff01\uff1f])")
+# With its title and special tokens, a passage then fits what training reads of a document (160).
+TOKENS = 128
+FEWEST_TOKENS = 10
+_FORMAT = 1  # raise it when files are read or cut in another way
+_WHAT = "record of documents"
 
 
 class Asked(NamedTuple):
@@ -43,159 +45,186 @@ class Written(NamedTuple):
 
     files: int
     passages: int
-    skipped: tuple[str, ...]  # files without text
+    skipped: Sequence[str]  # files without text
     left_out: Mapping[str, Sequence[str]]  # why -> files that were not read
 
     def notes(self) -> tuple[str, ...]:
         """Returns a sentence on the files without text, and one on those that were not read."""
         notes = []
         if self.skipped:
-            notes.append(f"{len(self.skipped):,} files have no text: {_some(self.skipped)}")
+            notes.append(f"{len(self.skipped):,} files have no text: {some(self.skipped)}")
         if self.left_out:
-            notes.append(f"not read: {_listed(self.left_out)}; {_READ}")
+            notes.append(f"not read: {listed(self.left_out)}; {READ}")
         return tuple(notes)
 
 
-def write_documents(
-    folder: str | Path, output: str | Path, *, words_per_passage: int = 120
-) -> Written:
-    """Cuts the files below a folder into passages and writes `corpus.jsonl`.
+class Cutting(NamedTuple):
+    """How documents are cut into passages."""
 
-    A passage never crosses a heading, and a paragraph is cut, between sentences, only where it is
-    longer than a passage. The title is the file's name and the headings that the passage stands
-    under, which Markdown (read as CommonMark) and reStructuredText have; a heading with nothing
-    below it is a passage too. Of front matter, the title and the description are kept. The id is
-    the path below the folder and a number, so it stays while the file does.
+    tokens: int = TOKENS  # of a passage, at most, without its title
+    overlap: int = 0  # at the end of a passage that the next one begins with, at most
+    tokenizer: Tokenizer | None = None  # counts them; None: they are estimated
+
+    def check(self) -> None:
+        """Raises DataError for numbers that cut nothing."""
+        if self.tokens < FEWEST_TOKENS:
+            raise DataError(f"tokens must be at least {FEWEST_TOKENS}, got {self.tokens}")
+        if not 0 <= self.overlap <= self.tokens // 2:
+            raise DataError(
+                f"overlap must be from 0 to half of tokens={self.tokens}, got {self.overlap}"
+            )
+
+    def digest(self) -> str:
+        """Returns what tells two ways to cut apart."""
+        counted = self.tokenizer.to_str() if self.tokenizer else ""
+        return hashlib.sha256(f"{self.tokens} {self.overlap} {counted}".encode()).hexdigest()
+
+
+def write_documents(
+    folder: str | Path, output: str | Path, *, cutting: Cutting | None = None
+) -> Written:
+    """Cuts the files below a folder into passages and writes `corpus.jsonl`, one file at a time.
+
+    A passage crosses neither a heading nor a page. The title is the file's name and the headings
+    that the passage stands under, which Markdown (read as CommonMark), reStructuredText, HTML and
+    the outline of a PDF file have; a heading with nothing below it is a passage too. Of front
+    matter, the title and the description are kept. The id is the path below the folder and a
+    number, so it stays while the file does; `metadata.source` is the path and the page.
 
     Args:
-        folder: Has .md, .markdown, .txt or .rst files in UTF-8, at any depth, also below linked
-            folders; hidden ones are left out. Or one such file.
+        folder: Has .md, .markdown, .txt and .rst files in UTF-8, .html, .htm, .xhtml and .pdf
+            files, at any depth, also below linked folders; hidden ones are left out. Or one file.
         output: Folder of the data set; made where it is missing.
-        words_per_passage: Words of a passage, about; at least 10.
+        cutting: How long passages are; None: 128 estimated tokens.
 
     Returns:
-        How much was written, and what was left out.
+        How much was written, and what was left out: HTML and PDF files that are broken, need a
+        password or have no text are named there.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        DataError: No file in it has text, a file is not UTF-8, or `words_per_passage` is too small.
+        ImportError: The packages that read HTML or PDF files are not installed.
+        DataError: No file in it has text, a text is not UTF-8, or a number is out of range.
     """
     folder, output = Path(folder), Path(output)
-    if words_per_passage < 10:
-        raise DataError(f"words_per_passage must be at least 10, got {words_per_passage}")
+    cutting = cutting or Cutting()
+    cutting.check()
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder of documents")
-    rows: list[dict[str, str]] = []
-    skipped: list[str] = []
-    found = _find_files(folder)
-    for path in found.files:
-        name = _name(path, folder)
-        passages = list(_passages(_read(path), path.suffix.lower(), words_per_passage))
+    found = find_files(folder)
+    _require_readers(found.files)
+    cut = make_cut(*cutting)
+    files, passages, skipped = 0, 0, []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal files, passages
+        for name, text in _texts(folder, found):
+            file = Path(name).stem.replace("_", " ")
+            number = 0
+            for section in text.sections:
+                source = f"{name}, page {section.page}" if section.page else name
+                title = " - ".join([file, *section.headings])
+                for passage in cut(section.paragraphs):
+                    row = {"_id": f"{name}#{number}", "title": title, "text": passage}
+                    yield row | {"metadata": {"source": source}}
+                    number += 1
+            if not number:
+                skipped.append(name)
+            files, passages = files + (number > 0), passages + number
         if not passages:
-            skipped.append(name)
-        file = name.rpartition("/")[2].removesuffix(path.suffix).replace("_", " ")
-        for number, (headings, text) in enumerate(passages):
-            title = " - ".join([file, *headings])
-            rows.append({"_id": f"{name}#{number}", "title": title, "text": text})
-    written = Written(len(found.files) - len(skipped), len(rows), tuple(skipped), found.left_out)
-    if not rows:
-        why = "; ".join(written.notes()) or f"the folder is empty; {_READ}"
-        raise DataError(f"{folder}: no text to read ({why})")
+            why = "; ".join(written().notes()) or f"the folder is empty; {READ}"
+            raise DataError(f"{folder}: no text to read ({why})")
+
+    def written() -> Written:
+        return Written(files, passages, tuple(skipped), found.left_out)
+
     output.mkdir(parents=True, exist_ok=True)
-    write_jsonl(output / "corpus.jsonl", rows)
-    return written
+    try:
+        write_jsonl(output / "corpus.jsonl", rows())
+    except BaseException:
+        with contextlib.suppress(OSError):  # there is something else in it
+            output.rmdir()
+        raise
+    return written()
 
 
-def document_files(folder: Path) -> list[Path]:
-    """Returns the files below a folder that `write_documents` reads, by name."""
-    return _find_files(folder).files
+def prepared_documents(
+    folder: Path, cache: Path, cutting: Cutting, *, log: Callable[[str], None]
+) -> tuple[Path, Written]:
+    """Returns a data set made of a folder of documents, and what was made.
 
+    It is made again where a file, the cutting or the version of a reader is another one.
 
-def holds_data_set(path: Path) -> bool:
-    """Tells whether a folder or file has passages as a table, or parts of such a data set.
+    Args:
+        folder: As `write_documents` takes it.
+        cache: Folder for it; it gets the name of `folder` there, in a folder of its own.
+        cutting: How long passages are.
+        log: Told that documents are read, which may take minutes.
 
-    A data set without its corpus is a mistake, whatever README stands beside it.
+    Raises:
+        FileNotFoundError, ImportError, DataError: As `write_documents` does.
     """
-    if not path.is_dir():
-        return ".json" in path.name or path.suffix in ("", ".gz", *_TABLES)
-    names = {file.name for file in path.iterdir() if file.is_file() and file.suffix not in SUFFIXES}
-    parts = {name.partition(".")[0] for name in names}
-    return (
-        any(".jsonl" in name or name.endswith(".parquet") for name in names)
-        or not names.isdisjoint({"state.json", "dataset_dict.json"})  # saved by `datasets`
-        or not parts.isdisjoint({"corpus", "queries"})
-        or (path / "qrels").is_dir()
-    )
+    identity = hashlib.sha256(f"{_FORMAT} {cutting.digest()}".encode())
+    place = hashlib.sha256(os.fsencode(folder.resolve()) + identity.digest()).hexdigest()[:16]
+    files = find_files(folder).files
+    used = {PACKAGES[suffix] for suffix in {path.suffix.lower() for path in files} & READERS.keys()}
+    for package in ("semantic-text-splitter", *sorted(used)):
+        with contextlib.suppress(PackageNotFoundError):  # said where it is needed
+            identity.update(f" {package} {version(package)}".encode())
+    for path in files:
+        status = path.stat()
+        stamp = f" {name_below(path, folder)} {status.st_size} {status.st_mtime_ns}"
+        identity.update(stamp.encode())
+    made = cache / f"documents-{place}"
+    output, record = made / folder.resolve().name, made / "made.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = read_sealed(record, what=_WHAT)
+        if known["identity"] == identity.hexdigest() and (output / "corpus.jsonl").is_file():
+            return output, Written(**known["written"])
+    record.unlink(missing_ok=True)
+    log(f"reading {len(files):,} documents of {folder}")
+    written = write_documents(folder, output, cutting=cutting)
+    value = {"identity": identity.hexdigest(), "written": written._asdict()}
+    write_sealed(record, value, shared=True)
+    return output, written
 
 
-class _Found(NamedTuple):
-    files: list[Path]
-    left_out: dict[str, list[str]]  # why -> names below the folder
+def _require_readers(files: Sequence[Path]) -> None:
+    for path in files:
+        package = PACKAGES.get(path.suffix.lower())
+        if package and importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f'{path}: {package} reads such files: pip install "ragjax[documents]", or take them'
+                " out of the folder"
+            )
 
 
-def _find_files(folder: Path) -> _Found:
-    """Returns the files below a folder, links followed; each is read under one name."""
-    found = _Found([], {})
-    seen: set[str] = set()
-    places = [folder]  # the folder, then the links in it
-
-    def leave(path: Path, why: str) -> None:
-        found.left_out.setdefault(why, []).append(_name(path, folder))
-
-    def take(path: Path) -> None:
-        if not path.is_file():
-            leave(path, "broken links" if path.is_symlink() else "not plain files")
-        elif path.suffix.lower() in SUFFIXES:
-            found.files.append(path)
-        else:
-            leave(path, path.suffix.lower() or "without an ending")
-
-    def is_new(path: Path) -> bool:
-        real = os.path.realpath(path)
-        if is_known := real in seen:
-            leave(path, "read under another name")
-        seen.add(real)
-        return not is_known
-
-    # What is linked comes last, so that a file's own name is the one it is read under.
-    for place in places:
-        if not place.is_dir():
-            if is_new(place):
-                take(place)
-            continue
-        for top, names, files in os.walk(place, onerror=_raise):
-            if not is_new(Path(top)):
-                names.clear()
+def _texts(folder: Path, found: Found) -> Iterator[tuple[str, FileText]]:
+    """Yields name and text of each file; those that cannot be read are added to the left out."""
+    with FileReader() as reader:
+        for path in found.files:
+            name, ending = name_below(path, folder), path.suffix.lower()
+            try:
+                if ending in READERS:
+                    text = reader.read(path)
+                else:
+                    text = FileText(list(sections(_read(path), ending)), [])
+            except UnreadableError as error:
+                found.left_out.setdefault(str(error), []).append(name)
                 continue
-            for path in (Path(top, name) for name in sorted(names + files)):
-                if path.name.startswith("."):
-                    leave(path, "hidden")
-                elif path.is_symlink():
-                    places.append(path)
-                elif path.name in files and is_new(path):
-                    take(path)
-            names[:] = sorted(name for name in names if not name.startswith("."))
-    return _Found(sorted(found.files), found.left_out)
+            for page in text.unread:
+                found.left_out.setdefault("broken pages", []).append(f"{name}, page {page}")
+            yield name, text
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _name(path: Path, folder: Path) -> str:
-    """Returns a path below a folder as text; bytes of it that are no UTF-8 become escapes."""
-    below = path.relative_to(folder if path != folder else folder.parent)
-    return os.fsencode(below.as_posix()).decode("utf-8", "backslashreplace")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
-def _listed(left_out: Mapping[str, Sequence[str]]) -> str:
-    """Returns how many files were left out for which reason, with a few names each."""
-    kinds = sorted(left_out.items(), key=lambda kind: (-len(kind[1]), kind[0]))
-    return ", ".join(f"{len(names):,} {why} ({_some(names)})" for why, names in kinds)
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8, or take it out of the"
+            " folder"
+        ) from error
 
 
 def write_questions(
@@ -270,52 +299,3 @@ def _holders(passages: Sequence[dict], asked: Asked) -> list[str]:
             " of several answers if you like"
         )
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8, or take it out of the"
-            " folder"
-        ) from error
-
-
-def _passages(text: str, ending: str, words: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields (headings, text) of each passage of a file."""
-    for headings, paragraphs in sections(text, ending):
-        for passage in _filled(paragraphs, words):
-            yield headings, passage
-
-
-def _filled(paragraphs: Sequence[str], words: int) -> Iterator[str]:
-    """Joins short paragraphs, and cuts long ones between sentences, into passages."""
-    passage: list[str] = []
-    length = 0
-    for piece in _pieces(paragraphs, words):
-        size = _length(piece)
-        if passage and length + size > words:
-            yield " ".join(passage)
-            passage, length = [], 0
-        passage.append(piece)
-        length += size
-    if passage:
-        yield " ".join(passage)
-
-
-def _pieces(paragraphs: Sequence[str], words: int) -> Iterator[str]:
-    """Yields paragraphs, the sentences of longer ones, and the words of longer sentences."""
-    for paragraph in paragraphs:
-        is_long = _length(paragraph) > words
-        for sentence in _SENTENCE_END.split(paragraph) if is_long else [paragraph]:
-            for word in sentence.split(" ") if _length(sentence) > words else [sentence]:
-                # What is still too long has no spaces.
-                size = 2 * words if _length(word) > words else max(len(word), 1)
-                yield from (word[start : start + size] for start in range(0, len(word), size))
-
-
-def _length(text: str) -> int:
-    """Returns about how many words a text has; long words and scripts without spaces count more."""
-    spaceless = sum("\u0e00" <= letter <= "\u0eff" or letter >= "\u2e80" for letter in text)
-    return len(text.split()) + spaceless // 2 + len(_LONG.findall(text))

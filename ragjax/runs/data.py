@@ -12,11 +12,14 @@ from ragjax.data import (
     read_beir,
     write_python_docs,
 )
+from ragjax.data.documents.found import holds_documents
 from ragjax.data.fields import parse_fields
+from ragjax.data.folders import Cutting, prepared_documents
 from ragjax.data.jsonl import Flaw, ReadProgress
 from ragjax.data.overlap import near_copies
 from ragjax.data.questions import holds_contexts, question_files
 from ragjax.data.truth import TRUTHS
+from ragjax.runs.models import describe_encoders
 from ragjax.runs.options.shared import RunConfig
 
 Log = Callable[[str], None]
@@ -29,11 +32,7 @@ def read_data(
     """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
     options = config.data_options
     queries = Path(config.queries) if config.queries else None
-    source = Path(config.data) if config.data else None
-    if source is None and not (queries and holds_contexts(question_files(queries))):
-        source = folder / "data" / "python-docs"
-        if not (source / "corpus.jsonl").is_file():
-            write_python_docs(source)
+    source, made_notes = data_set(config, folder / "data", log)
     dataset = read_beir(
         source,
         cache=folder / "data" / "cache",
@@ -46,10 +45,39 @@ def read_data(
         supervision=options.supervision,
         progress=progress,
     )
-    notes = [*dataset.notes, *map(Flaw, _leak_notes(dataset))]
+    notes = [*made_notes, *dataset.notes, *map(Flaw, _leak_notes(dataset))]
     for note in notes:
         log(f"note: {note}")
     return dataclasses.replace(dataset, notes=tuple(notes))
+
+
+def data_set(config: RunConfig, folder: Path, log: Log) -> tuple[Path | None, tuple[str, ...]]:
+    """Returns where the documents of a run are, and what there is to say of them.
+
+    It is the data that the options name; or a data set is made in `folder` of the documents that
+    they name, once for as long as these are the same, or of the installed Python packages. None:
+    they stand beside the questions.
+
+    Args:
+        config: Options of the run.
+        folder: For what is made.
+        log: Shows one line to the user.
+    """
+    if not config.data:
+        if config.queries and holds_contexts(question_files(Path(config.queries))):
+            return None, ()
+        source = folder / "python-docs"
+        if not (source / "corpus.jsonl").is_file():
+            write_python_docs(source)
+        return source, ()
+    source, options = Path(config.data), config.data_options
+    if not holds_documents(source):
+        return source, ()
+    tokenizer = describe_encoders(config).doc.tokenizer
+    cutting = Cutting(options.passage_tokens, options.passage_overlap, tokenizer)
+    made, written = prepared_documents(source, folder, cutting, log=log)
+    read = f"{source}: {written.passages:,} passages of {written.files:,} documents"
+    return made, (read, *written.notes())
 
 
 def choose_questions(

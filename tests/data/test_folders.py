@@ -4,13 +4,8 @@ import os
 import pytest
 
 from ragjax.data import Corpus, read_beir
-from ragjax.data.folders import (
-    Asked,
-    document_files,
-    holds_data_set,
-    write_documents,
-    write_questions,
-)
+from ragjax.data.documents.found import find_files, holds_data_set
+from ragjax.data.folders import Asked, Cutting, write_documents, write_questions
 from ragjax.data.jsonl import DataError
 
 MANUAL = """# Kettle
@@ -55,8 +50,8 @@ def test_a_folder_becomes_passages_under_their_headings(folder, tmp_path):
     assert written.notes() == (
         "1 files have no text: empty.txt",
         "not read: 1 .png (image.png), 1 hidden (.hidden.md); documents are read from .md,"
-        " .markdown, .txt, .rst files (convert others, for example with pandoc or pdftotext),"
-        " passages from corpus.jsonl",
+        " .markdown, .txt, .rst, .htm, .html, .xhtml, .pdf files (convert others, for example with"
+        " pandoc), passages from corpus.jsonl",
     )
     assert [(p["_id"], p["title"]) for p in passages(tmp_path / "data")] == [
         ("kettle.md#0", "kettle - Kettle"),
@@ -75,7 +70,7 @@ def test_long_texts_are_cut_between_sentences_and_nothing_is_lost(tmp_path):
     folder.mkdir()
     sentences = [f"Sentence number {n} says something of its own." for n in range(40)]
     (folder / "a.txt").write_text(" ".join(sentences))
-    write_documents(folder, tmp_path / "data", words_per_passage=30)
+    write_documents(folder, tmp_path / "data", cutting=Cutting(tokens=30))
     texts = [p["text"] for p in passages(tmp_path / "data")]
     assert all(len(text.split()) <= 30 and text.endswith(".") for text in texts)
     assert " ".join(texts) == " ".join(sentences)
@@ -166,25 +161,25 @@ def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
     ):
         write_documents(tmp_path / "bare", tmp_path / "data")
     for name in "abcd":
-        (tmp_path / "bare" / f"{name}.HTML").write_text("<p>text</p>")
+        (tmp_path / "bare" / f"{name}.DOC").write_text("text")
     with pytest.raises(
-        DataError, match=r"not read: 4 .html \(a.HTML, b.HTML, c.HTML, ...\); documents"
+        DataError, match=r"not read: 4 .doc \(a.DOC, b.DOC, c.DOC, ...\); documents"
     ):
         write_documents(tmp_path / "bare", tmp_path / "data")
-    with pytest.raises(
-        DataError, match=r"not read: 1 .html \(a.HTML\); documents are read from .md"
-    ):
-        write_documents(tmp_path / "bare" / "a.HTML", tmp_path / "data")
+    with pytest.raises(DataError, match=r"not read: 1 .doc \(a.DOC\); documents are read from .md"):
+        write_documents(tmp_path / "bare" / "a.DOC", tmp_path / "data")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="latin.txt: not UTF-8 .byte 3"):
         write_documents(folder, tmp_path / "data")
-    with pytest.raises(DataError, match="at least 10"):
-        write_documents(folder, tmp_path / "data", words_per_passage=2)
+    with pytest.raises(DataError, match="tokens must be at least 10, got 2"):
+        write_documents(folder, tmp_path / "data", cutting=Cutting(tokens=2))
+    with pytest.raises(DataError, match="overlap must be from 0 to half of tokens=20, got 11"):
+        write_documents(folder, tmp_path / "data", cutting=Cutting(tokens=20, overlap=11))
     assert not (tmp_path / "data").exists()  # nothing half-written
 
 
 def test_files_are_found_in_order_at_any_depth(folder):
-    names = [path.name for path in document_files(folder)]
+    names = [path.name for path in find_files(folder).files]
     assert names == ["empty.txt", "kettle.md", "lamp_guide.txt"]
 
 

@@ -96,17 +96,17 @@ def test_what_is_left_out_of_a_folder_is_said(ask, flags, tmp_path, capsys):
     folder = tmp_path / os.fsdecode(b"man\xfcal")
     folder.mkdir()
     (folder / os.fsdecode(b"caf\xe9.md")).write_text("the red cat likes fish")
-    (folder / "a.pdf").touch()
+    (folder / "a.doc").touch()
     assert ask([*flags, f"--data={folder}", f"--cache={tmp_path}", "--json", QUESTION]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["documents"][0]["id"] == "caf\\xe9.md#0"
-    assert "note: not read: 1 .pdf (a.pdf); documents are read from .md" in told.err
+    assert "note: not read: 1 .doc (a.doc); documents are read from .md" in told.err
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.html", "no text to read (not read: 1 .html (a.html); documents are read from .md,"),
+        ("a.doc", "no text to read (not read: 1 .doc (a.doc); documents are read from .md,"),
         ("deep/empty.txt", "no text to read (1 files have no text: deep/empty.txt)"),
         (None, "no text to read (the folder is empty; documents are read from .md,"),
     ],

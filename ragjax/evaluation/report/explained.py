@@ -6,7 +6,7 @@ from typing import Any
 
 from ragjax.evaluation.report.charts import share_bar
 from ragjax.evaluation.report.html import excerpt, isolated, number
-from ragjax.evaluation.report.questions import Lookup
+from ragjax.evaluation.report.questions import Lookup, source_note
 
 # Key in a candidate, its column header.
 _VIEWS = (
@@ -73,6 +73,6 @@ def _candidate(one: Mapping[str, Any], answers: Sequence[str], lookup: Lookup) -
     )
     return (
         f'<tbody><tr><th scope="rowgroup" colspan="{len(_VIEWS)}">'
-        f'<span class="title">{isolated(title)}</span>{badge}<div dir="auto">{text}</div></th>'
-        f"</tr><tr>{cells}</tr></tbody>"
+        f'<span class="title">{isolated(title)}</span>{source_note(passage)}{badge}'
+        f'<div dir="auto">{text}</div></th></tr><tr>{cells}</tr></tbody>'
     )

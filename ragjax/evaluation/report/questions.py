@@ -12,10 +12,11 @@ _SHOWN_QUESTIONS = 3
 
 
 class PassageText(NamedTuple):
-    """Title and text of a document."""
+    """Title and text of a document, and where it stands."""
 
     title: str
     text: str
+    source: str = ""  # such as "manual.pdf, page 3"; "": nothing says
 
 
 Lookup = Callable[[str], PassageText | None]
@@ -234,6 +235,7 @@ def _passages(line: Mapping[str, Any], name: str, relevant: frozenset[str], look
         cards.append(
             f'<li class="passage{" gold" if is_gold else ""}"><p class="meta">'
             f'<span class="rank">{place + 1}</span><span class="title">{isolated(title)}</span>'
+            + source_note(passage)
             + ('<span class="badge">\u2605 relevant</span>' if is_gold else "")
             + f'<span class="score">score {number(system["doc_scores"][place])}</span></p>'
             f"{text}</li>"
@@ -242,6 +244,13 @@ def _passages(line: Mapping[str, Any], name: str, relevant: frozenset[str], look
     if relevant and not relevant.intersection(docs):
         note = f'<p class="soft">No relevant passage among the first {len(docs)}.</p>'
     return f'<ol class="passages">{"".join(cards)}</ol>{note}'
+
+
+def source_note(passage: PassageText | None) -> str:
+    """Returns where a passage stands, behind its title; "" if nothing says."""
+    if passage is None or not passage.source:
+        return ""
+    return f' <span class="soft">{isolated(passage.source)}</span>'
 
 
 def _places(docs: Sequence[str], relevant: Collection[str]) -> list[int]:

@@ -64,6 +64,7 @@ class Source(NamedTuple):
     posterior: float  # p(c|x,y) among the K; NaN where they were read at once
     change: float  # log p(y|x) minus that without this document, nats
     log_prob: float  # log p_LM(y|c∘x), nats
+    source: str = ""  # where it stands, such as "manual.pdf, page 3"; "": nothing says
 
 
 class Reply(NamedTuple):
@@ -224,6 +225,7 @@ class Asker:
                 posterior=float(attribution.posterior[0, row]),
                 change=float(attribution.without[0, row]),
                 log_prob=float(attribution.doc_log_probs[0, row]),
+                source=corpus[doc].source,
             )
             for row, doc in enumerate(answer.docs)
         )

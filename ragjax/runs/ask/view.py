@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-from ragjax.data import Corpus
+from ragjax.data import Corpus, Passage
 from ragjax.runs.ask.asker import Answer, Reply, Source
 from ragjax.runs.ask.spans import Span
 
@@ -77,7 +77,7 @@ def format_source(answer: Answer, corpus: Corpus, *, style: Style) -> str:
     if answer.relied_on is None:
         return ""
     passage = corpus[answer.docs[answer.relied_on]]
-    label = safe_text(f"{passage.id}  {passage.title or ''}".strip())
+    label = safe_text(f"{passage.id}  {passage.title or ''}".strip()) + _place(passage)
     share = _share(float(answer.posterior[answer.relied_on]))
     how = f"posterior {share}" if answer.joint is None else "read with the others at once"
     return style(f"from {answer.relied_on + 1}. {label} ({how})", "head")
@@ -139,10 +139,17 @@ def _relied_on(reply: Reply, style: Style) -> list[str]:
         if span is not None and span.field == "text"
         else _wrapped(safe_text(source.text))
     )
-    lines = [f"{head}  {title}" if title else head, f"   {figures}", text]
+    named = (f"{head}  {title}" if title else head) + _place(source)
+    lines = [named, f"   {figures}", text]
     if span is not None:
         lines.append(style(f"   {_how(span)}", "faint"))
     return lines
+
+
+def _place(passage: Source | Passage) -> str:
+    """Returns where a passage stands, if its id does not say it."""
+    place = safe_text(passage.source)
+    return f"  [{place}]" if place and not safe_text(passage.id).startswith(place) else ""
 
 
 def _others(reply: Reply, style: Style) -> list[str]:
@@ -217,6 +224,7 @@ def _source_as_json(source: Source) -> dict[str, Any]:
     return {
         "id": source.id,
         "title": source.title,
+        "source": source.source,
         "text": source.text,
         "p_r": source.prior,
         "posterior": _finite(source.posterior),

@@ -8,10 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
 
-from ragjax.data.fields import parse_fields, resolve_fields
 from ragjax.index import IndexKind
-from ragjax.index.words import check_language
 from ragjax.runs.options.checks import Options, at_least, fraction, positive
+from ragjax.runs.options.data import DataConfig as DataConfig
 from ragjax.runs.options.files import from_dict, to_dict
 from ragjax.runs.options.modes import AUTO, MODES, ModeOption
 from ragjax.runs.options.prompt import PromptConfig as PromptConfig
@@ -22,53 +21,6 @@ from ragjax.runs.options.tracking import tracker_names
 OF_MACHINE = (
     "checkpoint_minutes", "devices", "distributed", "embeddings", "fsdp", "log_to", "parallel",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Options):
-    """Corpus and questions.
-
-    Attributes:
-        supervision: What is trained on and chosen by, of what the data have: `documents` only,
-            `questions` too, `answers` too, or `judgements` (qrels) too. `auto`: all of it. What
-            lies above is not read for train and dev; test questions are measured by all there is.
-        fields: Names of the fields in the files where they differ from BEIR's, for example
-            `id=docid,text=contents`.
-        on_bad_row: What to do with a line that cannot be read: `stop`, or `skip` it, count it and
-            keep it in `rejected.jsonl`.
-        on_unknown: What to do where more than 1 % of a qrels file name questions or passages that
-            the data do not have: `stop`, or `skip` those rows. Rows that name what `on_bad_row`
-            skipped are skipped with it.
-        language: Language of the passages, whose stems and stop words BM25 uses: `auto` chooses it
-            by their commonest words, `none` takes words as they are written; or a name that
-            Snowball has, such as `english` or `german`. Scripts without spaces need none.
-        leaks: Training questions that dev or test ask too, in the same words: `drop` leaves them
-            out of training, `keep` trains on them; they are named in either case.
-        train_questions: At most this many training questions (the first of a seeded shuffle).
-        dev_questions: At most this many dev questions, for the choices of a run and nothing else:
-            the weight of the hybrid, what is kept of a training, and what is shipped.
-        test_questions: At most this many test questions for retrieval metrics; 0 means all.
-        answer_questions: At most this many of them are also answered by the language model.
-    """
-
-    supervision: Literal["auto", "documents", "questions", "answers", "judgements"] = "auto"
-    fields: str = ""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    on_unknown: Literal["stop", "skip"] = "stop"
-    language: str = "auto"
-    leaks: Literal["drop", "keep"] = "drop"
-    train_questions: int = 240
-    dev_questions: int = 200
-    test_questions: int = 0
-    answer_questions: int = 20
-
-    def check(self) -> None:
-        """Raises ValueError naming the field that is out of range."""
-        super().check()
-        at_least(self, 1, "train_questions", "answer_questions")
-        at_least(self, 0, "dev_questions", "test_questions")
-        check_language(self.language)
-        resolve_fields(parse_fields(self.fields))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +166,10 @@ class RunConfig(Options):
         data: BEIR folder (corpus.jsonl and, if there, queries.jsonl and qrels/), whose corpus may
             also be CSV, TSV, Parquet or a folder saved by `datasets`; or a corpus alone: such a
             file, or a data set of the Hugging Face hub (`org/name[:subset[:split]]`); or a file
-            with questions and their passages, such as SQuAD's. Empty: the passages that stand
-            beside the questions in `queries`, or else the API documentation of the installed Python
-            packages, with questions that ship with ragjax.
+            with questions and their passages, such as SQuAD's; or a folder of documents at any
+            depth, or one of them (Markdown, text, reStructuredText, HTML, PDF). Empty: the passages
+            that stand beside the questions in `queries`, or else the API documentation of the
+            installed Python packages, with questions that ship with ragjax.
         queries: Questions of another place or kind than `queries.jsonl` in `data`: JSON lines
             (BEIR, FlashRAG, KILT), CSV, TSV, Parquet or a JSON array with the columns `question`
             and `answer`, SQuAD's JSON, DPR's training JSON; or a folder with a file for each split,

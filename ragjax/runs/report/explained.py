@@ -100,7 +100,7 @@ def corpus_lookup(corpus: Corpus) -> Lookup:
         if doc_id not in corpus:
             return None
         passage = corpus[corpus.row_of(doc_id)]
-        return PassageText(passage.title, passage.text[:_KEPT_CHARACTERS])
+        return PassageText(passage.title, passage.text[:_KEPT_CHARACTERS], passage.source)
 
     return lookup
 

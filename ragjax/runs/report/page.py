@@ -59,7 +59,7 @@ def write_report(
     noted = read.mapping(NOTES)
     relevant = gold if gold is not None else explained.get("gold", {})
     passages = {
-        doc: PassageText(text["title"], text["text"])
+        doc: PassageText(text["title"], text["text"], str(text.get("source") or ""))
         for doc, text in explained.get("passages", {}).items()
         if _whole([text], "title", "text")
     }

@@ -4,7 +4,7 @@ import contextlib
 import re
 import string
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import yaml
@@ -21,10 +21,33 @@ _BLOCKS = MarkdownIt("commonmark").disable(["inline", "text_join"])
 
 
 class Section(NamedTuple):
-    """The text between one heading and the next."""
+    """The text between one heading, or page, and the next."""
 
     headings: tuple[str, ...]  # that it stands under, the outermost first
     paragraphs: list[str]  # each on one line
+    page: int = 0  # from 1; 0: the file has no pages
+
+
+class Heading(NamedTuple):
+    """A heading."""
+
+    level: int  # the outermost have the smallest
+    text: str
+
+
+class FileText(NamedTuple):
+    """The text of a file."""
+
+    sections: list[Section]
+    unread: list[int]  # pages that could not be read, from 1
+
+
+class UnreadableError(ValueError):
+    """A file that is left out; the message is what all such files are called, in the plural."""
+
+
+# A heading, a paragraph below it, or the number of the page that begins.
+Part = Heading | str | int
 
 
 class _Heading(NamedTuple):
@@ -35,7 +58,7 @@ class _Heading(NamedTuple):
 
 
 def sections(text: str, ending: str) -> Iterator[Section]:
-    """Yields the sections of a file in order; nothing that can be read is left out.
+    """Returns the sections of a file in order; nothing that can be read is left out.
 
     A heading without anything below it is its own paragraph. The front matter of a Markdown file
     gives its title, as the outermost heading, and its description. Long data URIs, which are
@@ -55,15 +78,42 @@ def sections(text: str, ending: str) -> Iterator[Section]:
         found = find(lines)
     if title in (heading.text for heading in found):
         title = ""
-    found = [_Heading(0, 0, 0, title), *found, _Heading(len(lines), len(lines), 0, "")]
+    found = [_Heading(0, 0, 0, title), *found]
+    starts = [*(heading.start for heading in found[1:]), len(lines)]
+    return outlined(
+        part
+        for heading, start in zip(found, starts, strict=True)
+        for part in (Heading(heading.level, heading.text), *_paragraphs(lines[heading.end : start]))
+    )
+
+
+def outlined(parts: Iterable[Part]) -> Iterator[Section]:
+    """Yields what stands under each heading; one with nothing below it is its own paragraph.
+
+    Args:
+        parts: Of a file, in order.
+    """
     above: dict[int, str] = {}
-    for heading, following in zip(found, found[1:], strict=False):
-        above = {level: name for level, name in above.items() if level < heading.level}
-        above[heading.level] = heading.text
-        paragraphs = _paragraphs(lines[heading.end : following.start])
-        if not paragraphs and following.level <= heading.level and heading.text:
-            paragraphs = [heading.text]
-        yield Section(tuple(filter(None, above.values())), paragraphs)
+    heading, page, paragraphs, is_said = Heading(0, ""), 0, [], False
+    for part in (*parts, Heading(0, "")):
+        if isinstance(part, str):
+            paragraphs.append(part)
+            continue
+        if (
+            isinstance(part, Heading)
+            and part.level <= heading.level
+            and not (paragraphs or is_said)
+        ):
+            paragraphs += filter(None, [heading.text])
+        if paragraphs:
+            yield Section(tuple(filter(None, above.values())), paragraphs, page)
+        is_said, paragraphs = is_said or bool(paragraphs), []
+        if isinstance(part, int):
+            page = part
+        else:
+            heading, is_said = part, False
+            above = {level: name for level, name in above.items() if level < part.level}
+            above[part.level] = part.text
 
 
 def _paragraphs(lines: Sequence[str]) -> list[str]:

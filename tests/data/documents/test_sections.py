@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.data.sections import MAX_HEADING_WORDS, sections
+from ragjax.data.documents.sections import MAX_HEADING_WORDS, sections
 
 IMAGE = "data:image/png;base64," + "iVBORw0KGgo" * 1000
 

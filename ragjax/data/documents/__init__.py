@@ -1,0 +1,1 @@
+"""Documents as files, and how each kind of file is read."""
