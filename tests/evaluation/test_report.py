@@ -231,12 +231,16 @@ def test_the_largest_changes_come_first_and_ties_go_by_id():
 def test_the_card_shows_both_sides_with_the_relevant_passage():
     deep = [f"d{n}" for n in range(9)] + ["g"]
     lines = [line("a", deep, ["g", "d1"], f1=(0.0, 1.0), question="where <is> it?")]
-    passages = {"g": PassageText("Title & co", "It is in Paris."), "d1": PassageText("", "no")}
+    passages = {
+        "g": PassageText("Title & co", "It is in Paris.", "a<b>.pdf, page 3"),
+        "d1": PassageText("", "no"),
+    }
     gold = {"a": ["g"]}
     shown = read(questions_section(lines, ("after", "before"), gold, passages.get))
     text = shown.text
     assert "where <is> it?" in text and "rank 10 → 1" in text and "1 of 1 questions won" in text
     assert text.count("★ relevant") == 2 and text.count("Title & co") == 2
+    assert text.count("a<b>.pdf, page 3") == 2
     assert text.count("The text is not at hand.") == 2  # d0, d2; d1 has a text but no title
     assert "d1" in text
     assert set(shown_documents(lines, ("after", "before"), gold)) == {"g", "d0", "d1", "d2"}

@@ -32,6 +32,16 @@ def test_a_plain_reply_marks_the_span_and_lists_the_others():
     assert "\033" not in shown
 
 
+def test_the_place_of_a_passage_is_shown_where_its_id_does_not_say_it():
+    reply = reply_with()
+    other, source = reply.sources
+    for place, shown in (("a.pdf, page\033 3", "2. d1  Cats  [a.pdf, page\ufffd 3]\n"),
+                         ("d1", "2. d1  Cats\n"), ("", "2. d1  Cats\n")):  # fmt: skip
+        sources = (other, source._replace(source=place))
+        assert shown in format_reply(reply._replace(sources=sources), style=plain)
+        assert reply_as_json(reply._replace(sources=sources))["documents"][1]["source"] == place
+
+
 def test_a_coloured_reply_highlights_the_span():
     shown = format_reply(reply_with(), style=coloured)
     assert "\033[1;30;43mfish\033[0m" in shown
