@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from ragjax.data.documents.found import READ, Found, find_files, listed, name_below, some
+from ragjax.data.documents.found import READ, find_files, listed, name_below, some
 from ragjax.data.documents.passages import make_cut
 from ragjax.data.documents.sections import FileText, UnreadableError, sections
 from ragjax.data.documents.worker import PACKAGES, READERS, FileReader
-from ragjax.data.jsonl import DataError
+from ragjax.data.jsonl import DataError, Flaw
 from ragjax.data.matching import holds_answer, refuse_string
 from ragjax.storage import read_sealed, write_jsonl, write_sealed, write_text
 
@@ -46,13 +46,16 @@ class Written(NamedTuple):
     files: int
     passages: int
     skipped: Sequence[str]  # files without text
-    left_out: Mapping[str, Sequence[str]]  # why -> files that were not read
+    unreadable: Mapping[str, Sequence[str]]  # why -> HTML and PDF files and pages
+    left_out: Mapping[str, Sequence[str]]  # what it is -> files of other kinds
 
     def notes(self) -> tuple[str, ...]:
-        """Returns a sentence on the files without text, and one on those that were not read."""
-        notes = []
+        """Returns a sentence on each kind of file that is not in the passages."""
+        notes: list[str] = []
         if self.skipped:
-            notes.append(f"{len(self.skipped):,} files have no text: {some(self.skipped)}")
+            notes.append(Flaw(f"{len(self.skipped):,} files have no text: {some(self.skipped)}"))
+        if self.unreadable:
+            notes.append(Flaw(f"could not be read: {listed(self.unreadable)}"))
         if self.left_out:
             notes.append(f"not read: {listed(self.left_out)}; {READ}")
         return tuple(notes)
@@ -115,10 +118,11 @@ def write_documents(
     _require_readers(found.files)
     cut = make_cut(*cutting)
     files, passages, skipped = 0, 0, []
+    unreadable: dict[str, list[str]] = {}
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal files, passages
-        for name, text in _texts(folder, found):
+        for name, text in _texts(folder, found.files, unreadable):
             file = Path(name).stem.replace("_", " ")
             number = 0
             for section in text.sections:
@@ -136,7 +140,7 @@ def write_documents(
             raise DataError(f"{folder}: no text to read ({why})")
 
     def written() -> Written:
-        return Written(files, passages, tuple(skipped), found.left_out)
+        return Written(files, passages, tuple(skipped), unreadable, found.left_out)
 
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -199,10 +203,12 @@ def _require_readers(files: Sequence[Path]) -> None:
             )
 
 
-def _texts(folder: Path, found: Found) -> Iterator[tuple[str, FileText]]:
-    """Yields name and text of each file; those that cannot be read are added to the left out."""
+def _texts(
+    folder: Path, files: Sequence[Path], unreadable: dict[str, list[str]]
+) -> Iterator[tuple[str, FileText]]:
+    """Yields name and text of each file; those that cannot be read are added to `unreadable`."""
     with FileReader() as reader:
-        for path in found.files:
+        for path in files:
             name, ending = name_below(path, folder), path.suffix.lower()
             try:
                 if ending in READERS:
@@ -210,10 +216,10 @@ def _texts(folder: Path, found: Found) -> Iterator[tuple[str, FileText]]:
                 else:
                     text = FileText(list(sections(_read(path), ending)), [])
             except UnreadableError as error:
-                found.left_out.setdefault(str(error), []).append(name)
+                unreadable.setdefault(str(error), []).append(name)
                 continue
             for page in text.unread:
-                found.left_out.setdefault("broken pages", []).append(f"{name}, page {page}")
+                unreadable.setdefault("broken pages", []).append(f"{name}, page {page}")
             yield name, text
 
 

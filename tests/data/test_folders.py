@@ -46,7 +46,7 @@ def passages(output):
 def test_a_folder_becomes_passages_under_their_headings(folder, tmp_path):
     written = write_documents(folder, tmp_path / "data")
     left_out = {"hidden": [".hidden.md"], ".png": ["image.png"]}
-    assert written == (2, 4, ("empty.txt",), left_out)
+    assert written == (2, 4, ("empty.txt",), {}, left_out)
     assert written.notes() == (
         "1 files have no text: empty.txt",
         "not read: 1 .png (image.png), 1 hidden (.hidden.md); documents are read from .md,"

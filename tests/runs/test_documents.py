@@ -11,7 +11,6 @@ from ragjax.models.encoder import load_encoder
 from ragjax.runs import DataConfig, EvaluateConfig, RunConfig
 from ragjax.runs.data import read_data
 from ragjax.runs.options.evaluate import run_options
-from ragjax.runs.tokens import encoder_tokenizer
 
 needs_pdf = pytest.mark.skipif(
     not importlib.util.find_spec("pypdfium2"), reason="needs the [documents] extra"
@@ -80,15 +79,6 @@ def test_passages_have_as_many_tokens_of_the_encoder_as_asked(read, folder, tiny
     assert 100 < by_default[0] <= 128 and 30 < short[0] <= 40 and 30 < again[0] <= 40
     assert len(again) > len(short) > len(by_default)
     assert repeated[1].split()[0] in repeated[0].split()
-
-
-def test_the_tokenizer_is_that_of_the_encoder(tiny_inputs, tmp_path):
-    expected = load_encoder(tiny_inputs["encoder"]).tokenizer
-    found = encoder_tokenizer(tiny_inputs["encoder"])
-    assert found is not None
-    assert found.encode("the red cat").ids == expected.encode("the red cat").ids
-    (tmp_path / "config.json").write_text("{}")
-    assert encoder_tokenizer(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize(

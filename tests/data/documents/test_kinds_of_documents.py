@@ -9,6 +9,7 @@ from pdf_files import make_pdf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ragjax.data.folders import Cutting, prepared_documents, write_documents
+from ragjax.data.jsonl import Flaw
 
 DEFAULT = Cutting()
 needs_readers = pytest.mark.skipif(
@@ -44,7 +45,7 @@ def test_files_of_all_kinds_are_read_and_their_places_kept(folder, tmp_path):
     outline = [("Fan", 0), ("Care", 1)]
     (folder / "deep" / "my_fan.pdf").write_bytes(make_pdf(pages, outline=outline))
     written = write_documents(folder, tmp_path / "data")
-    assert written == (3, 4, (), {})
+    assert written == (3, 4, (), {}, {})
     assert [(p["_id"], p["title"], p["text"]) for p in passages(tmp_path / "data")] == [
         ("a.md#0", "a - Kettle", "It holds 1.7 litres."),
         ("b.HTM#0", "b - Lamp", "It has three settings."),
@@ -68,10 +69,11 @@ def test_files_that_cannot_be_read_are_counted_and_named(folder, tmp_path):
     assert written.files == written.passages == len(passages(tmp_path / "data")) == 1
     empty, unread = written.notes()
     assert empty == "1 files have no text: menu.html"
-    assert unread.startswith(
-        "not read: 2 PDF files without text (scanned: ocrmypdf reads them) (scan1.pdf, scan2.pdf),"
-        " 1 HTML files that are not UTF-8 and do not declare a known encoding (old.html), 1 PDF"
-        " files that need a password (locked.pdf), 1 broken PDF files (broken.pdf); documents are"
+    assert isinstance(empty, Flaw) and isinstance(unread, Flaw)
+    assert unread == (
+        "could not be read: 2 PDF files without text (scanned: ocrmypdf reads them) (scan1.pdf,"
+        " scan2.pdf), 1 HTML files that are not UTF-8 and do not declare a known encoding (old.html), 1 PDF"
+        " files that need a password (locked.pdf), 1 broken PDF files (broken.pdf)"
     )
 
 
