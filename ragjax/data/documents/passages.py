@@ -11,9 +11,9 @@ Cut = Callable[[Sequence[str]], Iterator[str]]
 
 # Words whose tokens are kept, and their length.
 _KNOWN_WORDS, _LONGEST_KNOWN = 200_000, 40
-# Letters of a word above those that most words have.
-_LONG = re.compile(r"[^\s\u0e00-\u0eff\u2e80-\U0010ffff]{10}")
-_SPACELESS = re.compile(r"[\u0e00-\u0eff\u2e80-\U0010ffff]")
+# About a token: a letter of a script without spaces, a short word or a part of a long one, up to
+# three digits, or a sign.
+_PIECE = re.compile(r"[\u0e00-\u0eff\u2e80-\U0010ffff]|[^\W\d_]{1,9}|\d{1,3}|[^\w\s]|_")
 
 
 def make_cut(tokens: int, overlap: int, tokenizer: Tokenizer | None) -> Cut:
@@ -63,5 +63,5 @@ class _WordTokens(dict[str, int]):
 
 
 def estimated_tokens(text: str) -> int:
-    """Returns about how many tokens a text has; each sign of a script without spaces is one."""
-    return len(text.split()) + len(_SPACELESS.findall(text)) + len(_LONG.findall(text))
+    """Returns about how many tokens a text has for a model of its language."""
+    return len(_PIECE.findall(text))
