@@ -9,6 +9,11 @@ that also does other work. Needs the [parity] extra. Two CPU cores take about on
 minutes for 500 passages of about 150 tokens, one round; a ratio above 1 means that ragjax is
 faster.
 
+    python benchmarks/encoding.py --data FOLDER --passages 0 --rounds 1 --onnx --recall test
+
+adds the ONNX files that an export writes, in float32 and int8, run by onnxruntime, and the recall
+at 5 of all of them for the questions of a split. Needs the [onnx] extra, too.
+
     python benchmarks/encoding.py --data FOLDER --kill_resume --passages 400
 
 kills an encoding half way, goes on with it, and shows what was kept, what was done twice, and
@@ -31,9 +36,11 @@ import numpy as np
 from _beside import run_program
 from numpy.typing import NDArray
 
-from ragjax.data import encode_texts, passage_text, read_beir
+from ragjax.data import encode_texts, pad_right, passage_text, read_beir
 from ragjax.index import EmbeddingWriter, StoreSpec
 from ragjax.models import DEFAULT_ENCODER, TextEncoder, load_encoder
+from ragjax.models.export import plan_encoder
+from ragjax.models.export.onnx_file import OnnxModelFile
 from ragjax.models.files.sources import resolve_source
 from ragjax.refresh import EncodeOptions, EncodeTask, encode_corpus, encode_to_store
 
@@ -60,7 +67,9 @@ class Flags:
         parts: parts of the passages, encoded in turns; the times of a round are summed.
         warmup: passages of the untimed round, spread evenly over the lengths.
         batch_tokens: tokens in a ragjax batch, padding included; several to compare them.
-        batch_rows: texts in a sentence-transformers batch (its own default is 32).
+        batch_rows: texts in a batch of sentence-transformers (its own default) and of onnxruntime.
+        onnx: also times the ONNX files of the encoder.
+        recall: split whose questions are searched for among the passages; empty: none.
         kill_resume: kills and resumes an encoding instead of timing it.
         rows_per_shard: passages in a shard of that encoding.
     """
@@ -73,6 +82,8 @@ class Flags:
     warmup: int = 256
     batch_tokens: tuple[int, ...] = (EncodeOptions().batch_tokens,)
     batch_rows: int = 32
+    onnx: bool = False
+    recall: str = ""
     kill_resume: bool = False
     rows_per_shard: int = 32
 
@@ -92,11 +103,13 @@ def compare(flags: Flags) -> None:
         raise ValueError(
             "--rounds, --parts and --warmup must be at least 1, --passages at least 0."
         )
-    texts = _read_texts(flags)
+    texts, questions, relevant = _read_data(flags)
     encoder = load_encoder(flags.encoder)
     runs = {_REFERENCE: _sentence_transformer(flags, encoder)}
     for batch_tokens in flags.batch_tokens:
         runs[f"ragjax, {batch_tokens} tokens a batch"] = _ragjax(encoder, batch_tokens)
+    if flags.onnx:
+        runs |= _onnxruntime(encoder, flags.batch_rows)
     by_length = sorted(texts, key=len)
     warmup = min(flags.warmup, len(texts))
     for run in runs.values():
@@ -116,6 +129,12 @@ def compare(flags: Flags) -> None:
             f"(parts {ratios.min():.2f} to {ratios.max():.2f}, by processor time "
             f"{times[_REFERENCE][1] / processor:.2f})  largest difference {difference:.0e}"
         )
+    for name, run in runs.items() if questions else ():
+        # Prefixes of models that have them are left out: of both sides.
+        scores = run(questions) @ last[name].embeddings.T
+        found = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+        share = np.mean([bool(rows & {*top}) for rows, top in zip(relevant, found, strict=True)])
+        print(f"{name:28} recall@5 {share:.4f} of {len(questions)} {flags.recall} questions")
 
 
 def _timed_round(texts: list[str], runs: dict[str, Run], parts: int) -> dict[str, Timed]:
@@ -144,7 +163,7 @@ def _timed_round(texts: list[str], runs: dict[str, Run], parts: int) -> dict[str
 
 def kill_and_resume(flags: Flags) -> None:
     """Kills an encoding half way, resumes it and compares it with one that was left alone."""
-    texts = _read_texts(flags)
+    texts, _, _ = _read_data(flags)
     num_shards = -(-len(texts) // flags.rows_per_shard)
     if num_shards < 3:
         raise ValueError(f"{len(texts)} passages make {num_shards} shards; lower --rows_per_shard.")
@@ -212,12 +231,20 @@ def _encode_to(
     return missing
 
 
-def _read_texts(flags: Flags) -> list[str]:
-    """Returns the first passages as they are encoded, title first."""
+def _read_data(flags: Flags) -> tuple[list[str], list[str], list[set[int]]]:
+    """Returns the first passages, title first, and questions with their rows among them."""
     with tempfile.TemporaryDirectory() as cache:
-        corpus = read_beir(flags.data, cache=cache).corpus
+        dataset = read_beir(flags.data, cache=cache)
+        corpus = dataset.corpus
         size = min(flags.passages or len(corpus), len(corpus))
-        return [passage_text(corpus[row]) for row in range(size)]
+        texts = [passage_text(corpus[row]) for row in range(size)]
+        if not flags.recall:
+            return texts, [], []
+        graded = dataset.graded_rows(flags.recall)
+        relevant = [{row for row in rows if row < size} for rows in graded]
+        asked = [number for number, rows in enumerate(relevant) if rows]
+        questions = [dataset.questions[flags.recall][number].text for number in asked]
+        return texts, questions, [relevant[number] for number in asked]
 
 
 def _ragjax(encoder: TextEncoder, batch_tokens: int) -> Run:
@@ -240,6 +267,41 @@ def _task(encoder: TextEncoder, texts: Sequence[str], batch_tokens: int) -> Enco
 def _tokenize(encoder: TextEncoder) -> Callable[[Sequence[str]], Sequence[Sequence[int]]]:
     """Returns the encoder's token ids of texts, cut to its length."""
     return lambda texts: encode_texts(encoder.tokenizer, texts, max_length=encoder.max_length).ids
+
+
+def _onnxruntime(encoder: TextEncoder, batch_rows: int) -> dict[str, Run]:
+    """Returns runs of the ONNX files of the encoder, texts of like length in a batch."""
+    contents = plan_encoder(encoder, formats=["onnx", "onnx-int8"])
+    import onnxruntime
+
+    def make(content: bytes) -> Run:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        wanted = [each.name for each in session.get_inputs()]
+
+        def run(texts: list[str]) -> NDArray[np.float32]:
+            ids = _tokenize(encoder)(texts)
+            order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+            found = np.empty((len(ids), encoder.embedding_size), np.float32)
+            for start in range(0, len(ids), batch_rows):
+                rows = order[start : start + batch_rows]
+                length = max(len(ids[row]) for row in rows)
+                padded = pad_right([ids[row] for row in rows], length=length, pad_id=encoder.pad_id)
+                given = {
+                    "input_ids": padded.ids,
+                    "attention_mask": padded.mask,
+                    "token_type_ids": np.zeros_like(padded.ids),
+                }
+                inputs = {name: given[name].astype(np.int64) for name in wanted}
+                found[rows] = np.asarray(session.run(["sentence_embedding"], inputs)[0])
+            return found
+
+        return run
+
+    return {
+        f"onnxruntime, {path.rpartition('/')[2]}": make(model.content)
+        for path, model in contents.models.items()
+        if isinstance(model, OnnxModelFile)
+    }
 
 
 def _sentence_transformer(flags: Flags, encoder: TextEncoder) -> Run:

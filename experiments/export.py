@@ -3,13 +3,19 @@
     python experiments/export.py --run runs/adapt --what encoder --output export/encoder
     python experiments/export.py --run runs/adapt --what language_model --output export/lm
     python experiments/export.py --source model.gguf --what language_model --output export/lm
+    python experiments/export.py --run runs/adapt --what language_model --output export/gguf \
+        --formats gguf-q8_0
+    python experiments/export.py --output export/encoder --push_to_hub ORG/NAME
+    python experiments/export.py --run runs/adapt --index faiss --output export/index
     python experiments/export.py --run runs/adapt --index milvus:http://localhost:19530/manual
 
 An encoder becomes a sentence-transformers folder in the layout that its old versions read
-too, a language model a transformers folder. Nothing is overwritten; the folder
+too, a language model a transformers folder; `--formats` adds ONNX and GGUF files to them, or writes
+these alone. Nothing is overwritten; the folder
 appears when every tensor has been read back and found equal, bit for bit. With `--index` the
-embeddings of a run's documents are published in a Milvus server instead. Its alias names them once
-the server searches them all through an index; `--roll_back` lets it name those before again.
+embeddings of a run's documents are written as files, or published in a Milvus server, instead. Its
+alias names them once the server searches them all through an index; `--roll_back` lets it name
+those before again.
 """
 
 import logging
@@ -24,14 +30,22 @@ import tyro
 from tqdm import tqdm
 
 from ragjax.index import MilvusOptions
+from ragjax.index.files import flat_index, write_index
 from ragjax.index.milvus import MilvusKind
 from ragjax.index.milvus_client import Address, check_server
 from ragjax.index.milvus_publish import publish as publish_index
 from ragjax.index.milvus_publish import roll_back
-from ragjax.models import load_encoder, load_language_model
-from ragjax.models.export import plan_encoder, plan_language_model
+from ragjax.models import LanguageModel, load_encoder, load_language_model
+from ragjax.models.export import (
+    Format,
+    check_formats,
+    check_packages,
+    plan_encoder,
+    plan_language_model,
+)
 from ragjax.models.export.card import Card
 from ragjax.models.export.folder import ModelFolder, check_destination, publish
+from ragjax.models.export.hub import Upload, check_login, check_repo, plan_upload, upload
 from ragjax.models.export.language_model import auto_class
 from ragjax.runs.options.checks import check_numbers
 from ragjax.runs.program import BAD_INPUT, flag_names, show_error
@@ -41,6 +55,7 @@ from ragjax.runs.saved import (
     adapted_encoder,
     adapted_language_model,
     doc_embeddings,
+    document_ids,
     open_run,
 )
 
@@ -55,8 +70,15 @@ class Flags:
         what: The encoder (of a run with one encoder for queries and documents, or of a source), one
             of the two encoders of a run that has two, or the language model.
         output: Folder to write; must not exist, or be empty.
-        index: Publish the embeddings of the run's documents there, `milvus:URI/ALIAS`, in place of
-            `what`. A token is read from the environment variable MILVUS_TOKEN.
+        formats: What the folder holds a model as, one or more. `gguf-f16` and `gguf-q8_0` are of
+            language models, `onnx` (float32) and `onnx-int8` of encoders.
+        push_to_hub: Repository on the Hugging Face hub, ORG/NAME, for what was exported, now or,
+            without `what`, before. Shows the model card and the files, and sends nothing.
+        upload: With `push_to_hub`, sends them. The token is the one of `hf auth login`, or of the
+            environment variable HF_TOKEN; a repository that is made is private.
+        index: Write the embeddings of the run's documents, in place of `what`: as `npy` or `faiss`
+            files to `output`, or `milvus:URI/ALIAS` to a server, whose token is read from the
+            environment variable MILVUS_TOKEN.
         index_kind: Index that Milvus builds.
         keep: Generations before this one that stay on the server, to roll back to.
         roll_back: Let the alias of `index` name the generation before the present one again.
@@ -75,6 +97,9 @@ class Flags:
 
     what: What | None = None
     output: str = ""
+    formats: tuple[Format, ...] = ("safetensors",)
+    push_to_hub: str = ""
+    upload: bool = False
     index: str = ""
     index_kind: MilvusKind = "HNSW"
     keep: int = 1
@@ -90,13 +115,19 @@ class Flags:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the flags that are at odds."""
+        if self.upload and not self.push_to_hub:
+            raise ValueError("--upload goes with --push_to_hub ORG/NAME")
         if self.index or self.roll_back:
             self._check_index()
             return
+        if self.push_to_hub:
+            check_repo(self.push_to_hub)
+            if self.output and not (self.what or self.run or self.source):
+                return
         if not (self.what and self.output):
             raise ValueError(
-                "give --what with --output FOLDER (a model), or --index milvus:URI/ALIAS (the"
-                " embeddings of a run's documents)"
+                "give --what with --output FOLDER (a model), or --index npy, faiss or"
+                " milvus:URI/ALIAS (the embeddings of a run's documents)"
             )
         if bool(self.run) == bool(self.source):
             raise ValueError("give one of --run FOLDER (an adapted model) and --source MODEL")
@@ -105,6 +136,7 @@ class Flags:
                 f"--what {self.what} is of a run with two encoders; a --source has one, --what"
                 " encoder"
             )
+        check_formats(self.formats, is_lm=self.what == "language_model")
         check_numbers(self, mark="--")
         if not self.max_shard_gb * 10**9 >= 1:
             raise ValueError(
@@ -114,16 +146,20 @@ class Flags:
     def _check_index(self) -> None:
         if not self.index:
             raise ValueError("--roll_back goes with --index milvus:URI/ALIAS")
-        if self.what or self.output or self.source:
+        files = self.index in ("npy", "faiss")
+        if self.what or self.source or self.push_to_hub or bool(self.output) != files:
             raise ValueError(
-                "--index publishes the embeddings of a run: it goes with --run FOLDER, and without"
-                " --what, --output and --source"
+                "--index is of the embeddings of a run: it goes with --run FOLDER, and without"
+                " --what, --output and --source; --index npy and faiss with --output FOLDER"
             )
+        if files and (self.roll_back or not self.run):
+            raise ValueError(f"--index {self.index} goes with --run FOLDER and --output FOLDER")
         if bool(self.run) == self.roll_back:
             raise ValueError("--index goes with one of --run FOLDER and --roll_back")
         if self.keep < 0:
             raise ValueError(f"--keep must be at least 0, got {self.keep}")
-        Address.parse(self.index)
+        if not files:
+            Address.parse(self.index)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,11 +183,17 @@ def _run(flags: Flags) -> None:
     if flags.roll_back:
         print(f"{flags.index} names {roll_back(flags.index)} again")
         return
-    if flags.index:
-        _publish(flags)
-        return
     output = Path(flags.output)
-    check_destination(output)  # before anything that takes time
+    if flags.index:
+        (_write_index if flags.output else _publish)(flags)
+        return
+    if flags.upload:
+        print(f"uploading as {check_login()}")  # before anything that takes time
+    if not flags.what:
+        _push(flags, plan_upload(output, flags.push_to_hub))
+        return
+    check_packages(flags.formats)  # likewise
+    check_destination(output)
     model, card = _from_run(flags) if flags.run else _from_source(flags)
     is_lm = flags.what == "language_model"
     plan: Callable[..., ModelFolder] = plan_language_model if is_lm else plan_encoder
@@ -160,24 +202,80 @@ def _run(flags: Flags) -> None:
         dtype=flags.dtype,
         max_shard_size=int(flags.max_shard_gb * 10**9),
         card=card,
+        formats=flags.formats,
     )
     if flags.dry_run:
         check_destination(output, size=sum(contents.sizes().values()))
+        if flags.push_to_hub:
+            print(contents.files["README.md"])
         _show_sizes(f"{output} would hold", contents.sizes())
         return
     exported = publish(contents, output)
     _show_sizes(str(exported.folder), exported.sizes)
     print(
-        f"read back: {exported.num_tensors} tensors as {flags.dtype}, every bit equal to what was"
-        " to be written"
+        f"read back: {exported.num_tensors} tensors as {', '.join(_types(flags))}, every bit equal"
+        " to what was to be written"
     )
-    folder = repr(str(exported.folder))
-    if is_lm:
-        print(f"load it with transformers: {auto_class(model)}.from_pretrained({folder})")
-        print(f"or with ragjax: load_language_model({folder})")
-    else:
-        print(f"load it with sentence-transformers: SentenceTransformer({folder})")
-        print(f"or with ragjax: load_encoder({folder})")
+    for line in _loading(model, exported.folder, flags):
+        print(line)
+    if flags.push_to_hub:
+        _push(flags, plan_upload(exported.folder, flags.push_to_hub))
+
+
+def _types(flags: Flags) -> list[str]:
+    return [flags.dtype if name == "safetensors" else name for name in flags.formats]
+
+
+def _loading(model: Any, folder: Path, flags: Flags) -> list[str]:
+    """Returns how what was written is loaded."""
+    is_lm, whole = isinstance(model, LanguageModel), "safetensors" in flags.formats
+    quoted = repr(str(folder))
+    lines = [f"load it with llama.cpp: llama-server -m {path}" for path in folder.glob("*.gguf")]
+    lines += [
+        f"load it with onnxruntime: InferenceSession({str(path)!r})"
+        for path in sorted(folder.glob("onnx/*.onnx"))
+    ]
+    if is_lm and whole:
+        lines.append(f"load it with transformers: {auto_class(model)}.from_pretrained({quoted})")
+        lines.append(f"or with ragjax: load_language_model({quoted})")
+    elif whole:
+        lines.append(f"load it with sentence-transformers: SentenceTransformer({quoted})")
+        lines.append(f"or with ragjax: load_encoder({quoted})")
+    return lines
+
+
+def _push(flags: Flags, plan: Upload) -> None:
+    """Shows what goes to the hub; sends it where that was asked for."""
+    print(plan.card)
+    _show_sizes(f"https://huggingface.co/{plan.repo}, of {plan.folder}", dict(plan.sizes))
+    if not flags.upload:
+        print(
+            "nothing was uploaded; send it with experiments/export.py --output"
+            f" {flags.output} --push_to_hub {plan.repo} --upload"
+        )
+    elif not flags.dry_run:
+        print(f"uploaded: {upload(plan)}")
+
+
+def _write_index(flags: Flags) -> None:
+    output, faiss = Path(flags.output), flags.index == "faiss"
+    if faiss:
+        flat_index(1)  # refuses where it is not installed
+    check_destination(output)
+    run = open_run(flags.run)
+    _note_un_adapted(run, flags)
+    store = doc_embeddings(run, flags.models)
+    spec = store.spec
+    check_destination(output, size=spec.size * spec.dim * 4 * (2 if faiss else 1))
+    facts = f"{spec.size:,} documents x {spec.dim} dimensions"
+    if flags.dry_run:
+        print(f"{output} would hold {facts}")
+        return
+    ids = document_ids(run, store)
+    with tqdm(total=spec.size, desc="writing", unit=" documents", file=sys.stderr) as bar:
+        sizes = write_index(output, store, ids, faiss=faiss, on_rows=bar.update)
+    _show_sizes(str(output), sizes)
+    print(f"read back: {facts}, every bit equal to those of the run")
 
 
 def _publish(flags: Flags) -> None:

@@ -36,9 +36,12 @@ MAY_IMPORT = {
 }
 # Top-level module -> the only subpackage that may import it.
 OWNERS = {
+    "faiss": "index",
     "pymilvus": "index",
     "scann": "index",
     "gguf": "models",
+    "onnx": "models",
+    "onnxruntime": "models",
     "transformers": "models",
     "tensorboardX": "runs",
     "trackio": "runs",

@@ -13,6 +13,7 @@ from ragjax.models.encoder import TextEncoder
 from ragjax.models.language_model import LanguageModel
 from ragjax.refresh.task import params_digest
 from ragjax.runs.compare.served import Served
+from ragjax.runs.data import read_data
 from ragjax.runs.folder import CONFIG, REPORT
 from ragjax.runs.inputs import check_model
 from ragjax.runs.models import Encoders, base_towers, in_compute_dtype, load_encoders, load_lm
@@ -324,6 +325,22 @@ def doc_embeddings(run: FinishedRun, which: ModelChoice = "shipped") -> Embeddin
         run.folder / "index" / str(version),
         model_fingerprint=params_digest(models.doc_encoder.params),
     )
+
+
+def document_ids(run: FinishedRun, store: EmbeddingStore) -> list[str]:
+    """Returns the ids of the documents that a store of a run has the embeddings of, row by row.
+
+    Raises:
+        FileNotFoundError: The data of the run are not there any more.
+        ValueError: They have other documents today.
+    """
+    corpus = read_data(run.config, run.folder, lambda note: None).corpus
+    if corpus.fingerprint != store.spec.corpus_fingerprint:
+        raise ValueError(
+            f"{run.folder}: {run.config.data or 'its data'} has other documents than those that"
+            " were encoded; give it the documents of the run back, or adapt again"
+        )
+    return [passage.id for passage in corpus]
 
 
 def newest_index(folder: Path) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from ragjax.runs.program import parse_flags
 from ragjax.training import RagBatch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.rst"))]
+NEEDS = {"export.rst": ("onnx", "onnxruntime")}
 ELSEWHERE = {"refresh.rst"}  # tests/docs/test_refresh_page.py runs them
 
 
@@ -132,6 +134,8 @@ def test_the_python_blocks_of_a_page_run(page, here, names):
     given = names[""] | names.get(page.name, {})
     if page.name in ELSEWHERE:
         return
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package, reason="needs the [onnx] extra")
     for block in blocks:
         # A tiny model has three layers.
         block = block.replace('"train_layers": 4', '"train_layers": 1')
@@ -143,6 +147,13 @@ def test_the_python_blocks_of_a_page_run(page, here, names):
 def trains(given):
     metrics = given["result"].metrics
     return metrics["after"]["recall@5"]["value"] >= 0 and given["result"].report.exists()
+
+
+def exported(given):
+    files = {path.relative_to("export").as_posix() for path in Path("export").rglob("*.*")}
+    expected = {"encoder/model.safetensors", "lm/model.safetensors", "gguf/model-Q8_0.gguf"}
+    expected |= {"onnx/onnx/model.onnx", "onnx/onnx/model_qint8.onnx"}
+    return expected <= files and not {"onnx/model.safetensors", "gguf/config.json"} & files
 
 
 def taught(given):
@@ -158,6 +169,7 @@ CHECKS = {
     "ask.rst": lambda given: len(given["reply"].sources) > 0,
     "evaluate.rst": lambda given: given["found"].exit_code == 0,
     "end_to_end.rst": lambda given: np.isfinite(given["value"]),
+    "export.rst": exported,
     "generation.rst": lambda given: np.allclose(given["posterior"].sum(-1), 1, atol=1e-4),
     "models.rst": lambda given: given["embeddings"].shape == (2, 16),
 }

@@ -199,6 +199,22 @@ def params_to_huggingface(
     return named_tensors(params, huggingface_key_table(config))
 
 
+def params_to_gguf(
+    config: DecoderConfig, params: dict[str, Any], *, permuted: bool
+) -> Mapping[str, np.ndarray]:
+    """Names the parameters as a GGUF file does: the inverse of `params_from_gguf`.
+
+    Args:
+        config: Sizes.
+        params: Parameters; the layers in one stack or several.
+        permuted: True: the rows of q and k pair neighbouring entries.
+
+    Returns:
+        Tensor name to contiguous float array, see `named_tensors`.
+    """
+    return named_tensors(params, _key_table(config, _GGUF, permuted=permuted))
+
+
 def huggingface_key_table(config: DecoderConfig) -> dict[str, KeyRule]:
     """Returns where each tensor of a Hugging Face folder goes."""
     return _key_table(config, _huggingface_names("model."), permuted=False)
@@ -231,26 +247,36 @@ def _key_table(config: DecoderConfig, names: _Names, *, permuted: bool) -> dict[
     biased["output"] = config.output_bias
     # GGUF files store the finished scales.
     offset = config.family.norm_offset if names is _GGUF else 0.0
-    norm = (lambda tensor: tensor - np.float32(offset)) if offset else unchanged
+    norm, scale = unchanged, unchanged
+    if offset:
+        norm, scale = _plus(-offset), _plus(offset)
     table = {
         names.embedding: KeyRule("embed/embedding"),
-        names.final_norm: KeyRule("final_norm/scale", norm),
+        names.final_norm: KeyRule("final_norm/scale", norm, scale),
     }
     for name, columns in _LINEAR.items():
-        restore = _unpermute(heads[name]) if permuted and name in heads else unchanged
+        restore, permute = unchanged, unchanged
+        if permuted and name in heads:
+            restore, permute = _unpermute(heads[name]), _permute(heads[name])
         stem = names.layer + columns[names.column]
         table[f"{stem}.weight"] = KeyRule(
-            f"layers/{name}/kernel", lambda tensor, restore=restore: restore(tensor).T
+            f"layers/{name}/kernel",
+            lambda tensor, restore=restore: restore(tensor).T,
+            lambda kernel, permute=permute: permute(kernel.T),
         )
         if biased[name]:
-            table[f"{stem}.bias"] = KeyRule(f"layers/{name}/bias", restore)
+            table[f"{stem}.bias"] = KeyRule(f"layers/{name}/bias", restore, permute)
     norms = _SANDWICH_NORMS if config.family.sandwich_norms else _NORMS
     for name, columns in (norms | (_HEAD_NORMS if config.family.query_key_norm else {})).items():
         stem = names.layer + columns[names.column]
-        table[f"{stem}.weight"] = KeyRule(f"layers/{name}/scale", norm)
+        table[f"{stem}.weight"] = KeyRule(f"layers/{name}/scale", norm, scale)
     if not config.tie_embeddings:
         table[names.unembedding] = KeyRule("unembed/kernel", transpose)
     return table
+
+
+def _plus(offset: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda tensor: tensor + np.float32(offset)
 
 
 def _unpermute(num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -259,3 +285,11 @@ def _unpermute(num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
         return pairs.swapaxes(1, 2).reshape(tensor.shape)
 
     return restore
+
+
+def _permute(num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(tensor: np.ndarray) -> np.ndarray:
+        halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+    return change

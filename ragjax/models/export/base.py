@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -30,6 +31,7 @@ class BaseModel(NamedTuple):
     generation_config: Mapping[str, Any]
     chat_template: Any  # text, or a list of {"name": ..., "template": ...}; None: it has none
     notices: Mapping[str, str]  # licence texts by file name
+    gguf_tokenizer: Mapping[str, Any] = MappingProxyType({})  # fields of a GGUF file's tokenizer
 
 
 def read_base(source: str) -> BaseModel:
@@ -116,4 +118,7 @@ def _from_gguf(source: str, path: Path) -> BaseModel:
         generation_config={} if ids["bos"] is None else {"bos_token_id": int(ids["bos"])},
         chat_template=fields.get("tokenizer.chat_template"),
         notices={},
+        gguf_tokenizer={
+            name: value for name, value in fields.items() if name.startswith("tokenizer.")
+        },
     )

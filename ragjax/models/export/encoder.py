@@ -1,6 +1,6 @@
 """A text encoder as sentence-transformers reads it, in the layout that all its versions know."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +16,35 @@ from ragjax.models.layers.head import Dense, Normalize, Truncate
 from ragjax.models.layers.pooling import pooling_modes
 
 _MODES = {mode: key for key, mode in POOLING_SWITCHES.items()}
+_ONNX_EXAMPLE = """\
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")
+tokenizer.enable_truncation({max_length})
+tokenizer.enable_padding(pad_id={pad_id})
+session = onnxruntime.InferenceSession("FOLDER/{file}")
+encoded = tokenizer.encode_batch(texts)
+inputs = {{
+    "input_ids": [text.ids for text in encoded],
+    "attention_mask": [text.attention_mask for text in encoded],{types}
+}}
+inputs = {{name: np.array(rows, np.int64) for name, rows in inputs.items()}}
+(embeddings,) = session.run(["sentence_embedding"], inputs)"""
+_TYPES = """
+    "token_type_ids": [text.type_ids for text in encoded],"""
 _OLD_MODES = 4  # modes that the first versions know; they refuse the names of the others
 
 
 def encoder_files(
-    encoder: TextEncoder, base: BaseModel, card: Card, *, dtype: str
+    encoder: TextEncoder,
+    base: BaseModel,
+    card: Card,
+    *,
+    dtype: str,
+    weights: bool = True,
+    models: Sequence[str] = (),
 ) -> dict[str, str]:
     """Makes every file but the weights.
 
@@ -29,6 +53,8 @@ def encoder_files(
         base: What the base model's files say.
         card: What the caller knows.
         dtype: Of the weights.
+        weights: Whether the folder holds safetensors, for the model card.
+        models: ONNX files in it, likewise.
 
     Returns:
         Path in the folder → contents.
@@ -61,7 +87,9 @@ def encoder_files(
                 "similarity_fn_name": "cosine" if encoder.normalized else "dot",
             }
         ),
-        "README.md": format_card(card, base, _use(encoder, config), kind="a text encoder"),
+        "README.md": format_card(
+            card, base, _use(encoder, config, weights, models), kind="a text encoder"
+        ),
     }
     for place, step in _places(encoder).items():
         kinds.append((place, "Normalize" if isinstance(step, Normalize) else "Dense"))
@@ -156,29 +184,45 @@ def _dense(step: _Matrix) -> dict[str, Any]:
     }
 
 
-def _use(encoder: TextEncoder, config: Mapping[str, Any]) -> Use:
+def _use(
+    encoder: TextEncoder, config: Mapping[str, Any], weights: bool, models: Sequence[str]
+) -> Use:
+    onnx = {
+        f"onnxruntime, `{file}`": _ONNX_EXAMPLE.format(
+            max_length=encoder.max_length,
+            pad_id=encoder.pad_id,
+            file=file,
+            types=_TYPES if config.get("type_vocab_size", 0) > 1 else "",
+        )
+        for file in models
+    }
     return Use(
         library="sentence-transformers",
         pipeline="sentence-similarity",
-        tags=("sentence-transformers", "feature-extraction", "sentence-similarity", "ragjax"),
+        tags=(
+            *("sentence-transformers", "feature-extraction", "sentence-similarity", "ragjax"),
+            *(("onnx",) if models else ()),
+        ),
         summary=(
             f"A text encoder of type `{config['model_type']}`: texts of up to {encoder.max_length} "
             f"tokens become {encoder.embedding_size} numbers, compared by "
             + ("cosine." if encoder.normalized else "dot product.")
         ),
-        examples={
-            "sentence-transformers": (
-                "from sentence_transformers import SentenceTransformer\n\n"
-                'model = SentenceTransformer("FOLDER")\n'
-                + (
-                    'queries = model.encode(texts, prompt_name="query")\n'
-                    'documents = model.encode(texts, prompt_name="document")'
-                    if encoder.query_prefix or encoder.doc_prefix
-                    else "embeddings = model.encode(texts)"
-                )
-            ),
-            "ragjax": (
-                'from ragjax.models import load_encoder\n\nencoder = load_encoder("FOLDER")'
-            ),
-        },
+        examples={**(_examples(encoder) if weights else {}), **onnx},
     )
+
+
+def _examples(encoder: TextEncoder) -> dict[str, str]:
+    prompted = (
+        'queries = model.encode(texts, prompt_name="query")\n'
+        'documents = model.encode(texts, prompt_name="document")'
+    )
+    plain = "embeddings = model.encode(texts)"
+    return {
+        "sentence-transformers": (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer("FOLDER")\n'
+            + (prompted if encoder.query_prefix or encoder.doc_prefix else plain)
+        ),
+        "ragjax": 'from ragjax.models import load_encoder\n\nencoder = load_encoder("FOLDER")',
+    }

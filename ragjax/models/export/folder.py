@@ -4,7 +4,8 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from ragjax.models.export.weights import Weights, check_weights, write_weights
 from ragjax.storage import write_text
@@ -12,11 +13,33 @@ from ragjax.storage import write_text
 _MARGIN = 1 << 20  # bytes left free, for what the file system itself needs
 
 
+class ModelFile(Protocol):
+    """A whole model in one file of another format."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        ...
+
+    def write(self, path: Path) -> None:
+        """Writes the file under a name that nobody reads yet."""
+        ...
+
+    def check(self, path: Path) -> int:
+        """Reads the file back and returns how many tensors are as they were to be.
+
+        Raises:
+            OSError: The file does not hold what it was to hold.
+        """
+        ...
+
+
 class ModelFolder(NamedTuple):
     """What a folder is going to hold."""
 
     files: Mapping[str, str]  # path in the folder -> text
     weights: Mapping[str, Weights]  # path of a subfolder, "" for the folder itself -> its tensors
+    models: Mapping[str, ModelFile] = MappingProxyType({})  # path in the folder -> GGUF, ONNX
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of every file, by its path in the folder."""
@@ -26,6 +49,7 @@ class ModelFolder(NamedTuple):
             sizes |= {prefix + shard.file: shard.size for shard in weights.shards}
             if weights.index is not None:
                 sizes[f"{prefix}model.safetensors.index.json"] = len(weights.index.encode())
+        sizes |= {path: model.size for path, model in self.models.items()}
         return dict(sorted(sizes.items()))
 
 
@@ -91,6 +115,10 @@ def publish(contents: ModelFolder, folder: Path) -> Exported:
             (scratch / place).mkdir(exist_ok=True)
             write_weights(weights, scratch / place)
             num_tensors += check_weights(weights, scratch / place)
+        for path, model in contents.models.items():
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            model.write(scratch / path)
+            num_tensors += model.check(scratch / path)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,6 @@
 """The text files of a language model's folder, as transformers writes them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ragjax.models.export.base import BaseModel
@@ -18,7 +18,13 @@ _DROPPED = ("auto_map", "quantization_config", "transformers_version", "_name_or
 
 
 def language_model_files(
-    lm: LanguageModel, base: BaseModel, card: Card, *, dtype: str
+    lm: LanguageModel,
+    base: BaseModel,
+    card: Card,
+    *,
+    dtype: str,
+    weights: bool = True,
+    models: Sequence[str] = (),
 ) -> dict[str, str]:
     """Makes every file but the weights.
 
@@ -27,13 +33,15 @@ def language_model_files(
         base: What the base model's files say.
         card: What the caller knows.
         dtype: Of the weights.
+        weights: Whether the folder holds safetensors, for the model card.
+        models: GGUF files in it, likewise.
 
     Returns:
         File name → contents.
     """
     check_tokenizer(lm.tokenizer, lm.config.vocab_size)
     config = model_config(base, lm.family, lm.config, dtype=dtype)
-    ids = _token_ids(lm, base)
+    ids = token_ids(lm, base)
     names = {
         f"{role}_token": lm.tokenizer.id_to_token(index[0] if isinstance(index, list) else index)
         for role, index in ids.items()
@@ -54,7 +62,9 @@ def language_model_files(
             tokens=names,
             max_length=lm.max_length,
         ),
-        "README.md": format_card(card, base, _use(lm, config), kind="a language model"),
+        "README.md": format_card(
+            card, base, _use(lm, config, weights, models), kind="a language model"
+        ),
     }
 
 
@@ -92,8 +102,8 @@ def _describes(base: BaseModel, family: Any, config: Any) -> bool:
         return False
 
 
-def _token_ids(lm: LanguageModel, base: BaseModel) -> dict[str, Any]:
-    """Returns the ids of the special tokens by role: bos, eos, pad."""
+def token_ids(lm: LanguageModel, base: BaseModel) -> dict[str, Any]:
+    """Returns the ids of the special tokens by role: bos, eos (one or a list of them), pad."""
     ids: dict[str, Any] = {"pad": lm.pad_id}
     if lm.eos_ids:
         ids["eos"] = lm.eos_ids[0] if len(lm.eos_ids) == 1 else list(lm.eos_ids)
@@ -105,28 +115,32 @@ def _token_ids(lm: LanguageModel, base: BaseModel) -> dict[str, Any]:
     return ids
 
 
-def _use(lm: LanguageModel, config: Mapping[str, Any]) -> Use:
+def _use(lm: LanguageModel, config: Mapping[str, Any], weights: bool, models: Sequence[str]) -> Use:
     auto = auto_class(lm)
     task = "text2text-generation" if lm.family.has_encoder else "text-generation"
+    examples = {
+        "transformers": (
+            f"from transformers import {auto}, AutoTokenizer\n\n"
+            f'model = {auto}.from_pretrained("FOLDER")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        ),
+        "ragjax": (
+            'from ragjax.models import load_language_model\n\nlm = load_language_model("FOLDER")'
+        ),
+    }
+    gguf = {
+        f"llama.cpp, `{file}`": f'from llama_cpp import Llama\n\nlm = Llama("FOLDER/{file}")'
+        for file in models
+    }
     return Use(
-        library="transformers",
+        library="transformers" if weights else "gguf",
         pipeline=task,
-        tags=("ragjax", "retrieval-augmented-generation"),
+        tags=("ragjax", "retrieval-augmented-generation", *(("gguf",) if models else ())),
         summary=(
             f"A language model of type `{config['model_type']}` for up to {lm.max_length:,} tokens."
             + _reads(lm)
         ),
-        examples={
-            "transformers": (
-                f"from transformers import {auto}, AutoTokenizer\n\n"
-                f'model = {auto}.from_pretrained("FOLDER")\n'
-                'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-            ),
-            "ragjax": (
-                "from ragjax.models import load_language_model\n\n"
-                'lm = load_language_model("FOLDER")'
-            ),
-        },
+        examples={**(examples if weights else {}), **gguf},
     )
 
 

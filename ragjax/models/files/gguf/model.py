@@ -20,7 +20,7 @@ from ragjax.models.files.gguf.tokenizer import (
 )
 
 # Architecture in the file: whether llama.cpp reordered the rows of q and k when it was written.
-_PERMUTED = {"llama": True, "qwen2": False, "qwen3": False, "gemma3": False}
+PERMUTED = {"llama": True, "qwen2": False, "qwen3": False, "gemma3": False}
 
 
 class GgufModel(NamedTuple):
@@ -52,10 +52,10 @@ def read_gguf(path: Path) -> GgufModel:
     """
     fields, tensors = read_gguf_file(path)
     architecture = fields.get("general.architecture")
-    if architecture not in _PERMUTED:
+    if architecture not in PERMUTED:
         raise ValueError(
             f"{path}: architecture {architecture!r:.100}; supported GGUF architectures: "
-            f"{', '.join(_PERMUTED)}"
+            f"{', '.join(PERMUTED)}"
         )
     tokenizer = build_tokenizer(path, fields)
     config = parse_config(path, architecture, fields, tensors)
@@ -63,7 +63,7 @@ def read_gguf(path: Path) -> GgufModel:
     return GgufModel(
         config=config,
         tensors=tensors,
-        permuted=_PERMUTED[architecture],
+        permuted=PERMUTED[architecture],
         tokenizer=tokenizer,
         bos_id=bos_id(path, fields),
         eos_ids=eos_ids(path, fields),

@@ -8,8 +8,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ragjax.models.files.chat import ROLES, ChatTemplate
 
-_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4
-_MERGED_KINDS = (1, _USER_DEFINED_TOKEN)  # normal tokens; never a control, unknown or byte token
+NORMAL_TOKEN, UNKNOWN_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN = 1, 2, 3, 4
+UNUSED_TOKEN, BYTE_TOKEN = 5, 6
+_MERGED_KINDS = (NORMAL_TOKEN, USER_DEFINED_TOKEN)  # never a control, unknown or byte token
 # Control tokens that end an answer or a turn, by the names that checkpoints give them.
 _END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 _END_TOKENS += ("<end_of_turn>", "<eos>")
@@ -49,26 +50,32 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     """
     kind = fields.get("tokenizer.ggml.model")
     pre = fields.get("tokenizer.ggml.pre")
-    known = isinstance(pre, str) and pre in _BYTE_LEVEL
+    known = isinstance(pre, str) and pre in BYTE_LEVEL
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and not known):
         raise ValueError(
             f"{path}: tokenizer {kind!r:.100} with pre-tokenizer {pre!r:.100}; supported: 'llama', "
-            f"and 'gpt2' with {', '.join(sorted(_BYTE_LEVEL))}. Use a Hugging Face folder "
+            f"and 'gpt2' with {', '.join(sorted(BYTE_LEVEL))}. Use a Hugging Face folder "
             "(tokenizer.json)"
         )
     tokens = _list(path, fields, "tokens", str)
     kinds = _list(path, fields, "token_type", int, len(tokens), default=[1] * len(tokens))
     try:
         if kind == "gpt2":
-            merges = _list(path, fields, "merges", str)
-            tokenizer = _byte_level(tokens, merges, _BYTE_LEVEL[str(pre)])
+            # No program writes an empty list, which is that of a vocabulary of single bytes.
+            bare = all(
+                len(token) == 1
+                for token, token_kind in zip(tokens, kinds, strict=True)
+                if token_kind == NORMAL_TOKEN
+            )
+            merges = _list(path, fields, "merges", str, default=[] if bare else None)
+            tokenizer = _byte_level(tokens, merges, BYTE_LEVEL[str(pre)])
         else:
             scores = _list(path, fields, "scores", float, len(tokens))
             unknown = token_id(path, fields, "unknown_token_id", 0)
             prefixed = fields.get("tokenizer.ggml.add_space_prefix", True)
             tokenizer = _sentence_piece(tokens, scores, kinds, unknown, prefixed=bool(prefixed))
         for special in (True, False):
-            wanted = _CONTROL_TOKEN if special else _USER_DEFINED_TOKEN
+            wanted = CONTROL_TOKEN if special else USER_DEFINED_TOKEN
             added = [
                 AddedToken(token, special=special, normalized=False)
                 for token, token_kind in zip(tokens, kinds, strict=True)
@@ -85,7 +92,7 @@ def bos_id(path: Path, fields: Mapping[str, Any]) -> int | None:
     sentence_piece = fields.get("tokenizer.ggml.model") == "llama"
     adds = fields.get("tokenizer.ggml.add_bos_token")
     if adds is None:
-        kind = _BYTE_LEVEL.get(str(fields.get("tokenizer.ggml.pre")))
+        kind = BYTE_LEVEL.get(str(fields.get("tokenizer.ggml.pre")))
         adds = sentence_piece or (kind is not None and kind.adds_bos)
     found = token_id(path, fields, "bos_token_id", 1 if sentence_piece else None)
     return found if adds else None
@@ -99,9 +106,10 @@ def eos_ids(path: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
     ids = [
         token_id(path, fields, "eos_token_id", 2 if sentence_piece else None),
         token_id(path, fields, "eot_token_id"),
+        token_id(path, fields, "eom_token_id"),
     ]
     # Only control tokens: "</s>" is an HTML tag in the vocabulary of Gemma.
-    places = {tokens[index]: index for index, kind in enumerate(kinds) if kind == _CONTROL_TOKEN}
+    places = {tokens[index]: index for index, kind in enumerate(kinds) if kind == CONTROL_TOKEN}
     ids += [places.get(token) for token in _END_TOKENS]
     return tuple(dict.fromkeys(index for index in ids if index is not None))
 
@@ -250,7 +258,7 @@ def _split_by(pattern: str) -> Callable[[], Any]:
 
 _LLAMA3 = _ByteLevel(_split_by(_LLAMA3_SPLIT), whole_words=True, adds_bos=True)
 _QWEN2 = _ByteLevel(_split_by(_LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")), composes=True)
-_BYTE_LEVEL = {
+BYTE_LEVEL = {
     "gpt-2": _ByteLevel(_gpt2),
     "mpt": _ByteLevel(_gpt2),
     "smollm": _ByteLevel(_digits),
