@@ -67,7 +67,7 @@ def test_the_likelier_answers_choose(instruct, tmp_path, monkeypatch, cost, whic
     workspace = chosen(dataclasses.replace(workspace, log=told.append))
     kept = json.loads((tmp_path / "run/prompt.json").read_text())
     assert kept["chat"] == which and kept["reason"] in workspace.notes
-    shown = f"{'in the' if which else 'no'} chat template (the right answers to 24 dev questions"
+    shown = f"{'in the' if which else 'no'} chat template (the right answers to 16 dev questions"
     assert shown in kept["reason"] and f"{3 - cost:.2f} nats per token in it, 3.00" in told[-1]
     asked = workspace.prompts.context("what?")
     text = workspace.lm.tokenizer.decode(asked, skip_special_tokens=False)
@@ -86,7 +86,7 @@ def test_answers_cost_what_they_cost_one_by_one(instruct, tmp_path):
     found, score = choice._nll(workspace, [workspace.lm, lm]), jax.jit(lm.token_log_probs)
     for value, reading in zip(found, (workspace, choice._reading(workspace, lm)), strict=True):
         tokenizer, nats = workspace.lm.tokenizer, []
-        for question in workspace.questions["dev"][:24]:
+        for question in workspace.questions["dev"][:16]:
             (doc,) = workspace.relevant_rows("dev")[workspace.questions["dev"].index(question)]
             context = reading.prompts.context(question.text, reading.documents.get([doc]))
             answer = question.answers[0]
@@ -127,7 +127,7 @@ def test_the_choice_is_in_the_forecast(instruct, tiny_inputs, tmp_path):
         workspace = opened(inputs, tmp_path / name)
         costs[name] = estimate_cost(workspace, workspace.config)
     assert costs["instruct"].seconds["prompt"] > 0 == costs["base"].seconds["prompt"]
-    assert costs["instruct"].lm_forwards - costs["base"].lm_forwards == 48
+    assert costs["instruct"].lm_forwards - costs["base"].lm_forwards == 32
 
 
 @pytest.mark.parametrize("changed", ["template", "chat"])
