@@ -222,7 +222,10 @@ def load_lm(config: RunConfig, folder: Path | None = None) -> LanguageModel:
 
 def describe_lm(config: RunConfig) -> LanguageModel:
     """Returns the language model of a run without its weights, but for a RAG checkpoint's."""
-    return load_lm(config) if is_rag(config.lm) else describe_language_model(config.lm)
+    if is_rag(config.lm):
+        return load_lm(config)
+    template = read_template(config.prompt)
+    return with_prompt(describe_language_model(config.lm), config.prompt, template)
 
 
 def base_towers(config: RunConfig, encoders: Encoders) -> dict[str, Any]:

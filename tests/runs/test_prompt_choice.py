@@ -11,6 +11,7 @@ from programs import load_script
 
 from ragjax.runs import AdaptConfig, Asker, EvaluateConfig, RagConfig, open_system
 from ragjax.runs.adapt import open_adapt
+from ragjax.runs.check import check_run
 from ragjax.runs.evaluate import _choose_prompt, open_evaluation
 from ragjax.runs.forecast import estimate_cost
 from ragjax.runs.inputs import begin, run_inputs
@@ -200,6 +201,17 @@ def test_an_evaluation_takes_the_prompt_of_its_run():
     for name, value in (("template", "{document} {question}"), ("chat", "off")):
         with pytest.raises(ValueError, match=f"--{name} .*: --run r says which models .* what th"):
             EvaluateConfig(run="r", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("no.txt", "no.txt: neither a text"), (f"{{document}} {{question}} {'x' * 500}", "too long")],
+)
+def test_a_check_reads_the_template(tiny_inputs, template, message):
+    options = {"prompt": {"template": template}, "language_model": {"train_layers": 1}}
+    found = check_run(AdaptConfig.from_dict(tiny_inputs | options), with_cost=False)
+    (refused,) = [str(problem) for problem in found.problems.listed if message in str(problem)]
+    assert "prompt.template" in refused and found.code == 2
 
 
 def test_ask_gives_base_models_a_prompt(instruct, tmp_path, capsys):
