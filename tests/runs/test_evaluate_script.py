@@ -381,6 +381,7 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
             "on_unknown": "skip", "encoder": "x", "lm": "x",
                 "query_encoder": "x", "doc_encoder": "x",
             "query_prefix": "", "doc_prefix": "d: ", "split": "dev",
+            "template": "{document} {question}", "chat": "on",
         "systems": ("bm25",), "documents": 2, "mode": "rag_sequence_fast", "beams": 2,
         "max_new_tokens": 2, "document_tokens": 9, "max_questions": 3, "answer_questions": 3,
         "seed": 3, "resamples": 3, "bins": 3, "support_threshold": 0.5, "robustness": False,
