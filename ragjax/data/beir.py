@@ -36,7 +36,7 @@ from ragjax.data.questions import (
     read_questions,
     written_contexts,
 )
-from ragjax.data.tables import find_tables
+from ragjax.data.tables import SAVED_FILES, find_tables
 
 _CORPUS = "corpus.jsonl"
 _PARTS = (_CORPUS, "queries.jsonl", "qrels")
@@ -323,7 +323,7 @@ def _check_parts(folder: Path, read: Collection[Path]) -> list[str]:
     """
     parts = {path.relative_to(folder).parts[0] for path in read if path.is_relative_to(folder)}
     names = sorted(path.name for path in folder.iterdir())
-    parts |= {name for name in names if name.removesuffix(".gz") in _PARTS}
+    parts |= {name for name in names if name.removesuffix(".gz") in _PARTS or name in SAVED_FILES}
     others = [name for name in names if name not in parts]
     if len(others) == len(names):
         raise DataError(

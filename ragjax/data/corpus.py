@@ -44,14 +44,14 @@ class Corpus:
         cache: Folder that holds what is made of passages once.
     """
 
-    def __init__(self, folder: Path):
-        """Maps a whole cache folder; use `Corpus.open`."""
+    def __init__(self, folder: Path, source: str):
+        """Maps a whole cache folder, made of this source; use `Corpus.open`."""
         self.cache = folder.parent
         manifest = read_sealed(folder / MANIFEST, what="prepared corpus")
         self.fingerprint: str = manifest["fingerprint"]
         report = manifest["report"] | {"reading": tuple(manifest["report"]["reading"])}
         rejected_path = folder / REJECTED if report["rejected"] else None
-        self.report = CorpusReport(**report, rejected_path=rejected_path)
+        self.report = CorpusReport(**report, rejected_path=rejected_path).named(source)
         self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
         self._hashes = np.load(folder / HASHES, mmap_mode="r")
         self._hash_rows = np.load(folder / HASH_ROWS, mmap_mode="r")
@@ -101,7 +101,7 @@ class Corpus:
         own = {name: given[name] for name in Passage._fields if name in given}
         options = CorpusOptions(own, on_bad_row, max_chars)
         source = corpus_source(Path(path))
-        return cls(prepared_folder(source, Path(cache), options, progress))
+        return cls(prepared_folder(source, Path(cache), options, progress), source.name)
 
     def __len__(self) -> int:
         """Returns N."""

@@ -4,6 +4,7 @@ A prepared folder holds the passages as JSON lines in their order, the place of 
 sorted hashes of the ids. N is the number of passages.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import orjson
@@ -48,6 +49,7 @@ MANIFEST = "manifest.json"
 _WHAT = "prepared corpus"
 REJECTED = "rejected.jsonl"
 _ROWS_AT_ONCE = 512  # written
+_SOURCE = "{source}"  # in notes that are kept
 # Whitespace and the characters that show nothing.
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*\Z")
 
@@ -71,6 +73,11 @@ class CorpusReport:
     rejected_path: Path | None
     first_rejection: str | None
     reading: tuple[str, ...] = ()
+
+    def named(self, source: str) -> Self:
+        """Returns the report with the name of the source in `reading`."""
+        told = tuple(note.replace(_SOURCE, source) for note in self.reading)
+        return dataclasses.replace(self, reading=told)
 
     def notes(self) -> tuple[str, ...]:
         """Returns how the source was read, and a sentence for each kind of skipped row."""
@@ -170,10 +177,14 @@ def _build(
         rejected=rejected.count,
         rejected_path=None,
         first_rejection=rejected.first_reason,
-        reading=(*_told_once(source, parts), *reader.notes(source.name)),
+        # Another source with the same content has the folder, too.
+        reading=tuple(
+            note.replace(source.name, _SOURCE)
+            for note in (*_told_once(source, parts), *reader.notes(source.name))
+        ),
     )
     if not report.kept:
-        reasons = "; ".join(report.notes()) or "the file is empty"
+        reasons = "; ".join(report.named(source.name).notes()) or "the file is empty"
         raise DataError(f"{source.name}: 0 passages ({reasons})")
     table.save(source, folder)
     fingerprint = table.fingerprint.hexdigest()  # of the bytes of ROWS
@@ -185,16 +196,16 @@ def _build(
         "sha256": walk_digests(folder, known={ROWS: fingerprint}),
     }
     write_sealed(folder / MANIFEST, manifest)
-    return _folder_name(combined([part.sha256 for part in parts]), options)
+    return _folder_name(combined([(part.path.name, part.sha256) for part in parts]), options)
 
 
 def _told_once(source: Source, parts: Sequence[Part]) -> list[str]:
     """Returns the notes of the parts, those that many have as one of the whole."""
-    if len(parts) == 1:
-        return parts[0].notes
-    names = shown_columns([part.path.name for part in parts])
     told = [note.replace(str(part.path), source.name) for part in parts for note in part.notes]
-    return [f"{source.name}: {len(parts)} files, in this order: {names}", *dict.fromkeys(told)]
+    if len(parts) > 1:
+        names = shown_columns([part.path.name for part in parts])
+        told.insert(0, f"{source.name}: {len(parts)} files, in this order: {names}")
+    return list(dict.fromkeys(told))
 
 
 class _PassageTable:

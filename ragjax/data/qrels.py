@@ -26,6 +26,8 @@ _BEIR = "3, with tabs: query-id, corpus-id, score"
 _TREC = "4, as in the first line: query-id, iteration, document-id, relevance"
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
+_QUERIES = ("queries", "questions")  # folders of these may lie beside
+
 
 def qrels_files(folder: Path, notes: list[str]) -> dict[str, Path]:
     """Returns the files of relevance judgements by split, under the names that runs use.
@@ -35,7 +37,9 @@ def qrels_files(folder: Path, notes: list[str]) -> dict[str, Path]:
         notes: Told what is not read, or serves as another split.
     """
     near = nearest_path(folder)
-    meant = near is not None and (near.is_dir() or near.stem == folder.name)
+    meant = near is not None and (
+        (near.is_dir() and near.name not in _QUERIES) or near.stem == folder.name
+    )
     if not folder.exists() and not meant:
         return {}
     files: dict[str, Path] = {}

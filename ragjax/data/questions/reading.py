@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from ragjax.data.fields import (
 from ragjax.data.jsonl import DataError, RejectedRows, id_field, require_path, string_field
 from ragjax.data.questions.answers import AnswerFields
 from ragjax.data.questions.records import Context, Record, RecordFile
+from ragjax.data.tables import saved_files
 
+_SHARD = re.compile(r"-\d+-of-\d+\Z")  # of the files that the Hugging Face hub cuts a split into
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -34,7 +37,8 @@ def question_files(path: Path) -> dict[Path, str | None]:
     """Returns the files of questions at a path, each with its split, or None where the rows say it.
 
     Args:
-        path: One file, or a folder with one for each split: `train.csv`, `test.json`, ...
+        path: One file; or a folder with one for each split (`train.csv`, `test.json`, ...), or
+            saved by `datasets`.
 
     Raises:
         FileNotFoundError: No such path; the message suggests the nearest name.
@@ -42,8 +46,10 @@ def question_files(path: Path) -> dict[Path, str | None]:
     """
     if not require_path(path).is_dir():
         return {path: None}
+    if saved := saved_files(path, "queries"):
+        return dict.fromkeys(saved)
     files = {
-        file: SPLITS.get(stem.lower(), stem)
+        file: _split(stem)
         for file in sorted(path.iterdir())
         if (stem := _stem(file)) and file.is_file()
     }
@@ -218,6 +224,12 @@ class _Found(NamedTuple):
 def made_id(split: str, text: str) -> str:
     """Returns the id of a question whose file has none: the same wherever it stands."""
     return "q-" + hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()[:16]
+
+
+def _split(stem: str) -> str | None:
+    """Returns the split that a file is named after, if it is."""
+    name = _SHARD.sub("", stem)
+    return None if name in ("queries", "questions") else SPLITS.get(name.lower(), name)
 
 
 def _stem(file: Path) -> str:

@@ -10,7 +10,9 @@ from ragjax.data.tables.row import shown_columns
 # Of the file of a table in a folder; `.gz` may follow.
 _ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _SHARDS = ".parquet"
-_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `datasets` writes to a folder
+# What `datasets` writes to a folder beside its tables.
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+SAVED_FILES = frozenset({_SAVED, _SAVED_SPLITS, "dataset_info.json"})
 _MAX_STATE_BYTES = 1 << 24
 
 
@@ -46,10 +48,37 @@ def find_tables(folder: Path, name: str, *, others: Sequence[str] = ()) -> tuple
     """
     for inner in (folder, folder / name, folder / "data"):
         if inner.is_dir() and (
-            found := _one_file(inner, name) or _saved(inner, name) or _shards(inner, name, others)
+            found := _one_file(inner, name)
+            or saved_files(inner, name)
+            or _shards(inner, name, others)
         ):
             return found
     return ()
+
+
+def saved_files(folder: Path, name: str) -> tuple[Path, ...]:
+    """Returns the Arrow files of a folder saved by `datasets`; () where it is none.
+
+    Args:
+        folder: That may be one.
+        name: Of the split that is meant where there are several.
+
+    Raises:
+        DataError: There are several, none of this name; or the folder is damaged.
+    """
+    if (folder / _SAVED_SPLITS).is_file():
+        splits = _listed(folder / _SAVED_SPLITS, "splits")
+        chosen = name if name in splits else splits[0]
+        if len(splits) > 1 and chosen != name:
+            raise DataError(
+                f"{folder} holds the splits {shown_columns(splits)}; name the one to read, for"
+                f" example {folder / chosen}"
+            )
+        return saved_files(require_path(folder / chosen), name)
+    if not (folder / _SAVED).is_file():
+        return ()
+    names = _listed(folder / _SAVED, "_data_files")
+    return tuple(require_path(folder / one) for one in names)
 
 
 def _one_file(folder: Path, name: str) -> tuple[Path, ...]:
@@ -61,23 +90,6 @@ def _one_file(folder: Path, name: str) -> tuple[Path, ...]:
         shown = " and ".join(path.name for path in found)
         raise DataError(f"{folder} holds {shown}; remove one of them")
     return tuple(found)
-
-
-def _saved(folder: Path, name: str) -> tuple[Path, ...]:
-    """Returns the Arrow files of a folder saved by `datasets`; () where it is none."""
-    if (folder / _SAVED_SPLITS).is_file():
-        splits = _listed(folder / _SAVED_SPLITS, "splits")
-        chosen = name if name in splits else splits[0]
-        if len(splits) > 1 and chosen != name:
-            raise DataError(
-                f"{folder} holds the splits {shown_columns(splits)}; name the one to read, for"
-                f" example {folder / chosen}"
-            )
-        return _saved(require_path(folder / chosen), name)
-    if not (folder / _SAVED).is_file():
-        return ()
-    names = _listed(folder / _SAVED, "_data_files")
-    return tuple(require_path(folder / one) for one in names)
 
 
 def _listed(path: Path, key: str) -> list[str]:

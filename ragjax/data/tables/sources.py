@@ -1,6 +1,7 @@
 """What a table is read from, whichever place it lies in; its content has one name."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -60,7 +61,7 @@ class Source(Protocol):
         ...
 
     def digest(self) -> str:
-        """Returns `combined` of the digests of the parts."""
+        """Returns `combined` of the names and digests of the parts."""
         ...
 
     def parts(
@@ -70,11 +71,11 @@ class Source(Protocol):
         ...
 
 
-def combined(digests: Sequence[str]) -> str:
-    """Returns the digest of one part itself, or that of the digests of several."""
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
+def combined(parts: Sequence[tuple[str, str]]) -> str:
+    """Returns the digest of one part itself, or that of the names and digests of several."""
+    if len(parts) == 1:
+        return parts[0][1]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class FileSource:
@@ -87,13 +88,13 @@ class FileSource:
         self.name, self.key = str(whole), str(whole.resolve())
 
     def stamp(self) -> list[int | str]:
-        """Returns size and times of each file."""
-        stats = [file.stat() for file in self.files]
-        return [n for s in stats for n in (s.st_size, s.st_mtime_ns, s.st_ctime_ns)]
+        """Returns name, size and times of each file."""
+        stats = [(file.name, file.stat()) for file in self.files]
+        return [n for name, s in stats for n in (name, s.st_size, s.st_mtime_ns, s.st_ctime_ns)]
 
     def digest(self) -> str:
-        """Returns `combined` of the digests of the files."""
-        return combined([sha256(file) for file in self.files])
+        """Returns `combined` of the names and digests of the files."""
+        return combined([(file.name, sha256(file)) for file in self.files])
 
     def parts(
         self, max_row_bytes: int = DEFAULT_MAX_LINE_BYTES, progress: ReadProgress | None = None

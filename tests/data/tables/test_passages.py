@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.data import Corpus, DataError, Passage
+from ragjax.data import Corpus, DataError, Passage, read_beir
 from ragjax.data.jsonl import parse_object
 from ragjax.data.tables import PassageReader, find_tables, table_files
 
@@ -259,6 +259,21 @@ class TestShards:
         with pytest.raises(DataError, match=re.escape(message)):
             Corpus.open(folder, cache=tmp_path / "cache")
 
+    def test_names_of_files_count_where_ids_are_made_of_them(self, write, tmp_path):
+        folder = write("a.parquet", [{"text": "t"}])
+        write("b.parquet", [{"text": "u"}])
+        Corpus.open(folder, cache=tmp_path / "cache")
+        (folder / "b.parquet").rename(folder / "c.parquet")
+        corpus = Corpus.open(folder, cache=tmp_path / "cache")
+        assert corpus.id_of(1) == "c.parquet:1"
+
+    def test_notes_name_the_file_that_is_opened_whichever_was_read(self, write, tmp_path):
+        path = write("a.parquet", ROWS) / "a.parquet"
+        Corpus.open(path, cache=tmp_path / "cache")
+        other = path.rename(tmp_path / "other.parquet")
+        (note,) = Corpus.open(other, cache=tmp_path / "cache").report.notes()
+        assert note.startswith(f"{other}: Parquet")
+
     def test_values_of_other_types_are_bad_rows(self, write, tmp_path):
         folder = write("a.parquet", [{"id": "x", "text": b"bytes"}])
         with pytest.raises(DataError, match=r"a.parquet:1: field 'text' is bytes .*expected a str"):
@@ -276,3 +291,24 @@ class TestShards:
         exec(textwrap.dedent(block), {})
         assert "Parquet with the columns" in (shown := capsys.readouterr().out)
         assert shown.endswith("2 a \n")
+
+
+@pytest.mark.parametrize("place", ["", "corpus", "queries"])
+def test_corpus_and_questions_of_one_saved_or_downloaded_data_set(tmp_path, place):
+    datasets = pytest.importorskip("datasets", reason="needs the [datasets] extra")
+    datasets.disable_progress_bars()
+    parts = {"corpus": datasets.Dataset.from_list(ROWS), "queries": datasets.Dataset.from_list(
+        [{"_id": f"q{n}", "text": f"question {n}?", "answers": ["one"]} for n in range(3)]
+    )}  # fmt: skip
+    folder = tmp_path / "set"
+    if place == "":
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    for name, part in parts.items():
+        if place == "corpus":
+            part.to_parquet(folder / name / f"{name}-00000-of-00001.parquet")
+        elif place == "queries":
+            part.to_parquet(folder / f"{name}.parquet")
+    dataset = read_beir(folder, cache=tmp_path / "cache")
+    assert len(dataset.corpus) == 2 and dataset.supervision == "answers"
+    assert sum(map(len, dataset.questions.values())) == 3
+    assert not any("not read" in note for note in dataset.notes)
