@@ -244,7 +244,7 @@ def _measure(workspace: Workspace, found: Checked) -> None:
         if lengths.share > _CUT:
             found.problems.survive(
                 f"{lengths.share:.0%} of the {lengths.what} are cut to the {lengths.limit:,} tokens"
-                f" that the {lengths.reader} reads of one (the longest, {lengths.longest_id}, has"
+                f" that the {lengths.reader} takes of one (the longest, {lengths.longest_id}, has"
                 f" {lengths.longest:,}); raise --{lengths.flag} if the model reads more, or make"
                 " them shorter"
             )

@@ -36,6 +36,7 @@ class Languages(NamedTuple):
         shares = [
             f"{name or 'not clear'} {count / self.measured:.0%}"
             for name, count in list(self.counts.items())[:_SHOWN]
+            if 100 * count >= self.measured
         ]
         return f"{', '.join(shares)}; {self.tokens_per_word:.1f} encoder tokens a word"
 

@@ -1,6 +1,7 @@
 """The program that checks data and models before a run."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def run_check_program(description: str | None, arguments: Sequence[str] | None) 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     escape_what_is_no_utf8()
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     default = AdaptConfig()
     names = flag_names(default)
     try:

@@ -12,7 +12,7 @@ def describe(found: Checked) -> str:
     """Returns what was found as text of aligned columns, the problems last."""
     lines = []
     if found.data:
-        lines += [f"{found.data}: {found.passages:,} passages; {found.supervision}"]
+        lines += [f"{found.data}: {found.passages:,} passages", found.supervision]
     if found.splits:
         head = ("split", "questions", "answered", "passage known", "used", "measured by")
         lines += ["", *_table([head, *(map(_cell, split) for split in found.splits)])]

@@ -78,7 +78,7 @@ FLAWS = {
     "long": (
         "corpus.jsonl",
         [json.dumps({"_id": f"x{n}", "text": f"long {n} " * 30}) for n in range(9)],
-        "of the passages are cut to the 64 tokens that the encoder reads of one",
+        "of the passages are cut to the 64 tokens that the encoder takes of one",
     ),
     "german": (
         "corpus.jsonl",
