@@ -171,6 +171,30 @@ def read_beir(
     return dataset if supervision == "auto" else _restricted(dataset, supervision)
 
 
+def read_questions_alone(
+    folder: str | os.PathLike[str] | None,
+    rejected: RejectedRows,
+    *,
+    queries: str | os.PathLike[str] | None = None,
+    fields: Mapping[str, str] | None = None,
+) -> None:
+    """Reads the questions of a data set whose documents cannot be read, for what is wrong there.
+
+    Args:
+        folder: As for `read_beir`, and so are `queries` and `fields`.
+        rejected: Takes the bad rows.
+        queries: File or folder of questions.
+        fields: Names in the files.
+
+    Raises:
+        FileNotFoundError, DataError, ImportError: As `read_beir`.
+    """
+    files = _find(folder, queries, None, [])
+    if files.queries:
+        need_ids = bool(files.judged)
+        read_questions(files.queries, rejected, [], fields=fields, need_ids=need_ids)
+
+
 class _Files(NamedTuple):
     """Where the parts of a data set are."""
 

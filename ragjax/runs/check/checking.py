@@ -10,7 +10,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ragjax.data import Dataset, Question, leaked_questions
-from ragjax.data.jsonl import Flaw
+from ragjax.data.beir import read_questions_alone
+from ragjax.data.fields import parse_fields
+from ragjax.data.jsonl import Flaw, RejectedRows
 from ragjax.data.overlap import near_texts
 from ragjax.runs.adapt import open_adapt
 from ragjax.runs.check.languages import Languages, language_problems, measure_languages
@@ -134,6 +136,8 @@ def _read(
             break
         except BAD as error:
             problems.refuse(error)
+    if dataset is None:
+        _read_questions(config, folder, problems)
     problems.add_rejected(folder, refused=options.on_bad_row == "stop")
     for note in dataset.notes if dataset else ():
         if isinstance(note, Flaw):
@@ -141,6 +145,22 @@ def _read(
         elif str(folder) not in note:  # bad rows, which are listed
             found.notes.append(note)
     return dataset
+
+
+def _read_questions(config: AdaptConfig, folder: Path, problems: Problems) -> None:
+    """Looks for what is wrong with the questions of data that cannot be read as a whole."""
+    known = {problem.reason for problem in problems.listed}
+    with RejectedRows(folder / "questions" / "rejected.jsonl", "skip") as rejected:
+        try:
+            read_questions_alone(
+                config.data or None,
+                rejected,
+                queries=config.queries or None,
+                fields=parse_fields(config.data_options.fields),
+            )
+        except BAD as error:
+            if str(error) not in known:
+                problems.refuse(error)
 
 
 def _count(

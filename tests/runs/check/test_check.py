@@ -135,6 +135,17 @@ def test_all_bad_rows_are_listed_and_a_run_that_skips_them_goes_on(config, domai
     assert len([problem for problem in found.problems.listed if problem.file]) == 4
 
 
+def test_questions_are_read_where_documents_cannot_be(config, domain):
+    append(domain / "corpus.jsonl", '{"_id": "red-cat", "text": "again"}')
+    append(domain / "queries.jsonl", "{", '{"_id": "q1", "text": "again?"}', '{"_id": "z"}')
+    found = check_run(config, with_cost=False)
+    corpus, questions, row = reasons(found)
+    assert "the id 'red-cat' stands in line 1 and again in line 81" in corpus
+    assert "the id 'q1' stands in line 2 and again in line 82" in questions
+    assert "queries.jsonl:81: broken JSON" in row
+    assert found.code == 2 and found.problems.refused == 3 and not found.splits
+
+
 def test_many_problems_are_counted_and_the_first_are_listed(config, domain):
     append(domain / "corpus.jsonl", *["{"] * (LISTED + 5))
     found = check_run(config, with_cost=False)
