@@ -14,6 +14,7 @@ import tyro
 from programs import ROOT, load_script
 
 from ragjax.runs import AdaptConfig, CompareConfig, EvaluateConfig, RagConfig
+from ragjax.runs.check.program import CheckFlags
 from ragjax.runs.program import Flags, flag_names, parse_flags
 
 DOCS = ROOT / "docs"
@@ -57,6 +58,8 @@ def test_every_command_has_flags_of_the_script_with_values_that_fit(
     monkeypatch.chdir(ROOT)  # where recipes are
     if path.startswith("docs/"):
         assert (ROOT / path).exists() and not flags
+    elif path == "experiments/check.py":
+        parse_flags(CONFIGS["adapt"], None, flags, CheckFlags)
     elif default := CONFIGS.get(Path(path).stem):
         parse_flags(COMPARISON if "--compare" in flags else default, None, flags)
     else:
@@ -79,7 +82,7 @@ def known_flags():
     names = {
         name for flags in (*CONFIGS.values(), COMPARISON, *scripts) for name in flag_names(flags)
     }
-    common = {name for name in Flags.__dataclass_fields__ if name != "options"}
+    common = {*Flags.__dataclass_fields__, *CheckFlags.__dataclass_fields__} - {"options"}
     return names | common | {"documents", "retrieval", "k"}  # aliases
 
 
