@@ -108,12 +108,18 @@ def test_what_a_run_goes_on_with_is_named(config, domain, name, lines, reason):
 
 def test_leaks_and_near_questions_are_named(config, domain):
     text = (domain / "queries.jsonl").read_text()
-    text = text.replace(
-        "what does the red dog like?", "What does the RED cat like"
-    )  # dev, as train
+    # q0 and q3 are of train, q1 and q4 of dev.
+    long = "please tell me in a few plain words what exactly that animal likes to eat"
+    for animal, asked in (
+        ("dog", "What does the RED cat like"),
+        ("fox", f"{long} now?"),
+        ("hen", f"{long} too?"),
+    ):
+        text = text.replace(f"what does the red {animal} like?", asked)
     (domain / "queries.jsonl").write_text(text)
     said = " ".join(reasons(check_run(config, with_cost=False)))
     assert "1 of the 27 dev questions are also asked in train: q1" in said
+    assert "1 of the 26 dev questions are almost the same as one of train (q4 ~ q3)" in said
 
 
 def test_all_bad_rows_are_listed_and_a_run_that_skips_them_goes_on(config, domain):
