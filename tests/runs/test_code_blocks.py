@@ -39,7 +39,7 @@ def blocks_of(page):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, tiny_inputs, tiny_flags, tiny_run):
+def here(request, tmp_path, monkeypatch, tiny_inputs, tiny_flags, tiny_run):
     """The working folder of a reader, whose published models are tiny ones."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").symlink_to(tiny_inputs["data"])
@@ -51,6 +51,12 @@ def here(tmp_path, monkeypatch, tiny_inputs, tiny_flags, tiny_run):
         "# Garden\n\nIt is for herbs. The lamp needs 14 watts.\n\n"
         "## Repairs\n\nThe warranty is two years. A pod is replaced after 28 days.\n"
     )
+    if request.node.callspec.params["page"].name == "runs.rst":
+        arrow = pytest.importorskip("pyarrow", reason="needs the [parquet] extra")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="needs the [parquet] extra")
+        (tmp_path / "shards").mkdir()
+        table = arrow.Table.from_pylist([{"docid": "d1", "text": "It is for herbs."}])
+        parquet.write_table(table, tmp_path / "shards" / "part-1.parquet")
     options = parse_flags(AdaptConfig(), None, tiny_flags).options
 
     class Tiny:
