@@ -387,7 +387,7 @@ def test_every_option_changes_the_fingerprint_except_where_it_is_written():
         "seed": 3, "resamples": 3, "bins": 3, "support_threshold": 0.5, "robustness": False,
         "distractors": 3, "encode_tokens": 3, "score_tokens": 3, "rerank": "question",
         "rerank_depth": 3, "index": "milvus:http://host:19530/docs", "queries": "q.csv",
-        "qrels": "r.tsv", "template": "{document} {question}", "chat": "on",
+        "qrels": "r.tsv",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(config)} - {
         "run",
