@@ -186,7 +186,8 @@ def prepared_documents(
         if known["identity"] == identity.hexdigest() and (output / "corpus.jsonl").is_file():
             return output, Written(**known["written"])
     record.unlink(missing_ok=True)
-    log(f"reading {len(files):,} documents of {folder}")
+    if files:
+        log(f"reading {len(files):,} documents of {folder}")
     written = write_documents(folder, output, cutting=cutting)
     value = {"identity": identity.hexdigest(), "written": written._asdict()}
     write_sealed(record, value, shared=True)
