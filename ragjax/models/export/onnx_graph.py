@@ -15,6 +15,7 @@ from ragjax.models.layers.head import Dense, Truncate
 from ragjax.models.layers.pooling import pooling_modes
 
 OPSET, IR_VERSION = 17, 8  # the first opset with LayerNormalization, and what goes with it
+WORDS = "embeddings.word_embeddings.weight"  # the table of the tokens
 HIDDEN, EMBEDDING = "last_hidden_state", "sentence_embedding"
 _MASKED_SCORE = -1e9  # as in `ragjax.models.layers.attention`
 
