@@ -65,6 +65,9 @@ OWNERSHIP_EXCEPTIONS = {
     ("training/checkpoint.py", "concurrent"),
     # A tracker that hangs must delay neither a step nor the end of the process.
     ("runs/tracking/behind.py", "threading"),
+    # One thread computes what a server is asked, another opens a newer generation meanwhile.
+    ("runs/serve/batches.py", "concurrent"),
+    ("runs/serve/service.py", "concurrent"),
 }
 # torch is a reference in tests; what runs the library is not part of it.
 FORBIDDEN = {"torch", "experiments", "notebooks", "tests"}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ragjax.data import Dataset, Question
+from ragjax.data import Dataset, Question, encode_texts
 from ragjax.data.matching import refuse_string
 from ragjax.index import Bm25Index, HybridQueries, SearchResult
 from ragjax.index.base import empty_result, pad_result
@@ -55,6 +55,7 @@ class System:
         bm25: The BM25 index.
         retriever: The dense index, its query encoder, and the hybrid of both indexes.
         lm_params: Parameters of `workspace.lm`, trained or base, in its compute dtype.
+        doc_params: Parameters of the encoder of documents that made the dense index.
         name: Run or data folder, for messages.
         search: How documents are found where nothing else is asked for.
     """
@@ -63,6 +64,7 @@ class System:
     bm25: Bm25Index
     retriever: Retriever
     lm_params: Any
+    doc_params: Any
     name: str
     search: "Search"
 
@@ -205,8 +207,7 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
         raise ValueError(f"k must be at least 0 documents, got {k}")
     if k == 0:
         return Retrieved(empty_result(len(questions), 0), np.zeros((len(questions), 0), np.float32))
-    asked = [Question(id=str(row), text=text) for row, text in enumerate(questions)]
-    embeddings = _encode(system, query_ids(system.workspace.query_encoder, asked))
+    embeddings = encode_queries(system, questions)
     count = min(k, system.size)
     found = by(system, Queries(questions, embeddings), count)
     scores = doc_logits(system.retriever, embeddings, found, scale=system.scale)
@@ -214,9 +215,26 @@ def retrieve(system: System, questions: Sequence[str], k: int, *, by: Search) ->
     return Retrieved(padded, np.pad(scores, ((0, 0), (0, k - count))))
 
 
-def encode_query_of(system: System, num_tokens: int) -> None:
-    """Encodes a dummy query of this many tokens, which compiles that shape."""
-    _encode(system, [[system.workspace.query_encoder.pad_id] * num_tokens])
+def encode_queries(system: System, texts: Sequence[str]) -> np.ndarray:
+    """Returns the embeddings `[B, D]` float32 of B questions, as the dense index is searched."""
+    asked = [Question(id=str(row), text=text) for row, text in enumerate(texts)]
+    return _encode(system, query_ids(system.workspace.query_encoder, asked))
+
+
+def encode_documents(system: System, texts: Sequence[str]) -> np.ndarray:
+    """Returns the embeddings `[B, D]` float32 of B texts, as those of the documents were made."""
+    encoder = system.workspace.encoder
+    given = [encoder.doc_prefix + text for text in texts]
+    ids = encode_texts(encoder.tokenizer, given, max_length=encoder.max_length).ids
+    return _encode(system, ids, documents=True)
+
+
+def encode_query_of(
+    system: System, num_tokens: int, count: int = 1, *, documents: bool = False
+) -> None:
+    """Encodes dummy queries, or documents, of this many tokens, which compiles that shape."""
+    pad_id = system.workspace.query_encoder.pad_id
+    _encode(system, [[pad_id] * num_tokens] * count, documents=documents)
 
 
 def query_lengths(encoder: TextEncoder) -> tuple[int, ...]:
@@ -225,12 +243,16 @@ def query_lengths(encoder: TextEncoder) -> tuple[int, ...]:
     return tuple(n for n in lengths if n in _QUERY_TOKENS or n >= min(lengths[-1], 256))
 
 
-def _encode(system: System, ids: Sequence[Sequence[int]]) -> np.ndarray:
-    """Returns the embeddings `[B, D]` float32 of queries that are token ids already."""
-    task = system.workspace.query_task.of_token_ids(ids)
-    lengths = query_lengths(system.workspace.query_encoder)
-    options = dataclasses.replace(task.options, buckets=lengths)
-    return encode_corpus(dataclasses.replace(task, options=options), system.retriever.query_params)
+def _encode(system: System, ids: Sequence[Sequence[int]], *, documents: bool = False) -> np.ndarray:
+    """Returns the embeddings `[B, D]` float32 of queries, or documents, that are token ids."""
+    workspace = system.workspace
+    encoder, task, params = (
+        (workspace.encoder, workspace.task, system.doc_params)
+        if documents
+        else (workspace.query_encoder, workspace.query_task, system.retriever.query_params)
+    )
+    options = dataclasses.replace(task.options, buckets=query_lengths(encoder))
+    return encode_corpus(dataclasses.replace(task.of_token_ids(ids), options=options), params)
 
 
 def by_dense(system: System, queries: Queries, k: int) -> SearchResult:
@@ -323,6 +345,7 @@ def _assemble(
         bm25=bm25,
         retriever=retriever,
         lm_params=workspace.in_compute_dtype(folded(models.language_model.params)),
+        doc_params=models.doc_encoder.params,
         name=name,
         search=search,
     )

@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted(DOCS.glob("*.rst"))]
 CONFIGS = {"adapt": AdaptConfig(), "train_rag": RagConfig(), "evaluate": EvaluateConfig()}
 COMPARISON = CompareConfig(compare=("RUN_A", "RUN_B"))  # evaluate.py --compare
-SCRIPTS = ("ask", "encode", "export", "verify_index")
+SCRIPTS = ("ask", "encode", "export", "serve", "verify_index")
 # In messages, `…` stands for what is put in.
 HOLE = "…"
 
@@ -96,7 +96,7 @@ def own_words(name):
 # The others name flags of benchmarks and of cluster tools, too.
 @pytest.mark.parametrize(
     "name", ["ask", "end_to_end", "evaluate", "export", "guides", "migration", "models", "runs"]
-    + ["troubleshooting"],
+    + ["serve", "troubleshooting"],
 )  # fmt: skip
 def test_flags_that_a_page_names_exist(name):
     words = own_words(name)

@@ -14,7 +14,7 @@ CONFIGS = {"adapt": AdaptConfig(), "train_rag": RagConfig(), "evaluate": Evaluat
 COMMON = {field for field in program.Flags.__dataclass_fields__ if field != "options"}
 FLAGS = {name: program.flag_names(config) | COMMON for name, config in CONFIGS.items()} | {
     name: program.flag_names(load_script(f"experiments/{name}.py").Flags)
-    for name in ("ask", "encode", "export", "verify_index")
+    for name in ("ask", "encode", "export", "serve", "verify_index")
 }
 FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
 FLAGS["train_rag"] |= {"documents", "retrieval"}
@@ -29,7 +29,7 @@ SHOWN_BY = {
     "ragjax": (),
     "ragjax/runs": RUNS,
     "ragjax/runs/adapt": ("adapt",),
-    "ragjax/runs/ask": ("ask",),
+    "ragjax/runs/ask": ("ask", "serve"),
     "ragjax/runs/check": ("check",),
     "ragjax/runs/compare/pair": ("evaluate",),
     "ragjax/runs/compare/two_runs": ("evaluate",),
@@ -49,6 +49,8 @@ SHOWN_BY = {
     "ragjax/runs/models/rows_note": TRAINING,
     "ragjax/runs/models/scale_note": TRAINING,
     "ragjax/runs/saved": ("export",),
+    "ragjax/runs/serve": ("serve",),
+    "ragjax/runs/serve/page": None,  # CSS
     "ragjax/runs/teachers/files": ("adapt",),
     "ragjax/runs/train": TRAINING,
     "ragjax/runs/train/end_to_end": ("train_rag",),

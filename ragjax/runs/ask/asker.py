@@ -110,6 +110,7 @@ class Asker:
         reader: Its language model at fixed shapes.
         spans: Finds the words that carry an answer.
         asked_documents: K as requested; a smaller corpus gives fewer.
+        by: How the documents are found.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class Asker:
         self.spans = SpanFinder(self.reader, system.workspace.dataset.corpus)
         self.asked_documents = 0 if closed_book else self.reader.prompts.options.documents
         by = by or reranked_search(system, system.search, None, log=system.workspace.log)
-        self._decode, self._by = decode, by
+        self._decode, self.by = decode, by
 
     def warm_up(self) -> Iterator[str]:
         """Compiles every shape that a question can need; yields what was compiled, one at a time.
@@ -160,7 +161,7 @@ class Asker:
                 if length <= _WARM_QUERY_TOKENS:
                     encode_query_of(self.system, length)
                     yield f"questions of {length} tokens"
-            retrieve(self.system, ["warm up"], self.asked_documents, by=self._by)
+            retrieve(self.system, ["warm up"], self.asked_documents, by=self.by)
         prompts = self.reader.prompts
         for number, prompt in enumerate(prompts.warm_up()):
             # One answer is written; the other lengths need no more than their programs.
@@ -199,7 +200,7 @@ class Asker:
         _check_text("question", question)
         if answer is not None:
             _check_text("answer", answer)
-        retrieved = retrieve(self.system, [question], self.asked_documents, by=self._by)
+        retrieved = retrieve(self.system, [question], self.asked_documents, by=self.by)
         docs = retrieved.found.doc_ids[0][retrieved.found.mask[0]]
         scores = retrieved.doc_scores[0][retrieved.found.mask[0]]
         prompt = self.reader.prompts.make(question, docs.tolist(), scores.tolist())

@@ -1,0 +1,1 @@
+"""A run over HTTP: search, answers, embeddings, and a page to ask in."""
