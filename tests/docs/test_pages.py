@@ -83,12 +83,13 @@ def known_flags():
         name for flags in (*CONFIGS.values(), COMPARISON, *scripts) for name in flag_names(flags)
     }
     common = {*Flags.__dataclass_fields__, *CheckFlags.__dataclass_fields__} - {"options"}
-    return names | common | {"documents", "retrieval", "k"}  # aliases
+    return names | common | {"documents", "retrieval", "k", "help"}  # aliases
 
 
 def own_words(name):
     """The text of a page without its commands and the names of what a reader comes from."""
-    page = (DOCS / f"{name}.rst").read_text("utf-8").replace("\\\n", " ")
+    page = next(page for page in PAGES if page.stem == name).read_text("utf-8")
+    page = page.replace("\\\n", " ")
     left = r"^ +\* - .*$" if name == "migration" else r"^$"
     return re.sub(rf"^ +\$ .*$|{left}", "", page, flags=re.MULTILINE)
 
@@ -96,7 +97,7 @@ def own_words(name):
 # The others name flags of benchmarks and of cluster tools, too.
 @pytest.mark.parametrize(
     "name", ["ask", "end_to_end", "evaluate", "export", "guides", "migration", "models", "runs"]
-    + ["serve", "troubleshooting"],
+    + ["README", "serve", "troubleshooting"],
 )  # fmt: skip
 def test_flags_that_a_page_names_exist(name):
     words = own_words(name)
