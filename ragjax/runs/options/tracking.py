@@ -13,7 +13,7 @@ _SHORTEST = 8
 _FORMS = re.compile(
     r"(://)[^/@\s]+(?=@)"  # user:password@host
     r"|([?&]\w*(?:token|key|secret|password|signature)=)[^&\s]+"
-    r"|\bhf_\w{16,}|\bwandb_v1_\w+",
+    r"|\bhf_[a-z\d]{30,}\b|\bwandb_v1_\w+",  # of 34 letters: hf_docs_2024 is a folder
     re.IGNORECASE,
 )
 
