@@ -16,7 +16,7 @@ from ragjax.runs.tracking.trackers import TRACKING
 from ragjax.training.loop import Interrupted, StopFlag
 
 ALL = "tensorboard,wandb,trackio"
-SECRET = "hf_abcdefghijklmnop123"
+SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
 
 def rows(folder):
@@ -82,6 +82,7 @@ def offline_trackers(folder):
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("TRACKIO_DIR", str(folder))
         patch.setenv("HF_TOKEN", SECRET)
+        patch.setattr(sys, "argv", ["adapt.py", f"--query_prefix={SECRET} "])
         for name in ("WANDB_API_KEY", "WANDB_PROJECT", "TRACKIO_PROJECT", "TRACKIO_SPACE_ID"):
             patch.delenv(name, raising=False)
         wandb.teardown()  # which has read the environment

@@ -124,7 +124,12 @@ class WeightsAndBiases:
             reinit="create_new",  # beside a run of the user's
             dir=str(run.folder),
             config=dict(run.options),
-            settings=wandb.Settings(console="off", init_timeout=_SECONDS, finish_timeout=_SECONDS),
+            settings=wandb.Settings(
+                console="off",
+                init_timeout=_SECONDS,
+                finish_timeout=_SECONDS,
+                x_disable_meta=True,  # has the command line as it is, with its secrets
+            ),
         )
         later = f"wandb sync {run.folder / 'wandb' / 'offline-run-*'} sends it later"
         # Without a login W&B would ask for one, in a thread, and wait.
