@@ -193,6 +193,18 @@ def test_base_models_are_evaluated_with_what_dev_chooses(instruct, tmp_path, mon
     assert after.workspace.prompts is after.weighing.prompts
 
 
+def test_a_dev_question_without_room_in_the_chat_is_read_in_none(instruct, tmp_path):
+    config = EvaluateConfig(**instruct, output=str(tmp_path), answer_questions=2)
+    evaluation = open_evaluation(config, tmp_path, stop=StopFlag(), log=silent)
+    first, *others = evaluation.weighing.questions["dev"]
+    long = dataclasses.replace(first, text="why " * 600)
+    weighing = dataclasses.replace(evaluation.weighing, questions={"dev": (long, *others)})
+    after = _choose_prompt(evaluation._replace(weighing=weighing), config)
+    kept = json.loads((tmp_path / "prompt.json").read_text())
+    assert after.workspace.lm.prompt is None and not kept["chat"]
+    assert f"no room for it: queries.jsonl: the dev question {first.id!r}" in kept["reason"]
+
+
 def test_an_evaluation_takes_the_prompt_of_its_run():
     given = run_options(EvaluateConfig(template="{document} {question}", chat="on"), None).prompt
     assert (given.template, given.chat) == ("{document} {question}", "on")

@@ -36,10 +36,13 @@ def choose_prompt(workspace: Workspace, asked: Sequence[Asked]) -> Workspace:
     in_chat = workspace.config.prompt.chat == "on"
     if not why:
         chat = dataclasses.replace(plain, prompt=chat_text(plain))
-        if not (why := _why_no_room(_reading(workspace, chat), asked)):
+        measured = [workspace.questions["dev"][row] for row in _rows(workspace)]
+        # Those of an evaluation are read for nothing else.
+        read = [*asked, Asked("dev", measured, 1)]
+        if not (why := _why_no_room(_reading(workspace, chat), read)):
             with workspace.timed("prompt"):
                 without, within = _nll(workspace, [plain, chat])
-            in_chat, count = within < without, len(_rows(workspace))
+            in_chat, count = within < without, len(measured)
             lm = chat if in_chat else plain
             why = (
                 f"the right answers to {count} dev questions cost {within:.2f} nats per token in"
