@@ -12,7 +12,12 @@ from ragjax.models.files.chat import ChatTemplate
 from ragjax.models.language_model import PromptText
 from ragjax.models.testing import tiny_language_model
 from ragjax.runs.compare.answers import answer_limits
-from ragjax.runs.options.prompt import PromptConfig, parse_template, read_template
+from ragjax.runs.options.prompt import (
+    PromptConfig,
+    parse_template,
+    read_template,
+    without_document,
+)
 from ragjax.runs.prompts.text import chat_text, read_kept, usual_text, with_prompt
 from ragjax.runs.tokens import answer_end_id, make_prompts, training_prompts
 
@@ -91,7 +96,27 @@ def model_of(tokenizer, chat="", *, bos=True):
 def test_a_template_without_its_document_is_the_closed_book_prompt(text, closed_book, answer):
     template = parse_template(text, "template")
     assert template.context == text.removesuffix("{answer}")
-    assert (template.closed_book, template.answer) == (closed_book, answer)
+    assert (without_document(template.context), template.answer) == (closed_book, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "closed_book"),
+    [
+        ("<s>{document}\n\nQ: {question}", "<s>Q: {question}"),
+        ("<s>[INST] {document}\n\nQ: {question} [/INST]", "<s>[INST] Q: {question} [/INST]"),
+        ("<|im_start|>user\nText: {document}\n\n{question}<|im_end|>\n",
+         "<|im_start|>user\n{question}<|im_end|>\n"),
+        ("<|im_start|>user\nUse it.\n\nText: {document}\n\n{question}<|im_end|>",
+         "<|im_start|>user\nUse it.\n\n{question}<|im_end|>"),
+        ("<|im_start|>system\n{document}<|im_end|>\n\n<|im_start|>user\n{question}<|im_end|>",
+         "<|im_start|>system\n<|im_end|>\n\n<|im_start|>user\n{question}<|im_end|>"),
+    ],
+)  # fmt: skip
+def test_without_its_document_a_template_keeps_its_control_tokens(tokenizer, text, closed_book):
+    lm = with_prompt(model_of(tokenizer), PromptConfig(), parse_template(text, ""))
+    assert lm.prompt.closed_book == closed_book
+    # One <s> before every text, written or put there.
+    assert make_prompts(PromptConfig(), lm).context("Where?").count(1) == 1
 
 
 @pytest.mark.parametrize(

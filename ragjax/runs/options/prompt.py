@@ -1,6 +1,7 @@
 """Options of the prompt of the language model, and the template that they name."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,8 +20,8 @@ class PromptConfig(Options):
         template: What the language model reads in training, scoring and answering, as text (`\n` is
             a line break) or as the name of a file that holds it: {document} and {question} once
             each, and {answer} at the end; without it, the answer follows a space. Closed book, the
-            paragraph of {document} is left out. Empty: what the model was trained with, or
-            `{document}\n\nQuestion: {question}\nAnswer: {answer}`.
+            paragraph of {document} is left out, but for control tokens. Empty: what the model was
+            trained with, or `{document}\n\nQuestion: {question}\nAnswer: {answer}`.
         chat: Whether that is put into the chat template of an instruct model: `on`, `off`, or
             `auto`, where the right answers to a few dev questions are likelier in it.
         document_tokens: Tokens kept of each document.
@@ -44,7 +45,6 @@ class Template(NamedTuple):
     """A template of the user's in parts, as `ragjax.data.PromptTemplate` has them."""
 
     context: str
-    closed_book: str
     answer: str
     behind: str  # the answer: nothing, or a token that ends it
 
@@ -95,16 +95,28 @@ def parse_template(text: str, name: str) -> Template:
     if _QUESTION not in context or _DOCUMENT not in context:
         raise ValueError(f"{name} must hold {_ANSWER} behind all else, got {text!r}")
     space = "" if found or context[-1:].isspace() else " "
-    return Template(context, _closed_book(context), f"{space}{_ANSWER}", behind.strip())
+    return Template(context, f"{space}{_ANSWER}", behind.strip())
 
 
-def _closed_book(context: str) -> str:
-    """Returns a context without its document: without the paragraph of that, where it has one."""
+def without_document(context: str, controls: Collection[str] = ()) -> str:
+    """Returns a context without its document: without the paragraph of that, where it has one.
+
+    Args:
+        context: Of {document} and {question}.
+        controls: Control tokens. What opens or closes a turn stays: the lines before that of the
+            document, or all before it on its own line.
+    """
+
+    def written(start: int, end: int) -> bool:
+        return any(token in context[start:end] for token in controls)
+
     place = context.index(_DOCUMENT)
+    line = context.rfind("\n", 0, place) + 1
     end = re.compile(r"\n\s*\n").search(context, place)
     start = context.rfind("\n\n", 0, place) + 2 if "\n\n" in context[:place] else 0
-    if end and _QUESTION not in context[start : end.start()]:
-        return context[:start] + context[end.end() :]
+    if end and not written(place, end.start()) and _QUESTION not in context[start : end.start()]:
+        kept = place if written(line, place) else line if written(start, line) else start
+        return context[:kept] + context[end.end() :]
     return context.replace(_DOCUMENT, "").lstrip()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ragjax.data import PromptTemplate
 from ragjax.models.files.chat import render_turn
 from ragjax.models.language_model import LanguageModel, PromptText
-from ragjax.runs.options.prompt import PromptConfig, Template
+from ragjax.runs.options.prompt import PromptConfig, Template, without_document
 
 # What a run chose, in its folder.
 PROMPT = "prompt.json"
@@ -109,7 +109,7 @@ def _given_text(lm: LanguageModel, given: Template) -> PromptText:
     bos = None if lm.bos_id is None else lm.tokenizer.id_to_token(lm.bos_id)
     return (lm.prompt or usual_text())._replace(
         context=given.context,
-        closed_book=given.closed_book,
+        closed_book=without_document(given.context, _control_tokens(lm, given.context)),
         answer=given.answer,
         end=end,
         whole=bos is not None and given.context.startswith(bos),
