@@ -47,7 +47,8 @@ class Flags:
         run: Folder of a run that has ended, or that `train_rag.py` is training.
         host: Address to listen at; 127.0.0.1 is reached from this machine alone.
         port: Port to listen at; 0: any that is free.
-        documents: Documents read for an answer, and found by a search that does not say.
+        documents: Documents read for an answer, and found by a search that does not say (100 at
+            most).
         models: `shipped` is what the run's dev questions chose; `adapted` or `base` in its place.
         retriever: Index that is searched; None: the one that a run ships, else `hybrid`.
         rerank: What ranks the best documents again, as of `ask.py`; None: as a run ships.

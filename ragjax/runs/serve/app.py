@@ -19,13 +19,15 @@ from ragjax.data import encode_texts
 from ragjax.runs.serve import forms, page
 from ragjax.runs.serve.batches import Overloaded
 from ragjax.runs.serve.forms import MODELS, RequestError
-from ragjax.runs.serve.service import ENCODERS, NotReady, Service, Told
+from ragjax.runs.serve.service import ENCODERS, MOST_DOCUMENTS, NotReady, Service, Told
 
 _LOG = logging.getLogger(__name__)
 # Connections at once; more are told to come back.
 _CONNECTIONS = 1024
 # Seconds after which a client that was refused may try again.
 _RETRY = 2
+# Seconds that a body may take to arrive.
+_BODY_SECONDS = 30
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
@@ -44,6 +46,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def allowed_hosts(address: str) -> tuple[str, ...]:
+    """Returns the names in a Host header that mean an address; `*`: any may."""
+    return (*_LOOPBACK, address) if is_loopback(address) else ("*",)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -79,7 +86,7 @@ def run_server(service: Service, listening: socket.socket) -> int:
 
     host = listening.getsockname()[0]
     config = uvicorn.Config(
-        make_app(service, hosts=_LOOPBACK if is_loopback(host) else ("*",)),
+        make_app(service, hosts=allowed_hosts(host)),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -141,15 +148,19 @@ def make_app(service: Service, *, hosts: tuple[str, ...] = ("*",)) -> Any:
         if int(request.headers.get("content-length", 0)) > most:  # the protocol has checked it
             raise _too_long(most)
         content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > most:
-                raise _too_long(most)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    content += part
+                    if len(content) > most:
+                        raise _too_long(most)
+        except TimeoutError:  # it would keep an ending server waiting
+            raise RequestError(408, f"the body did not come within {_BODY_SECONDS} s") from None
         return bytes(content)
 
     async def search(request: Request) -> Response:
         asker = service.opened.asker
-        usual = max(asker.asked_documents, 1)
+        usual = min(max(asker.asked_documents, 1), MOST_DOCUMENTS)
         asked = forms.SearchRequest.read(
             await body(request), usual=usual, most=service.limits.waiting
         )
@@ -211,6 +222,8 @@ def make_app(service: Service, *, hosts: tuple[str, ...] = ("*",)) -> Any:
 
     def refuse(error: RequestError) -> Response:
         headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
+        if error.status == 408:  # the rest of the body is not waited for
+            headers["connection"] = "close"
         return respond(forms.error_as_json(error), status=error.status, headers=headers)
 
     async def refused(request: Request, error: Exception) -> Response:
