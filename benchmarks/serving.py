@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,17 +77,17 @@ def run(flags: Flags) -> None:
     if not texts:
         raise ValueError(f"--run {flags.run}: its data has no questions to ask")
     command = [sys.executable, str(_SERVER), f"--run={flags.run}", "--port=0"]
-    server = subprocess.Popen(
-        [*command, *flags.server.split()], stderr=subprocess.PIPE, text=True, bufsize=1
-    )
-    try:
-        port = _port(server)
-        found = asyncio.run(_load(flags, port, texts))
-        server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
-        found["exit_code"] = server.returncode
-    finally:
-        server.kill()
+    # A file, since a pipe that nobody reads would stop a server that has much to say.
+    with tempfile.NamedTemporaryFile(prefix="serving-", suffix=".log") as log:
+        server = subprocess.Popen([*command, *flags.server.split()], stderr=log)
+        try:
+            port = _port(server, Path(log.name))
+            found = asyncio.run(_load(flags, port, texts))
+            server.send_signal(signal.SIGTERM)
+            found["exit_code"] = server.wait(timeout=60)
+        finally:
+            server.kill()
+            server.wait()
     if flags.output:
         write_json(Path(flags.output), {"flags": dataclasses.asdict(flags), **found})
     print(
@@ -98,15 +99,16 @@ def run(flags: Flags) -> None:
         raise ValueError("the server lost or mixed up requests")
 
 
-def _port(server: subprocess.Popen[str]) -> int:
+def _port(server: subprocess.Popen[bytes], log: Path) -> int:
     """Returns the port that a server says it listens at."""
-    said = []
-    assert server.stderr is not None, "it is piped"
-    for line in server.stderr:
-        said.append(line)
-        if found := re.match(r"http://127\.0\.0\.1:(\d+)/", line):
+    while True:
+        ended = server.poll() is not None
+        said = log.read_text("utf-8")
+        if found := re.search(r"^http://127\.0\.0\.1:(\d+)/", said, re.MULTILINE):
             return int(found[1])
-    raise ValueError(f"the server did not start: {''.join(said[-3:]).strip()}")
+        if ended:
+            raise ValueError(f"the server did not start: {' '.join(said.splitlines()[-3:])}")
+        time.sleep(0.1)
 
 
 async def _load(flags: Flags, port: int, texts: Sequence[str]) -> dict[str, Any]:
@@ -168,15 +170,23 @@ class _Client:
         await self._writer.wait_closed()
 
     async def send(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        """Returns the status and the body of the response."""
+        """Returns the status and the body of the response.
+
+        Raises:
+            ConnectionError: The server ended the connection instead.
+        """
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         self._writer.write(head.encode() + body)
-        lines = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-        length = next(line for line in lines if line.startswith("content-length:"))
-        content = await self._reader.readexactly(int(length.partition(":")[2]))
+        try:
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode()
+            lines = head.lower().split("\r\n")
+            length = next(line for line in lines if line.startswith("content-length:"))
+            content = await self._reader.readexactly(int(length.partition(":")[2]))
+        except EOFError as error:
+            raise ConnectionError(f"the server ended a connection at {path}: {error}") from error
         return int(lines[0].split()[1]), content
 
 

@@ -1,6 +1,9 @@
 """The benchmark of the server runs whole on a tiny run, and loses nothing."""
 
+import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
 from programs import environment, load_script
@@ -31,3 +34,32 @@ def test_every_search_is_answered_as_it_is_alone(benchmark, tiny_run, tmp_path, 
 def test_sizes_out_of_range_are_refused(benchmark, capsys, flag):
     assert benchmark.main(["--run=x", flag]) == 2
     assert f"error: {flag.split('=')[0]} must be at least 1" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_is_told_with_its_last_words(benchmark, tmp_path):
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.exit('no run there')"], stderr=file
+        ) as server,
+        pytest.raises(ValueError, match="did not start: no run there"),
+    ):
+        benchmark._port(server, log)
+
+
+def test_a_connection_that_ends_without_an_answer_is_an_error(benchmark):
+    async def hang_up(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    async def main():
+        async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+            client = await benchmark._Client.open(server.sockets[0].getsockname()[1])
+            try:
+                await client.send("GET", "/health", b"")
+            finally:
+                await client.close()
+
+    with pytest.raises(ConnectionError, match="ended a connection at /health"):
+        asyncio.run(main())
