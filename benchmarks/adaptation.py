@@ -308,8 +308,8 @@ class Bench:
     def _adapted(self, config: AdaptConfig) -> dict[str, Any]:
         """Runs ragjax and returns what the run itself measured on the test questions."""
         finished = adapt(config)
-        lines = (finished.folder / "predictions.jsonl").read_text("utf-8").splitlines()
-        systems = {line["id"]: line["systems"] for line in map(json.loads, lines)}
+        lines = RunFiles(finished.folder).lines("predictions.jsonl")
+        systems = {line["id"]: line["systems"] for line in lines}
         ids = sorted(question.id for question in self._workspace.questions["test"])
         served = RunFiles(finished.folder).mapping("served.json")
         ours = _OURS | {"shipped": served["documents"]}

@@ -191,8 +191,9 @@ def _rows(flags: Flags, system: System, questions: Sequence[Question]) -> Iterat
 def _known(flags: Flags) -> dict[str, dict[str, Any]]:
     if not flags.output or not Path(flags.output).is_file():
         return {}
-    lines = Path(flags.output).read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    # Not at the other ends of lines that Unicode has: JSON does not escape them.
+    lines = Path(flags.output).read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     return {row["key"]: row for row in rows}
 
 

@@ -6,7 +6,6 @@ index.json       sizes, and of which encoder and corpus the rows are
 index.faiss      on demand: the same rows as an exact index of FAISS
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +121,5 @@ def _check(folder: Path, store: EmbeddingStore, ids: Sequence[str]) -> None:
         for name, values in found.items():
             if not np.array_equal(np.ascontiguousarray(values, "<f4").view("u4"), expected):
                 raise OSError(f"{folder / name}: rows {rows.start} and later read back differently")
-    lines = (folder / IDS).read_text("utf-8").splitlines()
-    if [json.loads(line)["_id"] for line in lines] != list(ids):
+    if [row for _, row in storage.read_lines(folder / IDS)] != [{"_id": id} for id in ids]:
         raise OSError(f"{folder / IDS}: the ids read back differently")
