@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-_REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CARD = "README.md"
 _SHOWN = 4  # letters of a token, at each end
 
@@ -108,9 +108,13 @@ def upload(plan: Upload) -> str:
             commit_message="Model exported from ragjax",
             token=token,
         )
-        info = api.model_info(plan.repo, revision=commit.oid, files_metadata=True, token=token)
     except Exception as error:  # of several packages, whichever the hub's client is built on
         raise _explained(error, plan.repo, token) from None
+    try:
+        info = api.model_info(plan.repo, revision=commit.oid, files_metadata=True, token=token)
+    except Exception as error:  # likewise
+        state = f"commit {commit.oid} was uploaded, but not compared with what was sent"
+        raise _explained(error, plan.repo, token, state=state) from None
     there = {file.rfilename: file.size for file in info.siblings or ()}
     if wrong := [path for path, size in plan.sizes.items() if there.get(path) != size]:
         raise OSError(
@@ -124,7 +128,13 @@ def _masked(token: str) -> str:
     return f"{token[:_SHOWN]}...{token[-_SHOWN:]}" if len(token) > 4 * _SHOWN else "..."
 
 
-def _explained(error: Exception, where: str, token: str) -> OSError:
+def _explained(
+    error: Exception,
+    where: str,
+    token: str,
+    *,
+    state: str = "nothing was uploaded, the hub did not take it",
+) -> OSError:
     """Returns an error that says what to do, without the token."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     told = str(error).replace(token, _masked(token)) if token else str(error)
@@ -140,6 +150,6 @@ def _explained(error: Exception, where: str, token: str) -> OSError:
             f" repositories of that user or organisation ({told})"
         )
     return ConnectionError(
-        f"{where}: nothing was uploaded, the hub did not take it ({type(error).__name__}: {told});"
-        " the same command tries again, and what the hub has of large files is not sent twice"
+        f"{where}: {state} ({type(error).__name__}: {told}); the same command tries again, and what"
+        " the hub has of large files is not sent twice"
     )

@@ -101,13 +101,27 @@ def test_a_file_that_did_not_arrive_is_named(hub, folder):
         upload(plan_upload(folder, "org/name"))
 
 
+def test_an_upload_that_could_not_be_compared_is_not_said_to_be_none(hub, folder, monkeypatch):
+    def fail(self, repo, **options):
+        raise Refused(503)
+
+    monkeypatch.setattr(hub, "model_info", fail)
+    with pytest.raises(
+        ConnectionError, match="commit c0ffee was uploaded, but not compared"
+    ) as told:
+        upload(plan_upload(folder, "org/name"))
+    assert "nothing was uploaded" not in str(told.value) and TOKEN not in str(told.value)
+
+
 def test_without_a_token_the_remedy_is_named(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(PermissionError, match="environment variable HF_TOKEN, or log in with"):
         check_login()
 
 
-@pytest.mark.parametrize("repo", ["name", "org/name/more", "org/na me", "/name", "org/a--b", "a/"])
+@pytest.mark.parametrize(
+    "repo", ["name", "org/name/more", "org/na me", "/name", "org/a--b", "a/", "org/é"]
+)
 def test_other_names_are_refused(repo):
     with pytest.raises(ValueError, match="a repository on the hub is ORG/NAME"):
         check_repo(repo)
