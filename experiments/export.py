@@ -19,6 +19,7 @@ those before again.
 """
 
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -154,6 +155,8 @@ class Flags:
             )
         if files and (self.roll_back or not self.run):
             raise ValueError(f"--index {self.index} goes with --run FOLDER and --output FOLDER")
+        if self.roll_back and self.dry_run:
+            raise ValueError("--roll_back moves the alias; it does not go with --dry_run")
         if bool(self.run) == self.roll_back:
             raise ValueError("--index goes with one of --run FOLDER and --roll_back")
         if self.keep < 0:
@@ -172,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(tyro.cli(Flags, args=arguments, description=__doc__))
         return 0
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped; what it writes is there whole, or not at all", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ValueError, OSError, ImportError) as error:
         show_error(error, arguments, flag_names(Flags))
@@ -251,7 +254,7 @@ def _push(flags: Flags, plan: Upload) -> None:
     if not flags.upload:
         print(
             "nothing was uploaded; send it with experiments/export.py --output"
-            f" {flags.output} --push_to_hub {plan.repo} --upload"
+            f" {shlex.quote(flags.output)} --push_to_hub {plan.repo} --upload"
         )
     elif not flags.dry_run:
         print(f"uploaded: {upload(plan)}")

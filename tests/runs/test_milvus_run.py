@@ -126,6 +126,7 @@ def test_embeddings_of_a_run_are_those_of_what_it_ships(tiny_run, tmp_path):
         ([f"--index={NOWHERE}", "--run=r", "--roll_back"], "one of --run FOLDER and --roll_back"),
         ([f"--index={NOWHERE}", "--run=r", "--what=encoder"], "and without --what, --output"),
         (["--roll_back"], "--roll_back goes with --index"),
+        ([f"--index={NOWHERE}", "--roll_back", "--dry_run"], "it does not go with --dry_run"),
         (["--run=r"], "give --what with --output FOLDER (a model), or --index"),
         (["--index=localhost/docs", "--run=r"], "served at milvus:URI/ALIAS, such as"),
         ([f"--index={NOWHERE}", "--run=r", "--keep=-1"], "--keep must be at least 0, got -1"),
