@@ -36,7 +36,7 @@ from ragjax.data.questions import (
     read_questions,
     written_contexts,
 )
-from ragjax.data.tables import SAVED_FILES, find_tables
+from ragjax.data.tables import ENDINGS, SAVED_FILES, find_tables
 
 _CORPUS = "corpus.jsonl"
 _PARTS = (_CORPUS, "queries.jsonl", "qrels")
@@ -50,7 +50,7 @@ _NEEDED = {
     "answers": "answers to queries.jsonl",
     "judgements": "qrels/train.tsv",
 }
-_DATA_ENDINGS = (".jsonl", ".json", ".gz", ".csv", ".tsv", ".parquet")
+_DATA_ENDINGS = (".gz", *ENDINGS)
 
 
 def read_beir(
@@ -241,7 +241,7 @@ def _find(
     judged = given_qrels(Path(qrels), notes) if qrels is not None else {}
     if source is not None and is_folder and qrels is None:
         judged = qrels_files(source / "qrels", notes)
-    asked = question_files(Path(queries)) if queries is not None else {}
+    asked = question_files(Path(queries), notes) if queries is not None else {}
     if source is not None and is_folder and queries is None:
         asked = _queries_in(source, judged)
     if source is not None:
@@ -356,5 +356,5 @@ def _check_parts(folder: Path, read: Collection[Path]) -> list[str]:
             f" {shown_names(names) or 'nothing'} (ragjax.data.folders makes a data set of text"
             " files)"
         )
-    others = [name for name in others if name.endswith(_DATA_ENDINGS)]
+    others = [name for name in others if name.lower().endswith(_DATA_ENDINGS)]
     return [f"{folder}: {len(others)} files are not read: {shown_names(others)}"] if others else []

@@ -99,7 +99,9 @@ def _parsed(answers: Any, name: str) -> tuple[str, ...]:
 
 def _cell(text: Any) -> Any:
     """Returns the answers in a cell of a table; None if it is empty."""
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):  # of metadata
+        return text
+    if not text.strip():
         return None
     if text.lstrip().startswith("[") and len(text) <= _LONGEST_LIST:
         for parse in (json.loads, ast.literal_eval):

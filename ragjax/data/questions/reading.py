@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,21 @@ from ragjax.data.fields import (
     resolve_fields,
     usual_fields,
 )
-from ragjax.data.jsonl import DataError, RejectedRows, id_field, require_path, string_field
+from ragjax.data.jsonl import (
+    DataError,
+    RejectedRows,
+    id_field,
+    parse_object,
+    require_path,
+    string_field,
+)
 from ragjax.data.questions.answers import AnswerFields
 from ragjax.data.questions.records import Context, Record, RecordFile
-from ragjax.data.tables import saved_files
+from ragjax.data.tables import ENDINGS, saved_files, shown_columns, table_stem
 
 _SHARD = re.compile(r"-\d+-of-\d+\Z")  # of the files that the Hugging Face hub cuts a split into
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# By the name of a file.
+_NAMED: Mapping[str, str | None] = {"queries": None, "questions": None, **SPLITS}
 
 
 class Asked(NamedTuple):
@@ -33,12 +42,13 @@ class Asked(NamedTuple):
     relevant: tuple[str, ...] = ()  # ids of passages
 
 
-def question_files(path: Path) -> dict[Path, str | None]:
+def question_files(path: Path, notes: list[str] | None = None) -> dict[Path, str | None]:
     """Returns the files of questions at a path, each with its split, or None where the rows say it.
 
     Args:
-        path: One file; or a folder with one for each split (`train.csv`, `test.json`, ...), or
+        path: One file; or a folder with one for each split (`train.csv`, `dev-v2.0.json`, ...), or
             saved by `datasets`.
+        notes: Told which files of a folder are not read, or serve as a split of another name.
 
     Raises:
         FileNotFoundError: No such path; the message suggests the nearest name.
@@ -48,23 +58,26 @@ def question_files(path: Path) -> dict[Path, str | None]:
         return {path: None}
     if saved := saved_files(path, "queries"):
         return dict.fromkeys(saved)
-    files = {
-        file: _split(stem)
-        for file in sorted(path.iterdir())
-        if (stem := _stem(file)) and file.is_file()
-    }
-    if not files:
+    there = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    stems = {file: stem for file in there if (stem := table_stem(file)) and file.is_file()}
+    if not stems:
         raise DataError(
             f"{path} holds no questions; expected a file for each split, for example train.jsonl or"
             f" test.csv ({', '.join(ENDINGS)}, or these with .gz)"
         )
-    return dict(files)
+    files, told = _splits(stems), [] if notes is None else notes
+    if others := [file.name for file in there if file not in files]:
+        told.append(f"{path}: {len(others)} files are not read: {shown_columns(others)}")
+    for file, split in files.items():
+        if split in SPLITS and split != SPLITS.get(_name(stems[file]).lower()):
+            told.append(f"{file} serves as {split}")
+    return files
 
 
 def files_named(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """Returns the files and folders in a folder that could hold its questions, by name."""
     there = sorted(folder.iterdir())
-    return [p for p in there if (p.name if p.is_dir() else _stem(p)) in names]
+    return [p for p in there if (p.name if p.is_dir() else table_stem(p)).lower() in names]
 
 
 def read_questions(
@@ -166,6 +179,8 @@ class _Reader:
         if not text:
             raise DataError(f"the question in field {found.text!r} is empty")
         metadata = fields.get("metadata") or {}
+        if isinstance(metadata, str) and metadata.lstrip().startswith("{"):  # a cell of a table
+            metadata = parse_object(metadata.encode("utf-8", "surrogatepass"))
         if not isinstance(metadata, dict):
             raise DataError(f"metadata is a {type(metadata).__name__}; expected an object")
         own = split or metadata.get("split") or fields.get("split") or "train"
@@ -226,14 +241,26 @@ def made_id(split: str, text: str) -> str:
     return "q-" + hashlib.sha256(f"{split}\n{text}".encode()).hexdigest()[:16]
 
 
-def _split(stem: str) -> str | None:
-    """Returns the split that a file is named after, if it is."""
-    name = _SHARD.sub("", stem)
-    return None if name in ("queries", "questions") else SPLITS.get(name.lower(), name)
+def _name(stem: str) -> str:
+    return _SHARD.sub("", stem)
 
 
-def _stem(file: Path) -> str:
-    """Returns the name of a file without its ending; "" where it is no file of questions."""
-    name = file.name.removesuffix(".gz")
-    ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
-    return name.removesuffix(ending) if ending else ""
+def _splits(stems: Mapping[Path, str]) -> dict[Path, str | None]:
+    """Returns the split that each file is named after, if it is.
+
+    A name that only has a split's in it, such as `train-v2.0`, is of that split if no other is.
+    """
+    within = {
+        name: {SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
+        for name in map(_name, stems.values())
+    }
+    named = Counter(split for found in within.values() for split in found)
+    splits: dict[str, str | None] = {}
+    for name, found in within.items():
+        if name.lower() in _NAMED:
+            splits[name] = _NAMED[name.lower()]
+        elif len(found) == 1 and named[split := next(iter(found))] == 1:
+            splits[name] = split
+        else:
+            splits[name] = name
+    return {file: splits[_name(stem)] for file, stem in stems.items()}

@@ -7,10 +7,12 @@ saved by `datasets`, and data sets of the Hugging Face hub.
 from ragjax.data.tables.hub import UnreachableError as UnreachableError
 from ragjax.data.tables.passages import Passage as Passage
 from ragjax.data.tables.passages import PassageReader as PassageReader
+from ragjax.data.tables.places import ENDINGS as ENDINGS
 from ragjax.data.tables.places import SAVED_FILES as SAVED_FILES
 from ragjax.data.tables.places import find_tables as find_tables
 from ragjax.data.tables.places import saved_files as saved_files
 from ragjax.data.tables.places import table_files as table_files
+from ragjax.data.tables.places import table_stem as table_stem
 from ragjax.data.tables.row import shown_columns as shown_columns
 from ragjax.data.tables.rows import Row as Row
 from ragjax.data.tables.rows import TableFile as TableFile

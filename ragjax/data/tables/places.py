@@ -8,7 +8,7 @@ from ragjax.data.jsonl import DataError, require_path
 from ragjax.data.tables.row import shown_columns
 
 # Of the file of a table in a folder; `.gz` may follow.
-_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _SHARDS = ".parquet"
 # What `datasets` writes to a folder beside its tables.
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -81,8 +81,15 @@ def saved_files(folder: Path, name: str) -> tuple[Path, ...]:
     return tuple(require_path(folder / one) for one in names)
 
 
+def table_stem(file: Path) -> str:
+    """Returns the name of a file without its ending; "" where it has none of a table."""
+    name = file.name[: -len(".gz")] if file.name.lower().endswith(".gz") else file.name
+    ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), None)
+    return name[: -len(ending)] if ending else ""
+
+
 def _one_file(folder: Path, name: str) -> tuple[Path, ...]:
-    names = [f"{name}{ending}{packed}" for ending in _ENDINGS for packed in ("", ".gz")]
+    names = [f"{name}{ending}{packed}" for ending in ENDINGS for packed in ("", ".gz")]
     there = [folder / one for one in names if (folder / one).is_file()]
     # Beside BEIR's own file others may lie, for other programs.
     found = [path for path in there if path.name.startswith(f"{name}.jsonl")] or there

@@ -181,6 +181,39 @@ def test_a_folder_with_a_file_for_each_split(read, tmp_path):
         read("unread.csv", "question\nd?\n", queries=tmp_path / "empty")
 
 
+def test_files_of_a_folder_are_told_by_the_split_in_their_names(read, tmp_path):
+    folder = tmp_path / "squad"
+    folder.mkdir()
+    names = ("nq-train-v2.0.JSON", "dev-v2.0.ndjson", "test.csv", "hard-test.csv")
+    for number, name in enumerate(names):
+        row = "question\n%d?\n" if name.endswith("csv") else '{"question": "%d?"}\n'
+        (folder / name).write_text(row % number)
+    (folder / "more.xlsx").touch()
+    dataset = read("unread.csv", "question\nd?\n", queries=folder)
+    assert {split: [q.text for q in asked] for split, asked in dataset.questions.items()} == {
+        "dev": ["1?"], "hard-test": ["3?"], "train": ["0?"], "test": ["2?"],
+    }  # fmt: skip
+    assert dataset.notes[:3] == (
+        f"{folder}: 1 files are not read: more.xlsx",
+        f"{folder / 'dev-v2.0.ndjson'} serves as dev",
+        f"{folder / 'nq-train-v2.0.JSON'} serves as train",
+    )
+
+
+@pytest.mark.parametrize("name", ["queries.ndjson", "Questions.JSONL"])
+def test_no_file_of_questions_is_passed_over_in_silence(documents, tmp_path, name):
+    (documents / name).write_text('{"question": "a?", "answer": "x"}\n')
+    assert asked(read_beir(documents, cache=tmp_path / "cache")) == {"a?": ("x",)}
+
+
+def test_metadata_in_a_cell_are_json(read):
+    text = 'text,metadata\na?,"{""answers"": [""x""], ""split"": ""test""}"\nb?,{}\n'
+    dataset = read("q.csv", text)
+    assert [q.answers for q in dataset.questions["test"]] == [("x",)]
+    with pytest.raises(DataError, match="q.csv:2: metadata is a str; expected an object"):
+        read("q.csv", "text,metadata\na?,none\n")
+
+
 def test_questions_of_another_kind_in_the_folder(documents, tmp_path):
     (documents / "questions.csv").write_text("question,answer\na?,x\n")
     assert asked(read_beir(documents, cache=tmp_path / "cache")) == {"a?": ("x",)}
