@@ -17,7 +17,7 @@ from ragjax.data.jsonl import (
     ReadProgress,
     RejectedRows,
     nearest_path,
-    plain_or_gzipped,
+    require_path,
 )
 from ragjax.data.qrels import (
     Judged,
@@ -29,18 +29,18 @@ from ragjax.data.qrels import (
     shown_names,
 )
 from ragjax.data.questions import (
+    BEIR_NAME,
     Asked,
-    files_named,
     holds_contexts,
     question_files,
+    questions_among,
     read_questions,
     written_contexts,
 )
-from ragjax.data.tables import ENDINGS, SAVED_FILES, find_tables
+from ragjax.data.tables import ENDINGS, OTHERS, SAVED_FILES, find_tables
 
 _CORPUS = "corpus.jsonl"
-_PARTS = (_CORPUS, "queries.jsonl", "qrels")
-_QUERIES = ("queries", "questions")
+_PARTS = (_CORPUS, BEIR_NAME, "qrels")
 # What is trained on and chosen by; other splits are for measuring.
 _TAUGHT = frozenset({"train", "dev"})
 # Of the train questions, where there is no test split.
@@ -189,10 +189,13 @@ def read_questions_alone(
     Raises:
         FileNotFoundError, DataError, ImportError: As `read_beir`.
     """
-    files = _find(folder, queries, None, [])
-    if files.queries:
-        need_ids = bool(files.judged)
-        read_questions(files.queries, rejected, [], fields=fields, need_ids=need_ids)
+    if folder is None and queries is not None:
+        asked, need_ids = question_files(Path(queries)), False
+    else:
+        files = _find(folder, queries, None, [])
+        asked, need_ids = files.queries, bool(files.judged)
+    if asked:
+        read_questions(asked, rejected, [], fields=fields, need_ids=need_ids)
 
 
 class _Files(NamedTuple):
@@ -243,9 +246,9 @@ def _find(
         judged = qrels_files(source / "qrels", notes)
     asked = question_files(Path(queries), notes) if queries is not None else {}
     if source is not None and is_folder and queries is None:
-        asked = _queries_in(source, judged)
+        asked = _queries_in(source, judged, notes)
     if source is not None:
-        corpus = find_tables(source, "corpus", others=(*_QUERIES, "qrels")) if is_folder else ()
+        corpus = find_tables(source, "corpus", others=OTHERS) if is_folder else ()
         notes[:0] = _check_parts(source, [*corpus, *asked]) if is_folder else []
         if corpus or not is_folder or not holds_contexts(asked):
             return _Files(source, source, asked, judged)
@@ -264,22 +267,15 @@ def _only_measured(files: Mapping[str, Path], notes: list[str]) -> dict[str, Pat
     return {split: path for split, path in files.items() if split not in _TAUGHT}
 
 
-def _queries_in(folder: Path, judged: Mapping[str, Path]) -> dict[Path, str | None]:
+def _queries_in(
+    folder: Path, judged: Mapping[str, Path], notes: list[str]
+) -> dict[Path, str | None]:
     """Returns the files of questions in a folder; none where it has documents only."""
-    name = "queries.jsonl"
-    there = [file for file in (folder / name, folder / f"{name}.gz") if file.exists()]
-    found = there or files_named(folder, _QUERIES)
-    if len(found) > 1 and not there:
-        names = " and ".join(path.name for path in found)
-        raise DataError(
-            f"{folder} holds {names}, and each could be its questions; name one with"
-            f" queries='{found[0]}'"
-        )
-    if found and not there:
-        return question_files(found[0])
-    if not there and not judged and nearest_path(folder / name, having=".jsonl") is None:
+    if found := questions_among(folder.iterdir()):
+        return question_files(found, notes)
+    if not judged and nearest_path(folder / BEIR_NAME, having=".jsonl") is None:
         return {}
-    return {plain_or_gzipped(folder, name): None}
+    return {require_path(folder / BEIR_NAME): None}
 
 
 def _by_split(

@@ -10,14 +10,14 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from ragjax.data.documents.found import READ, find_files, listed, name_below, some
+from ragjax.data.documents.found import READ, Found, find_files, listed, name_below, some
 from ragjax.data.documents.passages import make_cut
 from ragjax.data.documents.sections import FileText, UnreadableError, sections
 from ragjax.data.documents.worker import PACKAGES, READERS, FileReader
@@ -109,12 +109,14 @@ def write_documents(
         ImportError: The packages that read HTML or PDF files are not installed.
         DataError: No file in it has text, a text is not UTF-8, or a number is out of range.
     """
-    folder, output = Path(folder), Path(output)
-    cutting = cutting or Cutting()
+    folder, cutting = Path(folder), cutting or Cutting()
     cutting.check()
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder of documents")
-    found = find_files(folder)
+    return _write(folder, find_files(folder), Path(output), cutting)
+
+
+def _write(folder: Path, found: Found, output: Path, cutting: Cutting) -> Written:
     _require_readers(found.files)
     cut = make_cut(*cutting)
     files, passages, skipped = 0, 0, []
@@ -153,7 +155,12 @@ def write_documents(
 
 
 def prepared_documents(
-    folder: Path, cache: Path, cutting: Cutting, *, log: Callable[[str], None]
+    folder: Path,
+    cache: Path,
+    cutting: Cutting,
+    *,
+    log: Callable[[str], None],
+    apart: Collection[Path] = (),
 ) -> tuple[Path, Written]:
     """Returns a data set made of a folder of documents, and what was made.
 
@@ -164,31 +171,35 @@ def prepared_documents(
         cache: Folder for it; it gets the name of `folder` there, in a folder of its own.
         cutting: How long passages are.
         log: Told that documents are read, which may take minutes.
+        apart: Files and folders in it that are no documents, such as questions.
 
     Raises:
         FileNotFoundError, ImportError, DataError: As `write_documents` does.
     """
     identity = hashlib.sha256(f"{_FORMAT} {cutting.digest()}".encode())
     place = hashlib.sha256(os.fsencode(folder.resolve()) + identity.digest()).hexdigest()[:16]
-    files = find_files(folder).files
+    cutting.check()
+    found = find_files(folder, apart)
+    files = found.files
     used = {PACKAGES[suffix] for suffix in {path.suffix.lower() for path in files} & READERS.keys()}
     for package in ("semantic-text-splitter", *sorted(used)):
         with contextlib.suppress(PackageNotFoundError):  # said where it is needed
             identity.update(f" {package} {version(package)}".encode())
     for path in files:
         status = path.stat()
-        stamp = f" {name_below(path, folder)} {status.st_size} {status.st_mtime_ns}"
-        identity.update(stamp.encode())
+        stamp = (name_below(path, folder), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        identity.update(repr(stamp).encode())
     made = cache / f"documents-{place}"
     output, record = made / folder.resolve().name, made / "made.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         known = read_sealed(record, what=_WHAT)
         if known["identity"] == identity.hexdigest() and (output / "corpus.jsonl").is_file():
-            return output, Written(**known["written"])
+            # Files that are not read may be others.
+            return output, Written(**known["written"] | {"left_out": found.left_out})
     record.unlink(missing_ok=True)
     if files:
         log(f"reading {len(files):,} documents of {folder}")
-    written = write_documents(folder, output, cutting=cutting)
+    written = _write(folder, found, output, cutting)
     value = {"identity": identity.hexdigest(), "written": written._asdict()}
     write_sealed(record, value, shared=True)
     return output, written

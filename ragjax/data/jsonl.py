@@ -329,19 +329,6 @@ def require_path(path: Path) -> Path:
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
 
 
-def plain_or_gzipped(folder: Path, name: str) -> Path:
-    """Returns the file of this name in a folder, or its `.gz`.
-
-    Raises:
-        DataError: Both are there.
-        FileNotFoundError: Neither is.
-    """
-    found = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
-    if len(found) == 2:
-        raise DataError(f"{folder} holds {name} and {name}.gz; remove one of them")
-    return found[0] if found else require_path(folder / name)
-
-
 class _CountingReader(io.RawIOBase):
     """Hashes what is read and reports the position."""
 

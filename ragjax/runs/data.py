@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ragjax.data import (
     Dataset,
@@ -15,9 +16,9 @@ from ragjax.data import (
 from ragjax.data.documents.found import holds_documents
 from ragjax.data.fields import parse_fields
 from ragjax.data.folders import Cutting, prepared_documents
-from ragjax.data.jsonl import Flaw, ReadProgress
+from ragjax.data.jsonl import DataError, Flaw, ReadProgress
 from ragjax.data.overlap import near_copies
-from ragjax.data.questions import holds_contexts, question_files
+from ragjax.data.questions import holds_contexts, question_files, questions_among
 from ragjax.data.truth import TRUTHS
 from ragjax.runs.models import describe_encoders
 from ragjax.runs.options.shared import RunConfig
@@ -30,14 +31,13 @@ def read_data(
     config: RunConfig, folder: Path, log: Log, *, progress: ReadProgress | None = None
 ) -> Dataset:
     """Reads the data of a run; what is prepared from them goes to the sub-folder `data`."""
-    options = config.data_options
-    queries = Path(config.queries) if config.queries else None
+    options, places = config.data_options, find_places(config)
     source, made_notes = data_set(config, folder / "data", log)
     dataset = read_beir(
         source,
         cache=folder / "data" / "cache",
-        queries=queries,
-        qrels=config.qrels or None,
+        queries=places.queries,
+        qrels=places.qrels,
         fields=parse_fields(options.fields),
         on_bad_row=options.on_bad_row,
         on_unknown=options.on_unknown,
@@ -49,6 +49,40 @@ def read_data(
     for note in notes:
         log(f"note: {note}")
     return dataclasses.replace(dataset, notes=tuple(notes))
+
+
+class Places(NamedTuple):
+    """Where the parts of the data of a run are; None: where the documents are, or nowhere."""
+
+    documents: Path | None  # a folder of documents, or one of them; None: it is a data set
+    queries: Path | None
+    qrels: Path | None
+
+
+def find_places(config: RunConfig) -> Places:
+    """Returns what the options name, and what stands beside documents.
+
+    Raises:
+        DataError: Several files beside documents could be the questions, or there are none that
+            could be judged.
+    """
+    source = Path(config.data) if config.data else None
+    queries = Path(config.queries) if config.queries else None
+    qrels = Path(config.qrels) if config.qrels else None
+    if source is None or not holds_documents(source):
+        return Places(None, queries, qrels)
+    if source.is_dir():
+        # Folders of these names may have documents.
+        files = (path for path in source.iterdir() if path.is_file())
+        queries = queries or questions_among(files)
+        judged = source / "qrels"
+        qrels = qrels or (judged if queries and judged.is_dir() else None)
+    if qrels and not queries:
+        raise DataError(
+            f"{qrels} judges questions, and beside the documents of {source} there are none; name"
+            " them with queries=FILE"
+        )
+    return Places(source, queries, qrels)
 
 
 def data_set(config: RunConfig, folder: Path, log: Log) -> tuple[Path | None, tuple[str, ...]]:
@@ -70,12 +104,13 @@ def data_set(config: RunConfig, folder: Path, log: Log) -> tuple[Path | None, tu
         if not (source / "corpus.jsonl").is_file():
             write_python_docs(source)
         return source, ()
-    source, options = Path(config.data), config.data_options
-    if not holds_documents(source):
+    source, options, places = Path(config.data), config.data_options, find_places(config)
+    if places.documents is None:
         return source, ()
     tokenizer = describe_encoders(config).doc.tokenizer
     cutting = Cutting(options.passage_tokens, options.passage_overlap, tokenizer)
-    made, written = prepared_documents(source, folder, cutting, log=log)
+    apart = [place for place in places if place and place != source]
+    made, written = prepared_documents(source, folder, cutting, log=log, apart=apart)
     read = f"{source}: {written.passages:,} passages of {written.files:,} documents"
     return made, (read, *written.notes())
 

@@ -247,6 +247,9 @@ def test_a_file_name_that_is_no_utf8_is_an_id_that_can_be_read(tmp_path):
         ("corpus.md", False),
         ("package.json", False),
         ("corpus/a.txt", False),
+        ("data/train-00000-of-00001.parquet", True),  # a clone of a data set of the hub
+        ("Questions.CSV", True),
+        ("queries.sql", False),
     ],
 )
 def test_a_folder_with_parts_of_a_data_set_is_one(tmp_path, name, expected):
@@ -256,9 +259,32 @@ def test_a_folder_with_parts_of_a_data_set_is_one(tmp_path, name, expected):
     assert holds_data_set(tmp_path) is expected
 
 
-@pytest.mark.parametrize("name", ["passages.jsonl", "a.json", "passages.gz", "passages", "a.csv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "passages.jsonl",
+        "a.json",
+        "passages.gz",
+        "passages",
+        "a.CSV",
+        "a.ndjson",
+        "a.psv",
+        "a.tsv.xz",
+    ],
+)
 def test_a_file_may_hold_passages(tmp_path, name):
     (tmp_path / name).touch()
     assert holds_data_set(tmp_path / name)
-    (tmp_path / "manual.md").touch()
-    assert not holds_data_set(tmp_path / "manual.md")
+    for name in ("manual.md", "table.csv.MD", "manual.docx"):
+        (tmp_path / name).touch()
+        assert not holds_data_set(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["queries.jsonl", "questions.csv.gz", "qrels/test.tsv"])
+def test_questions_may_stand_beside_documents(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    assert not holds_data_set(folder)
+    assert find_files(folder, [folder / name.partition("/")[0]]).left_out.keys() == {
+        "hidden", ".png",
+    }  # fmt: skip

@@ -57,6 +57,40 @@ def test_a_run_reads_documents_and_says_what_it_left_out(read, folder):
     assert dataset.notes[:2] == tuple(line.removeprefix("note: ") for line in told[1:3])
 
 
+def test_questions_and_judgements_beside_documents_are_read(read, folder):
+    (folder / "questions.csv").write_text("id,question,answer\nq1,what?,fish\nq2,who?,the cat\n")
+    told = []
+    dataset = read(told)
+    assert dataset.supervision == "answers"
+    assert not any("questions.csv" in line for line in told if "not read" in line)
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "README.md").write_text("how these were made")
+    (folder / "qrels" / "test.tsv").write_text("q\td\tscore\nq2\tcats.md#0\t1\n")
+    dataset = read()
+    assert [p.id for p in dataset.corpus] == ["cats.md#0"]
+    assert dataset.qrels == {"test": {"q2": {"cats.md#0": 1}}}
+    assert {split: len(asked) for split, asked in dataset.questions.items()} == {
+        "train": 1, "test": 1,
+    }  # fmt: skip
+    (folder / "queries.tsv").write_text("question\tanswer\n")
+    with pytest.raises(ValueError, match="queries.tsv and questions.csv, and each could be"):
+        read()
+
+
+def test_questions_in_folders_of_documents_are_documents(read, folder):
+    (folder / "questions").mkdir()
+    (folder / "questions" / "faq.md").write_text("Who likes fish?")
+    assert [p.id for p in read().corpus] == ["cats.md#0", "questions/faq.md#0"]
+
+
+def test_judgements_beside_documents_need_questions(folder, tmp_path, tiny_inputs):
+    config = RunConfig(
+        data=str(folder), qrels=str(tmp_path / "test.tsv"), encoder=tiny_inputs["encoder"]
+    )
+    with pytest.raises(ValueError, match=r"test.tsv judges questions, and .* with queries=FILE"):
+        read_data(config, tmp_path / "run", [].append)
+
+
 def test_one_document_is_data_too(read, folder, tiny_inputs, tmp_path):
     config = RunConfig(data=str(folder / "cats.md"), encoder=tiny_inputs["encoder"])
     dataset = read_data(config, tmp_path / "run", [].append)

@@ -1,15 +1,18 @@
 """The files of a folder that documents are read from."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ragjax.data.documents.worker import READERS
+from ragjax.data.tables import ENDINGS, OTHERS, find_tables, table_stem
 
 TEXTS = (".md", ".markdown", ".txt", ".rst")
 SUFFIXES = (*TEXTS, *READERS)
-_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+_TABLES = frozenset({*ENDINGS, ".tab", ".psv"})
+# Beside a data set; they are not what it is about.
+_ABOUT = frozenset({"readme", "license"})
 READ = (
     f"documents are read from {', '.join(SUFFIXES)} files (convert others, for example with"
     " pandoc), passages from corpus.jsonl"
@@ -18,20 +21,30 @@ _SHOWN = 3  # names in a note
 
 
 def holds_data_set(path: Path) -> bool:
-    """Tells whether a folder or file has passages as a table, or parts of such a data set.
+    """Tells whether a folder or file has passages as a table, or is a data set that lacks them.
 
-    A data set without its corpus is a mistake, whatever README stands beside it.
+    Questions and judgements may stand beside documents; but where there is only a README, it is
+    the corpus that is missing.
     """
     if not path.is_dir():
-        return ".json" in path.name or path.suffix in ("", ".gz", *_TABLES)
-    names = {file.name for file in path.iterdir() if file.is_file() and file.suffix not in SUFFIXES}
-    parts = {name.partition(".")[0] for name in names}
-    return (
-        any(".jsonl" in name or name.endswith(".parquet") for name in names)
+        ending = path.suffix.lower()
+        endings = {ending.lower() for ending in path.suffixes}
+        is_table = ending in ("", ".gz") or not endings.isdisjoint(_TABLES)
+        return is_table and ending not in SUFFIXES
+    files = [file for file in path.iterdir() if file.suffix.lower() not in SUFFIXES]
+    names = {file.name.lower() for file in files if file.is_file()}
+    stems = {table_stem(file).lower() for file in files if file.is_file()}
+    if (
+        any((".jsonl" in n or n.endswith(".parquet")) and not n.startswith(OTHERS) for n in names)
         or not names.isdisjoint({"state.json", "dataset_dict.json"})  # saved by `datasets`
-        or not parts.isdisjoint({"corpus", "queries"})
-        or (path / "qrels").is_dir()
-    )
+        or "corpus" in stems
+        or find_tables(path, "corpus", others=OTHERS)
+    ):
+        return True
+    if stems.isdisjoint(OTHERS) and not (path / "qrels").is_dir():
+        return False
+    documents = find_files(path).files
+    return all(file.parent == path and file.stem.lower() in _ABOUT for file in documents)
 
 
 def holds_documents(path: Path) -> bool:
@@ -46,8 +59,13 @@ class Found(NamedTuple):
     left_out: dict[str, list[str]]  # why -> names below the folder
 
 
-def find_files(folder: Path) -> Found:
-    """Returns the files below a folder, links followed; each is read under one name."""
+def find_files(folder: Path, apart: Collection[Path] = ()) -> Found:
+    """Returns the files below a folder, links followed; each is read under one name.
+
+    Args:
+        folder: Or one file.
+        apart: Files and folders in it that are no documents.
+    """
     found = Found([], {})
     seen: set[str] = set()
     places = [folder]  # the folder, then the links in it
@@ -81,13 +99,17 @@ def find_files(folder: Path) -> Found:
                 names.clear()
                 continue
             for path in (Path(top, name) for name in sorted(names + files)):
+                if path in apart:
+                    continue
                 if path.name.startswith("."):
                     leave(path, "hidden")
                 elif path.is_symlink():
                     places.append(path)
                 elif path.name in files and is_new(path):
                     take(path)
-            names[:] = sorted(name for name in names if not name.startswith("."))
+            names[:] = sorted(
+                name for name in names if not (name.startswith(".") or Path(top, name) in apart)
+            )
     return Found(sorted(found.files), found.left_out)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,9 @@ from ragjax.data.tables import ENDINGS, saved_files, shown_columns, table_stem
 
 _SHARD = re.compile(r"-\d+-of-\d+\Z")  # of the files that the Hugging Face hub cuts a split into
 # By the name of a file.
-_NAMED: Mapping[str, str | None] = {"queries": None, "questions": None, **SPLITS}
+_QUERIES = ("queries", "questions")
+_NAMED: Mapping[str, str | None] = {**dict.fromkeys(_QUERIES), **SPLITS}
+BEIR_NAME = "queries.jsonl"
 
 
 class Asked(NamedTuple):
@@ -74,10 +76,26 @@ def question_files(path: Path, notes: list[str] | None = None) -> dict[Path, str
     return files
 
 
-def files_named(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """Returns the files and folders in a folder that could hold its questions, by name."""
-    there = sorted(folder.iterdir())
-    return [p for p in there if (p.name if p.is_dir() else table_stem(p)).lower() in names]
+def questions_among(there: Iterable[Path]) -> Path | None:
+    """Returns the file or folder of questions among those in a folder; None where there is none.
+
+    Raises:
+        DataError: Several could be it.
+    """
+    found = sorted(
+        path
+        for path in there
+        if (path.name if path.is_dir() else table_stem(path)).lower() in _QUERIES
+    )
+    # Beside BEIR's own file others may lie, for other programs.
+    found = [path for path in found if path.name.removesuffix(".gz") == BEIR_NAME] or found
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise DataError(
+            f"{found[0].parent} holds {names}, and each could be its questions; name one with"
+            f" queries='{found[0]}'"
+        )
+    return found[0] if found else None
 
 
 def read_questions(

@@ -17,6 +17,7 @@ from ragjax.data.tables.row import shown_columns as shown_columns
 from ragjax.data.tables.rows import Row as Row
 from ragjax.data.tables.rows import TableFile as TableFile
 from ragjax.data.tables.rows import read_rows as read_rows
+from ragjax.data.tables.sources import OTHERS as OTHERS
 from ragjax.data.tables.sources import Part as Part
 from ragjax.data.tables.sources import Source as Source
 from ragjax.data.tables.sources import combined as combined

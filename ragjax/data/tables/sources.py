@@ -13,7 +13,7 @@ from ragjax.data.tables.rows import Row, TableFile
 from ragjax.storage import sha256
 
 # Tables beside the passages.
-_OTHERS = ("queries", "questions", "qrels")
+OTHERS = ("queries", "questions", "qrels")
 
 
 def corpus_source(path: Path) -> "Source":
@@ -25,7 +25,7 @@ def corpus_source(path: Path) -> "Source":
     """
     if is_hub_id(path):
         return HubSource(path, "corpus")
-    return FileSource(path, table_files(path, "corpus", others=_OTHERS))
+    return FileSource(path, table_files(path, "corpus", others=OTHERS))
 
 
 class Part(Protocol):

@@ -21,6 +21,7 @@ from ragjax.runs.check.problems import Problems
 from ragjax.runs.data import (
     choose_questions,
     describe_supervision,
+    find_places,
     measured_by,
     note_shared_passages,
     read_data,
@@ -152,10 +153,13 @@ def _read_questions(config: AdaptConfig, folder: Path, problems: Problems) -> No
     known = {problem.reason for problem in problems.listed}
     with RejectedRows(folder / "questions" / "rejected.jsonl", "skip") as rejected:
         try:
+            places = find_places(config)
+            if places.documents and not places.queries:
+                return
             read_questions_alone(
-                config.data or None,
+                None if places.documents else config.data or None,
                 rejected,
-                queries=config.queries or None,
+                queries=places.queries,
                 fields=parse_fields(config.data_options.fields),
             )
         except BAD as error:

@@ -167,9 +167,10 @@ class RunConfig(Options):
             also be CSV, TSV, Parquet or a folder saved by `datasets`; or a corpus alone: such a
             file, or a data set of the Hugging Face hub (`org/name[:subset[:split]]`); or a file
             with questions and their passages, such as SQuAD's; or a folder of documents at any
-            depth, or one of them (Markdown, text, reStructuredText, HTML, PDF). Empty: the passages
-            that stand beside the questions in `queries`, or else the API documentation of the
-            installed Python packages, with questions that ship with ragjax.
+            depth, or one of them (Markdown, text, reStructuredText, HTML, PDF), with questions and
+            qrels beside them if there are any. Empty: the passages that stand beside the questions
+            in `queries`, or else the API documentation of the installed Python packages, with
+            questions that ship with ragjax.
         queries: Questions of another place or kind than `queries.jsonl` in `data`: JSON lines
             (BEIR, FlashRAG, KILT), CSV, TSV, Parquet or a JSON array with the columns `question`
             and `answer`, SQuAD's JSON, DPR's training JSON; or a folder with a file for each split,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import tracemalloc
 
 import pytest
@@ -150,6 +151,24 @@ def test_documents_are_prepared_once_for_as_long_as_they_are_the_same(folder, pr
     assert prepare() == (data, True)
     (data / "corpus.jsonl").unlink()
     assert prepare() == (data, True)
+
+
+def test_files_that_are_not_read_are_those_of_today(folder, tmp_path):
+    for name in ("a.docx", "b.docx"):
+        (folder / name).touch()
+        _, written = prepared_documents(folder, tmp_path / "made", DEFAULT, log=[].append)
+        assert name in written.left_out[".docx"]
+
+
+def test_a_file_put_in_place_of_another_is_read(folder, prepare):
+    stamp = (folder / "a.md").stat()
+    prepare()
+    text = (folder / "a.md").read_text()
+    (folder / "new").write_text(text.swapcase())
+    os.utime(folder / "new", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    (folder / "new").rename(folder / "a.md")
+    data, is_new = prepare()
+    assert is_new and passages(data)[0]["text"] not in text
 
 
 def test_documents_that_could_not_be_prepared_are_read_again(folder, prepare):

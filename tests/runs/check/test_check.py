@@ -152,6 +152,18 @@ def test_questions_are_read_where_documents_cannot_be(config, domain):
     assert found.code == 2 and found.problems.refused == 3 and not found.splits
 
 
+def test_questions_are_read_where_a_folder_of_documents_cannot_be(config, tmp_path):
+    folder = tmp_path / "manual"
+    folder.mkdir()
+    (folder / "a.md").write_bytes(b"caf\xe9")
+    config = replace(config, data=str(folder))
+    (document,) = reasons(check_run(config, with_cost=False))
+    assert "a.md: not UTF-8" in document
+    (folder / "questions.csv").write_text("question,answer\na?\nb?,c\n")
+    document, row = reasons(check_run(config, with_cost=False))
+    assert "a.md: not UTF-8" in document and "questions.csv:2: 1 cells, but 2 columns" in row
+
+
 def test_many_problems_are_counted_and_the_first_are_listed(config, domain):
     append(domain / "corpus.jsonl", *["{"] * (LISTED + 5))
     found = check_run(config, with_cost=False)
