@@ -187,19 +187,21 @@ def _without_front_matter(lines: list[str]) -> tuple[str, list[str]]:
     block = lines[1:end]
     values = None
     if fence == "+++":
-        with contextlib.suppress(tomllib.TOMLDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):  # also numbers out of range
             values = tomllib.loads("\n".join(block))
     elif fence == "---" and block and _FIELD.match(block[0]):
         try:
             values = yaml.load("\n".join(block), yaml.BaseLoader)  # every value as written
-        except yaml.YAMLError:  # such as `title: Pump: a guide`, which many programs take
+        # Such as `title: Pump: a guide`, which many programs take; or characters that are none.
+        except (yaml.YAMLError, ValueError, RecursionError):
             if all(map(_FIELDS.match, block)):
                 pairs = (line.partition(":") for line in block if _FIELD.match(line))
                 values = {name: value for name, _, value in pairs}
     if not values or not isinstance(values, Mapping):
         return "", lines
     told = {
-        key: " ".join(values[key].strip(" \"'").split())
+        # Half of a surrogate pair, which an escape may be, is no text.
+        key: " ".join(values[key].encode("utf-8", "replace").decode().strip(" \"'").split())
         for key in ("title", *_DESCRIPTIONS)
         if isinstance(values.get(key), str)
     }

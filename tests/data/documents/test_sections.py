@@ -93,6 +93,19 @@ FRONT_MATTER = {
         [("Pump", ["Note: oil it.", "x"])],
     ),
     "without an end": ("---\ntitle: Pump\n\nx", [("", ["title: Pump", "x"])]),
+    "brackets without an end": (f"---\ntitle: Pump\na: {'[' * 3000}\n---\nx", [("Pump", ["x"])]),
+    "escapes that are no characters": (
+        '---\ntitle: "Pump\\ud800"\n---\nx',
+        [("Pump?", ["x"])],
+    ),
+    "escapes beyond all characters": (
+        '---\ntitle: Pump\na: "\\U00110000"\n---\nx',
+        [("Pump", ["x"])],
+    ),
+    "numbers of TOML out of range": (
+        f"+++\na = 1{'0' * 5000}\n+++\n\nx",
+        [("", [f"+++ a = 1{'0' * 5000} +++", "x"])],
+    ),
     "not TOML": ("+++\nOil it.\n+++\nx", [("", ["+++ Oil it. +++ x"])]),
 }  # fmt: skip
 
