@@ -152,7 +152,8 @@ def read_beir(
         judged: dict[str, Judged] = {
             split: read_qrels(file, corpus, asked, rejected, notes, policy)
             for split, file in files.judged.items()
-        } or _judged_beside(files, asked, corpus, notes, policy)
+        }
+        judged = _judged_beside(files, asked, judged, corpus, notes, policy) | judged
         if supervision not in ("auto", "judgements"):
             judged = {split: rows for split, rows in judged.items() if split not in _TAUGHT}
     if rejected.count:
@@ -214,10 +215,23 @@ class _Files(NamedTuple):
 
 
 def _judged_beside(
-    files: _Files, asked: Mapping[str, Asked], corpus: Corpus, notes: list[str], policy: Unknown
+    files: _Files,
+    asked: Mapping[str, Asked],
+    judged: Mapping[str, Judged],
+    corpus: Corpus,
+    notes: list[str],
+    policy: Unknown,
 ) -> dict[str, Judged]:
-    """Returns judgements by split of the passages that the questions bring or name themselves."""
-    beside = {id: (one.split, one.relevant) for id, one in asked.items() if one.relevant}
+    """Returns judgements by split of the passages that the questions bring or name themselves.
+
+    Those of questions and splits that qrels files judge are not looked at.
+    """
+    known = {id for questions in judged.values() for id in questions}
+    beside = {
+        id: (one.split, one.relevant)
+        for id, one in asked.items()
+        if one.relevant and one.split not in judged and id not in known
+    }
     if not beside:
         return {}
     return judged_beside(next(iter(files.queries)), beside, corpus, notes, policy)

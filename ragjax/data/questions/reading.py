@@ -19,6 +19,7 @@ from ragjax.data.fields import (
 )
 from ragjax.data.jsonl import (
     DataError,
+    Flaw,
     RejectedRows,
     id_field,
     parse_object,
@@ -181,11 +182,10 @@ class _Reader:
         id_name, text_name = (found_field(name, fields, given) for name in wanted)
         if id_name is None and not self._need_ids and not usual_fields("query_id", fields):
             del wanted["query_id"]
-            if text_name is not None:
-                return _Found(None, text_name)
-        if id_name is None or text_name is None:
+        if text_name is None or (id_name is None and "query_id" in wanted):
             raise missing_field(fields, wanted)
-        return _Found(id_name, text_name)
+        could = () if "query" in given else usual_fields("query", fields)
+        return _Found(id_name, text_name, tuple(name for name in could if name != text_name))
 
     def _parse(
         self, record: Record, found: "_Found", answers: AnswerFields, split: str | None
@@ -238,6 +238,7 @@ class _Found(NamedTuple):
 
     id: str | None  # None: ids are made
     text: str
+    others: tuple[str, ...]  # that could be the text, too
 
     @property
     def id_name(self) -> dict[str, str]:
@@ -251,7 +252,15 @@ class _Found(NamedTuple):
             parts.append(f"the questions are read from the field {self.text!r}")
         if self.id is None:
             parts.append("their ids are made of their text")
-        return [f"{path}: {', '.join(parts)}"] if parts else []
+        notes = [f"{path}: {', '.join(parts)}"] if parts else []
+        if self.others:
+            notes.append(
+                Flaw(
+                    f"{path}: the questions are read from the field {self.text!r}, and there is"
+                    f" {self.others[0]!r}, too, which is read with fields='query={self.others[0]}'"
+                )
+            )
+        return notes
 
 
 def made_id(split: str, text: str) -> str:

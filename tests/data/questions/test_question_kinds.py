@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ragjax.data import DataError, read_beir
+from ragjax.data.jsonl import Flaw
 
 KILT = {"id": "k1", "input": "which?", "output": [{"answer": "this", "provenance": [{"a": 1}]}, {}]}
 FLASHRAG = {"id": "f1", "question": "which?", "golden_answers": ["this", "that"], "metadata": {}}
@@ -204,6 +205,30 @@ def test_files_of_a_folder_are_told_by_the_split_in_their_names(read, tmp_path):
 def test_no_file_of_questions_is_passed_over_in_silence(documents, tmp_path, name):
     (documents / name).write_text('{"question": "a?", "answer": "x"}\n')
     assert asked(read_beir(documents, cache=tmp_path / "cache")) == {"a?": ("x",)}
+
+
+def test_another_field_that_could_be_the_question_is_named(read):
+    text = "text,question,answer\nthe passage,a?,x\n"
+    (note,) = [note for note in read("q.csv", text).notes if isinstance(note, Flaw)]
+    assert "read from the field 'text', and there is 'question', too" in note
+    dataset = read("q.csv", text, fields={"query": "question"})
+    assert asked(dataset) == {"a?": ("x",)}
+    assert not any(isinstance(note, Flaw) for note in dataset.notes)
+
+
+def test_passages_beside_questions_judge_what_qrels_do_not(tmp_path):
+    qas = [{"id": f"q{n}", "question": f"{n}?", "answers": [{"text": "b"}]} for n in range(4)]
+    paragraph = {"context": "a b c", "qas": qas}
+    squad = tmp_path / "squad.json"
+    squad.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [paragraph]}]}))
+    id = read_beir(squad, cache=tmp_path / "cache").corpus[0].id
+    (tmp_path / "qrels.test.txt").write_text(f"q0 0 {id} 2\n")
+    dataset = read_beir(
+        squad, cache=tmp_path / "cache", qrels=tmp_path / "qrels.test.txt", dev_fraction=0
+    )
+    assert dataset.supervision == "judgements"
+    assert dataset.qrels["test"] == {"q0": {id: 2}}
+    assert dataset.qrels["train"] == {f"q{n}": {id: 1} for n in (1, 2, 3)}
 
 
 def test_metadata_in_a_cell_are_json(read):
