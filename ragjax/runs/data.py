@@ -37,7 +37,7 @@ def read_data(
         source,
         cache=folder / "data" / "cache",
         queries=places.queries,
-        qrels=places.qrels,
+        qrels=places.judged,
         fields=parse_fields(options.fields),
         on_bad_row=options.on_bad_row,
         on_unknown=options.on_unknown,
@@ -56,7 +56,7 @@ class Places(NamedTuple):
 
     documents: Path | None  # a folder of documents, or one of them; None: it is a data set
     queries: Path | None
-    qrels: Path | None
+    judged: Path | None
 
 
 def find_places(config: RunConfig) -> Places:
@@ -68,21 +68,21 @@ def find_places(config: RunConfig) -> Places:
     """
     source = Path(config.data) if config.data else None
     queries = Path(config.queries) if config.queries else None
-    qrels = Path(config.qrels) if config.qrels else None
+    judged = Path(config.qrels) if config.qrels else None
     if source is None or not holds_documents(source):
-        return Places(None, queries, qrels)
+        return Places(None, queries, judged)
     if source.is_dir():
         # Folders of these names may have documents.
         files = (path for path in source.iterdir() if path.is_file())
         queries = queries or questions_among(files)
-        judged = source / "qrels"
-        qrels = qrels or (judged if queries and judged.is_dir() else None)
-    if qrels and not queries:
+        beside = source / "qrels"
+        judged = judged or (beside if queries and beside.is_dir() else None)
+    if judged and not queries:
         raise DataError(
-            f"{qrels} judges questions, and beside the documents of {source} there are none; name"
+            f"{judged} judges questions, and beside the documents of {source} there are none; name"
             " them with queries=FILE"
         )
-    return Places(source, queries, qrels)
+    return Places(source, queries, judged)
 
 
 def data_set(config: RunConfig, folder: Path, log: Log) -> tuple[Path | None, tuple[str, ...]]:
