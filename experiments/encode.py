@@ -175,7 +175,8 @@ def _encoder(flags: Flags) -> tuple[RunConfig, TextEncoder]:
 def _corpus(flags: Flags, config: RunConfig) -> Corpus:
     """Returns the documents, as a run reads them."""
     queries = "" if flags.data else config.queries
-    config = dataclasses.replace(config, data=flags.data or config.data, queries=queries)
+    parts = {"data": flags.data or config.data, "queries": queries, "qrels": ""}
+    config = dataclasses.replace(config, **parts)
     place, options = Path(config.data or queries), config.data_options
     beside = place if place.is_dir() else place.parent
     if not flags.cache and not beside.is_dir():
