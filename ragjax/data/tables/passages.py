@@ -96,7 +96,8 @@ class PassageReader:
         if names and not names["id"]:
             others.append(
                 "there is no field of ids, so passages are called by their place, which changes"
-                " where rows before them are added or taken out (fields='id=NAME' names a field)"
+                " where rows before them are added or taken out; name a field with"
+                " fields='id=NAME'"
             )
         return [f"{name}: {'; '.join(others)}"] if others else []
 

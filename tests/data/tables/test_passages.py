@@ -84,6 +84,8 @@ def test_tables_without_a_header_or_without_ids(opened):
     corpus = opened("a.csv", "text\nfirst\n\nsecond\n")
     assert [passage.id for passage in corpus] == ["line-2", "line-4"]
     assert "no field of ids, so passages are called by their place" in corpus.report.notes()[1]
+    # A program shows this as its own flag: `in_own_flags`.
+    assert "name a field with fields='id=NAME'" in corpus.report.notes()[1]
     corpus = opened("a.json", '[{"text": "first"}, {"text": "second"}]')
     assert [passage.id for passage in corpus] == ["row-1", "row-2"]
     with pytest.raises(DataError, match="a.jsonl:2: an id in the field 'pid', which the first row"):
