@@ -190,6 +190,12 @@ def _count(
                 measured_by=measured_by(dataset, name, asked) if asked else "",
             )
         )
+        if name == "test" and asked and not found.splits[-1].known:
+            found.problems.survive(
+                f"no relevant passage of the {len(asked):,} test questions is known, so that"
+                " nothing tells how good retrieval is; give answers that stand in passages (the"
+                " field `answers`, or the column `answer`), or judgements (--qrels)"
+            )
     return questions
 
 

@@ -106,6 +106,16 @@ def test_what_a_run_goes_on_with_is_named(config, domain, name, lines, reason):
     assert any(reason in each for each in reasons(found))
 
 
+def test_test_questions_that_nothing_can_measure_are_named(config, domain, tmp_path):
+    asked = tmp_path / "asked.csv"
+    asked.write_text("question\n" + "".join(f"what is cat {n}?\n" for n in range(20)))
+    shutil.rmtree(domain / "qrels")
+    (domain / "queries.jsonl").unlink()
+    found = check_run(replace(config, queries=str(asked)), with_cost=False)
+    assert any("no relevant passage of the 4 test questions is known" in r for r in reasons(found))
+    assert found.code == 1
+
+
 def test_leaks_and_near_questions_are_named(config, domain):
     text = (domain / "queries.jsonl").read_text()
     # q0 and q3 are of train, q1 and q4 of dev.
