@@ -369,7 +369,8 @@ def adapted_language_model(run: FinishedRun) -> LanguageModel:
     if not run.models.trains_lm:
         raise ValueError(
             f"{run.folder}: this run adapted the retriever only; export --what encoder,"
-            " query_encoder or doc_encoder"
+            " query_encoder or doc_encoder, or the language model as it was:"
+            f" --source {run.config.lm} --what language_model"
         )
     return run.models.language_model
 

@@ -162,7 +162,8 @@ def test_a_run_that_has_not_ended_is_refused(export, tiny_run, tmp_path, capsys)
     settings = json.loads((run / "config.json").read_text())
     settings["config"]["stages"] = ["retriever"]
     (run / "config.json").write_text(json.dumps(settings))
-    assert "this run adapted the retriever only" in refused("language_model")
+    assert "this run adapted the retriever only" in (error := refused("language_model"))
+    assert f"--source {settings['config']['lm']} --what language_model" in error
     settings["config"]["stages"] = ["lm"]
     (run / "config.json").write_text(json.dumps(settings))
     assert "this run adapted the language model only" in refused("encoder")
