@@ -21,6 +21,7 @@ from ragjax.runs.options.end_to_end import RagConfig as RagConfig
 from ragjax.runs.options.end_to_end import ReaderConfig as ReaderConfig
 from ragjax.runs.options.end_to_end import TrainingConfig as TrainingConfig
 from ragjax.runs.options.evaluate import EvaluateConfig as EvaluateConfig
+from ragjax.runs.options.questions import QuestionsConfig as QuestionsConfig
 from ragjax.runs.options.refresh import RefreshConfig as RefreshConfig
 from ragjax.runs.options.shared import DataConfig as DataConfig
 from ragjax.runs.options.shared import EvaluationConfig as EvaluationConfig

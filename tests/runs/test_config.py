@@ -1,9 +1,11 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from programs import load_script
 
+from ragjax import runs
 from ragjax.runs import (
     AdaptConfig,
     EvaluateConfig,
@@ -13,7 +15,7 @@ from ragjax.runs import (
     RunConfig,
 )
 from ragjax.runs.folder import config_record
-from ragjax.runs.options.checks import check_all, checked_later
+from ragjax.runs.options.checks import Options, check_all, checked_later
 from ragjax.runs.options.files import load_config_file
 from ragjax.runs.program import parse_flags
 
@@ -144,6 +146,12 @@ def test_an_unknown_ending_is_refused(tmp_path):
         (lambda: AdaptConfig(dev_fraction=1.0), "dev_fraction must be at least 0 and below 1"),
         (lambda: AdaptConfig(stages=()), "stages names no model to train"),
         (lambda: AdaptConfig(stages=("lm",), score_cache="x"), "score_cache holds scores"),
+        (
+            lambda: AdaptConfig(data=Path("manual")),
+            r"data must be a string, got \w*Path\('manual'\)",
+        ),
+        (lambda: AdaptConfig(questions="q.csv"), r"questions must be QuestionsConfig\(...\), got"),
+        (lambda: RagConfig(training={"epochs": 2}), r"training must be TrainingConfig\(...\)"),
     ],
 )
 def test_values_out_of_range_are_named(make, match):
@@ -202,6 +210,12 @@ def test_every_number_among_the_flags_is_checked_for_what_no_computation_takes()
                     changed = replaced(config, flag.removeprefix("--").split("."), text)
                 check_all(changed, mark="--")
             assert str(error.value).startswith(flag), (flag, text)
+
+
+@pytest.mark.parametrize("config", [AdaptConfig(), RagConfig()])
+def test_every_group_of_options_is_imported_from_one_place(config):
+    groups = [type(value) for value in vars(config).values() if isinstance(value, Options)]
+    assert groups and all(getattr(runs, group.__name__) is group for group in groups)
 
 
 @pytest.mark.parametrize("config", [AdaptConfig(), RagConfig(), EvaluateConfig()])

@@ -25,6 +25,7 @@ class Options:
     def __post_init__(self) -> None:
         """Checks, unless `checked_later` holds it back."""
         if not _later.get():
+            _check_kinds(self)
             self.check()
 
     def check(self) -> None:
@@ -91,6 +92,19 @@ def check_numbers(config: Any, *, mark: str = "") -> None:
                 raise ValueError(f"{name} must be less than 2^31 = {_COUNTS:,}, got {value:,}")
         elif value and not _SMALLEST <= abs(value) <= _LARGEST:
             raise ValueError(f"{name} must be a finite number that float32 can hold, got {value:g}")
+
+
+def _check_kinds(options: Options) -> None:
+    """Raises ValueError naming a group that is no options, or a text that is a path or a number."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        kind = type(default)
+        if isinstance(default, Options) and not isinstance(value, kind):
+            raise ValueError(f"{field.name} must be {kind.__name__}(...), got {value!r}")
+        if isinstance(default, str) and not isinstance(value, str):
+            raise ValueError(f"{field.name} must be a string, got {value!r}")
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
