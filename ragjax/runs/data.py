@@ -192,7 +192,7 @@ def require_answers(dataset: Dataset, questions: Sequence[Question], needed_by: 
     why = "".join(f" ({text})" for text in dataset.notes if "has answers in" in text)
     raise ValueError(
         f"{dataset.name}: no training question has an answer, which {needed_by} needs; add answers"
-        f" to queries.jsonl{why}"
+        f" to the questions, in a field `answers` or a column `answer`{why}"
     )
 
 
