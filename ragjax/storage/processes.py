@@ -186,17 +186,25 @@ class Votes:
 def _gather(mine: tuple[int, ...]) -> jax.Array:
     """Returns `[processes, values]` int32, the same in each of them."""
     mesh, everywhere = _meeting()
-    row = np.asarray(mine, np.int32)[None]
-    apart = NamedSharding(mesh, PartitionSpec("process"))
-    return everywhere(jax.make_array_from_process_local_data(apart, row, (mesh.size, row.shape[1])))
+    rows = np.tile(np.asarray(mine, np.int32), (mesh.local_mesh.size, 1))
+    apart = NamedSharding(mesh, PartitionSpec("device"))
+    shape = (mesh.size, rows.shape[1])
+    return everywhere(jax.make_array_from_process_local_data(apart, rows, shape))
 
 
 @functools.cache
 def _meeting() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
-    """Returns a mesh of the first device of each process, and what copies an array to all."""
-    firsts = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([firsts[number] for number in sorted(firsts)]), ("process",))
-    return mesh, jax.jit(lambda rows: rows, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    """Returns a mesh of all devices, and what gives each the rows of the first of each process.
+
+    Of all devices although one of each process would do: XLA runs on a CPU what one device of a
+    process takes part in beside what several do, and what they send each other is mixed up.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices), ("device",))
+    _, firsts = np.unique([device.process_index for device in devices], return_index=True)
+    return mesh, jax.jit(
+        lambda rows: rows[firsts], out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
 
 
 @contextlib.contextmanager

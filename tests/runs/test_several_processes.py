@@ -190,6 +190,40 @@ def test_processes_agree_and_save_what_one_reads(start, tmp_path):
     np.testing.assert_array_equal(back.state["kernel"], np.arange(64.0).reshape(8, 8) + 1)
 
 
+VOTING = """
+import sys, time, jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ragjax.storage import processes
+processes.start("auto")
+here = jax.process_index()
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
+apart = NamedSharding(mesh, PartitionSpec("data", "fsdp"))
+gathered = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+
+@jax.jit
+def step(x):
+    for _ in range(6):
+        x = jax.lax.with_sharding_constraint(x + 1, gathered)
+        x = jax.lax.with_sharding_constraint(x @ np.eye(512, dtype=np.float32), apart)
+    return x
+
+x = processes.put(np.zeros((64, 512), np.float32), apart)
+votes, rng = processes.Votes(), np.random.default_rng(here)
+for number in range(100):
+    x = step(x)
+    time.sleep(rng.uniform(0, 0.02))
+    seen = votes(here, number)
+    assert seen is None or seen.tolist() == [[0, number - 1], [1, number - 1]], seen
+np.testing.assert_array_equal(processes.host(x), np.full((64, 512), 600))
+processes.leave(0, together=True)
+"""
+
+
+def test_votes_do_not_disturb_a_step_that_is_running(start):
+    codes, said = ended(start(VOTING))
+    assert codes == [0, 0], said
+
+
 SHARING = """
 import sys, jax, numpy as np
 from pathlib import Path
