@@ -29,7 +29,7 @@ def public_address() -> str:
     """
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
-    url = settings.get("metadata", "url", fallback="").strip().rstrip("/")
+    url = settings.get("metadata", "url", fallback="").strip().rstrip("/").removesuffix(".git")
     if url and not re.fullmatch(rf"{GITHUB}[\w.-]+/[\w.-]+", url):
         raise ValueError(f"setup.cfg: url = {url}; Colab opens notebooks of {GITHUB}OWNER/NAME")
     return url

@@ -89,8 +89,8 @@ def data_set(config: RunConfig, folder: Path, log: Log) -> tuple[Path | None, tu
     """Returns where the documents of a run are, and what there is to say of them.
 
     It is the data that the options name; or a data set is made in `folder` of the documents that
-    they name, once for as long as these are the same, or of the installed Python packages. None:
-    they stand beside the questions.
+    they name, once for as long as these are the same; or, where they name nothing, of the installed
+    Python packages. None: they stand beside the questions.
 
     Args:
         config: Options of the run.
@@ -100,6 +100,10 @@ def data_set(config: RunConfig, folder: Path, log: Log) -> tuple[Path | None, tu
     if not config.data:
         if config.queries and holds_contexts(question_files(Path(config.queries))):
             return None, ()
+        if named := config.queries or config.qrels:
+            raise DataError(
+                f"{named} is about documents, and none are given; name them with data=FOLDER"
+            )
         source = folder / "python-docs"
         if not (source / "corpus.jsonl").is_file():
             write_python_docs(source)

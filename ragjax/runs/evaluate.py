@@ -206,15 +206,7 @@ def evaluate(
         FileNotFoundError, ValueError: For a run, data, models or an output folder that cannot be
             used, before any expensive work.
     """
-    folder = Path(config.output)
-    if config.run and Path(config.run).resolve() == folder.resolve():
-        raise ValueError(
-            f"--output {folder} is the folder of the run, whose results would be written over;"
-            " choose another"
-        )
-    run = open_run(config.run).config if config.run else None
-    mode = run_options(config, run).mode
-    record = config_record(config, config.fingerprint(run), mode=mode)
+    record = evaluation_record(config)
     with claim(config, record, stop) as (flag, folder), ExitStack() as tracked:
         opened = open_evaluation(config, folder, stop=flag, log=log)
         # After validation, so that a rejected evaluation leaves no config.json behind.
@@ -234,6 +226,22 @@ def evaluate(
         )
         log(f"report: {path}")
     return Evaluation(folder=Path(config.output), metrics=metrics, config=config)
+
+
+def evaluation_record(config: EvaluateConfig) -> dict[str, Any]:
+    """Returns what config.json will hold.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such run, or its results would be written over.
+    """
+    if config.run and Path(config.run).resolve() == Path(config.output).resolve():
+        raise ValueError(
+            f"--output {config.output} is the folder of the run, whose results would be written"
+            " over; choose another"
+        )
+    run = open_run(config.run).config if config.run else None
+    mode = run_options(config, run).mode
+    return config_record(config, config.fingerprint(run), mode=mode)
 
 
 def _inputs(opened: Opened) -> dict[str, Any]:

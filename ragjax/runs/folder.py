@@ -128,7 +128,7 @@ def claim(
 
         def take() -> None:
             held.enter_context(lock)
-            _check_free(folder, record, config)
+            check_free(record, config)
 
         processes.first_alone(take)
         keep_compiled()
@@ -177,10 +177,15 @@ def config_record(
     return made_by | {"fingerprint": fingerprint, "mode": mode, "config": masked(values)}
 
 
-def _check_free(
-    folder: Path, record: Mapping[str, Any], config: RunConfig | EvaluateConfig
-) -> None:
-    path, kind = folder / CONFIG, config.kind
+def check_free(record: Mapping[str, Any], config: RunConfig | EvaluateConfig) -> None:
+    """Raises ValueError where the output folder holds anything but a part of the same run.
+
+    Args:
+        record: What config.json will hold, as of `config_record`.
+        config: The options.
+    """
+    folder, kind = Path(config.output), config.kind
+    path = folder / CONFIG
     if not path.is_file():
         ours = {"run.lock", "data", COST, CONFIG + ".tmp"}  # what is there before the config is
         there = [p for p in folder.glob("*") if p.name not in ours]

@@ -333,7 +333,9 @@ def _describe_answers(texts: Texts) -> str:
     config, questions = texts.config, len(texts.workspace.questions["test"])
     answered, read = texts.answered("test"), config.evaluation.documents
     if not answered:
-        return "no test question has an answer: retrieval alone is compared"
+        rows = texts.workspace.dataset.graded_rows("test", texts.workspace.questions["test"])
+        compared = "retrieval alone" if any(rows) else "nothing"
+        return f"no test question has an answer: {compared} is compared"
     whose = {
         "served": "what the hybrid finds (--evaluation.answers all: BM25 and dense too)",
         "all": "what every retriever finds",

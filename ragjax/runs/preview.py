@@ -7,7 +7,8 @@ from pathlib import Path
 from ragjax.runs.adapt import open_adapt
 from ragjax.runs.compare.pair import open_pair
 from ragjax.runs.data import Log
-from ragjax.runs.evaluate import describe_cost, open_evaluation
+from ragjax.runs.evaluate import describe_cost, evaluation_record, open_evaluation
+from ragjax.runs.folder import check_free, config_record
 from ragjax.runs.forecast import estimate_cost, estimate_rag_cost
 from ragjax.runs.options.compare import CompareConfig
 from ragjax.runs.options.dual import AdaptConfig
@@ -26,7 +27,7 @@ def dry_run(
 ) -> None:
     """Reads the data, loads the models, measures their speed and forecasts time and disk.
 
-    Nothing is written to the output folder.
+    Nothing is written to the output folder; where it is not free, that is said last.
 
     Args:
         config: Options of `adapt`, `train_rag` or `evaluate`; of `compare_runs`, both folders are
@@ -35,7 +36,7 @@ def dry_run(
         log: Shows one line to the user.
 
     Raises:
-        FileNotFoundError, ValueError: For data or models that cannot be used.
+        FileNotFoundError, ValueError: For data, models or an output folder that cannot be used.
     """
     if isinstance(config, CompareConfig):
         open_pair(config, log)
@@ -53,3 +54,8 @@ def dry_run(
         else:
             opened = open_evaluation(config, folder, stop=flag, log=log)
             log(describe_cost(opened, config))
+    if isinstance(config, EvaluateConfig):
+        record = evaluation_record(config)
+    else:
+        record = config_record(config, config.fingerprint(), mode=config.mode)
+    check_free(record, config)

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
@@ -97,8 +97,7 @@ def run_program(
         processes.start(flags.options.distributed)
         logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
         with processes.last_words(lost), graceful_stop() as stop, _first_speaks():
-            options = masked(to_dict(flags.options))
-            print("options:", json.dumps(options, indent=2), flush=True)
+            print(_describe_options(flags.options, default), flush=True)
             if flags.dry_run:
                 dry_run(flags.options, stop=stop, log=log)
             else:
@@ -125,6 +124,23 @@ def run_program(
         code = BAD_INPUT if full else LOST
     processes.leave(code, together=code in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT))
     return code
+
+
+def _describe_options(options: Any, default: Any) -> str:
+    """Returns a line with the options that are not the program's own, secrets masked."""
+    own = dict(_flat(to_dict(default)))
+    changed = {n: value for n, value in _flat(masked(to_dict(options))) if value != own[n]}
+    listed = " ".join(f"{name}={json.dumps(value)}" for name, value in changed.items())
+    return f"options: {listed or 'all by default'}"
+
+
+def _flat(values: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields `retriever.temperature` and its value, and so on."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{group}{name}.")
+        else:
+            yield f"{group}{name}", value
 
 
 def _no_room(error: jax.errors.JaxRuntimeError) -> MemoryError:
@@ -180,6 +196,7 @@ def parse_flags(
             args=list(arguments),
             default=kind(options=options, config=path),
             description=description,
+            use_underscores=True,
         )
     check_all(flags.options, mark="--")
     return flags

@@ -7,6 +7,7 @@ import numpy as np
 
 from ragjax.data import DataError, Question
 from ragjax.evaluation.records import QuestionRecord
+from ragjax.runs.data import find_places
 from ragjax.runs.options.modes import MODES
 from ragjax.runs.workspace import Workspace
 
@@ -140,9 +141,11 @@ def _note_cuts(workspace: Workspace, asked: Sequence[Asked], flags: PromptFlags)
     cut = sum(not whole for _, whole in prompts.joiner.encode_texts(texts, tokens))
     which = "passages" if len(rows) == len(corpus) else "passages that were measured"
     if cut:
+        ours = flags == PromptFlags() and find_places(workspace.config).documents
+        shorter = "; --data_options.passage_tokens cuts documents smaller" if ours else ""
         workspace.note(
             f"{_share(cut, len(rows))} {which} are cut for the language model, which reads their"
-            f" first {tokens} tokens{_flag(flags.document_tokens)}"
+            f" first {tokens} tokens{_flag(flags.document_tokens + shorter)}"
         )
     lengths = {
         (split, question.id): len(prompts.answer_ids(question.answers[0]))

@@ -49,7 +49,7 @@ def test_a_folder_becomes_passages_under_their_headings(folder, tmp_path):
     assert written == (2, 4, ("empty.txt",), {}, left_out)
     assert written.notes() == (
         "1 files have no text: empty.txt",
-        "not read: 1 .png (image.png), 1 hidden (.hidden.md); documents are read from .md,"
+        "not read: .png: 1 (image.png); hidden: 1 (.hidden.md); documents are read from .md,"
         " .markdown, .txt, .rst, .htm, .html, .xhtml, .pdf files (convert others, for example with"
         " pandoc), passages from corpus.jsonl",
     )
@@ -163,10 +163,10 @@ def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
     for name in "abcd":
         (tmp_path / "bare" / f"{name}.DOC").write_text("text")
     with pytest.raises(
-        DataError, match=r"not read: 4 .doc \(a.DOC, b.DOC, c.DOC, ...\); documents"
+        DataError, match=r"not read: .doc: 4 \(a.DOC, b.DOC, c.DOC, ...\); documents"
     ):
         write_documents(tmp_path / "bare", tmp_path / "data")
-    with pytest.raises(DataError, match=r"not read: 1 .doc \(a.DOC\); documents are read from .md"):
+    with pytest.raises(DataError, match=r"not read: .doc: 1 \(a.DOC\); documents are read"):
         write_documents(tmp_path / "bare" / "a.DOC", tmp_path / "data")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="latin.txt: not UTF-8 .byte 3"):

@@ -100,13 +100,13 @@ def test_what_is_left_out_of_a_folder_is_said(ask, flags, tmp_path, capsys):
     assert ask([*flags, f"--data={folder}", f"--cache={tmp_path}", "--json", QUESTION]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["documents"][0]["id"] == "caf\\xe9.md#0"
-    assert "note: not read: 1 .doc (a.doc); documents are read from .md" in told.err
+    assert "note: not read: .doc: 1 (a.doc); documents are read from .md" in told.err
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.doc", "no text to read (not read: 1 .doc (a.doc); documents are read from .md,"),
+        ("a.doc", "no text to read (not read: .doc: 1 (a.doc); documents are read from .md,"),
         ("deep/empty.txt", "no text to read (1 files have no text: deep/empty.txt)"),
         (None, "no text to read (the folder is empty; documents are read from .md,"),
     ],

@@ -50,7 +50,7 @@ def test_a_run_reads_documents_and_says_what_it_left_out(read, folder):
     ]
     assert told[0] == f"reading 2 documents of {folder}"
     assert told[1] == f"note: {folder}: 3 passages of 2 documents"
-    assert told[2].startswith("note: not read: 1 .doc (part/notes.doc); documents are read from")
+    assert told[2].startswith("note: not read: .doc: 1 (part/notes.doc); documents are read from")
     again = []
     assert read(again).corpus.fingerprint == dataset.corpus.fingerprint
     assert again == told[1:]

@@ -16,8 +16,9 @@ FLAGS = {name: program.flag_names(config) | COMMON for name, config in CONFIGS.i
     name: program.flag_names(load_script(f"experiments/{name}.py").Flags)
     for name in ("ask", "encode", "export", "serve", "verify_index")
 }
-FLAGS["adapt"] |= {"documents"}  # an alias of evaluation.documents
-FLAGS["train_rag"] |= {"documents", "retrieval"}
+FLAGS["adapt"] |= {"documents", "questions"}  # aliases
+FLAGS["train_rag"] |= {"documents", "questions", "retrieval"}
+FLAGS["evaluate"] |= {"questions"}
 FLAGS["ask"] |= {"k"}
 FLAGS["check"] = FLAGS["adapt"] - {"dry_run"} | {"json", "cost"}
 FLAGS["evaluate"] |= program.flag_names(CompareConfig(compare=("A", "B")))
@@ -39,6 +40,7 @@ SHOWN_BY = {
     "ragjax/runs/forecast/_describe_answers": TRAINING,
     "ragjax/runs/found": ("train_rag",),  # those that name a flag
     "ragjax/runs/program": RUNS,
+    "ragjax/runs/prompt_lengths/_note_cuts": TRAINING,
     "ragjax/runs/options/compare": ("evaluate",),
     "ragjax/runs/options/dual": ("adapt",),
     "ragjax/runs/options/end_to_end": ("train_rag",),

@@ -9,6 +9,7 @@ from programs import load_script
 from ragjax.runs import AdaptConfig, EvaluateConfig
 from ragjax.runs.data import read_data
 from ragjax.runs.options.evaluate import run_options
+from ragjax.runs.program import parse_flags
 
 PARAGRAPHS = [
     {
@@ -48,6 +49,19 @@ def test_given_questions_and_judgements_take_the_place_of_those_in_the_folder(
     dataset = read(replace(config, qrels=str(tmp_path / "test.txt")), tmp_path)
     assert [q.id for q in dataset.questions["test"]] == ["x"]
     assert [q.id for q in dataset.questions["train"]] == ["y"] and len(dataset.corpus) == 80
+
+
+def test_questions_and_judgements_without_documents_are_refused(tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_text("question,answer\nwhat?,5\n")
+    for given in ({"queries": str(path)}, {"qrels": str(tmp_path)}):
+        with pytest.raises(ValueError, match="none are given; name them with data=FOLDER"):
+            read(AdaptConfig(**given), tmp_path)
+
+
+def test_questions_is_another_name_of_the_flag():
+    for default in (AdaptConfig(), EvaluateConfig()):
+        assert parse_flags(default, None, ["--questions", "q.csv"]).options.queries == "q.csv"
 
 
 def test_paragraphs_are_the_documents_where_there_are_no_others(squad, tmp_path):

@@ -14,9 +14,11 @@ pytest.importorskip("uvicorn", reason="needs the [serve] extra")
 
 from starlette.testclient import TestClient
 
+from ragjax.data import Passage
 from ragjax.runs.serve import app as app_module
 from ragjax.runs.serve.app import allowed_hosts, make_app, run_server
 from ragjax.runs.serve.batches import ServeLimits
+from ragjax.runs.serve.service import Found, Told
 
 
 class Stub:
@@ -91,3 +93,21 @@ def test_a_client_that_does_not_go_on_does_not_keep_an_ending_server(monkeypatch
         assert run_server(service, listening) == 128 + signal.SIGTERM
         assert client.recv(4096).startswith(b"HTTP/1.1 408")
     timer.join()
+
+
+def test_a_client_that_reads_no_answer_does_not_keep_an_ending_server(monkeypatch):
+    monkeypatch.setattr(app_module, "_ENDING_SECONDS", 1)
+    listening, service = app_module.listen("127.0.0.1", 0), Stub()
+    long = Found(Passage("d1", "", "word " * 4_000_000), 1.0)
+
+    async def search(texts, k):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return [Told("index/0", [long])]
+
+    service.search = search
+    client = socket.create_connection(listening.getsockname())
+    body = json.dumps({"queries": ["a"]}).encode()
+    head = "POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with client, listening:
+        assert run_server(service, listening) == 128 + signal.SIGTERM

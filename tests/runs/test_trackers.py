@@ -192,6 +192,28 @@ def test_trackio_goes_on_with_one_run_after_a_resume(tracked):
 
 
 @pytest.mark.slow
+def test_wandb_that_does_not_answer_leaves_a_run_of_the_user_alone(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs the wandb extra")
+    with offline_trackers(tmp_path):
+        theirs, begin = wandb.init(dir=str(tmp_path)), wandb.init
+
+        def down(*args, mode, **options):
+            if mode is None:
+                begin(*args, mode="offline", **options)  # holds the id
+                raise wandb.errors.CommError("no route to host")
+            return begin(*args, mode=mode, **options)
+
+        monkeypatch.setattr(wandb, "init", down)
+        run = trackers.Tracked(tmp_path, "run-1", "1", {})
+        tracker = trackers.WeightsAndBiases(run, lambda note: None)
+        tracker.write("lm", 0, {"loss": 0.5})
+        tracker.close()
+        theirs.log({"still": 1})
+        assert wandb.run is theirs
+        theirs.finish()
+
+
+@pytest.mark.slow
 def test_wandb_that_does_not_answer_or_knows_nobody_is_kept_for_later(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs the wandb extra")
     run = trackers.Tracked(tmp_path, "run-1", "1", {"a": 1})

@@ -112,11 +112,19 @@ def test_bad_input_is_refused_in_one_line(script, capsys, tiny_rag_flags, tmp_pa
 
 
 def test_a_dry_run_forecasts_and_writes_nothing(script, tiny_rag_flags, tmp_path, capsys):
-    more = [f"--output={tmp_path / 'out'}", "--refresh.every=1", "--dry_run"]
+    folder = tmp_path / "out"
+    more = [f"--output={folder}", "--refresh.every=1", "--dry_run"]
     assert script.main([*tiny_rag_flags, *more]) == 0
     out = capsys.readouterr().out
     assert "documents to encode" in out and "refresh: every 1 steps" in out
-    assert not (tmp_path / "out").exists()
+    assert 'refresh.every="1"' in out and "seed=" not in out  # what is no default
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "letter.txt").touch()
+    assert script.main([*tiny_rag_flags, *more]) == 2
+    out, error = capsys.readouterr()
+    assert "documents to encode" in out
+    assert f"{folder} is not empty (letter.txt) and holds no run; choose another" in error
 
 
 def test_flags_override_a_config_file(tmp_path):

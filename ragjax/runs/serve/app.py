@@ -26,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 _CONNECTIONS = 1024
 # Seconds after which a client that was refused may try again.
 _RETRY = 2
+# Seconds after the signal in which answers have to be on their way.
+_ENDING_SECONDS = 60
 # Seconds that a body may take to arrive.
 _BODY_SECONDS = 30
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -92,8 +94,17 @@ def run_server(service: Service, listening: socket.socket) -> int:
         access_log=False,
         server_header=False,
         limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=_ENDING_SECONDS,
     )
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            # Of clients that do not read: to be closed, the event loop would wait for them.
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
+    server = Server(config)
 
     def end() -> None:
         server.should_exit = True

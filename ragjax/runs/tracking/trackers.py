@@ -141,8 +141,11 @@ class WeightsAndBiases:
             self._run = begin(mode=mode)
         except wandb.Error as error:
             note(f"{error}; {later}")
-            wandb.teardown()  # it holds the id
-            self._run = begin(mode="offline")
+            if wandb.run is None:
+                wandb.teardown()  # it holds the id
+                self._run = begin(mode="offline")
+            else:  # a run of the user's, which would end with it
+                self._run = begin(mode="offline", id=f"{run.id}-{secrets.token_hex(4)}")
         self._stages: set[str] = set()
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:

@@ -72,9 +72,9 @@ def test_files_that_cannot_be_read_are_counted_and_named(folder, tmp_path):
     assert empty == "1 files have no text: menu.html"
     assert isinstance(empty, Flaw) and isinstance(unread, Flaw)
     assert unread == (
-        "could not be read: 2 PDF files without text (scanned: ocrmypdf reads them) (scan1.pdf,"
-        " scan2.pdf), 1 HTML files that are not UTF-8 and do not declare a known encoding"
-        " (old.html), 1 PDF files that need a password (locked.pdf), 1 broken PDF files"
+        "could not be read: PDF files without text (scanned: ocrmypdf reads them): 2 (scan1.pdf,"
+        " scan2.pdf); HTML files that are not UTF-8 and do not declare a known encoding: 1"
+        " (old.html); PDF files that need a password: 1 (locked.pdf); broken PDF files: 1"
         " (broken.pdf)"
     )
 
