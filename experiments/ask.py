@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     escape_what_is_no_utf8()
     try:
-        flags = tyro.cli(Flags, args=arguments, description=__doc__)
+        flags = tyro.cli(Flags, args=arguments, description=__doc__, use_underscores=True)
         flags.check()
         return _run(flags)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Check data and models before a run: read everything, train nothing.
 
     python experiments/check.py --data FOLDER
-    python experiments/check.py --data FOLDER --queries questions.csv --json --no-cost
+    python experiments/check.py --data FOLDER --queries questions.csv --json --no_cost
 
 Takes the flags of adapt.py. Prints counts and kinds of supervision, lengths against what both
 models read, languages, the cost of each stage here, and every problem with file, line and remedy;

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the script and returns its exit code: 0, 2 for bad input, 128 + signal if stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(tyro.cli(Flags, args=arguments, description=__doc__))
+        return _run(tyro.cli(Flags, args=arguments, description=__doc__, use_underscores=True))
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on with the finished shards", file=sys.stderr)
         return 128 + stopped.signum

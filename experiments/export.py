@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Ends as an exception, so that what was written so far is removed.
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
-        _run(tyro.cli(Flags, args=arguments, description=__doc__))
+        _run(tyro.cli(Flags, args=arguments, description=__doc__, use_underscores=True))
         return 0
     except KeyboardInterrupt:
         print("stopped; what it writes is there whole, or not at all", file=sys.stderr)

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     escape_what_is_no_utf8()
     try:
         with checked_later():
-            flags = tyro.cli(Flags, args=arguments, description=__doc__)
+            flags = tyro.cli(Flags, args=arguments, description=__doc__, use_underscores=True)
         flags.check()
         return _run(flags)
     except (ValueError, OSError, ImportError) as error:

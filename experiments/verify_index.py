@@ -31,7 +31,7 @@ class Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the script and returns its exit code: 0, 1 for damage, 2 for bad input."""
-    root = tyro.cli(Flags, args=arguments, description=__doc__).root
+    root = tyro.cli(Flags, args=arguments, description=__doc__, use_underscores=True).root
     store = GenerationStore(root, report=lambda sentence: print(f"note: {sentence}"))
     numbers = store.numbers()
     if not numbers:

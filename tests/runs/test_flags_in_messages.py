@@ -103,7 +103,7 @@ def unknown_flags(text: str, shown_by: tuple[str, ...]) -> Iterator[str]:
         for script in named[-1:] or shown_by or ("library",):
             names = FLAGS.get(script, set())
             full, last = flag.group(1).rstrip("."), flag.group(1).rpartition(".")[2]
-            full = full.replace(".no-", ".")
+            full = full.replace(".no_", ".")
             pattern = re.escape(full).replace(r"\*", r"[\w.]+")
             # What programs share names an option in full; see `in_own_flags`.
             if not any(re.fullmatch(pattern, name) for name in names) and last not in names:
@@ -139,7 +139,7 @@ def test_messages_name_flags_of_the_script_that_shows_them_and_a_library_names_n
         ("use --data_options.fields", ("evaluate",), []),
         ("give --data_options.train_questions", ("evaluate",), ["--data_options.train_questions"]),
         ("run experiments/verify_index.py --root x", (), []),
-        ("add --language_model.no-train", ("train_rag",), []),
+        ("add --language_model.no_train", ("train_rag",), []),
     ],
 )
 def test_the_check_finds_flags_that_a_script_does_not_have(text, shown_by, wrong):

@@ -54,7 +54,7 @@ FROZEN = RefreshConfig(mode="frozen")
         ),
         (
             lambda: RagConfig(objective=ObjectiveConfig(marginal="reinforce", negatives="none")),
-            ["--objective.lm_weight", "no-train"],
+            ["--objective.lm_weight", "no_train"],
         ),
         (
             lambda: RagConfig(objective=ObjectiveConfig(score="attention", lsr_weight=1)),
@@ -66,7 +66,7 @@ FROZEN = RefreshConfig(mode="frozen")
         ),
         (
             lambda: RagConfig(objective=ObjectiveConfig(marginal="emdr2")),
-            ["--objective.lm_weight", "no-train"],
+            ["--objective.lm_weight", "no_train"],
         ),
         (
             lambda: RagConfig(

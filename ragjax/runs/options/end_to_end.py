@@ -262,7 +262,7 @@ class RagConfig(RunConfig):
             raise ValueError(
                 "nothing trains the language model: with marginal=emdr2 or reinforce, or without"
                 " the marginal term, only --objective.lm_weight does; set it above 0, or add"
-                " --language_model.no-train"
+                " --language_model.no_train"
             )
         if not model.train and objective.lm_weight:
             raise ValueError(
