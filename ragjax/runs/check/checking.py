@@ -270,13 +270,17 @@ def _described(
 def _measure(workspace: Workspace, found: Checked) -> None:
     """Measures lengths and languages, and checks that every prompt fits."""
     found.lengths = measure_lengths(workspace)
+    documents = find_places(workspace.config).documents
     for lengths in found.lengths:
+        shorter = "make them shorter"
+        if documents and lengths.what == "passages":
+            shorter = "cut documents smaller with --data_options.passage_tokens"
         if lengths.share > _CUT:
             found.problems.survive(
                 f"{lengths.share:.0%} of the {lengths.what} are cut to the {lengths.limit:,} tokens"
                 f" that the {lengths.reader} takes of one (the longest, {lengths.longest_id}, has"
-                f" {lengths.longest:,}); raise --{lengths.flag} if the model reads more, or make"
-                " them shorter"
+                f" {lengths.longest:,}); raise --{lengths.flag} if the model reads more, or"
+                f" {shorter}"
             )
     found.languages = measure_languages(workspace)
     for problem in language_problems(found.languages, workspace.encoder):
