@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ _SPEC = "spec.json"
 WHAT = "embedding store"
 _DTYPES = ("float32", "float16")
 _OPEN_SHARDS = 256
+# CPython 3.11 can fail where two threads parse headers at the same time (python/cpython#106905).
+_HEADERS = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +238,8 @@ def read_spec(value: Mapping[str, Any], path: Path) -> StoreSpec:
 
 def load_shard(path: Path, spec: StoreSpec, shard: int) -> NDArray[np.floating]:
     """Maps a shard into memory and checks its shape and dtype."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    with _HEADERS:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     shape = (len(spec.rows(shard)), spec.dim)
     if array.shape != shape or array.dtype != spec.dtype:
         raise ValueError(f"{path} holds {array.shape} {array.dtype}, expected {shape} {spec.dtype}")

@@ -174,8 +174,8 @@ QUESTIONS = {
     "b1 file": ({}, ("--queries={folder}/querys.jsonl",), ("did you mean", "queries.jsonl")),
     "no passages": (
         {"q.csv": "question,answer\na,b\n"},
-        ("--data=", "--queries={folder}/q.csv", "--qrels={folder}/none"),
-        ("none does not exist",),
+        ("--data=", "--queries={folder}/q.csv"),
+        ("q.csv is about documents, and none are given; name them with --data=FOLDER",),
     ),
     "squad cut": (
         {"q.json": json.dumps(SQUAD)[:-9]},
