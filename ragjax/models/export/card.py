@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -51,6 +52,20 @@ class Use(NamedTuple):
     examples: Mapping[str, str]  # library → Python code
 
 
+def public(value: Any) -> Any:
+    """Returns JSON values without the folders of this machine: absolute paths as their last part.
+
+    A card is read where they mean nothing, and they may name a person or a project.
+    """
+    if isinstance(value, Mapping):
+        return {key: public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    if isinstance(value, str) and (path := Path(value)).is_absolute():
+        return path.name if path.parent.name else value
+    return value
+
+
 def chosen_license(card: Card, base: BaseModel) -> str:
     """Returns the licence that the card shows: as given, as declared, or "unknown"."""
     return card.license or base.license or UNKNOWN_LICENSE
@@ -70,7 +85,7 @@ def format_card(card: Card, base: BaseModel, use: Use, *, kind: str) -> str:
     """
     sections = [
         f"# {base.source.rpartition('/')[2]}, {kind} exported from ragjax\n\n{use.summary}\n\n"
-        f"Base model: `{base.source}`. Licence: {_license_sentence(card, base)}",
+        f"Base model: `{public(base.source)}`. Licence: {_license_sentence(card, base)}",
         "## How to use it\n\n"
         + "\n\n".join(
             f"{library}:\n\n```python\n{code}\n```" for library, code in use.examples.items()
@@ -105,7 +120,7 @@ def _license_sentence(card: Card, base: BaseModel) -> str:
 def _recipe(card: Card) -> str:
     if card.recipe is None:
         return _NO_RECIPE
-    text = json.dumps(card.recipe, indent=2, ensure_ascii=False)
+    text = json.dumps(public(card.recipe), indent=2, ensure_ascii=False)
     return f"`{card.program}` of ragjax, with these options:\n\n```json\n{text}\n```"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ragjax.evaluation.systems import SYSTEMS
 from ragjax.models.encoder import TextEncoder
-from ragjax.models.export.card import Card
+from ragjax.models.export.card import Card, public
 from ragjax.models.language_model import LanguageModel
 from ragjax.runs.options.files import to_dict
 from ragjax.runs.saved import FinishedRun, script_of
@@ -40,7 +40,7 @@ def run_card(
     )
     caps = config.data_options
     data = (
-        f"`{config.data or config.queries}`"
+        f"`{public(config.data or config.queries)}`"
         if config.data or config.queries
         else "The API documentation of the Python packages that were installed beside ragjax, with"
         " the questions that ship with it"

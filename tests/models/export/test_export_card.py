@@ -46,7 +46,13 @@ def test_a_card_holds_data_recipe_metrics_and_the_way_to_load(tmp_path):
     after = {"recall@5": {"value": 0.75, "low": 0.66, "high": 0.83}, "mrr@10": None, "n": 40}
     card = Card(
         data="Questions on owls.",
-        recipe={"seed": 3, "retriever": {"rounds": 2}},
+        recipe={
+            "seed": 3,
+            "retriever": {"rounds": 2},
+            "data": "/home/owl/secret/owls",
+            "lm": "o/w",
+            "prompt": {"template": "/no_think {question}"},
+        },
         metrics={"before": before, "after": after},
         columns=("recall@5", "recall@20"),
         metrics_note="Forty questions.",
@@ -58,6 +64,12 @@ def test_a_card_holds_data_recipe_metrics_and_the_way_to_load(tmp_path):
     assert "| system | recall@5 |\n| --- | --- |\n| before | 0.500 [0.410, 0.590] |\n" in text
     assert "| after | 0.750 [0.660, 0.830] |\n\nForty questions." in text
     assert "`experiments/adapt.py` of ragjax, with these options" in text
+    assert (
+        '"data": "owls"' in text
+        and '"lm": "o/w"' in text
+        and "/no_think" in text
+        and "secret" not in text
+    )
     assert '"rounds": 2' in text and "Questions on owls." in text and "- Owls only." in text
     for code in (
         'SentenceTransformer("FOLDER")',
