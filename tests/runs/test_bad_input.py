@@ -332,6 +332,7 @@ def test_b7_b9_b14_b15_what_can_be_used_is_used_and_said(
             f"--data={domain}",
             f"--encoder={tiny_inputs['encoder']}",
             f"--lm={folder}",
+            f"--output={tmp_path / 'run'}",
             "--dry_run",
             "--language_model.train_layers=1",
         ]

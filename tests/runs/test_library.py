@@ -123,7 +123,7 @@ def test_two_calls_on_one_folder_the_second_is_refused(options, tmp_path):
 
 def test_outside_the_main_thread_a_call_needs_no_stop_flag(options, tmp_path):
     said = []
-    config = AdaptConfig.from_dict(options)
+    config = AdaptConfig.from_dict(options | {"output": str(tmp_path / "run")})
     thread = threading.Thread(target=lambda: dry_run(config, log=said.append))
     thread.start()
     thread.join()
