@@ -130,7 +130,7 @@ def test_one_text_file_is_read_and_another_format_refused(ask, ask_json, flags, 
     assert [document["id"] for document in found] == ["cats.md#0"]
     (tmp_path / "corpus.doc").write_text("id,text\n")
     assert ask([*flags, f"--data={tmp_path / 'corpus.doc'}", "why?"]) == 2
-    assert "not read: 1 .doc (corpus.doc); documents are read from" in capsys.readouterr().err
+    assert "not read: .doc: 1 (corpus.doc); documents are read from" in capsys.readouterr().err
 
 
 def test_passages_with_a_title_alone_are_found_and_empty_ones_counted(ask, flags, tmp_path, capsys):

@@ -216,7 +216,7 @@ def test_the_screen_shows_forecast_options_and_tables(script, base, tmp_path, ca
     assert script.main(flags) == 0
     out = capsys.readouterr().out
     assert out.index("== forecast") < out.index("== answers")
-    assert '"answer_questions": 3' in out and "3 of them answered" in out
+    assert "answer_questions=3" in out and "3 of them answered" in out
     for row in ("recall@5", "f1", "hallucination", "calibration_error", "supported"):
         assert f"\n{row} " in out
     assert "\ncorpus_hallucination: before - closed_book" in out
