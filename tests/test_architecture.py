@@ -65,6 +65,8 @@ OWNERSHIP_EXCEPTIONS = {
     ("training/checkpoint.py", "concurrent"),
     # A tracker that hangs must delay neither a step nor the end of the process.
     ("runs/tracking/behind.py", "threading"),
+    # A lock alone: shards are opened by threads of refreshes, and CPython 3.11 needs it.
+    ("index/store.py", "threading"),
     # One thread computes what a server is asked, another opens a newer generation meanwhile.
     ("runs/serve/batches.py", "concurrent"),
     ("runs/serve/service.py", "concurrent"),
