@@ -128,9 +128,9 @@ def run_program(
 
 def _describe_options(options: Any, default: Any) -> str:
     """Returns a line with the options that are not the program's own, secrets masked."""
-    own = dict(_flat(to_dict(default)))
-    changed = {n: value for n, value in _flat(masked(to_dict(options))) if value != own[n]}
-    listed = " ".join(f"{name}={json.dumps(value)}" for name, value in changed.items())
+    own = list(_flat(to_dict(default)))
+    changed = [option for option in _flat(masked(to_dict(options))) if option not in own]
+    listed = " ".join(f"{name}={json.dumps(value)}" for name, value in changed)
     return f"options: {listed or 'all by default'}"
 
 

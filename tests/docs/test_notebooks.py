@@ -110,6 +110,8 @@ def test_an_address_that_colab_does_not_open_is_refused(monkeypatch, tmp_path):
     assert BADGES.public_address() == ""
     (tmp_path / "setup.cfg").write_text("[metadata]\nurl = https://github.com/some.one/rag-jax/\n")
     assert BADGES.public_address() == "https://github.com/some.one/rag-jax"
+    (tmp_path / "setup.cfg").write_text("[metadata]\nurl = https://github.com/a/b.git\n")
+    assert BADGES.public_address() == "https://github.com/a/b"
     (tmp_path / "setup.cfg").write_text("[metadata]\nurl = https://host.test/ragjax\n")
     with pytest.raises(ValueError, match="host.test.*OWNER/NAME"):
         BADGES.public_address()

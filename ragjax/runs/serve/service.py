@@ -31,8 +31,6 @@ MOST_DOCUMENTS = 100
 _DEPTHS = (10, MOST_DOCUMENTS)
 # Longer texts are compiled for when the first one comes.
 _WARM_TOKENS = 256
-# Times that the wait for a generation doubles while none can be opened.
-_RARER = 5
 
 
 class Gone(Exception):
@@ -180,25 +178,23 @@ class Service:
         return [Told(opened.name, value) for value in values]
 
     async def _watch(self) -> None:
-        loop, seen, told, failures = asyncio.get_running_loop(), "", "", 0
+        loop, seen, told = asyncio.get_running_loop(), "", ""
         while True:
             try:
                 newest = await loop.run_in_executor(self._pool, self._source.newest)
                 if newest != seen:
                     opened = await loop.run_in_executor(self._pool, self._open)
                     # One assignment between two batches is the whole swap.
-                    self._opened, seen, failures = opened, newest, 0
+                    self._opened, seen = opened, newest
                     _LOG.warning("serving generation %s", opened.name)
             except Exception as error:
                 if self._opened is None:
                     self.failure = error
                     self.on_failure()
                     return
-                failures += 1
                 if told != (told := str(error)):
                     _LOG.warning("generation %s goes on serving: %s", self._opened.name, error)
-            # To open one takes long: what fails again and again is tried less often.
-            await asyncio.sleep(self.limits.watch_seconds * 2 ** min(failures, _RARER))
+            await asyncio.sleep(self.limits.watch_seconds)
 
     def _open(self) -> Opened:
         opened = self._source.open()

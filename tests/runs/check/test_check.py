@@ -5,14 +5,17 @@ import shutil
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import load_script
 from safetensors.numpy import load_file, save_file
 
-from ragjax.runs import AdaptConfig, LMConfig
+from ragjax.runs import AdaptConfig, LMConfig, forecast
+from ragjax.runs.adapt import open_adapt
 from ragjax.runs.check import check_run
 from ragjax.runs.check.problems import LISTED
+from ragjax.training.loop import StopFlag
 
 
 @pytest.fixture
@@ -209,6 +212,32 @@ def test_no_weights_are_read_without_the_cost(config, tmp_path):
     assert check_run(replace(config, **models), with_cost=False).problems.refused == 0
     found = check_run(replace(config, **models))
     assert found.code == 2 and "hold NaN or infinity" in reasons(found)[-1]
+
+
+def test_documents_that_are_cut_again_are_to_be_cut_smaller(tiny_inputs, tmp_path):
+    (tmp_path / "manual").mkdir()
+    (tmp_path / "manual" / "cats.md").write_text("# Cats\n\nthe red cat likes fish and the owl\n")
+    models = {name: tiny_inputs[name] for name in ("encoder", "lm")}
+    options = {"prompt": {"document_tokens": 5}, "language_model": {"train_layers": 1}}
+    given = {"data": str(tmp_path / "manual"), **options, **models}
+    config = AdaptConfig.from_dict(given | {"output": str(tmp_path / "run")})
+    remedy = "cut documents smaller with --data_options.passage_tokens"
+    found = check_run(config, with_cost=False)
+    assert any(f"if the model reads more, or {remedy}" in reason for reason in reasons(found))
+    workspace = open_adapt(config, tmp_path / "run", stop=StopFlag(), log=lambda line: None)
+    remedy = "(--prompt.document_tokens; --data_options.passage_tokens cuts documents smaller)"
+    assert any(remedy in note for note in workspace.notes)
+    assert describe_answers(workspace) == "no test question has an answer: nothing is compared"
+
+
+def test_a_forecast_without_answers_says_that_retrieval_is_compared(config, tmp_path):
+    workspace = open_adapt(config, tmp_path / "run", stop=StopFlag(), log=lambda line: None)
+    assert describe_answers(workspace).endswith("answer: retrieval alone is compared")
+
+
+def describe_answers(workspace):
+    texts = SimpleNamespace(config=workspace.config, workspace=workspace, answered=lambda split: 0)
+    return forecast._describe_answers(texts)
 
 
 def test_the_script_prints_text_or_json_with_the_cost(config, domain, tiny_inputs, capsys):
